@@ -1,0 +1,1 @@
+"""Benchmarks: `python -m benchmarks.NAME [--record]`, one JSON object a line; `make bench` also sets the peers up."""

@@ -1,0 +1,194 @@
+"""What the benchmarks share: timing, peers in environments of their own, one JSON line a figure, the record.
+
+A benchmark module has a `main()` that ends in `run_benchmark`:
+
+    def measure(args):
+        compile_s, seconds = timed(step, repeats=5)
+        peer = run_peer("tunix", "generation", ["--batch", "64"])
+        yield Figure("generation", tokens / median(seconds), "tokens/s", peer="tunix 0.1.7", peer_value=peer_value(peer),
+                     compile_s=compile_s, shape="batch 64, 32 + 128 tokens")
+
+    if __name__ == "__main__":
+        run_benchmark(measure, __doc__)
+"""
+
+import argparse
+import dataclasses
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "RESULTS.md"
+
+
+@dataclasses.dataclass(frozen=True)
+class Figure:
+    """One measured figure. `better` says which direction is good, so that `ratio` above 1 always favours us."""
+
+    name: str
+    value: float
+    unit: str
+    peer: str | None = None
+    peer_value: float | None = None
+    compile_s: float | None = None
+    shape: str = ""
+    better: str = "higher"
+
+    @property
+    def ratio(self) -> float | None:
+        """How many times better than the peer; None where the peer was not measured."""
+        if not self.peer_value or not self.value:
+            return None
+        return self.value / self.peer_value if self.better == "higher" else self.peer_value / self.value
+
+    def record(self) -> dict[str, Any]:
+        """The JSON line."""
+        return {
+            "name": self.name,
+            "value": _round(self.value),
+            "unit": self.unit,
+            "peer": self.peer,
+            "peer_value": _round(self.peer_value),
+            "ratio": _round(self.ratio),
+            "compile_s": _round(self.compile_s),
+            "shape": self.shape,
+        }
+
+
+def timed(call: Callable[[], Any], *, repeats: int = 5, warm_up: int = 1) -> tuple[float, list[float]]:
+    """Times a call.
+
+    Args:
+      call: what to time; its result (any pytree of arrays) is waited for.
+      repeats: timed calls. warm_up: calls after the first one that are not timed.
+
+    Returns:
+      (compile seconds: the first call less the median of the timed ones, seconds of each timed call).
+    """
+    first = _seconds(call)
+    for _ in range(warm_up):
+        _seconds(call)
+    seconds = [_seconds(call) for _ in range(repeats)]
+    return max(0.0, first - median(seconds)), seconds
+
+
+def median(values: Iterable[float]) -> float:
+    """The middle value (of an even number, the mean of the two)."""
+    ordered = sorted(values)
+    half = len(ordered) // 2
+    return ordered[half] if len(ordered) % 2 else (ordered[half - 1] + ordered[half]) / 2
+
+
+def run_peer(environment: str, script: str, arguments: Iterable[Any] = (), *, timeout: float = 1800) -> dict[str, Any] | None:
+    """Runs `benchmarks/peers/SCRIPT.py` in `.venvs/ENVIRONMENT` and returns the JSON object on its last line.
+
+    None where that environment is not set up (`make bench` sets it up). The peer sees the same cores as we do, and none of our
+    packages. A peer that fails is reported on standard error and counts as not measured.
+    """
+    python = ROOT / ".venvs" / environment / "bin" / "python"
+    if not python.exists():
+        return None
+    command = [str(python), str(ROOT / "benchmarks" / "peers" / f"{script}.py"), *map(str, arguments)]
+    variables = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, env={**variables, "JAX_PLATFORMS": "cpu"}, timeout=timeout, cwd=ROOT / ".venvs"
+        )
+        return json.loads(done.stdout.strip().splitlines()[-1])
+    except subprocess.TimeoutExpired:
+        print(f"peer {environment}/{script}: no result after {timeout:.0f} s", file=sys.stderr)
+    except (IndexError, ValueError):
+        print(f"peer {environment}/{script} failed:\n{done.stderr[-2000:]}", file=sys.stderr)
+    return None
+
+
+def peer_value(result: dict[str, Any] | None, key: str = "value") -> float | None:
+    """A number of a peer's result; None where there is no result."""
+    return None if result is None else result.get(key)
+
+
+def run_benchmark(
+    measure: Callable[[argparse.Namespace], Iterable[Figure]],
+    description: str | None,
+    add_arguments: Callable[[argparse.ArgumentParser], Any] | None = None,
+) -> None:
+    """The command line of a benchmark: prints each figure as it is measured and, with --record, adds them to RESULTS.md."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--record", action="store_true", help="add the figures to benchmarks/RESULTS.md")
+    parser.add_argument("--no-peers", dest="peers", action="store_false", help="do not run the peers")
+    parser.add_argument("--repeats", type=int, default=5, help="timed calls a figure")
+    if add_arguments:
+        add_arguments(parser)
+    args = parser.parse_args()
+    figures = []
+    for figure in measure(args):
+        figures.append(figure)
+        print(json.dumps(figure.record()), flush=True)
+    if args.record:
+        append_results(figures)
+
+
+def append_results(figures: Iterable[Figure], results: Path = RESULTS) -> None:
+    """Adds figures to the record, with command, date, versions and machine."""
+    name = Path(sys.argv[0]).stem
+    command = shlex.join(["python", "-m", f"benchmarks.{name}", *sys.argv[1:]])
+    lines = [f"\n## {datetime.date.today().isoformat()} `{command}`\n", f"{machine()}; {versions()}\n"]
+    lines += ["| name | value | unit | peer | peer value | ratio | compile s | shape |", "|---|---|---|---|---|---|---|---|"]
+    for figure in figures:
+        cells = ["" if value is None else str(value) for value in figure.record().values()]
+        lines.append("| " + " | ".join(cells) + " |")
+    heading = "# Results of the benchmarks\n\nEach section was added by `--record`. Ratio above 1: better than the peer.\n"
+    with open(results, "a") as file:
+        file.write(("" if results.stat().st_size else heading) + "\n".join(lines) + "\n")
+
+
+def machine() -> str:
+    """The machine in a few words: cores this process may use, processor, memory, accelerators if JAX has any."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    text = f"{cores} cores, {_cpu_name()}"
+    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        text += f", {os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 2**30:.0f} GiB"
+    jax = sys.modules.get("jax")
+    if jax is not None and jax.default_backend() != "cpu":
+        text += f", {jax.device_count()} x {jax.devices()[0].device_kind}"
+    return text
+
+
+def versions() -> str:
+    """Versions of what the figures depend on, and the commit."""
+    parts = [f"python {platform.python_version()}"]
+    parts += [f"{name} {importlib.metadata.version(name)}" for name in ("jax", "flax", "numpy")]
+    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT)
+    return ", ".join(parts + ([f"commit {done.stdout.strip()}"] if done.returncode == 0 else []))
+
+
+def _seconds(call: Callable[[], Any]) -> float:
+    begin = time.perf_counter()
+    result = call()
+    if "jax" in sys.modules:
+        sys.modules["jax"].block_until_ready(result)
+    return time.perf_counter() - begin
+
+
+def _cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return platform.machine()
+
+
+def _round(value: float | None) -> float | None:
+    return None if value is None else float(f"{value:.4g}")

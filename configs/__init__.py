@@ -1,0 +1,1 @@
+"""Configurations, one module a verb or experiment: `get_config(variant=None)` returns a commented ConfigDict."""

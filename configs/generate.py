@@ -1,0 +1,39 @@
+"""Sample from a model.
+
+    jaxrl-llm generate --config.model=FOLDER --config.prompt="Once upon a time"
+    jaxrl-llm generate --config.model=FOLDER --config.data.source=prompts.jsonl --workdir=runs/samples
+
+Without a workdir the samples are printed; with one they go to its samples.jsonl, and a run that was stopped goes on.
+"""
+
+import ml_collections
+
+
+def get_config(variant: str | None = None) -> ml_collections.ConfigDict:
+    """The config; there are no variants."""
+    config = ml_collections.ConfigDict()
+    config.model = ""  # Hugging Face folder or hub id
+    config.dtype = "float32"  # of parameters and activations: float32 or bfloat16
+    config.mesh = ""  # such as "fsdp=4,tensor=2" over the devices there are; empty = one device
+    config.prompt = ""  # one prompt; empty = read data.source
+
+    config.data = ml_collections.ConfigDict()
+    config.data.source = ""  # file of prompts (jsonl, json, csv, parquet, txt), data set folder, hub id or tfds:NAME
+    config.data.fields = ""  # field map, such as "prompt=question,answer=answer"
+    config.data.split = "train"  # of a data set that has splits
+    config.data.limit = ml_collections.config_dict.placeholder(int)  # at most so many prompts; None = all
+    config.data.on_bad = "error"  # a bad row: "error" stops, "skip" leaves it out
+
+    config.template = "none"  # "none", "chat" or a format such as "Question: {prompt}\nAnswer:"
+    config.max_prompt_tokens = 512  # room for a prompt
+    config.overflow = "error"  # a longer prompt: "error", "drop" or "truncate" (its beginning)
+    config.num_samples = 1  # completions a prompt
+    config.max_new_tokens = 128  # limit of a completion
+    config.temperature = 1.0  # 0 = greedy
+    config.top_k = 0  # 0 = off
+    config.top_p = 1.0  # 1 = off
+    config.stop_strings = ()  # a completion ends after any of these
+    config.batch_prompts = 32  # prompts sampled at once
+    config.seed = 0  # of the sampling
+    config.overwrite = False  # clear a workdir that holds another run
+    return config

@@ -1,0 +1,180 @@
+"""SAERL: the same policy trained by GRPO on plain and on SAE-curated data, arm beside arm.
+
+    jaxrl-llm saerl --config=configs/saerl.py:demo --workdir=runs/demo      two arms, one seed, under ten minutes on two cores
+    jaxrl-llm saerl --config=configs/saerl.py:lab --workdir=runs/lab        the matrix behind docs/saerl.md
+    jaxrl-llm plan --config=configs/plan.py --config.target=configs/saerl.py:qwen2.5-math-1.5b --config.mesh=v5e:2x4
+
+Expected: docs/saerl.md has the measured tables of ":lab", README.md the figures of ":demo".
+"""
+
+from ml_collections import ConfigDict
+
+VARIANTS = ("demo", "lab", "headline", "qwen2.5-math-1.5b", "qwen2.5-math-7b")
+
+# Every arm: which rows are kept, which features speak, and what orders the rows. Options go to the schedule.
+ARMS = {
+    "vanilla": dict(about="shuffled pool, no curation", schedule="shuffled"),
+    "filter": dict(about="SAE quality filter, shuffled", filter="sae", schedule="shuffled"),
+    "logprob_filter": dict(about="filter by the policy's own log-probabilities alone, shuffled", filter="logprob", schedule="shuffled"),
+    "oracle_filter": dict(about="truly corrupted rows dropped, shuffled", filter="oracle", schedule="shuffled"),
+    "curriculum": dict(about="strict easy to hard by the SAE proxy, no filter", schedule="global_sort"),
+    "mixing": dict(about="single-cluster batches with moderate mixing, no order inside", schedule="published", within="shuffled"),
+    "published": dict(about="filter, clusters, easy to hard inside, alternate, mix", filter="sae", schedule="published"),
+    "full": dict(about="answer-aware filter and a trainability band that moves with the policy, on SAE features", filter="sae", schedule="band"),
+    "full_random_clusters": dict(about="full with clusters dealt at random", filter="sae", schedule="band", clusters="random"),
+    "full_dense": dict(about="full on dense activations", filter="dense", schedule="band", features="dense"),
+    "full_random_sae": dict(about="full on an SAE that was never trained", filter="random_sae", schedule="band", features="random_sae"),
+    "full_tfidf": dict(about="full on length and TF-IDF", filter="tfidf", schedule="band", features="tfidf"),
+    "full_oracle_difficulty": dict(about="full with every row's true pass rate as prior", filter="sae", schedule="band", difficulty="oracle"),
+}
+
+
+def get_config(variant: str | None = "demo") -> ConfigDict:
+    """The config of a variant; None is the demo."""
+    config = _base()
+    {
+        "demo": _demo,
+        "lab": _lab,
+        "headline": _headline,
+        "qwen2.5-math-1.5b": lambda c: _qwen(c, "Qwen/Qwen2.5-Math-1.5B", 28, 1536, "fsdp=8"),
+        "qwen2.5-math-7b": lambda c: _qwen(c, "Qwen/Qwen2.5-Math-7B", 28, 3584, "fsdp=64"),
+    }[variant or "demo"](config)
+    return config
+
+
+def _base() -> ConfigDict:
+    c = ConfigDict()
+    c.title = "SAERL"
+    c.arms = ("vanilla", "full")  # names of arm_table, in the order of the report; the first is the baseline
+    c.main_arm = "full"  # the arm that the headline speaks of
+    c.seeds = (0,)  # pool, labels, SAE and RL randomness; arms are paired over them
+    c.bases = (0,)  # base policies (seeds of the pre-training)
+    c.pools = ("mixed",)  # names of pool_table
+    c.workers = 1  # processes that share the cells (pool x base x seed) between them; each then uses one core
+    c.mesh = ""  # such as "fsdp=8" over the devices there are; empty = one device
+    c.map_prompts = 1500  # points on the page's map of prompts
+    c.formats = ("parquet",)  # of the curated set: some of "parquet", "hf_dataset", "array_record"
+    c.overwrite = False  # clear a workdir that holds another run
+
+    c.arm_table = ConfigDict()
+    for name, arm in ARMS.items():
+        row = dict(filter="none", features="sae", clusters="features", difficulty="proxy", within="easy_to_hard") | arm
+        c.arm_table[name] = ConfigDict(row)
+
+    # Share of each level, share of each corruption (of jaxrl_llm.data.lab_world), and of rows that a quality filter drops.
+    mixed = dict(wrong_answer=0.05, missing_clause=0.05, garbled=0.05, near_duplicate=0.05, drop=0.15)
+    wrong = dict(wrong_answer=0.4, missing_clause=0.0, garbled=0.0, near_duplicate=0.0, drop=0.35)
+    even, hard = (0.2,) * 5, (0.05, 0.1, 0.15, 0.3, 0.4)
+    c.pool_table = ConfigDict(dict(mixed=dict(levels=even, **mixed), wrong=dict(levels=even, **wrong), hard=dict(levels=hard, **mixed)))
+
+    c.data = ConfigDict()  # a real pool instead of the generated world
+    c.data.source = ""  # rows (file, HF data set, tfds:NAME); empty = the generated world
+    c.data.fields = "prompt=prompt,answer=answer"  # field map
+    c.data.evals = ""  # held-out rows, "NAME=SOURCE" joined by commas
+    c.data.template = "none"  # "none", "chat" or a format with {prompt}
+    c.data.reward = "exact"  # name in jaxrl_llm.rewards.registry
+    c.data.rows = 5120  # rows of the pool (of a real source: at most so many)
+    c.data.test_rows = 1000  # held-out rows of the generated world
+    c.data.max_prompt_tokens = 24  # longer prompts are dropped and counted
+
+    c.policy = ConfigDict()  # the base policy: pre-trained by the run, or loaded
+    c.policy.model = ""  # Hugging Face folder or hub id; empty = pre-train one on the generated world
+    c.policy.dtype = "float32"  # of parameters and activations
+    c.policy.d_model = 96
+    c.policy.n_layers = 4
+    c.policy.n_heads = 4
+    c.policy.d_ff = 256
+    c.policy.learning_rate = 2e-3  # pre-training: Adam, 50 steps of warm-up, cosine to a twentieth
+    c.policy.clean_steps = 700  # first phase: right answers
+    c.policy.mixed_steps = 200  # second phase: answers mixed with each topic's mistake, so that samples differ
+    c.policy.batch = 192
+    c.policy.clean_levels = (0.45, 0.3, 0.15, 0.07, 0.03)  # share of each level, first phase
+    c.policy.mixed_levels = (0.3, 0.25, 0.2, 0.15, 0.1)
+    c.policy.mistakes = (0.15, 0.3, 0.45, 0.55, 0.6)  # rate of the mistake at each level, second phase
+
+    c.sae = ConfigDict()
+    c.sae.path = ""  # SAE folder or hub id (of any model: set sae.model too); empty = train one on the policy's activations
+    c.sae.model = ""  # feature model, Hugging Face folder or hub id; empty = the policy
+    c.sae.hook = ""  # activation; empty = the SAE's own, else the residual stream after the middle block
+    c.sae.d_sae = 1024
+    c.sae.k = 16
+    c.sae.steps = 300
+    c.sae.batch = 1024  # activations a step
+    c.sae.learning_rate = 2e-3
+
+    c.curation = ConfigDict()
+    c.curation.answers = True  # the quality probe reads prompt + answer and the policy's log-probabilities, not the prompt alone
+    c.curation.labels = 512  # rows whose pass rate is measured by rollouts for the difficulty proxy
+    c.curation.label_samples = 8
+    c.curation.clusters = 16
+    c.curation.dims = 64  # of the truncated SVD under clusters and band
+    c.curation.quality_labels = 400  # rows whose corruption is told to the quality probe; 0 = self-supervised by planted corruption
+    c.curation.rho = 0.125  # of a batch, swapped with the next one ("published")
+    c.curation.band_temperature = 0.5  # sharpness of the trainability band
+    c.curation.band_easy_floor = 0.125  # share of every batch that stays with easy prompts
+    c.curation.band_epoch_share = 1.0  # of the pool that one epoch of the band visits
+
+    c.grpo = ConfigDict()  # fields of jaxrl_llm.train.config.GRPOConfig
+    c.grpo.steps = 120
+    c.grpo.prompts_per_step = 32
+    c.grpo.num_samples = 8
+    c.grpo.max_new_tokens = 8
+    c.grpo.learning_rate = 1e-4
+    c.grpo.b2 = 0.99
+    c.grpo.clip_high = 0.2
+    c.grpo.aggregation = "token_mean"  # "token_mean" (DAPO), "sequence_mean" (GRPO) or "dr_grpo"
+    c.grpo.advantage_scale = "group_std"  # "group_std", "batch_std" or "none" (Dr. GRPO)
+    c.grpo.micro_batch_rows = 0  # completions a micro-batch; 0 = all at once
+    c.grpo.remat = False
+    c.grpo.eval_every = 20
+    c.grpo.eval_samples = 4  # avg@k beside greedy
+    c.grpo.checkpoint_every = 40
+    return c
+
+
+def _demo(c: ConfigDict) -> None:
+    c.title = "SAERL, demo"
+    c.formats = ("parquet", "hf_dataset", "array_record")
+    c.data.test_rows = 500
+
+
+def _lab(c: ConfigDict) -> None:
+    c.title = "SAERL, lab"
+    c.arms = tuple(ARMS)
+    c.pools = ("mixed", "wrong", "hard")
+    c.seeds = (0, 1, 2, 3, 4)
+    c.workers = 2
+
+
+def _headline(c: ConfigDict) -> None:
+    """The claim alone: eight paired seeds on each of three base models that nothing was tuned on."""
+    c.title = "SAERL, headline"
+    c.arms = ("vanilla", "full", "full_random_clusters", "full_tfidf")
+    c.bases = (1, 2, 3)
+    c.seeds = tuple(range(100, 108))
+    c.workers = 2
+
+
+def _qwen(c: ConfigDict, model: str, layers: int, d_model: int, mesh: str) -> None:
+    """The paper's setting, ready for a pod: DeepMath-103K, GRPO, six maths benchmarks where they can be had."""
+    c.title = f"SAERL, {model}"
+    c.arms = ("vanilla", "published", "full")
+    c.pools = ("data",)
+    c.pool_table.data = ConfigDict(dict(levels=(), wrong_answer=0.0, missing_clause=0.0, garbled=0.0, near_duplicate=0.0, drop=0.1))
+    c.mesh = mesh
+    c.policy.model, c.policy.dtype = model, "bfloat16"
+    c.policy.d_model, c.policy.n_layers = d_model, layers
+    c.data.source = "zwhe99/DeepMath-103K"
+    c.data.fields = "prompt=question,answer=final_answer"
+    c.data.evals = "gsm8k=openai/gsm8k,math500=HuggingFaceH4/MATH-500"
+    c.data.template = "chat"
+    c.data.reward = "maths"
+    c.data.rows, c.data.max_prompt_tokens = 103_022, 1024
+    c.sae.d_sae, c.sae.k, c.sae.steps, c.sae.batch, c.sae.learning_rate = 16_384, 64, 50_000, 4096, 2e-4
+    c.curation.labels, c.curation.clusters, c.curation.dims = 2000, 32, 256
+    c.curation.quality_labels = 0
+    c.grpo.steps, c.grpo.prompts_per_step, c.grpo.num_samples, c.grpo.max_new_tokens = 300, 128, 8, 3000
+    c.grpo.learning_rate, c.grpo.b2, c.grpo.aggregation, c.grpo.advantage_scale = 1e-6, 0.999, "dr_grpo", "none"
+    c.grpo.micro_batch_rows, c.grpo.remat = 64, True
+
+

@@ -1,0 +1,180 @@
+"""The front door: `jaxrl-llm VERB --config=configs/NAME.py[:variant] --workdir=DIR [--config.key=value]`.
+
+Nothing heavy is imported before a verb runs, so that --help answers at once.
+"""
+
+import errno
+import importlib
+import os
+import sys
+import traceback
+from typing import Any, NamedTuple
+
+from jaxrl_llm import __version__, foreign_packages
+from jaxrl_llm.errors import UserError, from_os_error, nearest
+
+
+class Verb(NamedTuple):
+    """A verb: the module whose `run(config, workdir)` it calls, what it does, and whether it takes a config and a workdir."""
+
+    module: str
+    help: str
+    config: str = "default"  # "default" (configs/VERB.py where none is given) or "none"
+    workdir: str = "needed"  # "needed", "optional" or "none"
+
+
+VERBS = {
+    "saerl": Verb("experiments.saerl", "the main job: SAE curation and GRPO arms, side by side, with a report"),
+    "story_rules": Verb("experiments.story_rules", "GRPO of a stories model on rule-checked continuations, with a report"),
+    "curate": Verb("jaxrl_llm.commands.curate", "filter, cluster and order a prompt set by SAE features"),
+    "train_sae": Verb("jaxrl_llm.commands.train_sae", "train a sparse autoencoder on a model's activations"),
+    "sft": Verb("jaxrl_llm.commands.sft", "fine-tune (or pre-train) on text or on prompts with answers"),
+    "grpo": Verb("jaxrl_llm.commands.grpo", "train a policy by GRPO on prompts with a checkable reward"),
+    "generate": Verb("jaxrl_llm.commands.generate", "sample from a model", workdir="optional"),
+    "report": Verb("jaxrl_llm.commands.report", "make the HTML page of a run directory", config="none"),
+    "plan": Verb("jaxrl_llm.commands.plan", "memory and FLOPs of a config on a named mesh, no weights needed", workdir="none"),
+    "doctor": Verb("jaxrl_llm.commands.doctor", "what this machine has, what is missing", config="none", workdir="none"),
+}
+
+USAGE = "jaxrl-llm VERB [--config=configs/NAME.py[:variant]] [--workdir=DIR] [--config.key=value ...]"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command; returns the exit code: 0, 2 for a user's mistake, 130 when interrupted."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        problem = foreign_packages()
+        if problem:
+            raise UserError(problem)
+        return _run(arguments)
+    except KeyboardInterrupt:
+        print("\njaxrl-llm: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader of our output (such as `head`) has gone; there is nobody left to tell.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        message = _users_mistake(error)
+        if message is None:
+            traceback.print_exc()
+            return 1
+        print(f"jaxrl-llm: {message}", file=sys.stderr)
+        return 2
+
+
+def _run(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_help())
+        return 0 if arguments else 2
+    if arguments[0] == "--version":
+        print(f"jaxrl-llm {__version__}")
+        return 0
+    name = arguments[0]
+    if name not in VERBS:
+        raise UserError(f"unknown verb '{name}': {nearest(name, VERBS)}; jaxrl-llm --help lists them")
+    verb = VERBS[name]
+    flags, overrides, wants_help = _parse(name, verb, arguments[1:])
+    if wants_help:
+        print(_verb_help(name, verb, flags.get("config")))
+        return 0
+    config = None
+    if verb.config == "default":
+        from jaxrl_llm.config import load_config
+
+        config = load_config(flags.get("config", f"configs/{name}.py"), overrides)
+    workdir = flags.get("workdir")
+    if verb.workdir == "needed" and not workdir:
+        raise UserError(f"{name} needs --workdir=DIR, the directory for what it writes")
+    _prepare_jax()
+    run = importlib.import_module(verb.module).run
+    return run(config, workdir) or 0
+
+
+def _parse(name: str, verb: Verb, arguments: list[str]) -> tuple[dict[str, str], dict[str, str], bool]:
+    """Splits a verb's arguments into flags (config, workdir), config overrides, and whether help is asked for."""
+    known = [flag for flag, use in (("config", verb.config), ("workdir", verb.workdir)) if use != "none"]
+    flags: dict[str, str] = {}
+    overrides: dict[str, str] = {}
+    rest = list(arguments)
+    while rest:
+        argument = rest.pop(0)
+        if argument in ("-h", "--help"):
+            return flags, overrides, True
+        if not argument.startswith("--"):
+            raise UserError(f"{name}: '{argument}' is no flag; flags are {' and '.join('--' + flag + '=...' for flag in known) or 'none'}")
+        key, equals, value = argument[2:].partition("=")
+        is_override = key.startswith("config.") and "config" in known
+        if not is_override and key not in known:
+            flag_names = [f"--{flag}" for flag in [*known, "help"]]
+            raise UserError(f"{name}: unknown flag '--{key}': {nearest('--' + key, flag_names)}")
+        if not equals:
+            if rest and not rest[0].startswith("--"):
+                value = rest.pop(0)
+            elif is_override:
+                value = "True"  # a bare --config.overwrite switches it on
+            else:
+                raise UserError(f"{name}: --{key} needs a value: --{key}=...")
+        if is_override:
+            overrides[key.removeprefix("config.")] = value
+        else:
+            flags[key] = value
+    return flags, overrides, False
+
+
+def _help() -> str:
+    width = max(map(len, VERBS))
+    lines = [f"usage: {USAGE}", "", "verbs:"]
+    lines += [f"  {name:<{width}}  {verb.help}" for name, verb in VERBS.items()]
+    lines += [
+        "",
+        "jaxrl-llm VERB --help lists the fields of its config. Without --config, configs/VERB.py is used.",
+        "A config is looked for from the current folder, then beside the installed package.",
+    ]
+    return "\n".join(lines)
+
+
+def _verb_help(name: str, verb: Verb, spec: str | None) -> str:
+    usage = [f"jaxrl-llm {name}"]
+    usage += ["[--config=configs/NAME.py[:variant]] [--config.key=value ...]"] if verb.config != "none" else []
+    usage += {"needed": ["--workdir=DIR"], "optional": ["[--workdir=DIR]"], "none": []}[verb.workdir]
+    lines = [f"usage: {' '.join(usage)}", "", f"{name}: {verb.help}"]
+    if verb.config != "none":
+        from jaxrl_llm.config_help import describe
+
+        lines += ["", describe(spec or f"configs/{name}.py")]
+    return "\n".join(lines)
+
+
+def _prepare_jax() -> None:
+    """Settings that JAX reads once, when it is imported or first used: the compilation cache, and the processes of one job."""
+    from jaxrl_llm import runtime
+
+    runtime.use_compilation_cache()
+    runtime.maybe_initialize()
+
+
+def _users_mistake(error: BaseException) -> str | None:
+    """The one line for a mistake that the user can mend; None for an error of ours."""
+    if isinstance(error, UserError):
+        return " ".join(str(error).split())
+    model_errors = sys.modules.get("models.errors")
+    if model_errors is not None and isinstance(error, model_errors.ModelError):
+        return " ".join(str(error).split())
+    cause: BaseException | None = error
+    while cause is not None:
+        if _is_disk_refusal(cause):
+            where: Any = getattr(cause, "filename", None) or "the working directory"
+            return str(from_os_error(cause if isinstance(cause, OSError) else OSError(errno.ENOSPC, ""), where, "write"))
+        cause = cause.__cause__ or cause.__context__
+    return None
+
+
+def _is_disk_refusal(error: BaseException) -> bool:
+    # Array libraries wrap the operating system's error in their own and leave only its text.
+    refused = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+    return refused or "No space left on device" in str(error)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,102 @@
+"""`jaxrl-llm generate`: samples from a model, printed or written to a run directory."""
+
+import zlib
+from typing import Any
+
+from tqdm import tqdm
+
+from jaxrl_llm.data.prompts import PromptBatch, tokenise_prompts
+from jaxrl_llm.data.sources import parse_fields, read_rows
+from jaxrl_llm.errors import UserError
+from jaxrl_llm.run_dir import RunDir
+from jaxrl_llm.runtime import parse_mesh
+
+FINISH = ("length", "stop token", "stop string")
+
+
+def run(config: Any, workdir: str | None = None) -> None:
+    """Samples every prompt of the config; see configs/generate.py for the fields.
+
+    Raises:
+      UserError: no model or no prompt named; and what reading, tokenising and loading raise.
+    """
+    import models
+
+    if not config.model:
+        raise UserError("no model: name a Hugging Face folder or hub id with --config.model=...")
+    rows = _rows(config)
+    run_dir = RunDir(workdir, config, kind="generate") if workdir else None
+    cfg, params = models.load(config.model, dtype=config.dtype, mesh=parse_mesh(config.mesh))
+    tokenizer = models.load_tokenizer(config.model)
+    prompts = tokenise_prompts(
+        rows, tokenizer, max_length=config.max_prompt_tokens, template=config.template, overflow=config.overflow
+    )
+    done = {sample["id"] for sample in run_dir.samples()} if run_dir else set()
+    left = prompts.take([i for i, name in enumerate(prompts.ids) if name not in done])
+    starts = range(0, len(left), config.batch_prompts)
+    for start in tqdm(starts, desc="generate", unit="batch", disable=None if run_dir else True, mininterval=0.5):
+        batch = left.take(range(start, min(start + config.batch_prompts, len(left))))
+        for record in _samples(models, cfg, params, tokenizer, batch, config):
+            if run_dir:
+                run_dir.sample(record)
+            else:
+                _show(record)
+    if run_dir:
+        counts = {"prompts": len(prompts), "samples": len(prompts) * config.num_samples, "dropped": prompts.dropped}
+        run_dir.summary(counts)
+        print(f"{counts['samples']} samples of {counts['prompts']} prompts in {run_dir.path / 'samples.jsonl'}")
+
+
+def _rows(config: Any) -> list[dict[str, Any]]:
+    if config.prompt and config.data.source:
+        raise UserError("both --config.prompt and --config.data.source are given: leave one out")
+    if config.prompt:
+        return [{"id": "prompt", "prompt": config.prompt}]
+    if not config.data.source:
+        raise UserError("no prompt: give --config.prompt=TEXT or --config.data.source=FILE")
+    data = config.data
+    return read_rows(data.source, parse_fields(data.fields), split=data.split, limit=data.limit, on_bad=data.on_bad)
+
+
+def _samples(models: Any, cfg: Any, params: Any, tokenizer: Any, batch: PromptBatch, config: Any) -> list[dict[str, Any]]:
+    """One record a completion, the completions of a prompt together."""
+    rollout = models.generate(
+        cfg,
+        params,
+        batch.token_lists(),
+        max_new_tokens=config.max_new_tokens,
+        num_samples=config.num_samples,
+        temperature=config.temperature,
+        top_k=config.top_k,
+        top_p=config.top_p,
+        stop_strings=tuple(config.stop_strings),
+        tokenizer=tokenizer,
+        seed=_batch_seed(config.seed, batch.ids),
+    )
+    prompts = batch.token_lists()
+    before = tokenizer.batch_decode(prompts, skip_special_tokens=True)
+    # Decoded with its prompt, since some tokenizers drop the space that a text begins with.
+    pairs = zip(rollout.group_ids_N, rollout.completions(), strict=True)
+    whole = tokenizer.batch_decode([prompts[group] + completion for group, completion in pairs], skip_special_tokens=True)
+    return [
+        {
+            "id": batch.ids[group],
+            "sample": i % config.num_samples,
+            "prompt": batch.rows[group]["prompt"],
+            "completion": whole[i][len(before[group]) :],
+            "tokens": int(rollout.completion_lengths_N[i]),
+            "logp": float(rollout.logps_NT[i].sum()),
+            "finish": FINISH[rollout.finish_reason_N[i]],
+        }
+        for i, group in enumerate(rollout.group_ids_N)
+    ]
+
+
+def _batch_seed(seed: int, ids: list[str]) -> int:
+    """A seed for a batch that does not repeat the noise of another batch, and is the same when a stopped run goes on."""
+    return (seed + zlib.crc32("\n".join(ids).encode())) % 2**31
+
+
+def _show(record: dict[str, Any]) -> None:
+    ending = f"[{record['tokens']} tokens, {record['finish']}, log-probability {record['logp']:.2f}]"
+    print(f"=== {record['id']}, sample {record['sample'] + 1} {ending}\n{record['prompt']}{record['completion']}\n")

@@ -1,0 +1,247 @@
+"""`jaxrl-llm plan`: what generation and a GRPO step need on a mesh that need not be here, by compiling them without data."""
+
+import json
+import math
+import os
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from jaxrl_llm.commands.doctor import memory_gib
+from jaxrl_llm.commands.plan_target import resolve_model, target_sizes
+from jaxrl_llm.errors import UserError, nearest
+
+GIB = 2**30
+
+# TPU generation -> (GiB of memory a chip, dense bf16 FLOP/s a chip), as Google publishes them.
+TPUS = {"v4": (32, 275e12), "v5e": (16, 197e12), "v5p": (95, 459e12), "v6e": (32, 918e12)}
+
+
+def run(config: Any, workdir: str | None = None) -> None:
+    """Compiles both programs of the config and prints what they need."""
+    sizes = target_sizes(config)
+    found = plan(sizes)
+    print(json.dumps(found) if sizes["json"] else table(found))
+
+
+def plan(sizes: Mapping[str, Any]) -> dict[str, Any]:
+    """Memory and FLOPs of the sizes in configs/plan.py, as one JSON object.
+
+    Bytes are a device's and come from the compiler; FLOPs are the whole step's and come from the model's formulas, since the
+    compiler's own count takes the body of a loop once. `memory_gib` is None where the device does not tell.
+
+    Raises:
+      UserError: an unknown model or mesh, sizes that do not fit the mesh, or no TPU compiler here.
+    """
+    _need(sizes)
+    devices, room, peak = resolve_devices(sizes["mesh"])
+    from models.sharding import make_mesh
+
+    from jaxrl_llm.runtime import parse_axes
+
+    mesh = make_mesh(parse_axes(sizes["layout"]), devices)
+    model = resolve_model(sizes["model"], sizes["dtype"])
+    kind = getattr(devices[0], "device_kind", "device")
+    programs = {}
+    for name, compile_program in (("generate", _plan_generate), ("train_step", _plan_train)):
+        print(f"compiling {name} for {len(devices)} x {kind} ...", file=sys.stderr, flush=True)
+        programs[name] = compile_program(model, sizes, mesh)
+    for program in programs.values():
+        program["fits"] = None if room is None else program["total_bytes"] <= room * GIB
+        program["seconds_at_peak"] = None if peak is None else program["flops"] / (peak * len(devices))
+    return {
+        "model": sizes["model"],
+        "parameters": model.param_count(),
+        "dtype": model.dtype,
+        "mesh": sizes["mesh"],
+        "devices": len(devices),
+        "device_kind": kind,
+        "layout": {name: int(size) for name, size in mesh.shape.items()},
+        "memory_gib": room,
+        **programs,
+    }
+
+
+def resolve_devices(name: str) -> tuple[list[Any], float | None, float | None]:
+    """(devices, GiB of memory a device, peak FLOP/s a device) of "here", "cpu:N" or a TPU slice such as "v5e:2x4".
+
+    Raises:
+      UserError: an unknown name, a shape that the slice cannot have, or no TPU compiler here.
+    """
+    kind, _, shape = name.partition(":")
+    if name == "here":
+        import jax
+
+        return jax.devices(), _memory_here(jax.devices()), None
+    if kind == "cpu":
+        devices = _cpu_devices(shape)
+        return devices, _memory_here(devices), None
+    if kind not in TPUS:
+        raise UserError(f"unknown mesh '{name}': {nearest(kind, ['here', 'cpu', *TPUS])}; such as cpu:4 or v5e:2x4")
+    if not all(side.isdigit() and int(side) for side in shape.split("x")):
+        raise UserError(f"mesh '{name}': give the slice's shape in chips, such as {kind}:2x4")
+    return _tpu_devices(name), *TPUS[kind]
+
+
+def _memory_here(devices: list[Any]) -> float | None:
+    """GiB that each device of this machine has; CPU devices share the machine's memory."""
+    limit = (devices[0].memory_stats() or {}).get("bytes_limit")
+    if limit:
+        return limit / GIB
+    memory = memory_gib() if devices[0].platform == "cpu" else None
+    return memory[0] / len(devices) if memory else None
+
+
+def _cpu_devices(count: str) -> list[Any]:
+    if not count.isdigit() or not int(count):
+        raise UserError(f"mesh 'cpu:{count}': give the number of devices, such as cpu:4")
+    _plan_on_cpu()
+    import jax
+
+    if int(count) > 1 and not jax._src.xla_bridge.backends_are_initialized():
+        jax.config.update("jax_num_cpu_devices", int(count))
+    devices = jax.devices("cpu")
+    if len(devices) < int(count):
+        raise UserError(f"mesh 'cpu:{count}': JAX already runs here with {len(devices)} CPU devices; plan in a process of its own")
+    return devices[: int(count)]
+
+
+def _tpu_devices(name: str) -> list[Any]:
+    import importlib.util
+
+    if importlib.util.find_spec("libtpu") is None:
+        raise UserError(f"mesh '{name}' needs the TPU compiler, which runs on any machine: pip install 'jaxrl-llm[tpu]'")
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    _plan_on_cpu()
+    from jax.experimental import topologies
+
+    try:
+        return list(topologies.get_topology_desc(name, "tpu").devices)
+    except Exception as error:  # the compiler's own message is the finding
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"mesh '{name}': the TPU compiler does not know this slice ({reason})") from error
+
+
+def _plan_on_cpu() -> None:
+    # Planning must not take hold of an accelerator that somebody is training on.
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    if "jax" in sys.modules:
+        sys.modules["jax"].config.update("jax_platforms", "cpu")
+
+
+def _need(sizes: Mapping[str, Any]) -> None:
+    for name in ("prompts", "num_samples", "prompt_tokens", "max_new_tokens", "rollout_rows"):
+        if sizes[name] < 1:
+            raise UserError(f"config key '{name}' is {sizes[name]}; at least 1 is needed")
+    if sizes["dtype"] not in ("float32", "bfloat16"):
+        raise UserError(f"config key 'dtype' is '{sizes['dtype']}': {nearest(sizes['dtype'], ['float32', 'bfloat16'])}")
+
+
+def _plan_generate(model: Any, sizes: Mapping[str, Any], mesh: Any) -> dict[str, Any]:
+    """The sampling program: as many prompts at once as the rollout takes, each prefilled once for all its samples."""
+    import functools
+
+    import jax
+    import jax.numpy as jnp
+    import models
+    from models import sharding
+
+    samples, new = sizes["num_samples"], sizes["max_new_tokens"]
+    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    prompts = _round_up(min(sizes["prompts"], max(sizes["rollout_rows"] // samples, 1)), ways)
+    batches = math.ceil(sizes["prompts"] / prompts)
+    rows = sharding.batch_sharding(mesh)
+    params = jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        models.abstract_params(model),
+        sharding.param_shardings(model, mesh),
+    )
+    tokens = jax.ShapeDtypeStruct((prompts, sizes["prompt_tokens"]), jnp.int32, sharding=rows)
+    lengths = jax.ShapeDtypeStruct((prompts,), jnp.int32, sharding=rows)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    sample = functools.partial(models.sample_tokens, model, num_samples=samples, max_new_tokens=new)
+    compiled = jax.jit(sample).lower(params, tokens, lengths, key).compile()
+    # Each prompt is read once, each new token once by each sample; the mean context of a new token is the prompt and half of the rest.
+    per_prompt = sizes["prompt_tokens"] * model.flops_per_token(sizes["prompt_tokens"] // 2)
+    per_prompt += samples * new * model.flops_per_token(sizes["prompt_tokens"] + new // 2)
+    return {"rows": prompts * samples, "batches": batches, "flops": sizes["prompts"] * per_prompt, **_memory(compiled)}
+
+
+def _plan_train(model: Any, sizes: Mapping[str, Any], mesh: Any) -> dict[str, Any]:
+    """The GRPO update on the whole step's completions: gradients by micro-batches, AdamW, no reference model."""
+    import jax
+    import jax.numpy as jnp
+
+    from jaxrl_llm.train.config import GRPOConfig
+    from jaxrl_llm.train.state import abstract_state
+    from jaxrl_llm.train.step import batch_shardings, compiled_update, step_spec
+
+    samples, new, width = sizes["num_samples"], sizes["max_new_tokens"], sizes["prompt_tokens"]
+    micro_rows = sizes["micro_batch_rows"]
+    config = GRPOConfig(num_samples=samples, max_new_tokens=new, micro_batch_rows=micro_rows, remat=sizes["remat"])
+    spec = step_spec(model, config)
+    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    wanted = max(micro_rows // samples, 1) if micro_rows else sizes["prompts"]
+    prompts = _round_up(min(wanted, sizes["prompts"]), ways)
+    micros, rows = math.ceil(sizes["prompts"] / prompts), prompts * samples
+    place = batch_shardings(mesh)
+
+    def array(shape: tuple[int, ...], dtype: Any) -> Any:
+        return jax.ShapeDtypeStruct((micros, *shape), dtype, sharding=place)
+
+    batch = {
+        "prompts": array((prompts, width), jnp.int32),
+        "prompt_lengths": array((prompts,), jnp.int32),
+        "completions": array((rows, new), jnp.int32),
+        "lengths": array((rows,), jnp.int32),
+        "sampler_logps": array((rows, new), jnp.float32),
+        "rewards": array((rows,), jnp.float32),
+        "valid": array((rows,), jnp.bool_),
+        "group_ids": array((rows,), jnp.int32),
+    }
+    compiled = compiled_update(spec, mesh).lower(abstract_state(model, spec.optimizer, mesh), batch).compile()
+    forward = width * model.flops_per_token(width // 2) + samples * new * model.flops_per_token(width + new // 2)
+    # Backward costs two forwards; recomputing each layer one more.
+    flops = sizes["prompts"] * forward * (4 if sizes["remat"] else 3)
+    return {"rows": rows, "micro_batches": micros, "flops": flops, **_memory(compiled)}
+
+
+def _memory(compiled: Any) -> dict[str, int | None]:
+    """Bytes a device; the donated state is counted once."""
+    found = compiled.memory_analysis()
+    arguments, temporaries = int(found.argument_size_in_bytes), int(found.temp_size_in_bytes)
+    outputs = int(found.output_size_in_bytes) - int(found.alias_size_in_bytes)
+    return {
+        "argument_bytes": arguments,
+        "output_bytes": outputs,
+        "temporary_bytes": temporaries,
+        "total_bytes": arguments + outputs + temporaries,
+    }
+
+
+def _round_up(count: int, multiple: int) -> int:
+    return -(-count // multiple) * multiple
+
+
+def table(found: Mapping[str, Any]) -> str:
+    """The plan as lines for people."""
+    layout = ", ".join(f"{name}={size}" for name, size in found["layout"].items())
+    room = "" if found["memory_gib"] is None else f", {found['memory_gib']:.0f} GiB each"
+    lines = [
+        f"model  {found['model']}: {found['parameters'] / 1e9:.3f} B parameters in {found['dtype']}",
+        f"mesh   {found['mesh']}: {found['devices']} x {found['device_kind']}{room}; {layout}",
+        "",
+        f"{'a device, GiB':<16}{'arguments':>10}{'outputs':>9}{'working':>9}{'total':>8}  fits",
+    ]
+    for name in ("generate", "train_step"):
+        program = found[name]
+        cells = [f"{program[key] / GIB:.2f}" for key in ("argument_bytes", "output_bytes", "temporary_bytes", "total_bytes")]
+        fits = {True: "yes", False: "NO", None: "(memory not known)"}[program["fits"]]
+        lines.append(f"{name:<16}{cells[0]:>10}{cells[1]:>9}{cells[2]:>9}{cells[3]:>8}  {fits}")
+    lines.append("")
+    for name, what in (("generate", "batches"), ("train_step", "micro_batches")):
+        program = found[name]
+        at_peak = "" if program["seconds_at_peak"] is None else f", {program['seconds_at_peak']:.2f} s at the mesh's peak"
+        split = f"{program[what]} x {program['rows']} rows"
+        lines.append(f"{name:<16}{program['flops'] / 1e12:.1f} TFLOP a step in {split}{at_peak}")
+    return "\n".join(lines)

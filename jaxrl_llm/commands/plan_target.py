@@ -1,0 +1,97 @@
+"""What `plan` is asked about: the sizes of a config, its own or another run's, and the shape of a model without its weights."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jaxrl_llm.config import ConfigDict, field_names, load_config
+from jaxrl_llm.errors import UserError, nearest
+
+_QWEN = {"model_type": "qwen2", "rms_norm_eps": 1e-6, "rope_theta": 1e6, "max_position_embeddings": 32768, "eos_token_id": 151645}
+_QWEN_05 = {"hidden_size": 896, "num_hidden_layers": 24, "num_attention_heads": 14, "num_key_value_heads": 2, "intermediate_size": 4864}
+_QWEN_15 = {"hidden_size": 1536, "num_hidden_layers": 28, "num_attention_heads": 12, "num_key_value_heads": 2, "intermediate_size": 8960}
+_QWEN_7 = {"hidden_size": 3584, "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4, "intermediate_size": 18944}
+_TIED = {"vocab_size": 151936, "tie_word_embeddings": True}
+_UNTIED = {"vocab_size": 152064, "tie_word_embeddings": False}
+_MATH = {"max_position_embeddings": 4096, "rope_theta": 1e4}
+
+# Published shapes, so that a plan needs no network: the config.json of each checkpoint, as far as it shapes a program.
+PRESETS: dict[str, dict[str, Any]] = {
+    "qwen2.5-0.5b": {**_QWEN, **_QWEN_05, **_TIED},
+    "qwen2.5-1.5b": {**_QWEN, **_QWEN_15, **_TIED},
+    "qwen2.5-7b": {**_QWEN, **_QWEN_7, **_UNTIED},
+    "qwen2.5-math-1.5b": {**_QWEN, **_QWEN_15, **_TIED, **_MATH},
+    "qwen2.5-math-7b": {**_QWEN, **_QWEN_7, **_UNTIED, **_MATH},
+}
+
+# Our field -> the names it goes by in the configs of runs, most telling first; a path matches where it ends in one of them.
+NAMES: dict[str, tuple[str, ...]] = {
+    "model": ("policy.model", "model.path", "model.source", "model", "policy"),
+    "dtype": ("policy.dtype", "model.dtype", "dtype"),
+    "layout": ("mesh",),
+    "prompts": ("grpo.prompts_per_step", "prompts_per_step", "batch_prompts", "batch_size"),
+    "num_samples": ("grpo.num_samples", "num_samples"),
+    "prompt_tokens": ("grpo.max_prompt_tokens", "max_prompt_tokens", "prompt_tokens"),
+    "max_new_tokens": ("grpo.max_new_tokens", "max_new_tokens"),
+    "rollout_rows": ("grpo.rollout_rows", "rollout_rows"),
+    "micro_batch_rows": ("grpo.micro_batch_rows", "micro_batch_rows"),
+    "remat": ("grpo.remat", "remat"),
+}
+
+
+def target_sizes(config: Any) -> dict[str, Any]:
+    """The fields of configs/plan.py, with those of the target config in their place where it has them.
+
+    Raises:
+      UserError: the target names no model.
+    """
+    sizes = {name: config[name] for name in config}
+    if not config.target:
+        return sizes
+    target = load_config(config.target)
+    paths = field_names(target)
+    for ours, names in NAMES.items():
+        value = _first(target, paths, names)
+        if value not in (None, "") and type(value) is type(sizes[ours]):
+            sizes[ours] = value
+        elif ours == "model":
+            raise UserError(f"{config.target} names no model to load: leave the target out and name one with --config.model=...")
+    return sizes
+
+
+def _first(target: ConfigDict, paths: list[str], names: tuple[str, ...]) -> Any:
+    for name in names:
+        for path in paths:
+            if path == name or path.endswith("." + name):
+                value: Any = target
+                for part in path.split("."):
+                    value = value.get(part)
+                return value
+    return None
+
+
+def resolve_model(name: str, dtype: str) -> Any:
+    """The ModelConfig of a preset, of a folder's config.json, or of a hub id's (only config.json is fetched).
+
+    Raises:
+      UserError: no such preset or folder; models.errors.ModelError: an architecture that is not known.
+    """
+    import dataclasses
+
+    from models import ModelConfig, hub
+    from models.errors import ModelError
+
+    preset = name.rsplit("/", 1)[-1].lower()
+    if not Path(name).is_dir() and preset in PRESETS:
+        shape: Mapping[str, Any] = PRESETS[preset]
+    else:
+        try:
+            shape = json.loads((hub.resolve(name, ("config.json",)) / "config.json").read_text())
+        except FileNotFoundError as error:
+            raise UserError(f"{name} has no config.json") from error
+        except ModelError as error:
+            raise UserError(f"no preset, folder or hub id '{name}': {nearest(preset, PRESETS)}") from error
+        except ValueError as error:
+            raise UserError(f"{name}/config.json is not JSON ({error})") from error
+    return dataclasses.replace(ModelConfig.from_hf(dict(shape)), dtype=dtype)

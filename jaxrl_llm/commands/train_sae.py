@@ -1,0 +1,98 @@
+"""`jaxrl-llm train_sae`: a dictionary for one tap of a model, from text or prompt rows, with its metrics on held-out rows."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from jaxrl_llm.data.prompts import fill_template
+from jaxrl_llm.data.sources import parse_fields, read_rows
+from jaxrl_llm.errors import UserError
+from jaxrl_llm.run_dir import RunDir
+from jaxrl_llm.runtime import parse_mesh
+
+FOLDER = "sae"  # of the dictionary, inside the workdir
+
+
+def run(config: Any, workdir: str) -> None:
+    """Harvests, trains, judges and saves; see configs/train_sae.py for the fields.
+
+    Raises:
+      UserError: no model or no text named, too few rows; and what reading, loading, harvesting and training raise.
+    """
+    if not config.model:
+        raise UserError("no model: name a Hugging Face folder or hub id with --config.model=...")
+    if not config.data.source:
+        raise UserError("no text: name a file or data set with --config.data.source=...")
+    texts = _texts(config.data)
+
+    import jax
+
+    import models
+    import sae
+
+    run_dir = RunDir(workdir, config, kind="train_sae")
+    folder = run_dir.path / FOLDER
+    finished = run_dir.path / "summary.json"
+    if run_dir.resumed and finished.exists():
+        _report(folder, json.loads(finished.read_text()))
+        return
+    run_dir.truncate_after(0)  # a run that was stopped starts anew
+    mesh = parse_mesh(config.mesh)
+    model_cfg, params = models.load(config.model, dtype=config.dtype, mesh=mesh)
+    token_rows = _token_rows(texts, models.load_tokenizer(config.model))
+    held_out = min(config.data.eval_rows, max(1, len(token_rows) // 5))
+    train_rows, eval_rows = token_rows[:-held_out], token_rows[-held_out:]
+    hook = config.hook or f"blocks.{model_cfg.n_layers // 2}.resid_post"
+    harvest = config.harvest
+
+    def activations(rows: list[list[int]]) -> Any:
+        return sae.harvest_activations(
+            model_cfg, params, rows, hook, harvest.batch_rows, harvest.context_size, skip_bos=harvest.skip_bos
+        )
+
+    width = next(iter(activations(eval_rows))).shape[1]
+    cfg = sae.SAEConfig(
+        architecture=config.sae.architecture,
+        d_in=width,
+        d_sae=config.sae.d_sae or config.sae.expansion * width,
+        k=config.sae.k if config.sae.architecture == "topk" else None,
+        normalize_activations=config.sae.normalize_activations,
+        apply_b_dec_to_input=config.sae.apply_b_dec_to_input,
+        hook_name=hook,
+        model_name=config.model,
+        context_size=harvest.context_size,
+        dtype=config.sae.dtype,
+    )
+    buffer = sae.ActivationBuffer(lambda: activations(train_rows), config.batch_size, harvest.buffer_rows, config.seed)
+    settings = sae.SAETrainConfig(**config.train.to_dict())
+    dictionary, _ = sae.train_sae(
+        cfg, buffer, settings, jax.random.key(config.seed), mesh=mesh, on_log=lambda record: run_dir.log({"kind": "train", **record})
+    )
+    metrics = sae.evaluate(dictionary, activations(eval_rows), lm=(model_cfg, params, eval_rows))
+    if run_dir.is_writer:
+        sae.save(folder, dictionary, layout=config.sae.layout)
+    summary = {"hook": hook, "d_in": cfg.d_in, "d_sae": cfg.d_sae, "train_rows": len(train_rows), "eval_rows": held_out, **metrics}
+    run_dir.summary(summary)
+    _report(folder, summary)
+
+
+def _texts(data: Any) -> list[str]:
+    rows = read_rows(
+        data.source, parse_fields(data.fields), split=data.split, limit=data.limit, on_bad=data.on_bad, separator=data.separator
+    )
+    if len(rows) < 2:
+        raise UserError(f"{data.source} holds one row: give at least two, since the last ones are kept for the metrics")
+    return [row["prompt"] if data.template == "none" else fill_template(data.template, row) for row in rows]
+
+
+def _token_rows(texts: list[str], tokenizer: Any) -> list[list[int]]:
+    """Token ids of each text, opened by BOS where the tokenizer has one: what the model saw when it was trained."""
+    bos = tokenizer.bos_token_id
+    rows = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    return [row if bos is None or row[:1] == [bos] else [bos, *row] for row in rows]
+
+
+def _report(folder: Path, summary: dict[str, Any]) -> None:
+    names = ("l0", "explained_variance", "ce_recovered", "dead_share")
+    figures = ", ".join(f"{name} {summary[name]:.3f}" for name in names)
+    print(f"{folder}: {summary['d_sae']} latents on {summary['hook']}; {figures}")

@@ -1,0 +1,191 @@
+"""Configurations: load a `configs/*.py` file and variant, apply overrides, lock, write down, compare.
+
+A config file has `get_config(variant: str | None = None) -> ConfigDict`, and `VARIANTS`, the names it knows, when it has any.
+"""
+
+import ast
+import hashlib
+import importlib.util
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_collections
+
+from jaxrl_llm.errors import UserError, nearest
+
+ConfigDict = ml_collections.ConfigDict
+
+# Where a config path is looked for after the current folder: beside the package, so that an installed copy finds its own.
+PACKAGE_ROOT = Path(__file__).resolve().parent.parent
+
+# Fields that say how to run, not what: two runs that differ only here are the same run.
+NOT_THE_RUN = ("overwrite",)
+
+
+def load_config(spec: str, overrides: Mapping[str, Any] | None = None) -> ConfigDict:
+    """The locked config of "configs/x.py:variant" with overrides applied.
+
+    Args:
+      spec: path of a config file, found from the current folder or else beside the package, and an optional ":variant".
+      overrides: dotted key -> value. A string is read by the type of the field it replaces ("None" empties a field); other
+        values must have that type.
+
+    Raises:
+      UserError: no such file, variant or key (the nearest known one is named), or a value that does not fit its field.
+    """
+    path, variant = config_path(spec)
+    module = import_config(path)
+    known = getattr(module, "VARIANTS", None)
+    if variant is not None and known is not None and variant not in known:
+        raise UserError(f"unknown variant '{variant}' of {path.name}: {nearest(variant, known)}")
+    config = module.get_config(variant)
+    if not isinstance(config, ConfigDict):
+        raise UserError(f"{path}: get_config returned {type(config).__name__}, not an ml_collections ConfigDict")
+    for key, value in (overrides or {}).items():
+        set_field(config, key, value)
+    return config.lock()
+
+
+def set_field(config: ConfigDict, key: str, value: Any) -> None:
+    """Sets a dotted key of a config in place; a string value is read by the type of the field.
+
+    Raises:
+      UserError: unknown key (the nearest is named), or a value that does not fit.
+    """
+    *parents, name = key.split(".")
+    node: Any = config
+    for part in parents:
+        node = node[part] if isinstance(node, ConfigDict) and part in node else None
+    if not isinstance(node, ConfigDict) or name not in node:
+        raise UserError(f"unknown config key '{key}': {nearest(key, field_names(config))}")
+    if isinstance(node.get(name), ConfigDict):
+        inside = ", ".join(f"{key}.{entry}" for entry in list(node[name])[:6])
+        raise UserError(f"config key '{key}' is a group of fields, set one of them: {inside}")
+    field_type = node.get_type(name)
+    new = _parse(value, field_type, node.get(name), key) if isinstance(value, str) else value
+    try:
+        with node.unlocked():
+            if field_type is type(None):
+                with node.ignore_type():
+                    node[name] = new
+            else:
+                node[name] = new
+    except (TypeError, ValueError) as error:
+        raise UserError(f"config key '{key}' is {_type_name(field_type)}, got {value!r}") from error
+
+
+def field_names(config: ConfigDict, prefix: str = "") -> list[str]:
+    """Every dotted key of a config, in its order."""
+    names: list[str] = []
+    for name in config:
+        value = config.get(name)
+        if isinstance(value, ConfigDict):
+            names += field_names(value, f"{prefix}{name}.")
+        else:
+            names.append(prefix + name)
+    return names
+
+
+def to_dict(config: Mapping[str, Any] | ConfigDict) -> dict[str, Any]:
+    """A config as plain JSON values: tuples become lists, paths strings."""
+    return json.loads(to_json(config))
+
+
+def to_json(config: Mapping[str, Any] | ConfigDict) -> str:
+    """A config as readable JSON."""
+    plain = config.to_dict() if isinstance(config, ConfigDict) else dict(config)
+    return json.dumps(plain, indent=2, default=str)
+
+
+def config_hash(config: Mapping[str, Any] | ConfigDict) -> str:
+    """16 hex digits that two configs share exactly when they describe the same run."""
+    described = {key: value for key, value in to_dict(config).items() if key not in NOT_THE_RUN}
+    return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def first_difference(one: Mapping[str, Any], other: Mapping[str, Any], prefix: str = "") -> tuple[str, Any, Any] | None:
+    """The first dotted key at which two plain configs differ, with both values; None where they agree."""
+    for key in [*one, *(key for key in other if key not in one)]:
+        if not prefix and key in NOT_THE_RUN:
+            continue
+        a, b = one.get(key, "(absent)"), other.get(key, "(absent)")
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            inner = first_difference(a, b, f"{prefix}{key}.")
+            if inner:
+                return inner
+        elif a != b:
+            return prefix + key, a, b
+    return None
+
+
+def resolve_path(path: str | Path) -> Path:
+    """A path as given where it exists from the current folder, else beside the installed package, else as given."""
+    given = Path(path).expanduser()
+    beside = PACKAGE_ROOT / given
+    return beside if not given.exists() and not given.is_absolute() and beside.exists() else given
+
+
+def config_path(spec: str) -> tuple[Path, str | None]:
+    """The file and the variant of "configs/x.py:variant"; raises UserError where there is no such file."""
+    name, colon, variant = spec.partition(".py:")
+    name = name + ".py" if colon else spec
+    path = resolve_path(name)
+    if path.suffix != ".py" or not path.is_file():
+        known = [f"configs/{found.name}" for found in sorted((PACKAGE_ROOT / "configs").glob("[!_]*.py"))]
+        raise UserError(f"no config file '{name}': {nearest(name, known)}")
+    return path, variant or None
+
+
+def import_config(path: Path) -> Any:
+    """The module of a config file; raises UserError where it has no get_config."""
+    spec = importlib.util.spec_from_file_location(f"_config_{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise UserError(f"{path} is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, "get_config"):
+        raise UserError(f"{path} has no get_config(variant=None): it is not a config file")
+    return module
+
+
+def _parse(text: str, field_type: type, current: Any, key: str) -> Any:
+    if text in ("None", "null"):
+        return None
+    try:
+        if field_type is bool:
+            return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}[text.lower()]
+        if field_type is int:
+            number = float(text) if any(letter in text for letter in ".eE") else int(text)
+            if number != int(number):
+                raise ValueError(text)
+            return int(number)
+        if field_type is float:
+            return float(text)
+        if field_type in (tuple, list):
+            return field_type(_parse_sequence(text, current))
+        return _literal(text) if field_type is type(None) else text
+    except (KeyError, ValueError, SyntaxError, OverflowError) as error:
+        raise UserError(f"config key '{key}' is {_type_name(field_type)}, cannot read '{text}' as that") from error
+
+
+def _parse_sequence(text: str, current: Any) -> list[Any]:
+    entries = [entry.strip() for entry in text.strip().strip("()[]").split(",")]
+    entries = [entry.strip("'\"") for entry in entries if entry]
+    if current:
+        kind = type(current[0])
+        return [_parse(entry, kind, None, "an entry") for entry in entries]
+    return [_literal(entry) for entry in entries]
+
+
+def _literal(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return {"true": True, "false": False}.get(text.lower(), text)
+
+
+def _type_name(field_type: type) -> str:
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", tuple: "a list such as 1,2,3"}
+    return names.get(field_type, field_type.__name__)

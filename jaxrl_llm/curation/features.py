@@ -1,0 +1,194 @@
+"""Texts to pooled feature vectors: one jitted program for model, SAE and pooling.
+
+For each padded width the program runs the blocks up to the tap, encodes every token with each dictionary, and pools over the
+row's tokens, so that no token's activations leave the device. A trained SAE, a randomly initialised one and the dense
+activations (the controls that SAERL needs) come out of the same pass.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import models
+import sae
+from jaxrl_llm.curation.streaming import Results, run_sharded
+from jaxrl_llm.errors import UserError
+from sae.harvest import blocks_needed
+
+POOLINGS = ("max_log1p", "max", "mean", "last")
+DENSE = ("dense_mean", "dense_max", "dense_last")
+
+
+def middle_hook(cfg: models.ModelConfig) -> str:
+    """The residual stream after the middle block (28 blocks: block 14), SAERL's place."""
+    return f"blocks.{min(cfg.n_layers // 2, cfg.n_layers - 1)}.resid_post"
+
+
+@functools.partial(jax.jit, static_argnames=("cfg", "hook", "pooling", "dense", "replicate"))
+def pool(cfg, params, dictionaries, tokens_BT, lengths_B, starts_B, *, hook, pooling, dense, replicate=None) -> dict[str, jax.Array]:
+    """Pooled vectors of one batch of rows.
+
+    tokens_BT: int32, right-padded; rows count from starts_B (0, or 1 to leave out a beginning-of-text token) to lengths_B.
+    dictionaries: name -> sae.Dictionary, each gives [B, d_sae]; dense: names of DENSE, each gives [B, d_model].
+    pooling of latents over a row's tokens: "max_log1p" = log(1 + max), "max", "mean", "last". Rows without tokens give zeros.
+    replicate: a sharding for the results (all processes then see them whole).
+    """
+    out = models.forward(cfg, params, tokens_BT, lengths=lengths_B, taps=(hook,), stop_at=blocks_needed(hook))
+    x_BTD = out.taps[hook].astype(jnp.float32)
+    position_T = jnp.arange(tokens_BT.shape[1])
+    mask_BT = (position_T < lengths_B[:, None]) & (position_T >= starts_B[:, None])
+    last_B = jnp.maximum(lengths_B - 1, 0)
+    if pooling == "last":
+        mask_BT &= position_T == last_B[:, None]
+    count_B = jnp.maximum(mask_BT.sum(axis=1), 1)
+    pooled = {name: _pool_latents(d, x_BTD, mask_BT, count_B, pooling) for name, d in dictionaries.items()}
+    counts_BT = (position_T < lengths_B[:, None]) & (position_T >= starts_B[:, None])
+    for name in dense:
+        pooled[name] = _pool_dense(x_BTD, counts_BT, last_B, name)
+    return pooled if replicate is None else jax.lax.with_sharding_constraint(pooled, replicate)
+
+
+def _pool_latents(d: sae.Dictionary, x_BTD, mask_BT, count_B, pooling: str) -> jax.Array:
+    if d.cfg.k:  # few latents a token: scatter them into the row's vector
+        values_BTK, indices_BTK = sae.encode_topk(d, x_BTD)
+        values_BTK = jnp.where(mask_BT[..., None], values_BTK, 0.0)
+
+        def scatter(values_TK, indices_TK):
+            zero = jnp.zeros(d.cfg.d_sae, jnp.float32).at[indices_TK.ravel()]
+            return zero.add(values_TK.ravel()) if pooling == "mean" else zero.max(values_TK.ravel())
+
+        pooled_BF = jax.vmap(scatter)(values_BTK, indices_BTK)
+    else:  # dense code: a row's [T, d_sae] at a time
+
+        def reduce(row):
+            z_TF = jnp.where(row[1][:, None], sae.encode(d, row[0]), 0.0)
+            return z_TF.sum(axis=0) if pooling == "mean" else z_TF.max(axis=0)
+
+        pooled_BF = jax.lax.map(reduce, (x_BTD, mask_BT))
+    if pooling == "mean":
+        return pooled_BF / count_B[:, None]
+    return jnp.log1p(jnp.maximum(pooled_BF, 0.0)) if pooling == "max_log1p" else pooled_BF
+
+
+def _pool_dense(x_BTD, mask_BT, last_B, name: str) -> jax.Array:
+    if name == "dense_last":
+        last_BD = jnp.take_along_axis(x_BTD, last_B[:, None, None], axis=1)[:, 0]
+        return jnp.where(mask_BT.any(axis=1)[:, None], last_BD, 0.0)
+    if name == "dense_mean":
+        return jnp.where(mask_BT[..., None], x_BTD, 0.0).sum(axis=1) / jnp.maximum(mask_BT.sum(axis=1), 1)[:, None]
+    most_BD = jnp.where(mask_BT[..., None], x_BTD, -jnp.inf).max(axis=1)
+    return jnp.where(mask_BT.any(axis=1)[:, None], most_BD, 0.0)
+
+
+@dataclass
+class FeatureProgram:
+    """The program of `extract_features` (streaming.Program)."""
+
+    cfg: models.ModelConfig
+    params: Any
+    dictionaries: dict[str, sae.Dictionary]
+    hook: str
+    pooling: str = "max_log1p"
+    dense: tuple[str, ...] = ("dense_mean", "dense_max")
+    context: int = 0
+    bos: int | None = None
+    mesh: Any = None
+    sparse: tuple[str, ...] = field(init=False)
+    merge: dict[str, str] = field(init=False)
+    fingerprint: str = field(init=False)
+
+    def __post_init__(self):
+        if self.pooling not in POOLINGS:
+            raise UserError(f"features: no pooling {self.pooling!r}; one of {', '.join(POOLINGS)}")
+        unknown = [name for name in self.dense if name not in DENSE]
+        if unknown:
+            raise UserError(f"features: no dense features {unknown[0]!r}; some of {', '.join(DENSE)}")
+        for name, d in self.dictionaries.items():
+            if d.cfg.d_in != self.cfg.d_model:
+                raise UserError(
+                    f"features: {name} reads activations of width {d.cfg.d_in}, this model's {self.hook} has {self.cfg.d_model}; "
+                    "give the model that the SAE was trained on as the feature model"
+                )
+        limit = self.cfg.max_position
+        self.context = min(self.context or limit, limit)
+        self.sparse = tuple(self.dictionaries)
+        how = {"mean": "mean", "last": "last"}.get(self.pooling, "max")
+        self.merge = dict.fromkeys(self.dictionaries, how) | {name: name.removeprefix("dense_") for name in self.dense}
+        described = (repr(self.cfg), self.hook, self.pooling, self.context, self.bos, self.dense, list(self.dictionaries))
+        digest = hashlib.blake2b(repr(described).encode(), digest_size=8)
+        digest.update(tree_fingerprint((self.params, self.dictionaries)).encode())
+        self.fingerprint = digest.hexdigest()
+
+    def widths(self) -> dict[str, int]:
+        return {name: d.cfg.d_sae for name, d in self.dictionaries.items()} | dict.fromkeys(self.dense, self.cfg.d_model)
+
+    def __call__(self, tokens_BT, lengths_B, starts_B, marks_B):
+        replicate = None
+        if self.mesh is not None:
+            from models.sharding import replicated
+
+            replicate = replicated(self.mesh)
+        return pool(
+            self.cfg, self.params, self.dictionaries, tokens_BT, lengths_B, starts_B,
+            hook=self.hook, pooling=self.pooling, dense=self.dense, replicate=replicate,
+        )  # fmt: skip
+
+
+def extract_features(
+    cfg: models.ModelConfig,
+    params: Any,
+    dictionaries: Mapping[str, sae.Dictionary],
+    tokens: Sequence[Sequence[int]] | Callable[[int, int], list[list[int]]],
+    n: int | None = None,
+    *,
+    hook: str | None = None,
+    pooling: str = "max_log1p",
+    dense: Sequence[str] = ("dense_mean", "dense_max"),
+    context: int | None = None,
+    mesh: Any = None,
+    **run_options,
+) -> Results:
+    """Pooled features of N rows under a feature model (which need not be the policy).
+
+    tokens: token lists, or a function (a, b) -> token lists of rows a..b with `n` rows in all (nothing is then held). A first
+    token equal to cfg.bos_token_id is run but not pooled. hook: the tap; by default the SAE's own, else the middle block's
+    residual. context: longest piece run at once, at most the model's. run_options: of streaming.run_sharded (folder, overflow,
+    shard_rows, batch_tokens, progress).
+
+    Results has a CSR output for each dictionary by its name and dense outputs by theirs. Raises UserError where the SAE and
+    the model do not fit together.
+    """
+    hooks = {d.cfg.hook_name for d in dictionaries.values() if d.cfg.hook_name}
+    hook = hook or (hooks.pop() if hooks else middle_hook(cfg))
+    program = FeatureProgram(cfg, params, dict(dictionaries), hook, pooling, tuple(dense), context or 0, cfg.bos_token_id, mesh)
+    n = len(tokens) if n is None else n
+
+    def tokens_of(a: int, b: int):
+        rows = tokens(a, b) if callable(tokens) else tokens[a:b]
+        return rows, [0] * len(rows)
+
+    return run_sharded(program, n, tokens_of, mesh=mesh, **run_options)
+
+
+def random_dictionary(cfg: sae.SAEConfig, seed: int = 0) -> sae.Dictionary:
+    """A dictionary of the same shape that was never trained: the control that asks whether training it mattered."""
+    return sae.init(cfg, jax.random.key(seed))
+
+
+def tree_fingerprint(tree: Any, sample: int = 4096) -> str:
+    """16 hex digits of a pytree's paths, shapes, dtypes and `sample` evenly spaced values of each leaf. Cheap on large models, and
+    any training step changes it."""
+    digest = hashlib.blake2b(digest_size=8)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        flat = leaf.reshape(-1)
+        values = np.asarray(flat[:: max(1, flat.shape[0] // sample)])
+        digest.update(f"{jax.tree_util.keystr(path)} {leaf.shape} {leaf.dtype}".encode() + values.tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,152 @@
+"""Which rows are fit to train on: a quality score for each, and the filter that it makes.
+
+The score comes from labels, or from telling rows apart from corrupted copies of them (corruptions.py), which needs none. As for
+difficulty, length + TF-IDF and dense activations go through the same probe and stand beside it, and the AUROC is given for
+each kind of corruption: a wrong gold answer is invisible to any feature of the prompt.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from jaxrl_llm.curation.probes import Design, StackedDesign, as_design, auroc, compare, cross_validate, spearman
+from jaxrl_llm.errors import UserError
+
+
+@dataclass(frozen=True)
+class Quality:
+    """values: [N], higher is better. report: figures of every probe."""
+
+    values: np.ndarray
+    report: dict[str, Any]
+
+
+def fit_quality(
+    designs: Mapping[str, tuple[Design, Design]],
+    sources: np.ndarray,
+    kinds: np.ndarray,
+    *,
+    use: str = "sae",
+    reference: str = "length_tfidf",
+    free_scores: Mapping[str, tuple[np.ndarray, np.ndarray]] | None = None,
+    folds: int = 5,
+    draws: int = 1000,
+    seed: int = 0,
+    tick: Callable[[], None] = lambda: None,
+    **probe_options,
+) -> Quality:
+    """Self-supervised quality: a logistic probe between original rows and corrupted copies.
+
+    designs: name -> (features of the N rows, features of the M copies). sources: [M] the row each copy was made from. kinds: [M]
+    names of the corruptions. use: the design that gives the values. free_scores: name -> ([N], [M]) scores used as they are, such
+    as the policy's log-probability of the gold answer. A row and its copy always share a fold; rows that took part get their
+    out-of-fold score, so that no row is judged by a probe that was told it is good.
+
+    report: {"probes": {NAME: {"value": AUROC, "low", "high", "n", "by_kind": {...}, "minus_reference"}}, "used", "counts"}.
+    """
+    if use not in designs and use not in (free_scores or {}):
+        raise UserError(f"quality: no features {use!r}; one of {', '.join([*designs, *(free_scores or {})])}")
+    sources, kinds = np.asarray(sources, int), np.asarray(kinds)
+    originals = np.unique(sources)
+    clean = np.concatenate([np.ones(len(originals)), np.zeros(len(sources))])
+    groups = np.concatenate([originals, sources])
+
+    scores, values = {}, {}
+    for name, (rows, copies) in designs.items():
+        rows, copies = as_design(rows), as_design(copies)
+        stacked = StackedDesign(rows, copies)
+        chosen = np.concatenate([originals, len(rows) + np.arange(len(sources))])
+        options = {"folds": folds, "groups": groups, "seed": seed, "tick": tick, **probe_options}
+        scores[name], probe = cross_validate(stacked, chosen, clean, "logistic", **options)
+        if name == use:
+            values[name] = probe.predict(rows)
+            values[name][originals] = scores[name][: len(originals)]
+    for name, (of_rows, of_copies) in (free_scores or {}).items():
+        scores[name] = np.concatenate([np.asarray(of_rows)[originals], np.asarray(of_copies)])
+        values[name] = np.asarray(of_rows, float)
+
+    table = compare(scores, clean, auroc, reference=reference, groups=groups, draws=draws, seed=seed)
+    for name, score in scores.items():
+        above, below = score[: len(originals)], score[len(originals) :]
+        table[name]["by_kind"] = {
+            kind: {"value": auroc(np.concatenate([above, below[kinds == kind]]), np.arange(len(above) + n) < len(above)), "n": n}
+            for kind, n in sorted(Counter(kinds.tolist()).items())
+        }
+    report = {"probes": table, "used": use, "reference": reference, "counts": {"rows": len(originals), "copies": len(sources)}}
+    return Quality(values[use], report)
+
+
+def fit_labelled_quality(
+    designs: Mapping[str, Design | np.ndarray],
+    labels: np.ndarray,
+    *,
+    use: str = "sae",
+    reference: str = "length_tfidf",
+    folds: int = 5,
+    draws: int = 1000,
+    seed: int = 0,
+    tick: Callable[[], None] = lambda: None,
+    **probe_options,
+) -> Quality:
+    """Quality from labels [N] (NaN where unlabelled), higher is better: two different values fit a logistic probe judged by AUROC,
+    more fit ridge judged by Spearman (a judge's score of 1-5, say). Labelled rows get their out-of-fold score."""
+    labels = np.asarray(labels, float)
+    rows = np.flatnonzero(np.isfinite(labels))
+    levels = np.unique(labels[rows])
+    if len(levels) < 2:
+        raise UserError(f"quality: {len(rows)} labels, {len(levels)} different: a probe needs good rows and bad ones")
+    if use not in designs:
+        raise UserError(f"quality: no features {use!r}; one of {', '.join(designs)}")
+    binary = len(levels) == 2
+    y = (labels[rows] == levels[-1]).astype(float) if binary else labels[rows]
+    model, measure = ("logistic", auroc) if binary else ("ridge", spearman)
+    scores, values = {}, None
+    for name, x in designs.items():
+        design = as_design(x)
+        scores[name], probe = cross_validate(design, rows, y, model, folds=folds, seed=seed, tick=tick, **probe_options)
+        if name == use:
+            values = probe.predict(design)
+            values[rows] = scores[name]
+    table = compare(scores, y, measure, reference=reference, draws=draws, seed=seed)
+    report = {"probes": table, "used": use, "reference": reference, "measure": measure.__name__, "counts": {"labels": len(rows)}}
+    return Quality(values, report)
+
+
+@dataclass(frozen=True)
+class Filtered:
+    """keep: [N] bool. reasons: why rows were dropped -> how many; a row counts under the first reason that hit it. cut: the
+    quality below which rows went, or None."""
+
+    keep: np.ndarray
+    reasons: dict[str, int]
+    cut: float | None
+
+
+def filter_rows(quality: np.ndarray, drop_fraction: float, faults: Mapping[str, np.ndarray] | None = None) -> Filtered:
+    """Drop rows with a fault (name -> [N] bool: duplicates, empty answers, ...), then the `drop_fraction` of lowest quality among
+    the rest. Of rows of equal quality at the cut, later ones go first. Raises UserError when nothing is left."""
+    if not 0 <= drop_fraction < 1:
+        raise UserError(f"quality: drop_fraction is {drop_fraction}; give a share from 0 up to below 1")
+    keep, reasons = np.ones(len(quality), bool), {}
+    for name, hit in (faults or {}).items():
+        reasons[name] = int((keep & hit).sum())
+        keep &= ~hit
+    rows = np.flatnonzero(keep)
+    count = int(round(drop_fraction * len(rows)))
+    worst = rows[np.lexsort((-rows, quality[rows]))[:count]]
+    keep[worst] = False
+    reasons["low_quality"] = count
+    if not keep.any():
+        raise UserError("quality: no row is left: " + ", ".join(f"{n} {name}" for name, n in reasons.items()))
+    return Filtered(keep, reasons, float(quality[worst].max()) if count else None)
+
+
+def answer_length_columns(answers: Sequence[str | None]) -> np.ndarray:
+    """[N, 2] log lengths of the answers in characters and terms: what log-probabilities must not be mistaken for."""
+    texts = [a or "" for a in answers]
+    return np.log1p(np.array([(len(t), len(t.split())) for t in texts], np.float32).reshape(-1, 2))

@@ -1,0 +1,7 @@
+"""Losses: arrays in, (loss, metrics) out; no model inside."""
+
+from jaxrl_llm.losses.grpo import Totals, batch_totals, group_advantages, group_stats, grpo_loss, kl_estimate
+from jaxrl_llm.losses.logprobs import token_logprobs
+from jaxrl_llm.losses.sft import sft_loss
+
+__all__ = ["Totals", "batch_totals", "group_advantages", "group_stats", "grpo_loss", "kl_estimate", "sft_loss", "token_logprobs"]

@@ -1,0 +1,234 @@
+"""The directory of one run: config.json, metrics.jsonl, samples.jsonl, summary.json, checkpoints/.
+
+Whole files are written to a temporary name and renamed, lines are appended and flushed, so a kill at any moment leaves a
+directory that the next start can use. Only process 0 of a multi-process run writes.
+"""
+
+import contextlib
+import json
+import math
+import os
+import shutil
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxrl_llm import __version__
+from jaxrl_llm.config import ConfigDict, config_hash, first_difference, to_dict
+from jaxrl_llm.errors import UserError, from_os_error
+
+OWN_FILES = ("config.json", "metrics.jsonl", "samples.jsonl", "summary.json", "report.html", "checkpoints")
+
+
+class RunDir:
+    """Opens or makes the directory of a run.
+
+    Args:
+      path: the directory (--workdir).
+      config: the run's config; `config.overwrite = True` clears the directory of another run first.
+      kind: what sort of run this is, such as "grpo".
+
+    Raises:
+      UserError: the directory holds another run (another kind, or a config that differs: the key is named), holds files that
+        are no run at all, or cannot be written.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], config: ConfigDict | Mapping[str, Any], *, kind: str):
+        self.path = Path(path)
+        self.kind = kind
+        self.checkpoints = self.path / "checkpoints"
+        self.is_writer = _process_index() == 0
+        self.resumed = False
+        plain = to_dict(config)
+        found = self._find(plain)
+        if not self.is_writer:
+            self.resumed = found
+            return
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            if plain.get("overwrite") and not found:
+                self._clear()
+            self.checkpoints.mkdir(exist_ok=True)
+            if found:
+                for name in ("metrics.jsonl", "samples.jsonl"):
+                    _repair_last_line(self.path / name)
+            else:
+                head = {"kind": kind, "hash": config_hash(plain), "version": __version__, "config": plain}
+                write_json(self.path / "config.json", head)
+        except OSError as error:
+            raise from_os_error(error, self.path, "write the run directory") from error
+        self.resumed = found
+
+    def _find(self, plain: dict[str, Any]) -> bool:
+        """Whether the directory already holds this very run; raises when it holds another one."""
+        try:
+            text = (self.path / "config.json").read_text()
+        except FileNotFoundError:
+            return False
+        except OSError as error:
+            raise from_os_error(error, self.path, "open the run directory") from error
+        way_out = "choose another --workdir, or set --config.overwrite=True to clear this one"
+        try:
+            head = json.loads(text)
+            there, kind = head["config"], head["kind"]
+        except (ValueError, KeyError, TypeError):
+            if plain.get("overwrite"):
+                return False
+            raise UserError(f"{self.path}/config.json is not the config of a run of ours: {way_out}") from None
+        if kind == self.kind and head.get("hash") == config_hash(plain):
+            return True
+        if plain.get("overwrite"):
+            return False
+        if kind != self.kind:
+            raise UserError(f"{self.path} holds a run of '{kind}', this is '{self.kind}': {way_out}")
+        key, old, new = first_difference(there, plain) or ("(unknown)", "?", "?")
+        raise UserError(f"{self.path} holds another run: config key '{key}' is {_short(old)} there and {_short(new)} here; {way_out}")
+
+    def _clear(self) -> None:
+        for name in OWN_FILES:
+            target = self.path / name
+            if target.is_dir():
+                shutil.rmtree(target)
+            else:
+                target.unlink(missing_ok=True)
+
+    def log(self, record: Mapping[str, Any]) -> None:
+        """Appends one line to metrics.jsonl."""
+        self._append("metrics.jsonl", record)
+
+    def sample(self, record: Mapping[str, Any]) -> None:
+        """Appends one line to samples.jsonl."""
+        self._append("samples.jsonl", record)
+
+    def summary(self, record: Mapping[str, Any]) -> None:
+        """Writes summary.json anew."""
+        if self.is_writer:
+            write_json(self.path / "summary.json", record)
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The records of metrics.jsonl so far."""
+        return read_jsonl(self.path / "metrics.jsonl")
+
+    def samples(self) -> list[dict[str, Any]]:
+        """The records of samples.jsonl so far."""
+        return read_jsonl(self.path / "samples.jsonl")
+
+    def truncate_after(self, step: int) -> None:
+        """Drops the metric and sample lines of steps after `step`: what a resumed run is about to write again."""
+        if not self.is_writer:
+            return
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            path = self.path / name
+            lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+            kept = [line for line in lines if json.loads(line).get("step", 0) <= step]
+            if len(kept) < len(lines):
+                write_text(path, "".join(kept))
+
+    def _append(self, name: str, record: Mapping[str, Any]) -> None:
+        if not self.is_writer:
+            return
+        path = self.path / name
+        line = (json.dumps(to_plain(record), ensure_ascii=False) + "\n").encode()
+        before = 0
+        try:
+            with open(path, "ab", buffering=0) as file:
+                before = file.tell()
+                written = file.write(line)
+                while written < len(line):
+                    written += file.write(line[written:])
+        except OSError as error:
+            # A part of the line may be on disk; without it the file stays readable.
+            with contextlib.suppress(OSError):
+                os.truncate(path, before)
+            raise from_os_error(error, path, "write") from error
+
+
+def write_json(path: str | os.PathLike[str], value: Any) -> None:
+    """Writes JSON to a temporary name beside `path`, then renames it; raises UserError when the disk does not take it."""
+    write_text(path, json.dumps(to_plain(value), indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Writes text atomically: the file is either the old one or the whole new one.
+
+    Raises:
+      UserError: no space, no permission, or another refusal of the disk; the old file is then untouched.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise from_os_error(error, path, "write") from error
+
+
+def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """The records of a jsonl file of a run; [] where there is none. A last line cut short by a kill is left out."""
+    path = Path(path)
+    if not path.exists():
+        return []
+    lines = path.read_bytes().split(b"\n")
+    if lines[-1] and not _is_record(lines[-1]):
+        lines.pop()
+    return [json.loads(line) for line in lines if line.strip()]
+
+
+def to_plain(value: Any) -> Any:
+    """JSON values of anything we log: numpy and JAX scalars and arrays become numbers and lists, NaN and infinities None."""
+    if isinstance(value, Mapping):
+        return {str(key): to_plain(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple, set)):
+        return [to_plain(entry) for entry in value]
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    if isinstance(value, (float, np.floating)):
+        return float(value) if math.isfinite(value) else None
+    if isinstance(value, np.integer):
+        return int(value)
+    if isinstance(value, np.bool_):
+        return bool(value)
+    if hasattr(value, "__array__"):
+        return to_plain(np.asarray(value).tolist())
+    return str(value)
+
+
+def _repair_last_line(path: Path) -> None:
+    """Cuts off a last line that a kill left unfinished; ends it when only the newline is missing."""
+    if not path.exists():
+        return
+    data = path.read_bytes()
+    if not data or data.endswith(b"\n"):
+        return
+    start = data.rfind(b"\n") + 1
+    if _is_record(data[start:]):
+        with open(path, "ab") as file:
+            file.write(b"\n")
+    else:
+        os.truncate(path, start)
+
+
+def _is_record(line: bytes) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except ValueError:
+        return False
+
+
+def _process_index() -> int:
+    # Without JAX there is one process; a tool that only reads and writes rows must not start a backend for this.
+    jax = sys.modules.get("jax")
+    return jax.process_index() if jax is not None else 0
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,129 @@
+"""What must be settled before JAX is first used: the persistent compilation cache, and the processes of a multi-host job."""
+
+import hashlib
+import os
+import platform
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jaxrl_llm.errors import UserError
+
+
+def use_compilation_cache() -> Path | None:
+    """Turns on JAX's persistent compilation cache, so that a second run does not compile again.
+
+    The folder is JAX_COMPILATION_CACHE_DIR, else one in the user's cache folder. The CPU's features are part of that name: a
+    program compiled for one kind of CPU may not run on another that shares the home folder. JAX_ENABLE_COMPILATION_CACHE=false
+    leaves it off. Returns the folder, or None where it is off or cannot be made.
+    """
+    if os.environ.get("JAX_ENABLE_COMPILATION_CACHE", "").lower() in ("0", "false", "no"):
+        return None
+    given = os.environ.get("JAX_COMPILATION_CACHE_DIR")
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = Path(given) if given else base / "jaxrl_llm" / f"xla-{_cpu_features()}"
+    if "://" not in str(folder):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            print(f"no compilation cache: cannot make {folder} ({error.strerror})", file=sys.stderr)
+            return None
+    # JAX's own threshold of 1 s would leave out most programs of a small model, which are what a short run waits for.
+    seconds = os.environ.get("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+    if "jax" in sys.modules:
+        import jax
+
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", float(seconds))
+    else:
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder)
+        os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = seconds
+    return folder
+
+
+def distributed_arguments(environment: Mapping[str, str]) -> dict[str, str | int] | None:
+    """What `jax.distributed.initialize` is to be called with: None for a job of one process, {} where JAX detects it itself.
+
+    JAX_COORDINATOR_ADDRESS (host:port) with JAX_NUM_PROCESSES and JAX_PROCESS_ID says it outright. A Slurm step or Open MPI job
+    of several tasks, a GKE or multi-slice TPU job, or JAXRL_LLM_DISTRIBUTED=1 (for example on each worker of a TPU slice) leave
+    it to JAX. JAXRL_LLM_DISTRIBUTED=0 keeps to one process.
+
+    Raises:
+      UserError: the coordinator is named but the number or the index of the process is not, or is no number.
+    """
+    if environment.get("JAXRL_LLM_DISTRIBUTED") == "0":
+        return None
+    if environment.get("JAX_COORDINATOR_ADDRESS"):
+        arguments: dict[str, str | int] = {"coordinator_address": environment["JAX_COORDINATOR_ADDRESS"]}
+        for name, variable in (("num_processes", "JAX_NUM_PROCESSES"), ("process_id", "JAX_PROCESS_ID")):
+            if not environment.get(variable, "").isdigit():
+                raise UserError(
+                    f"JAX_COORDINATOR_ADDRESS is set but {variable} is '{environment.get(variable, '')}': "
+                    "give each process JAX_NUM_PROCESSES and its own JAX_PROCESS_ID, or unset JAX_COORDINATOR_ADDRESS"
+                )
+            arguments[name] = int(environment[variable])
+        return arguments
+    tasks = max(int(environment.get(name) or 1) for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"))
+    several_workers = "," in environment.get("TPU_WORKER_HOSTNAMES", "") or bool(environment.get("MEGASCALE_COORDINATOR_ADDRESS"))
+    asked = environment.get("JAXRL_LLM_DISTRIBUTED") == "1"
+    return {} if tasks > 1 or several_workers or asked else None
+
+
+def maybe_initialize(timeout_s: int = 300) -> None:
+    """Joins this process to its job where the environment says that there are several; must run before any other JAX call.
+
+    Raises:
+      UserError: the environment is incomplete, or not all processes came within `timeout_s` seconds.
+    """
+    arguments = distributed_arguments(os.environ)
+    if arguments is None:
+        return
+    import jax
+
+    try:
+        jax.distributed.initialize(**arguments, initialization_timeout=timeout_s)  # pyright: ignore[reportArgumentType]
+    except (RuntimeError, ValueError) as error:
+        reason = (str(error).strip().splitlines() or ["no reason given"])[0]
+        raise UserError(
+            f"could not join the other processes within {timeout_s} s ({reason}): start the same command on every host, "
+            "or set JAXRL_LLM_DISTRIBUTED=0 to run on this one alone"
+        ) from error
+    print(
+        f"process {jax.process_index()} of {jax.process_count()}: {jax.local_device_count()} of {jax.device_count()} devices",
+        file=sys.stderr,
+        flush=True,
+    )
+
+
+def _cpu_features() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        features = next(line for line in lines if line.startswith(("flags", "Features")))
+    except (OSError, StopIteration):
+        features = platform.processor()
+    return hashlib.sha256(f"{platform.machine()} {features}".encode()).hexdigest()[:8]
+
+
+def parse_mesh(text: str) -> Any:
+    """The device mesh of a config's text: "" is None (one device), "fsdp=4,tensor=2" a mesh over all devices.
+
+    Raises:
+      UserError: the text is not AXIS=NUMBER entries. models.errors.ModelError: an unknown axis, or not that many devices.
+    """
+    if not text.strip():
+        return None
+    from models.sharding import make_mesh
+
+    return make_mesh(parse_axes(text))
+
+
+def parse_axes(text: str) -> dict[str, int]:
+    """The axes of a config's text: "fsdp=4,tensor=2" -> {"fsdp": 4, "tensor": 2}; raises UserError for anything else."""
+    shape = {}
+    for entry in text.split(","):
+        name, _, size = entry.partition("=")
+        if not size.strip().removeprefix("-").isdigit():
+            raise UserError(f"mesh '{text}': '{entry}' is not AXIS=NUMBER, such as fsdp=4")
+        shape[name.strip()] = int(size)
+    return shape

@@ -1,0 +1,119 @@
+"""Checkpoints of a run: a thin layer over Orbax, so that a change of its API costs this file only.
+
+A checkpoint holds the training state (sharded arrays) and a small host part (the schedule's arrays). Orbax writes to a temporary
+folder and renames it, so a kill leaves either the whole checkpoint or none; what cannot be read is passed over for the one before.
+"""
+
+import base64
+import errno
+import io
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+
+from jaxrl_llm.errors import UserError, from_os_error
+
+# What the parts of Orbax that do not raise OSError say when the disk refuses.
+_DISK_FULL = ("no space left", "disk quota", "file too large", "resource_exhausted")
+_TEMPORARY = "orbax-checkpoint-tmp"
+
+
+class Checkpoints:
+    """The checkpoints of one folder, newest kept.
+
+    path: the folder (made if need be). keep: how many to keep. Raises UserError where it cannot be written.
+    """
+
+    def __init__(self, path: str | Path, keep: int = 2):
+        import orbax.checkpoint as ocp
+
+        self.path = Path(path).absolute()
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            if jax.process_index() == 0:
+                for left_over in self.path.glob(f"*{_TEMPORARY}*"):
+                    shutil.rmtree(left_over, ignore_errors=True)
+        except OSError as error:
+            raise from_os_error(error, self.path, "write checkpoints to") from error
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=False)
+        self._manager = ocp.CheckpointManager(self.path, options=options, item_names=("state", "host"))
+        self._ocp = ocp
+
+    def steps(self) -> list[int]:
+        """Steps with a finished checkpoint, oldest first."""
+        return sorted(self._manager.all_steps())
+
+    def save(self, step: int, state: Any, host: dict[str, np.ndarray]) -> None:
+        """Saves `state` and `host` under `step`, if there is none yet; blocks until it is on disk.
+
+        Raises UserError when the disk is full or not writable; earlier checkpoints are then as they were.
+        """
+        if step in self._manager.all_steps():
+            return
+        self._check_space(state, host)
+        args = self._ocp.args
+        items = args.Composite(state=args.StandardSave(state), host=args.JsonSave({"arrays": _pack(host)}))
+        try:
+            self._manager.save(step, args=items)
+            self._manager.wait_until_finished()
+        except OSError as error:
+            raise self._save_error(error) from error
+        except Exception as error:
+            # Tensorstore reports a refused write as a ValueError or a runtime error with the system's words in it.
+            if any(words in str(error).lower() for words in _DISK_FULL):
+                raise self._save_error(OSError(errno.ENOSPC, "disk full")) from error
+            raise
+
+    def restore(self, abstract_state: Any) -> tuple[int, Any, dict[str, np.ndarray]] | None:
+        """(step, state, host) of the newest checkpoint that can be read, or None where there is none.
+
+        abstract_state: ShapeDtypeStructs, with the shardings wanted now; they need not be those it was saved with.
+        Raises UserError when there are checkpoints and none can be read (their model or optimizer differs, say).
+        """
+        args, last = self._ocp.args, None
+        for step in reversed(self.steps()):
+            try:
+                items = args.Composite(state=args.StandardRestore(abstract_state), host=args.JsonRestore())
+                restored = self._manager.restore(step, args=items)
+                return step, restored.state, _unpack(restored.host["arrays"])
+            except Exception as error:  # damage shows in many shapes: OSError, ValueError, KeyError, a JSON error
+                first_line = (str(error).splitlines() or [type(error).__name__])[0]
+                logging.warning("checkpoint %s/%d cannot be read (%s); trying the one before", self.path, step, first_line)
+                last = f"{step}: {first_line}"
+        if last is not None:
+            raise UserError(f"none of the checkpoints in {self.path} can be read ({last}); move them away to start over")
+        return None
+
+    def close(self) -> None:
+        """Frees Orbax's threads."""
+        self._manager.close()
+
+    def _check_space(self, state, host) -> None:
+        need = sum(x.nbytes for x in jax.tree.leaves((state, host)))
+        try:
+            free = shutil.disk_usage(self.path).free
+        except OSError as error:
+            raise from_os_error(error, self.path, "write a checkpoint to") from error
+        if free < need and jax.process_count() == 1:
+            raise self._save_error(OSError(errno.ENOSPC, "disk full"))
+
+    def _save_error(self, error: OSError) -> UserError:
+        steps = self.steps()
+        kept = f"the last good checkpoint is step {steps[-1]}" if steps else "no checkpoint was saved before"
+        return UserError(f"{from_os_error(error, self.path, 'write a checkpoint to')} ({kept})")
+
+
+def _pack(arrays: dict[str, np.ndarray]) -> str:
+    """Named arrays as base64 of an npz: exact, any dtype, no shapes needed to read them."""
+    buffer = io.BytesIO()
+    np.savez(buffer, **{name: np.asarray(value) for name, value in arrays.items()})
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def _unpack(text: str) -> dict[str, np.ndarray]:
+    with np.load(io.BytesIO(base64.b64decode(text)), allow_pickle=False) as data:
+        return {name: data[name] for name in data.files}

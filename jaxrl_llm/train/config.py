@@ -1,0 +1,155 @@
+"""The settings of a training run as frozen dataclasses: hashable, so that those that shape a compiled program are static arguments."""
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from jaxrl_llm.errors import UserError, nearest
+
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW (Loshchilov and Hutter 2019) with a learning-rate schedule and a clip on the global gradient norm."""
+
+    learning_rate: float = 1e-6  # peak
+    schedule: str = "constant"  # after warm-up: "constant", "linear" or "cosine" down to final_share of the peak
+    warmup_steps: int = 0  # linear, from 0
+    decay_steps: int = 0  # updates at which a decaying schedule ends, warm-up included; 0 = the run's updates
+    final_share: float = 0.0  # of the peak, at the end of a decaying schedule
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.0  # on matrices; never on norms and biases
+    clip_norm: float = 1.0  # global gradient norm; 0 = no clip
+
+
+@dataclasses.dataclass(frozen=True)
+class LossConfig:
+    """The GRPO objective; see `jaxrl_llm.losses.grpo` for the formulas and papers."""
+
+    clip_low: float = 0.2  # the ratio is clipped to [1 - clip_low, 1 + clip_high]
+    clip_high: float = 0.2  # DAPO: 0.28
+    aggregation: str = "token_mean"  # "token_mean", "sequence_mean" or "dr_grpo"
+    advantage_scale: str = "group_std"  # "group_std", "batch_std" or "none" (Dr. GRPO)
+    advantage_ddof: int = 1  # of the std: 1 = n - 1 in the denominator
+    advantage_eps: float = 1e-4  # added to the std
+    kl: str | None = None  # None (no reference model in memory), "k1", "k2" or "k3"
+    kl_coef: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class GRPOConfig:
+    """A GRPO run. Prompts a step come from the schedule; the workdir, model and data are arguments of `train_grpo`."""
+
+    steps: int = 100  # rollouts; each is followed by inner_epochs updates
+    num_samples: int = 8  # completions a prompt (the group)
+    max_new_tokens: int = 64  # generation limit in tokens
+    temperature: float = 1.0  # of sampling and of the log-probabilities in the loss
+    top_k: int = 0  # 0 = off; anything else biases the ratio, see allow_truncated_sampling
+    top_p: float = 1.0  # 1 = off; the same
+    allow_truncated_sampling: bool = False  # train with top_k or top_p on all the same (a warning is printed)
+    stop_strings: tuple[str, ...] = ()  # a completion ends after any of these
+    rollout_rows: int = 512  # most completions decoded at once
+    inner_epochs: int = 1  # updates on each rollout (mu); above 1 the old log-probabilities are kept
+    micro_batch_rows: int = 0  # completions a micro-batch, gradients accumulated; 0 = all at once
+    shared_prefix: bool = True  # forward each distinct prompt once for its samples (same gradient, less work)
+    remat: bool = False  # recompute each layer in the backward pass: less memory, a third more work
+    logprob_chunk: int | None = None  # tokens a chunk of the unembedding; None picks by vocabulary
+    loss: LossConfig = LossConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    seed: int = 0
+    eval_every: int = 0  # steps between evaluations; 0 = only at the end; always also before the first step
+    eval_samples: int = 0  # samples a prompt for avg@k beside greedy; 0 = greedy only
+    eval_temperature: float = 1.0
+    eval_batch: int = 256  # rows generated at once
+    eval_by: tuple[str, ...] = ()  # row fields to break accuracy down by, such as ("level", "topic")
+    checkpoint_every: int = 50  # steps; 0 = only at the end and on SIGTERM
+    keep_checkpoints: int = 2
+    sample_every: int = 10  # steps between lines in samples.jsonl; 0 = none
+    samples_per_log: int = 2  # prompts shown each time, with all their completions
+    zero_spread_warning: float = 0.9  # share of groups with equal rewards past which a warning is printed
+
+
+@dataclasses.dataclass(frozen=True)
+class SFTConfig:
+    """A supervised run; also plain language-model training when every token is in the mask."""
+
+    steps: int = 100
+    micro_batch_rows: int = 0  # rows a micro-batch, gradients accumulated; 0 = all at once
+    remat: bool = False
+    logprob_chunk: int | None = None
+    optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-5, clip_norm=1.0)
+    log_every: int = 10  # steps between metric lines (and between waits for the device)
+    checkpoint_every: int = 0  # steps; 0 = only at the end and on SIGTERM
+    keep_checkpoints: int = 2
+
+
+def from_mapping(kind: type[T], config: Any, where: str = "") -> T:
+    """`kind` (a dataclass of this module) from a ConfigDict, dict or `kind` itself. Lists become tuples.
+
+    Raises UserError for an unknown field (the nearest one is named) or a value of another type.
+    """
+    if isinstance(config, kind):
+        return config
+    fields = {f.name: f for f in dataclasses.fields(kind)}
+    hints = typing.get_type_hints(kind)
+    values = {}
+    for name, value in dict(config).items():
+        if name not in fields:
+            raise UserError(f"unknown setting '{where}{name}': {nearest(name, fields)}")
+        values[name] = _convert(hints[name], value, where + name)
+    return kind(**values)
+
+
+def _convert(hint, value, name):
+    if dataclasses.is_dataclass(hint):
+        return from_mapping(hint, value, f"{name}.")
+    if typing.get_origin(hint) is tuple:
+        if isinstance(value, str) or not isinstance(value, (list, tuple)):
+            raise UserError(f"setting '{name}' must be a list, got {value!r}")
+        return tuple(value)
+    allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if type(value) is int and float in allowed:
+        return float(value)
+    if type(value) not in allowed:
+        names = " or ".join(t.__name__ for t in allowed)
+        raise UserError(f"setting '{name}' must be {names}, got {value!r}")
+    return value
+
+
+def check_choice(name: str, value: Any, known: tuple) -> None:
+    """Raises UserError unless `value` is one of `known`."""
+    if value not in known:
+        raise UserError(f"setting '{name}' is {value!r}; it must be one of {', '.join(map(repr, known))}")
+
+
+def check_grpo(config: GRPOConfig) -> None:
+    """Raises UserError for settings that have no meaning, before anything is compiled."""
+    from jaxrl_llm.losses import grpo
+
+    check_choice("loss.aggregation", config.loss.aggregation, grpo.AGGREGATIONS)
+    check_choice("loss.advantage_scale", config.loss.advantage_scale, grpo.ADVANTAGE_SCALES)
+    check_choice("loss.kl", config.loss.kl, grpo.KL_KINDS)
+    check_optimizer(config.optimizer)
+    for name in ("steps", "num_samples", "max_new_tokens", "inner_epochs", "rollout_rows", "eval_batch"):
+        if getattr(config, name) < 1:
+            raise UserError(f"setting '{name}' must be at least 1, got {getattr(config, name)}")
+    if not config.temperature > 0:
+        raise UserError(f"setting 'temperature' must be above 0 in training, got {config.temperature}; evaluation is greedy anyway")
+    truncated = config.top_k > 0 or config.top_p < 1.0
+    if truncated and not config.allow_truncated_sampling:
+        raise UserError(
+            f"top_k={config.top_k}, top_p={config.top_p}: the log-probabilities in the loss are over the full vocabulary, so training on "
+            "truncated samples biases the ratio; set top_k=0 and top_p=1, or allow_truncated_sampling=True to accept that"
+        )
+
+
+def check_optimizer(config: OptimizerConfig) -> None:
+    """Raises UserError for an unknown schedule or a learning rate below zero."""
+    check_choice("optimizer.schedule", config.schedule, ("constant", "linear", "cosine"))
+    if config.learning_rate < 0:
+        raise UserError(f"setting 'optimizer.learning_rate' must not be below 0, got {config.learning_rate}")

@@ -1,0 +1,300 @@
+"""GRPO: rollout, reward, update; evaluation, checkpoints and exact resume around it.
+
+A run is a pure function of its arguments: the randomness of step s is fold_in(key(seed), s), the prompts of step s come from the
+schedule, and a checkpoint holds all else (parameters, optimizer, step, the schedule's state). So a run that was killed and started
+again ends with the parameters of one that was not, bit for bit.
+"""
+
+import dataclasses
+import time
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import jax
+import models
+import numpy as np
+from absl import logging
+from tqdm import tqdm
+
+from jaxrl_llm.data.prompts import PromptBatch
+from jaxrl_llm.errors import UserError
+from jaxrl_llm.rewards.verdict import Reward
+from jaxrl_llm.run_dir import RunDir
+from jaxrl_llm.train.checkpoint import Checkpoints
+from jaxrl_llm.train.config import GRPOConfig, check_grpo, from_mapping
+from jaxrl_llm.train.evaluate import evaluate
+from jaxrl_llm.train.metrics import experience_metrics, samples_record
+from jaxrl_llm.train.rollout import Experience, build_batch, collect
+from jaxrl_llm.train.signals import Interrupted, stop_on_signal
+from jaxrl_llm.train.state import abstract_state, init_state, policy_params
+from jaxrl_llm.train.step import StepSpec, batch_shardings, compiled_logprobs, compiled_update, step_spec
+
+WARN_AGAIN_AFTER = 20  # steps between two warnings of the same kind
+
+
+class Schedule(Protocol):
+    """Which prompts go into which step; `data.sampler.ShuffledSchedule` is the plain one."""
+
+    def batch(self, step: int) -> np.ndarray:
+        """Row indices of a step: a function of the schedule's arguments and state only."""
+
+    def observe(self, step: int, indices: np.ndarray, pass_rates: np.ndarray) -> None:
+        """Told each step's pass rates (NaN = no verdict)."""
+
+    def state(self) -> dict[str, np.ndarray]:
+        """What a checkpoint must hold."""
+
+    def restore(self, state: dict[str, np.ndarray]) -> None:
+        """Takes what `state` gave."""
+
+
+@dataclasses.dataclass
+class _Run:
+    """What every part of the loop needs."""
+
+    model: models.ModelConfig
+    tokenizer: Any
+    prompts: PromptBatch
+    reward: Reward
+    schedule: Schedule
+    config: GRPOConfig
+    spec: StepSpec
+    run_dir: RunDir
+    evals: Mapping[str, PromptBatch]
+    mesh: Any
+    reference: Any  # parameters of the reference policy, None without KL
+    checkpoints: Checkpoints
+    key: jax.Array
+    warned_at: int = -WARN_AGAIN_AFTER
+
+
+def train_grpo(
+    model_cfg: models.ModelConfig,
+    params,
+    tokenizer,
+    prompts: PromptBatch,
+    reward: Reward,
+    schedule: Schedule,
+    config: GRPOConfig | Mapping[str, Any],
+    run_dir: RunDir,
+    evals: Mapping[str, PromptBatch] | None = None,
+    *,
+    mesh=None,
+    progress: bool = True,
+):
+    """Trains a policy by GRPO and returns (parameters, summary).
+
+    params: the starting policy, any float dtype (kept unchanged; it is also the reference of the KL term). prompts: what the
+    schedule's indices point into. reward: list[RewardInput] -> list[Verdict]. config: a GRPOConfig or a mapping with its fields.
+    run_dir: metrics, samples, summary and checkpoints go there; if it holds checkpoints of this run, training goes on from the newest.
+    evals: name -> held-out prompts, evaluated before the first step, every `eval_every` steps and at the end. mesh: a mesh of
+    `models.sharding.make_mesh`, or None for one device.
+
+    Returned parameters have the model's dtype. Raises UserError for settings without meaning, a disk that refuses, or a loss that is
+    not finite (the step is named, the last good checkpoint stays); Interrupted (a SystemExit) after SIGTERM, state saved.
+    """
+    config = from_mapping(GRPOConfig, config)
+    check_grpo(config)
+    _check_lengths(model_cfg, prompts, config, "prompts")
+    for name, batch in (evals or {}).items():
+        _check_lengths(model_cfg, batch, config, f"evaluation set {name!r}")
+    if config.top_k > 0 or config.top_p < 1.0:
+        logging.warning("training on samples truncated by top_k or top_p: the ratio is biased, see allow_truncated_sampling")
+    spec = step_spec(model_cfg, config)
+    checkpoints = Checkpoints(run_dir.checkpoints, config.keep_checkpoints)
+    key = jax.random.key(config.seed)
+    reference = policy_params(model_cfg, params) if config.loss.kl else None
+    run = _Run(
+        model_cfg, tokenizer, prompts, reward, schedule, config, spec, run_dir, evals or {}, mesh, reference, checkpoints, key
+    )
+    try:
+        state, start = _restore(run, params)
+        state = _train(run, state, start, progress)
+    finally:
+        checkpoints.close()
+    summary = _summary(run_dir.metrics(), config)
+    run_dir.summary(summary)
+    return policy_params(model_cfg, state["params"]), summary
+
+
+def _check_lengths(model_cfg, prompts: PromptBatch, config: GRPOConfig, what: str) -> None:
+    if len(prompts) == 0:
+        raise UserError(f"{what}: no prompts")
+    longest = int(prompts.lengths_N.max())
+    if longest + config.max_new_tokens > model_cfg.max_position:
+        row = prompts.ids[int(prompts.lengths_N.argmax())]
+        raise UserError(
+            f"{what}: prompt {row} has {longest} tokens, with max_new_tokens={config.max_new_tokens} that is over the model's context "
+            f"of {model_cfg.max_position}; lower max_new_tokens, or drop or truncate long prompts"
+        )
+
+
+def _restore(run: _Run, params) -> tuple[dict, int]:
+    """(state, step): the newest checkpoint, or the start."""
+    optimizer = run.spec.optimizer
+    found = run.checkpoints.restore(abstract_state(run.model, optimizer, run.mesh))
+    if found is None:
+        run.run_dir.truncate_after(-1)
+        return init_state(run.model, optimizer, params, run.mesh), 0
+    step, state, schedule_state = found
+    run.schedule.restore(schedule_state)
+    run.run_dir.truncate_after(step)
+    logging.info("resumed from step %d of %s", step, run.run_dir.path)
+    return state, step
+
+
+def _train(run: _Run, state, start: int, progress: bool):
+    """The loop. Step numbers in records and checkpoints count finished steps, so a record of step s belongs to checkpoint s."""
+    config = run.config
+    if start == 0:
+        _evaluate(run, state, 0)
+    bar = tqdm(
+        total=config.steps, initial=start, desc="grpo", unit="step", mininterval=0.5, disable=None if progress else True, leave=False
+    )
+    with bar, stop_on_signal() as stop:
+        for step in range(start, config.steps):
+            state, record = _step(run, state, step)
+            done, last = step + 1, step + 1 == config.steps
+            run.run_dir.log(record)
+            bar.update()
+            bar.set_postfix(reward=f"{record['reward']:.3f}", refresh=False)
+            if last or (config.eval_every and done % config.eval_every == 0):
+                _evaluate(run, state, done)
+            if last or stop.signum or (config.checkpoint_every and done % config.checkpoint_every == 0):
+                run.checkpoints.save(done, state, run.schedule.state())
+            if stop.signum and not last:
+                message = f"stopped by signal {stop.signum} after step {done}; the same command goes on from there"
+                logging.warning("%s", message)
+                raise Interrupted(stop.signum, message)
+    return state
+
+
+def _step(run: _Run, state, step: int) -> tuple[dict, dict]:
+    """One rollout and its updates: (new state, the record to log)."""
+    began = time.perf_counter()
+    indices = np.asarray(run.schedule.batch(step))
+    batch = run.prompts.take(indices)
+    policy = policy_params(run.model, state["params"])
+    experience = collect(run.model, policy, run.tokenizer, batch, run.reward, run.config, jax.random.fold_in(run.key, step))
+    del policy  # in bf16 it is a copy that the update needs the room of
+    update_began = time.perf_counter()
+    state, measured = _update(run, state, experience)
+    _check_finite(run, measured, step)
+    run.schedule.observe(step, indices, experience.pass_rates())
+    now = time.perf_counter()
+    record = {"kind": "train", "step": step + 1, "kl": None} | experience_metrics(experience) | measured
+    record |= {
+        "rows": indices.tolist(),  # which prompts: enough to retrace a schedule that adapts
+        "tokens_per_s": float(experience.rollout.completion_lengths_N.sum() / (now - began)),
+        "seconds_rollout": experience.seconds_rollout,
+        "seconds_reward": experience.seconds_reward,
+        "seconds_update": now - update_began,
+    }
+    _warn(run, record, step)
+    if run.config.sample_every and step % run.config.sample_every == 0:
+        run.run_dir.sample(samples_record(experience, step + 1, run.config.samples_per_log))
+    return state, record
+
+
+def _update(run: _Run, state, experience: Experience) -> tuple[dict, dict[str, float]]:
+    """`inner_epochs` updates on one rollout. The first is on-policy and yields the old log-probabilities of the later ones."""
+    ways = 1 if run.mesh is None else run.mesh.shape["data"] * run.mesh.shape["fsdp"]
+    batch = build_batch(experience, run.config, row_multiple=ways)
+    if run.mesh is not None:
+        batch = jax.tree.map(lambda x: _shard(x, batch_shardings(run.mesh)), batch)
+    if run.reference is not None:
+        batch["ref_logps"] = compiled_logprobs(run.spec, run.mesh)(run.reference, batch)
+    update = compiled_update(run.spec, run.mesh)
+    metrics = []
+    for epoch in range(run.config.inner_epochs):
+        state, measured, logps = update(state, batch)
+        metrics.append(measured)
+        if epoch == 0 and run.config.inner_epochs > 1:
+            batch["old_logps"] = logps
+    host = jax.device_get(metrics)  # one wait for the device a step
+    # The sampler is compared with the policy that sampled, and the gradient norm is that of the first update; the clip acts in later ones.
+    combined = host[0] | {name: np.mean([m[name] for m in host]) for name in ("clip_share", "ratio", "loss")}
+    combined["finite"] = all(np.isfinite([m["loss"], m["grad_norm"]]).all() for m in host)
+    return state, {name: bool(x) if name == "finite" else float(x) for name, x in combined.items()}
+
+
+def _shard(array: np.ndarray, sharding):
+    """A global array of which each process holds its own part (every process has the whole host array)."""
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+
+def _check_finite(run: _Run, measured: dict, step: int) -> None:
+    if measured.pop("finite"):
+        return
+    steps = run.checkpoints.steps()
+    kept = f"the last good checkpoint is step {steps[-1]} in {run.checkpoints.path}" if steps else "no checkpoint was saved before"
+    raise UserError(
+        f"step {step + 1}: loss {measured['loss']:g}, gradient norm {measured['grad_norm']:g} is not finite; training stopped and {kept}. "
+        "Lower the learning rate, set optimizer.clip_norm, or look at samples.jsonl of the steps before"
+    )
+
+
+def _warn(run: _Run, record: dict, step: int) -> None:
+    """Says what usually explains a run that learns nothing, at most every WARN_AGAIN_AFTER steps."""
+    if step - run.warned_at < WARN_AGAIN_AFTER:
+        return
+    if record["errors"] and np.isnan(record["reward"]):
+        logging.warning("step %d: no completion got a verdict (%d errors); nothing was learnt", step + 1, record["errors"])
+    elif record["zero_spread"] > run.config.zero_spread_warning:
+        logging.warning(
+            "step %d: %.0f%% of the groups have equal rewards (mean %.2f), so they teach nothing: the prompts are too easy or too hard for "
+            "the policy, num_samples is too small, or the reward is constant",
+            step + 1,
+            100 * record["zero_spread"],
+            record["reward"],
+        )
+    else:
+        return
+    run.warned_at = step
+
+
+def _evaluate(run: _Run, state, step: int) -> None:
+    """Logs a record for each evaluation set. The randomness of avg@k is the same at every step: differences are the policy's."""
+    config = run.config
+    if not run.evals:
+        return
+    policy = policy_params(run.model, state["params"])
+    for name, prompts in run.evals.items():
+        began = time.perf_counter()
+        record = evaluate(
+            run.model,
+            policy,
+            run.tokenizer,
+            prompts,
+            run.reward,
+            max_new_tokens=config.max_new_tokens,
+            samples=config.eval_samples,
+            temperature=config.eval_temperature,
+            batch_rows=config.eval_batch,
+            by=config.eval_by,
+            stop_strings=config.stop_strings,
+            seed=run.key,
+        )
+        run.run_dir.log({"kind": "eval", "step": step, "set": name} | record | {"seconds": time.perf_counter() - began})
+
+
+def _summary(records: list[dict], config: GRPOConfig) -> dict:
+    """First, best and last accuracy of each set, mean reward of the first and last ten steps, and where the time went."""
+    train = [r for r in records if r["kind"] == "train"]
+    mean = lambda name, rows: float(np.mean([r[name] for r in rows if r[name] is not None] or [np.nan]))  # noqa: E731
+    summary: dict[str, Any] = {
+        "steps": config.steps,
+        "reward_first": mean("reward", train[:10]),
+        "reward_last": mean("reward", train[-10:]),
+        "zero_spread": mean("zero_spread", train),
+        "errors": int(sum(r["errors"] for r in train)),
+        "seconds": {name: float(sum(r[f"seconds_{name}"] for r in train)) for name in ("rollout", "reward", "update")},
+        "evals": {},
+    }
+    for name in dict.fromkeys(r["set"] for r in records if r["kind"] == "eval"):
+        rows = [r for r in records if r["kind"] == "eval" and r["set"] == name]
+        first, last = rows[0], rows[-1]
+        summary["evals"][name] = {"first": first["accuracy"], "last": last["accuracy"], "n": last["n"]}
+        if last.get("avg_at_k") is not None:
+            summary["evals"][name] |= {"first_avg_at_k": first["avg_at_k"], "last_avg_at_k": last["avg_at_k"], "k": last["k"]}
+    return summary

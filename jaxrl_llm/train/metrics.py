@@ -1,0 +1,54 @@
+"""What a GRPO step reports."""
+
+import numpy as np
+
+from jaxrl_llm.rewards.verdict import Status
+from jaxrl_llm.train.rollout import Experience
+
+
+def group_spread_share(rewards_N: np.ndarray, valid_N: np.ndarray, groups_N: np.ndarray) -> float:
+    """The share of groups (with any valid row) whose valid rewards are all equal: they teach nothing."""
+    groups = np.unique(groups_N[valid_N])
+    flat = [np.ptp(rewards_N[valid_N & (groups_N == g)]) == 0 for g in groups]
+    return float(np.mean(flat)) if flat else float("nan")
+
+
+def experience_metrics(experience: Experience) -> dict[str, float | int]:
+    """Reward, pass rate, spread, lengths and errors of a step's completions, over the rows that have a verdict."""
+    valid, lengths = experience.valid_N, experience.rollout.completion_lengths_N
+    passed = np.array([v.status is Status.PASS for v in experience.verdicts])
+    statuses = [v.status for v in experience.verdicts]
+    return {
+        "reward": float(experience.rewards_N[valid].mean()) if valid.any() else float("nan"),
+        "pass_rate": float(passed[valid].mean()) if valid.any() else float("nan"),
+        "zero_spread": group_spread_share(experience.rewards_N, valid, experience.groups_N),
+        "completion_length": float(lengths.mean()),
+        "cut_off": float(np.mean(experience.rollout.finish_reason_N == 0)),
+        "errors": int(np.sum(~valid)),
+        "timeouts": statuses.count(Status.TIMEOUT),
+    }
+
+
+def samples_record(experience: Experience, step: int, prompts: int) -> dict:
+    """A line of samples.jsonl: the first `prompts` prompts of the step with all their completions and verdicts."""
+    shown = []
+    for g in range(min(prompts, len(experience.prompts))):
+        rows = np.flatnonzero(experience.rollout.group_ids_N == g)
+        row = experience.prompts.rows[g]
+        shown.append(
+            {
+                "id": experience.prompts.ids[g],
+                "prompt": row.get("prompt", ""),
+                "answer": row.get("answer"),
+                "responses": [
+                    {
+                        "text": experience.texts[i],
+                        "status": experience.verdicts[i].status.name,
+                        "score": experience.verdicts[i].value,
+                        "reason": experience.verdicts[i].reason,
+                    }
+                    for i in rows
+                ],
+            }
+        )
+    return {"kind": "samples", "step": step, "prompts": shown}

@@ -1,0 +1,162 @@
+"""From prompts to a training batch: sample completions, turn them to text, judge them, lay them out for the update."""
+
+import dataclasses
+import time
+from collections.abc import Sequence
+
+import jax
+import models
+import numpy as np
+from models.generate import bucket
+
+from jaxrl_llm.data.prompts import PromptBatch
+from jaxrl_llm.rewards import registry
+from jaxrl_llm.rewards.verdict import Reward, RewardInput, Status, Verdict, reward_values
+from jaxrl_llm.train.config import GRPOConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Experience:
+    """One step's judged completions. N rows, several a prompt; `rollout.group_ids_N` says which prompt of `prompts` a row is of.
+
+    rewards_N fp32 and valid_N bool: see `reward_values`. groups_N: one integer for each distinct prompt id, which is what advantages
+    are grouped by (a prompt that is in the batch twice is one group).
+    """
+
+    prompts: PromptBatch
+    rollout: models.Rollout
+    texts: list[str]
+    verdicts: list[Verdict]
+    rewards_N: np.ndarray
+    valid_N: np.ndarray
+    groups_N: np.ndarray
+    seconds_rollout: float
+    seconds_reward: float
+
+    def pass_rates(self) -> np.ndarray:
+        """float64 [prompts]: the share of PASS among each prompt's valid rows; NaN where it has none."""
+        passed = np.array([v.status is Status.PASS for v in self.verdicts], dtype=float)
+        rows = self.rollout.group_ids_N
+        count = np.bincount(rows[self.valid_N], minlength=len(self.prompts))
+        total = np.bincount(rows[self.valid_N], passed[self.valid_N], minlength=len(self.prompts))
+        return np.where(count > 0, total / np.maximum(count, 1), np.nan)
+
+
+def decode_completions(tokenizer, rollout: models.Rollout) -> list[str]:
+    """The text of each completion, without special tokens."""
+    return list(tokenizer.batch_decode(rollout.completions(), skip_special_tokens=True))
+
+
+def judge(reward: Reward, prompts: PromptBatch, group_ids_N: np.ndarray, texts: Sequence[str]) -> list[Verdict]:
+    """A Verdict for each completion; an exception in the reward becomes an ERROR verdict of its rows.
+
+    With several processes each judges an equal slice of the rows, and the verdicts (without reasons) are gathered: a judge that is
+    asked twice may answer differently, and every process must train on the same rewards.
+    """
+    inputs = []
+    for group, text in zip(group_ids_N, texts, strict=True):
+        row = prompts.rows[group]
+        answer = row.get("answer")
+        inputs.append(RewardInput(prompt=row.get("prompt", ""), response=text, answer=None if answer is None else str(answer), row=row))
+    if jax.process_count() == 1:
+        return registry.score(reward, inputs)
+    return _gathered(registry.score, reward, inputs)
+
+
+_STATUSES = tuple(Status)
+
+
+def _gathered(score, reward, inputs):
+    from jax.experimental import multihost_utils
+
+    share = -(-len(inputs) // jax.process_count())
+    start = share * jax.process_index()
+    table = np.full((share, 2), np.nan)  # status code, score (NaN = none)
+    for i, verdict in enumerate(score(reward, inputs[start : start + share])):
+        table[i] = _STATUSES.index(verdict.status), np.nan if verdict.score is None else verdict.score
+    # As bits: a gather over devices would round float64 to float32.
+    bits = multihost_utils.process_allgather(table.view(np.uint32), tiled=True)
+    table = np.ascontiguousarray(bits).view(np.float64)[: len(inputs)]
+    return [Verdict(_STATUSES[int(code)], None if np.isnan(s) else float(s)) for code, s in table]
+
+
+def collect(
+    model: models.ModelConfig, params, tokenizer, prompts: PromptBatch, reward: Reward, config: GRPOConfig, key: jax.Array
+) -> Experience:
+    """Samples `config.num_samples` completions of each prompt with `params` and judges them."""
+    start = time.perf_counter()
+    rollout = models.generate(
+        model,
+        params,
+        prompts.token_lists(),
+        max_new_tokens=config.max_new_tokens,
+        num_samples=config.num_samples,
+        temperature=config.temperature,
+        top_k=config.top_k,
+        top_p=config.top_p,
+        stop_strings=config.stop_strings,
+        tokenizer=tokenizer,
+        seed=key,
+        max_rows=config.rollout_rows,
+    )
+    sampled = time.perf_counter()
+    texts = decode_completions(tokenizer, rollout)
+    verdicts = judge(reward, prompts, rollout.group_ids_N, texts)
+    rewards_N, valid_N = reward_values(verdicts)
+    return Experience(
+        prompts=prompts,
+        rollout=rollout,
+        texts=texts,
+        verdicts=verdicts,
+        rewards_N=rewards_N,
+        valid_N=valid_N,
+        groups_N=_groups_by_id(prompts.ids)[rollout.group_ids_N],
+        seconds_rollout=sampled - start,
+        seconds_reward=time.perf_counter() - sampled,
+    )
+
+
+def _groups_by_id(ids: Sequence[str]) -> np.ndarray:
+    """int32 [prompts]: equal for equal ids, numbered by first appearance."""
+    numbers: dict[str, int] = {}
+    return np.array([numbers.setdefault(i, len(numbers)) for i in ids], dtype=np.int32)
+
+
+def build_batch(experience: Experience, config: GRPOConfig, *, row_multiple: int = 1) -> dict[str, np.ndarray]:
+    """The update's batch (see `jaxrl_llm.train.step`) in micro-batches, padded with empty rows.
+
+    Completions of one prompt stay together when every prompt has the same number of them, so that its prefix is forwarded once; else
+    each row carries its own copy of the prompt. row_multiple: micro-batches get a multiple of this many prompts (the devices that
+    share the rows). Widths are rounded up to a few sizes, so that steps share compilations.
+    """
+    r, rows = experience.rollout, experience.rollout.group_ids_N
+    order = np.argsort(rows, kind="stable")
+    present, counts = np.unique(rows, return_counts=True)
+    complete = len(counts) > 0 and np.all(counts == counts[0])
+    S = int(counts[0]) if complete else 1
+    of_prompt = present if complete else rows[order]  # the prompt of each block of S rows
+    G = len(of_prompt)
+    per_micro = max(config.micro_batch_rows // S, 1) if config.micro_batch_rows else G
+    per_micro = -(-min(per_micro, G) // row_multiple) * row_multiple
+    M = -(-G // per_micro)
+
+    def blocks(array, size, fill=0):
+        """[G * size, ...] -> [M, per_micro * size, ...], empty rows at the end."""
+        pad = [(0, M * per_micro * size - len(array))] + [(0, 0)] * (array.ndim - 1)
+        return np.pad(array, pad, constant_values=fill).reshape(M, per_micro * size, *array.shape[1:])
+
+    tokens_PT, lengths_P = experience.prompts.tokens_NT, experience.prompts.lengths_N
+    width = min(bucket(int(lengths_P.max()), 32), tokens_PT.shape[1])
+    longest = bucket(int(r.completion_lengths_N.max()), 16)
+    span = slice(0, min(longest, r.completion_tokens_NT.shape[1]))
+    return {
+        "prompts": blocks(tokens_PT[of_prompt, :width].astype(np.int32), 1),
+        # A padding prompt has one token, so that there is a state to read.
+        "prompt_lengths": blocks(lengths_P[of_prompt].astype(np.int32), 1, fill=1),
+        "completions": blocks(r.completion_tokens_NT[order, span].astype(np.int32), S),
+        "lengths": blocks(r.completion_lengths_N[order].astype(np.int32), S),
+        "sampler_logps": blocks(r.logps_NT[order, span].astype(np.float32), S),
+        "rewards": blocks(experience.rewards_N[order].astype(np.float32), S),
+        "valid": blocks(experience.valid_N[order], S, fill=False),
+        "group_ids": blocks(experience.groups_N[order].astype(np.int32), S),
+    }

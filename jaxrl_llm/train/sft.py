@@ -1,0 +1,198 @@
+"""Supervised fine-tuning, and language-model training from scratch when every token counts."""
+
+import dataclasses
+import functools
+import time
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import models
+import numpy as np
+import optax
+from absl import logging
+from jax.sharding import NamedSharding, PartitionSpec
+from tqdm import tqdm
+
+from jaxrl_llm.errors import UserError
+from jaxrl_llm.losses.logprobs import token_logprobs
+from jaxrl_llm.losses.sft import sft_loss
+from jaxrl_llm.run_dir import RunDir
+from jaxrl_llm.train.checkpoint import Checkpoints
+from jaxrl_llm.train.config import OptimizerConfig, SFTConfig, check_optimizer, from_mapping
+from jaxrl_llm.train.signals import Interrupted, stop_on_signal
+from jaxrl_llm.train.state import abstract_state, init_state, learning_rate, make_optimizer, policy_params, resolve_decay, state_shardings
+from jaxrl_llm.train.step import batch_shardings
+
+
+@dataclasses.dataclass(frozen=True)
+class SFTSpec:
+    """All that shapes the compiled update."""
+
+    model: models.ModelConfig
+    optimizer: OptimizerConfig
+    remat: bool
+    logprob_chunk: int | None
+
+
+def _micro_loss(params, spec: SFTSpec, tokens_BT, mask_BT, total):
+    compute = jax.tree.map(lambda p: p.astype(spec.model.dtype), params)
+    # Rows are right-padded and attention is causal, so no counted token ever sees padding.
+    hidden_BTD = models.forward(spec.model, compute, tokens_BT[:, :-1], remat=spec.remat).hidden
+    unembed_DV = models.unembed_matrix(spec.model, compute)
+    logps_BT, _ = token_logprobs(hidden_BTD, unembed_DV, tokens_BT[:, 1:], chunk=spec.logprob_chunk)
+    return sft_loss(logps_BT, mask_BT[:, 1:], total_tokens=total)[0]
+
+
+def _update(spec: SFTSpec, state, batch):
+    """One update on {"tokens" [M, b, T] int32, "mask" [M, b, T] bool}: micro-batches weighted by their tokens."""
+    tokens = jnp.sum(batch["mask"][:, :, 1:], dtype=jnp.float32)
+    grad_fn = jax.value_and_grad(functools.partial(_micro_loss, spec=spec, total=tokens))
+    one = lambda micro: grad_fn(state["params"], tokens_BT=micro["tokens"], mask_BT=micro["mask"])  # noqa: E731
+    if batch["tokens"].shape[0] == 1:
+        loss, grads = one(jax.tree.map(lambda x: x[0], batch))
+    else:
+        zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, state["params"]))
+        (loss, grads), _ = jax.lax.scan(lambda total, micro: (jax.tree.map(jnp.add, total, one(micro)), None), zero, batch)
+    updates, opt_state = make_optimizer(spec.optimizer).update(grads, state["opt_state"], state["params"])
+    metrics = {
+        "loss": loss,
+        "grad_norm": optax.global_norm(grads),
+        "tokens": tokens,
+        "learning_rate": learning_rate(spec.optimizer)(state["step"]),
+    }
+    params = optax.apply_updates(state["params"], updates)
+    return {"params": params, "opt_state": opt_state, "step": state["step"] + 1}, metrics
+
+
+@functools.lru_cache(maxsize=64)
+def _compiled_update(spec: SFTSpec, mesh=None):
+    if mesh is None:
+        return jax.jit(functools.partial(_update, spec), donate_argnums=0)
+    shardings = state_shardings(spec.model, spec.optimizer, mesh)
+    return jax.jit(
+        functools.partial(_update, spec),
+        in_shardings=(shardings, batch_shardings(mesh)),
+        out_shardings=(shardings, NamedSharding(mesh, PartitionSpec())),
+        donate_argnums=0,
+    )
+
+
+def micro_batches(tokens_BT: np.ndarray, mask_BT: np.ndarray, rows: int, multiple: int = 1) -> dict[str, np.ndarray]:
+    """[B, T] -> {"tokens", "mask"} of [M, b, T], b at most `rows` (0 = B) rounded up to `multiple`, padded with uncounted rows."""
+    count = len(tokens_BT)
+    b = -(-min(rows or count, count) // multiple) * multiple
+    M = -(-count // b)
+    pad = ((0, M * b - count), (0, 0))
+    return {
+        "tokens": np.pad(np.asarray(tokens_BT, np.int32), pad).reshape(M, b, -1),
+        "mask": np.pad(np.asarray(mask_BT, bool), pad).reshape(M, b, -1),
+    }
+
+
+def train_sft(
+    model_cfg: models.ModelConfig,
+    params,
+    batches: Iterable[tuple[np.ndarray, np.ndarray]],
+    config: SFTConfig | Mapping[str, Any],
+    run_dir: RunDir | None = None,
+    *,
+    mesh=None,
+    progress: bool = True,
+):
+    """Trains on (tokens [B, T] int, loss_mask [B, T] bool) batches and returns (parameters, history).
+
+    tokens: right-padded rows. loss_mask: True on the tokens to be predicted (the response, or all of them; the first token of a row is
+    never predicted). batches: from the first step on, at least `config.steps` of them; a resumed run draws and drops those it has
+    seen. run_dir: where metrics and checkpoints go; None keeps nothing on disk. history: the logged records (step, loss in nats a
+    token, grad_norm, tokens, tokens_per_s, learning_rate, seconds).
+
+    Raises UserError when the batches run out, the loss is not finite (step named, last checkpoint kept) or the disk refuses;
+    Interrupted after SIGTERM, state saved.
+    """
+    config = from_mapping(SFTConfig, config)
+    check_optimizer(config.optimizer)
+    spec = SFTSpec(model_cfg, resolve_decay(config.optimizer, config.steps), config.remat, config.logprob_chunk)
+    checkpoints = None if run_dir is None else Checkpoints(run_dir.checkpoints, config.keep_checkpoints)
+    found = None if checkpoints is None else checkpoints.restore(abstract_state(model_cfg, spec.optimizer, mesh))
+    start, state = (found[0], found[1]) if found else (0, init_state(model_cfg, spec.optimizer, params, mesh))
+    if run_dir is not None:
+        run_dir.truncate_after(start if found else -1)
+    try:
+        state, history = _train(spec, state, start, iter(batches), config, run_dir, checkpoints, mesh, progress)
+    finally:
+        if checkpoints is not None:
+            checkpoints.close()
+    return policy_params(model_cfg, state["params"]), history
+
+
+def _train(spec, state, start, batches, config, run_dir, checkpoints, mesh, progress):
+    update = _compiled_update(spec, mesh)
+    history = [] if run_dir is None else [r for r in run_dir.metrics() if r["kind"] == "sft"]
+    for _ in range(start):
+        _next(batches, 0)
+    bar = tqdm(total=config.steps, initial=start, desc="sft", unit="step", mininterval=0.5, disable=None if progress else True, leave=False)
+    pending, since = [], time.perf_counter()
+    with bar, stop_on_signal() as stop:
+        for step in range(start, config.steps):
+            state, metrics = update(state, _placed(*_next(batches, step), config, mesh))
+            pending.append(metrics)
+            bar.update()
+            done, last = step + 1, step + 1 == config.steps
+            save = checkpoints is not None and (
+                last or stop.signum or (config.checkpoint_every and done % config.checkpoint_every == 0)
+            )
+            if save or last or done % config.log_every == 0:
+                record = _record(jax.device_get(pending), done, time.perf_counter() - since, checkpoints)
+                pending, since = [], time.perf_counter()
+                history.append(record)
+                bar.set_postfix(loss=f"{record['loss']:.4f}", refresh=False)
+                if run_dir is not None:
+                    run_dir.log(record)
+            if save:
+                checkpoints.save(done, state, {})
+            if stop.signum and not last:
+                saved = "the same command goes on from there" if checkpoints else "nothing was saved: there is no run directory"
+                logging.warning("stopped by signal %d after step %d; %s", stop.signum, done, saved)
+                raise Interrupted(stop.signum, f"stopped by signal {stop.signum} after step {done}; {saved}")
+    return state, history
+
+
+def _next(batches, step):
+    try:
+        return next(batches)
+    except StopIteration:
+        raise UserError(f"the batches ran out at step {step + 1}: give more rows, more epochs or fewer steps") from None
+
+
+def _placed(tokens_BT, mask_BT, config, mesh):
+    ways = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
+    batch = micro_batches(tokens_BT, mask_BT, config.micro_batch_rows, ways)
+    if mesh is None:
+        return batch
+    place = lambda x: jax.make_array_from_callback(x.shape, batch_shardings(mesh), lambda index: x[index])  # noqa: E731
+    return jax.tree.map(place, batch)
+
+
+def _record(pending, step, seconds, checkpoints) -> dict:
+    """The record of the steps since the last one: losses averaged over tokens, the rest from the last step."""
+    for back, m in enumerate(reversed(pending)):
+        if not (np.isfinite(m["loss"]) and np.isfinite(m["grad_norm"])):
+            steps = [] if checkpoints is None else checkpoints.steps()
+            kept = f"the last good checkpoint is step {steps[-1]} in {checkpoints.path}" if steps else "no checkpoint was saved before"
+            raise UserError(
+                f"step {step - back}: loss {float(m['loss']):g}, gradient norm {float(m['grad_norm']):g} is not finite; training stopped "
+                f"and {kept}. Lower the learning rate or set optimizer.clip_norm"
+            )
+    tokens = sum(float(m["tokens"]) for m in pending)
+    return {
+        "kind": "sft",
+        "step": step,
+        "loss": sum(float(m["loss"] * m["tokens"]) for m in pending) / max(tokens, 1.0),
+        "grad_norm": float(pending[-1]["grad_norm"]),
+        "learning_rate": float(pending[-1]["learning_rate"]),
+        "tokens": int(tokens),
+        "tokens_per_s": tokens / max(seconds, 1e-9),
+        "seconds": seconds,
+    }

@@ -1,0 +1,112 @@
+"""The training state, {"params", "opt_state", "step"}: one plain pytree, made, updated and checkpointed as a whole."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from models import ModelConfig, abstract_params
+
+from jaxrl_llm.train.config import OptimizerConfig
+
+State = dict[str, Any]
+
+# The last path entry of parameters that weight decay leaves alone: norms' scales and biases.
+NOT_DECAYED = ("norm", "bias", "scale")
+
+
+def resolve_decay(config: OptimizerConfig, updates: int) -> OptimizerConfig:
+    """The same settings with decay_steps filled in from the run's number of updates, and normalised where nothing decays (so that runs
+    of different length share one compiled update)."""
+    if config.schedule == "constant":
+        return dataclasses.replace(config, decay_steps=0, final_share=0.0)
+    return dataclasses.replace(config, decay_steps=config.decay_steps or updates)
+
+
+def learning_rate(config: OptimizerConfig) -> optax.Schedule:
+    """update count -> learning rate: linear warm-up from 0, then constant, or a linear or cosine fall to final_share of the peak."""
+    peak, final = config.learning_rate, config.final_share * config.learning_rate
+    fall = max(config.decay_steps - config.warmup_steps, 1)
+    after = {
+        "constant": lambda: optax.constant_schedule(peak),
+        "linear": lambda: optax.linear_schedule(peak, final, fall),
+        "cosine": lambda: optax.cosine_decay_schedule(peak, fall, alpha=config.final_share),
+    }[config.schedule]()
+    if not config.warmup_steps:
+        return after
+    warmup = optax.linear_schedule(0.0, peak, config.warmup_steps)
+    return optax.join_schedules([warmup, after], [config.warmup_steps])
+
+
+def _decays(params):
+    """True for every parameter that weight decay applies to."""
+
+    def one(path, _):
+        return not any(mark in path[-1].key for mark in NOT_DECAYED)
+
+    return jax.tree_util.tree_map_with_path(one, params)
+
+
+@functools.lru_cache(maxsize=64)
+def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
+    """AdamW after a global-norm clip (if any)."""
+    adamw = optax.adamw(
+        learning_rate(config), b1=config.b1, b2=config.b2, eps=config.eps, weight_decay=config.weight_decay, mask=_decays
+    )
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw) if config.clip_norm else optax.chain(adamw)
+
+
+def abstract_state(model: ModelConfig, optimizer: OptimizerConfig, mesh=None) -> State:
+    """The state as ShapeDtypeStructs, with shardings where there is a mesh: what a checkpoint is restored into."""
+    params = master_shapes(model)
+    shapes = jax.eval_shape(functools.partial(_make_state, optimizer), params)
+    if mesh is None:
+        return shapes
+    shardings = state_shardings(model, optimizer, mesh)
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+
+
+def master_shapes(model: ModelConfig):
+    """Shapes of the trained copy of the parameters: always fp32, since an update of 1e-6 of a weight is lost in bf16."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), abstract_params(model))
+
+
+def state_shardings(model: ModelConfig, optimizer: OptimizerConfig, mesh) -> State:
+    """A sharding for each leaf: parameters by `models.sharding`, moments like their parameters, counters on every device."""
+    from models import sharding
+
+    by_param = sharding.param_shardings(model, mesh)
+    everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    tx = make_optimizer(optimizer)
+    shapes = jax.eval_shape(tx.init, master_shapes(model))
+    moments = optax.tree_utils.tree_map_params(tx, lambda _, s: s, shapes, by_param, transform_non_params=lambda _: everywhere)
+    return {"params": by_param, "opt_state": moments, "step": everywhere}
+
+
+def _make_state(optimizer: OptimizerConfig, params) -> State:
+    # A copy: the state is donated to every update, and the caller's parameters must outlive that.
+    params = jax.tree.map(lambda p: jnp.array(p, jnp.float32, copy=True), params)
+    return {"params": params, "opt_state": make_optimizer(optimizer).init(params), "step": jnp.zeros((), jnp.int32)}
+
+
+@functools.lru_cache(maxsize=16)
+def _compiled_init(model: ModelConfig, optimizer: OptimizerConfig, mesh):
+    shardings = None if mesh is None else state_shardings(model, optimizer, mesh)
+    return jax.jit(functools.partial(_make_state, optimizer), out_shardings=shardings)
+
+
+def init_state(model: ModelConfig, optimizer: OptimizerConfig, params, mesh=None) -> State:
+    """The state at step 0: an fp32 copy of `params` (any float dtype), sharded over `mesh` if there is one."""
+    return _compiled_init(model, optimizer, mesh)(params)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _cast(dtype: str, params):
+    return jax.tree.map(lambda p: p.astype(dtype), params)
+
+
+def policy_params(model: ModelConfig, params):
+    """The parameters as the model computes with them: themselves in fp32, a cast copy in bf16."""
+    return params if model.dtype == "float32" else _cast(model.dtype, params)

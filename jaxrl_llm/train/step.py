@@ -1,0 +1,192 @@
+"""The jitted GRPO update: micro-batches, gradient accumulation, AdamW, on one device or a mesh.
+
+A batch is a dict of host or device arrays with a leading micro-batch axis M; g prompts and r = g x S completions a micro-batch:
+  prompts [M, g, P] int32, prompt_lengths [M, g]; completions [M, r, C] int32, lengths [M, r] (0 = padding row);
+  sampler_logps [M, r, C] fp32; rewards [M, r] fp32, valid [M, r] bool, group_ids [M, r] int32 (one value a prompt id, below M x r);
+  and, where used, old_logps and ref_logps [M, r, C] fp32.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import NamedSharding, PartitionSpec
+from models import ModelConfig
+
+from jaxrl_llm.losses.grpo import Totals, batch_totals, group_advantages, grpo_loss
+from jaxrl_llm.train.config import GRPOConfig, LossConfig, OptimizerConfig
+from jaxrl_llm.train.forward import completion_logprobs
+from jaxrl_llm.train.state import State, learning_rate, make_optimizer, resolve_decay, state_shardings
+
+Batch = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class StepSpec:
+    """All that shapes the compiled update: one compilation a distinct value, batch shape and mesh."""
+
+    model: ModelConfig
+    loss: LossConfig
+    optimizer: OptimizerConfig
+    temperature: float
+    max_new_tokens: int  # the constant length of "dr_grpo"
+    shared_prefix: bool = True
+    remat: bool = False
+    logprob_chunk: int | None = None
+
+
+def step_spec(model: ModelConfig, config: GRPOConfig) -> StepSpec:
+    """The static part of a run's settings."""
+    return StepSpec(
+        model=model,
+        loss=config.loss,
+        optimizer=resolve_decay(config.optimizer, config.steps * config.inner_epochs),
+        temperature=config.temperature,
+        max_new_tokens=config.max_new_tokens,
+        shared_prefix=config.shared_prefix,
+        remat=config.remat,
+        logprob_chunk=config.logprob_chunk,
+    )
+
+
+def completion_mask(batch: Batch) -> jax.Array:
+    """[..., r, C] bool: completion tokens of rows that have a verdict."""
+    index_C = jnp.arange(batch["completions"].shape[-1])
+    return (index_C < batch["lengths"][..., None]) & batch["valid"][..., None]
+
+
+def batch_advantages(spec: StepSpec, batch: Batch) -> jax.Array:
+    """[M, r] advantages over the whole batch: a group may be spread over micro-batches."""
+    rewards = batch["rewards"]
+    flat = group_advantages(
+        rewards.reshape(-1),
+        batch["group_ids"].reshape(-1),
+        rewards.size,
+        batch["valid"].reshape(-1),
+        scale=spec.loss.advantage_scale,
+        ddof=spec.loss.advantage_ddof,
+        eps=spec.loss.advantage_eps,
+    )
+    return flat.reshape(rewards.shape)
+
+
+def _logprobs(spec: StepSpec, params, micro: Batch, with_entropy: bool = False):
+    compute = jax.tree.map(lambda p: p.astype(spec.model.dtype), params)
+    return completion_logprobs(
+        spec.model,
+        compute,
+        micro["prompts"],
+        micro["prompt_lengths"],
+        micro["completions"],
+        micro["lengths"],
+        temperature=spec.temperature,
+        chunk=spec.logprob_chunk,
+        remat=spec.remat,
+        shared_prefix=spec.shared_prefix,
+        with_entropy=with_entropy,
+    )
+
+
+def micro_loss(params, spec: StepSpec, micro: Batch, totals: Totals):
+    """(loss, (metrics, log-probabilities [r, C])) of one micro-batch; `micro` holds "advantages" [r] too.
+
+    Every metric is a sum over tokens divided by the whole batch's token count, so that those of micro-batches add up, except
+    "logp_diff_max", of which the largest counts."""
+    logps, entropy = _logprobs(spec, params, micro, with_entropy=True)
+    mask = completion_mask(micro)
+    loss, metrics = grpo_loss(
+        logps,
+        micro.get("old_logps"),
+        micro["advantages"],
+        mask,
+        clip_low=spec.loss.clip_low,
+        clip_high=spec.loss.clip_high,
+        aggregation=spec.loss.aggregation,
+        kl=spec.loss.kl,
+        kl_coef=spec.loss.kl_coef,
+        ref_logps=micro.get("ref_logps"),
+        max_length=spec.max_new_tokens,
+        totals=totals,
+    )
+    tokens = jnp.maximum(totals.tokens, 1.0)
+    difference = jnp.where(mask, jnp.abs(jax.lax.stop_gradient(logps) - micro["sampler_logps"]), 0.0)
+    metrics |= {
+        "entropy": jnp.sum(jnp.where(mask, entropy, 0.0)) / tokens,
+        "logp_diff_mean": jnp.sum(difference) / tokens,
+        "logp_diff_max": jnp.max(difference),
+    }
+    return loss, (metrics, jax.lax.stop_gradient(logps))
+
+
+def loss_and_grads(spec: StepSpec, params, batch: Batch):
+    """(loss, metrics, gradients, log-probabilities [M, r, C]) of the whole batch, one micro-batch in memory at a time."""
+    totals = batch_totals(completion_mask(batch).reshape(-1, batch["completions"].shape[-1]))
+    micros = batch | {"advantages": batch_advantages(spec, batch)}
+    grad_fn = jax.value_and_grad(functools.partial(micro_loss, spec=spec, totals=totals), has_aux=True)
+
+    def one(micro):
+        (loss, (metrics, logps)), grads = grad_fn(params, micro=micro)
+        return {"loss": loss, **metrics}, grads, logps
+
+    if batch["prompts"].shape[0] == 1:
+        metrics, grads, logps = one(jax.tree.map(lambda x: x[0], micros))
+        return metrics.pop("loss"), metrics, grads, logps[None]
+
+    def body(total, micro):
+        metrics, grads, logps = one(micro)
+        return jax.tree.map(jnp.add, total, grads), (metrics, logps)
+
+    grads, (metrics, logps) = jax.lax.scan(body, jax.tree.map(jnp.zeros_like, params), micros)
+    metrics = {name: jnp.max(x) if name.endswith("_max") else jnp.sum(x) for name, x in metrics.items()}
+    return metrics.pop("loss"), metrics, grads, logps
+
+
+def _update(spec: StepSpec, state: State, batch: Batch):
+    loss, metrics, grads, logps = loss_and_grads(spec, state["params"], batch)
+    updates, opt_state = make_optimizer(spec.optimizer).update(grads, state["opt_state"], state["params"])
+    metrics |= {
+        "loss": loss,
+        "grad_norm": optax.global_norm(grads),
+        "learning_rate": learning_rate(spec.optimizer)(state["step"]),
+    }
+    new_state = {"params": optax.apply_updates(state["params"], updates), "opt_state": opt_state, "step": state["step"] + 1}
+    return new_state, metrics, logps
+
+
+def batch_shardings(mesh) -> NamedSharding:
+    """Rows of every micro-batch over the batch axes of the mesh; the micro-batch axis is a loop, not sharded."""
+    from models import sharding
+
+    rows = sharding.batch_sharding(mesh).spec
+    return NamedSharding(mesh, PartitionSpec(None, *rows[:1]))
+
+
+@functools.lru_cache(maxsize=64)
+def compiled_update(spec: StepSpec, mesh=None):
+    """jitted (state, batch) -> (state, metrics, log-probabilities); the state is donated. Cached, so runs share compilations."""
+    if mesh is None:
+        return jax.jit(functools.partial(_update, spec), donate_argnums=0)
+    shardings, rows = state_shardings(spec.model, spec.optimizer, mesh), batch_shardings(mesh)
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    return jax.jit(
+        functools.partial(_update, spec),
+        in_shardings=(shardings, rows),
+        out_shardings=(shardings, everywhere, rows),
+        donate_argnums=0,
+    )
+
+
+@functools.lru_cache(maxsize=64)
+def compiled_logprobs(spec: StepSpec, mesh=None):
+    """jitted (params, batch) -> log-probabilities [M, r, C] without gradients: for the reference model."""
+
+    def run(params, batch):
+        return jax.lax.map(lambda micro: _logprobs(spec, params, micro)[0], batch)
+
+    if mesh is None:
+        return jax.jit(run)
+    rows = batch_shardings(mesh)
+    return jax.jit(run, in_shardings=(state_shardings(spec.model, spec.optimizer, mesh)["params"], rows), out_shardings=rows)

@@ -1,0 +1,356 @@
+"""Sampling completions: each prompt is prefilled once for all its samples, then one jitted loop decodes every row.
+
+`generate` takes lists of token ids and returns a `Rollout`; `sample_tokens` is its jitted core on device arrays. The
+keys and values of the P prompts are kept once and read by the G samples of each; a row's own tokens go to a cache that
+grows in stages, so that early steps do not attend to slots that are still empty. Randomness belongs to a row (key,
+row number, step): the same seed gives the same completions however rows are padded or split into batches.
+Letters: P prompts, G samples a prompt, B = P * G rows, T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from models.config import ModelConfig
+from models.errors import ModelError
+from models.sampling import sample
+from models.transformer import KV, KVCache, Params, forward, init_cache, unembed
+
+FINISH_LENGTH, FINISH_STOP_TOKEN, FINISH_STOP_STRING = 0, 1, 2
+STAGE = 32  # the cache of a row's own tokens grows by this many slots at first, then doubles
+
+
+@dataclasses.dataclass(frozen=True)
+class Rollout:
+    """Prompts and their sampled completions, N = P * num_samples rows; all arrays numpy, tokens right-padded.
+
+    completion_lengths count the stop token where one was produced. logps are fp32, of the full vocabulary at the
+    sampling temperature (1 where greedy), 0 past a row's length. group_ids say which prompt a row belongs to.
+    finish_reason: 0 length, 1 stop token, 2 stop string.
+    """
+
+    prompt_tokens_NT: Int[np.ndarray, "N T"]
+    prompt_lengths_N: Int[np.ndarray, " N"]
+    completion_tokens_NT: Int[np.ndarray, "N T"]
+    completion_lengths_N: Int[np.ndarray, " N"]
+    logps_NT: Float[np.ndarray, "N T"]
+    group_ids_N: Int[np.ndarray, " N"]
+    finish_reason_N: Int[np.ndarray, " N"]
+
+    def completions(self) -> list[list[int]]:
+        """The completions as lists of token ids, stop token included."""
+        return [row[:n].tolist() for row, n in zip(self.completion_tokens_NT, self.completion_lengths_N, strict=True)]
+
+
+class Samples(NamedTuple):
+    """What `sample_tokens` returns: device arrays, rows of one prompt adjacent; see Rollout for the meaning."""
+
+    tokens_BT: Int[Array, "B T"]
+    lengths_B: Int[Array, " B"]
+    logps_BT: Float[Array, "B T"]
+    finish_reason_B: Int[Array, " B"]
+
+
+class _Plan(NamedTuple):
+    """The static part of a call: one compilation a distinct value (and shapes)."""
+
+    cfg: ModelConfig
+    num_samples: int
+    max_new_tokens: int
+    greedy: bool
+    top_k: int
+    use_top_p: bool
+    stop_tokens: tuple[int, ...]
+
+
+class _State(NamedTuple):
+    """The decode loop's carry. `step` tokens of every row are decided; the cache holds the first step - 1 of them."""
+
+    step: Int[Array, ""]
+    tokens_BT: Int[Array, "B T"]
+    logps_BT: Float[Array, "B T"]
+    lengths_B: Int[Array, " B"]
+    stopped_B: Bool[Array, " B"]
+    done_B: Bool[Array, " B"]
+    cache: KVCache
+
+
+def _stages(max_new_tokens: int) -> list[int]:
+    """Cache sizes: STAGE, twice that, ..., the last one max_new_tokens."""
+    sizes = list(itertools.takewhile(lambda n: n < max_new_tokens, (STAGE * 2**i for i in itertools.count())))
+    return [*sizes, max_new_tokens]
+
+
+def _grow(cache: KVCache, slots: int) -> KVCache:
+    more = slots - cache.positions.shape[1]
+    pad = lambda a: jnp.pad(a, ((0, 0), (0, more), (0, 0), (0, 0)))  # noqa: E731
+    positions = jnp.pad(cache.positions, ((0, 0), (0, more)), constant_values=-1)
+    return KVCache(jax.tree.map(pad, cache.k), jax.tree.map(pad, cache.v), positions, cache.next)
+
+
+def _uniforms(key: Array, row_ids_B: Array, step: Array) -> Float[Array, "B 2"]:
+    """Two numbers in [0, 1) that depend on the key, the row's number and the step only."""
+    row_key = lambda row: jax.random.fold_in(jax.random.fold_in(key, row), step)  # noqa: E731
+    return jax.vmap(lambda row: jax.random.uniform(row_key(row), (2,)))(row_ids_B)
+
+
+def _record(plan: _Plan, state: _State, logits_BV: Array, noise, knobs) -> _State:
+    """Samples the next token of every unfinished row and writes it at column `step`."""
+    uniforms = None if plan.greedy else _uniforms(*noise, state.step)
+    temperature, top_p = knobs
+    tokens, logps = sample(
+        logits_BV, uniforms, temperature=temperature, greedy=plan.greedy, top_k=plan.top_k, top_p=top_p if plan.use_top_p else None
+    )
+    live = ~state.done_B
+    tokens, logps = jnp.where(live, tokens, 0), jnp.where(live, logps, 0.0)
+    hit = live & functools.reduce(jnp.logical_or, (tokens == s for s in plan.stop_tokens), jnp.zeros_like(live))
+    put = lambda buffer, column: lax.dynamic_update_slice(buffer, column[:, None], (0, state.step))  # noqa: E731
+    return state._replace(
+        step=state.step + 1,
+        tokens_BT=put(state.tokens_BT, tokens),
+        logps_BT=put(state.logps_BT, logps),
+        lengths_B=state.lengths_B + live,
+        stopped_B=state.stopped_B | hit,
+        done_B=state.done_B | hit,
+    )
+
+
+def _start(plan: _Plan, params: Params, prompt_tokens_PT, prompt_lengths_P, noise, knobs) -> tuple[KV, _State]:
+    """Prefills every prompt once and samples the first token of its G rows. Rows of empty prompts start finished."""
+    cfg, G = plan.cfg, plan.num_samples
+    out = forward(cfg, params, prompt_tokens_PT, lengths=prompt_lengths_P, unroll=True, return_kv=True)
+    last = jnp.maximum(prompt_lengths_P - 1, 0)
+    hidden_PD = jnp.take_along_axis(out.hidden, last[:, None, None], axis=1)[:, 0]
+    logits_BV = jnp.repeat(unembed(cfg, params, hidden_PD), G, axis=0)
+    B, T = logits_BV.shape[0], plan.max_new_tokens
+    state = _State(
+        step=jnp.int32(0),
+        tokens_BT=jnp.zeros((B, T), jnp.int32),
+        logps_BT=jnp.zeros((B, T), jnp.float32),
+        lengths_B=jnp.zeros(B, jnp.int32),
+        stopped_B=jnp.zeros(B, bool),
+        done_B=jnp.repeat(prompt_lengths_P == 0, G),
+        cache=init_cache(cfg, B, _stages(T)[0], unrolled=True),
+    )
+    return out.kv, _record(plan, state, logits_BV, noise, knobs)
+
+
+def _advance(plan: _Plan, params: Params, prefix: KV, state: _State, prompt_lengths_P, noise, knobs, upto: int) -> _State:
+    """Decodes until `upto` tokens are decided or every row has finished."""
+    prompt_lengths_B = jnp.repeat(prompt_lengths_P, plan.num_samples)
+    state = state._replace(cache=_grow(state.cache, upto))
+
+    def step(state: _State) -> _State:
+        token_B1 = lax.dynamic_slice_in_dim(state.tokens_BT, state.step - 1, 1, axis=1)
+        positions_B1 = (prompt_lengths_B + state.step - 1)[:, None]
+        out = forward(plan.cfg, params, token_B1, positions=positions_B1, prefix=prefix, cache=state.cache, unroll=True)
+        logits_BV = unembed(plan.cfg, params, out.hidden[:, 0])
+        return _record(plan, state._replace(cache=out.cache), logits_BV, noise, knobs)
+
+    return lax.while_loop(lambda s: (s.step < upto) & ~s.done_B.all(), step, state)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _sample_tokens(plan: _Plan, params, prompt_tokens_PT, prompt_lengths_P, noise, knobs) -> Samples:
+    prefix, state = _start(plan, params, prompt_tokens_PT, prompt_lengths_P, noise, knobs)
+    for upto in _stages(plan.max_new_tokens):
+        state = _advance(plan, params, prefix, state, prompt_lengths_P, noise, knobs, upto)
+    return _samples(state)
+
+
+def _samples(state: _State) -> Samples:
+    reason = jnp.where(state.stopped_B, FINISH_STOP_TOKEN, FINISH_LENGTH).astype(jnp.int32)
+    return Samples(state.tokens_BT, state.lengths_B, state.logps_BT, reason)
+
+
+_jitted_start = jax.jit(_start, static_argnums=0)
+_jitted_advance = jax.jit(_advance, static_argnums=(0, 7), donate_argnums=3)
+
+
+def _plan_of(cfg, num_samples, max_new_tokens, temperature, top_k, top_p, stop_tokens) -> _Plan:
+    """Checks the sampling arguments and splits off what is static."""
+
+    def need(ok: bool, message: str):
+        if not ok:
+            raise ModelError(message)
+
+    need(max_new_tokens >= 1, f"max_new_tokens is {max_new_tokens}; it must be at least 1")
+    need(num_samples >= 1, f"num_samples is {num_samples}; it must be at least 1")
+    need(temperature >= 0, f"temperature is {temperature}; it must be 0 (greedy) or above")
+    need(top_k >= 0, f"top_k is {top_k}; it must be 0 (no limit) or above")
+    need(0 < top_p <= 1, f"top_p is {top_p}; it must be above 0 and at most 1 (no limit)")
+    stop = tuple(sorted(set(cfg.eos_token_ids if stop_tokens is None else (int(t) for t in stop_tokens))))
+    need(all(0 <= t < cfg.vocab_size for t in stop), f"stop_tokens {stop} name ids outside the vocabulary of {cfg.vocab_size}")
+    greedy = temperature == 0
+    return _Plan(cfg, num_samples, max_new_tokens, greedy, 0 if greedy else top_k, top_p < 1 and not greedy, stop)
+
+
+def sample_tokens(
+    cfg: ModelConfig,
+    params: Params,
+    prompt_tokens: Int[Array, "P T"],
+    prompt_lengths: Int[Array, " P"],
+    key: Array,
+    *,
+    num_samples: int = 1,
+    max_new_tokens: int = 64,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    stop_tokens: Sequence[int] | None = None,
+    row_ids: Int[Array, " B"] | None = None,
+) -> Samples:
+    """Completions of right-padded prompts as device arrays, without a copy to the host: `generate` for a trainer.
+
+    One compilation for each cfg, num_samples, max_new_tokens, greedy or not, top_k, top-p or not, stop_tokens and
+    prompt shape: pad prompts to few shapes (`bucket`). A prompt of length 0 is padding: its rows come back empty.
+    row_ids [P * num_samples] number the rows for the random stream (default 0, 1, 2, ...).
+
+    Raises ModelError where an argument is out of range or prompt width + max_new_tokens exceeds the context.
+    """
+    plan = _plan_of(cfg, num_samples, max_new_tokens, temperature, top_k, top_p, stop_tokens)
+    P = prompt_tokens.shape[0]
+    row_ids = jnp.arange(P * num_samples, dtype=jnp.int32) if row_ids is None else row_ids
+    return _sample_tokens(plan, params, prompt_tokens, prompt_lengths, (key, row_ids), (jnp.float32(temperature), jnp.float32(top_p)))
+
+
+def bucket(n: int, minimum: int = 1) -> int:
+    """The smallest of 1, 2, 3, 4, 6, 8, 12, 16, 24, ... (powers of two and halfway between) not below n or minimum."""
+    n = max(n, minimum, 1)
+    power = 1 << (n - 1).bit_length()
+    return power * 3 // 4 if power >= 4 and n <= power * 3 // 4 else power
+
+
+def as_key(seed: int | Array) -> Array:
+    """A jax random key from an int seed or a key (typed or raw uint32)."""
+    return jax.random.key(seed) if isinstance(seed, (int, np.integer)) else seed
+
+
+def generate(
+    cfg: ModelConfig,
+    params: Params,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int = 64,
+    num_samples: int = 1,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    stop_tokens: Sequence[int] | None = None,
+    stop_strings: Sequence[str] = (),
+    tokenizer: Any = None,
+    seed: int | Array = 0,
+    max_rows: int = 256,
+) -> Rollout:
+    """Samples `num_samples` completions of each prompt (a list of token ids); rows of one prompt are adjacent.
+
+    max_new_tokens: most tokens a completion may have, stop token included.
+    temperature: 0 is greedy. top_k (0 = off) and top_p (1 = off) restrict what is drawn; the log-probabilities
+      returned stay those of the full vocabulary at `temperature`.
+    stop_tokens: ids that end a completion; default the model's end-of-text ids; () for none.
+    stop_strings: a completion ends with the token that completes one of them (needs `tokenizer`, anything with
+      `decode(list of ids) -> str`).
+    seed: an int or a jax random key; the same seed gives the same completions.
+    max_rows: prompts are decoded in batches of at most this many rows (but at least one prompt's samples),
+      longest prompts together.
+
+    Raises ModelError for an empty prompt, an id outside the vocabulary, a prompt that with max_new_tokens does not
+    fit the context, stop strings without a tokenizer, or a sampling argument out of range.
+    """
+    plan = _plan_of(cfg, num_samples, max_new_tokens, temperature, top_k, top_p, stop_tokens)
+    _check_prompts(cfg, prompts, max_new_tokens)
+    stop_strings = [stop_strings] if isinstance(stop_strings, str) else [s for s in stop_strings if s]
+    if stop_strings and tokenizer is None:
+        raise ModelError("stop_strings needs the tokenizer: pass tokenizer=models.load_tokenizer(folder)")
+    P, G, T = len(prompts), num_samples, max_new_tokens
+    width = max((len(p) for p in prompts), default=1)
+    prompt_tokens, prompt_lengths = _pad(prompts, width, P)
+    tokens, logps = np.zeros((P * G, T), np.int32), np.zeros((P * G, T), np.float32)
+    lengths, reasons = np.zeros(P * G, np.int32), np.zeros(P * G, np.int32)
+    knobs, key = (jnp.float32(temperature), jnp.float32(top_p)), as_key(seed)
+    order = sorted(range(P), key=lambda i: len(prompts[i]))
+    per_batch = max(max_rows // G, 1)
+    for start in range(0, P, per_batch):
+        chosen = np.asarray(order[start : start + per_batch])
+        rows = (chosen[:, None] * G + np.arange(G)).reshape(-1)
+        n_pad = min(bucket(len(chosen)), per_batch) * G
+        row_ids = jnp.asarray(np.pad(rows, (0, n_pad - len(rows))), jnp.int32)
+        width_b = min(bucket(int(prompt_lengths[chosen].max()), 16), cfg.max_position)
+        batch = _pad([prompts[i] for i in chosen], width_b, n_pad // G)
+        out = _run(plan, params, *map(jnp.asarray, batch), (key, row_ids), knobs, stop_strings, tokenizer)
+        tokens[rows], lengths[rows], logps[rows], reasons[rows] = (np.asarray(a)[: len(rows)] for a in out)
+    return Rollout(
+        np.repeat(prompt_tokens, G, axis=0),
+        np.repeat(prompt_lengths, G),
+        tokens,
+        lengths,
+        logps,
+        np.repeat(np.arange(P, dtype=np.int32), G),
+        reasons,
+    )
+
+
+def _check_prompts(cfg: ModelConfig, prompts, max_new_tokens: int) -> None:
+    for i, prompt in enumerate(prompts):
+        if len(prompt) == 0:
+            raise ModelError(f"prompt {i} is empty; give at least one token (the model's beginning-of-text id, say)")
+        if len(prompt) + max_new_tokens > cfg.max_position:
+            raise ModelError(
+                f"prompt {i} has {len(prompt)} tokens and max_new_tokens is {max_new_tokens}, but the model's context is "
+                f"{cfg.max_position}; shorten one of them"
+            )
+        low, high = min(prompt), max(prompt)
+        if low < 0 or high >= cfg.vocab_size:
+            raise ModelError(f"prompt {i} holds token id {low if low < 0 else high}, outside the vocabulary of {cfg.vocab_size}")
+
+
+def _pad(prompts, width: int, n: int) -> tuple[np.ndarray, np.ndarray]:
+    """[n, width] right-padded tokens and [n] lengths; rows past the prompts have length 0."""
+    tokens, lengths = np.zeros((n, width), np.int32), np.zeros(n, np.int32)
+    for i, prompt in enumerate(prompts):
+        tokens[i, : len(prompt)], lengths[i] = prompt, len(prompt)
+    return tokens, lengths
+
+
+def _run(plan, params, tokens, lengths, noise, knobs, stop_strings, tokenizer) -> Samples:
+    """One batch. With stop strings the host looks at the text after each stage and ends the rows that have one."""
+    if not stop_strings:
+        return _sample_tokens(plan, params, tokens, lengths, noise, knobs)
+    prefix, state = _jitted_start(plan, params, tokens, lengths, noise, knobs)
+    cut = np.zeros(state.done_B.shape[0], np.int32)  # a row's length up to its first stop string; 0 = none yet
+    for upto in _stages(plan.max_new_tokens):
+        state = _jitted_advance(plan, params, prefix, state, lengths, noise, knobs, upto)
+        row_tokens, row_lengths = np.asarray(state.tokens_BT), np.asarray(state.lengths_B)
+        for row in np.flatnonzero((cut == 0) & (row_lengths > 0)):
+            cut[row] = _stop_string_cut(row_tokens[row, : row_lengths[row]].tolist(), stop_strings, tokenizer)
+        state = state._replace(done_B=state.done_B | (cut > 0))
+        if bool(state.done_B.all()):
+            break
+    out = Samples(*(np.array(a) for a in _samples(state)))
+    ended = cut > 0
+    lengths_B = np.where(ended, cut, out.lengths_B)
+    beyond = np.arange(plan.max_new_tokens) >= lengths_B[:, None]
+    out.tokens_BT[beyond], out.logps_BT[beyond] = 0, 0.0
+    return Samples(out.tokens_BT, lengths_B, out.logps_BT, np.where(ended, FINISH_STOP_STRING, out.finish_reason_B))
+
+
+def _stop_string_cut(tokens: list[int], stop_strings: Sequence[str], tokenizer) -> int:
+    """How many tokens it takes until the text holds a stop string; 0 where it never does."""
+    holds = lambda n: any(s in tokenizer.decode(tokens[:n]) for s in stop_strings)  # noqa: E731
+    if not holds(len(tokens)):
+        return 0
+    low, high = 1, len(tokens)
+    while low < high:  # a text that holds it still does when longer, so the first such length can be bisected
+        middle = (low + high) // 2
+        low, high = (low, middle) if holds(middle) else (middle + 1, high)
+    return low

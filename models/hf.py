@@ -1,0 +1,198 @@
+"""Hugging Face checkpoints: read straight into stacked arrays or shards, and written back bit for bit.
+
+Nothing here ever holds two copies of a model in host memory: reading fills each stacked leaf (or each shard of it)
+from slices of one tensor at a time, writing streams one tensor at a time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from safetensors import SafetensorError, safe_open
+from tqdm import tqdm
+
+from models.config import ModelConfig
+from models.errors import ModelError
+from models.families import DTYPES, config_from_hf, tensor_of, token_ids
+from models.hub import resolve
+from models.sharding import param_shardings
+from models.transformer import Params, abstract_params
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+_IGNORED = ("rotary_emb.inv_freq",)  # a buffer that old exports carry
+_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+
+def load(source: str | os.PathLike, dtype: str | None = None, mesh: Mesh | None = None) -> tuple[ModelConfig, Params]:
+    """(cfg, params) of a Hugging Face folder or hub id ("org/name", "org/name@revision").
+
+    dtype: "float32", "bfloat16" or "float16"; None keeps config.json's, but float16 becomes float32, which holds it
+      exactly.
+    mesh: build every parameter sharded by `models.sharding`; a process reads only the slices that its devices hold.
+    Raises ModelError, naming file and tensor or field, for anything missing, truncated, unexpected or misshapen.
+    """
+    folder = resolve(source, ("*.json", "*.safetensors"))
+    if dtype is not None and dtype not in DTYPES:
+        raise ModelError(f"dtype={dtype!r} is not supported; known: {', '.join(DTYPES)}")
+    cfg = read_config(folder)
+    cfg = dataclasses.replace(cfg, dtype=dtype or cfg.dtype)
+    checkpoint = _Checkpoint(folder)
+    checkpoint.check(cfg)
+    leaves = dict(leaves_of(abstract_params(cfg)))
+    shardings = dict(leaves_of(param_shardings(cfg, mesh))) if mesh is not None else {}
+    params: Params = {}
+    progress = {"desc": f"load {folder.name}", "unit": "leaf", "disable": None, "mininterval": 0.5, "leave": False}
+    for name, leaf in tqdm(leaves.items(), **progress):
+        read = checkpoint.reader(cfg, name, leaf)
+        if mesh is None:
+            # The buffer is aligned, so that on CPU this takes it over without a copy.
+            array = jax.device_put(read((slice(None),) * len(leaf.shape)))
+        else:
+            array = jax.make_array_from_callback(leaf.shape, shardings[name], read)
+        group, _, key = name.partition(".")
+        params.setdefault(group, {})[key] = array
+    return cfg, params
+
+
+def read_config(folder: Path) -> ModelConfig:
+    """The ModelConfig of a local folder; generation_config.json, where there is one, says what ends a generation."""
+    contents = read_json(folder / "config.json")
+    try:
+        cfg = config_from_hf(contents)
+    except ModelError as error:
+        raise ModelError(f"{folder / 'config.json'}: {str(error).removeprefix('config.json: ')}") from error
+    generation = folder / "generation_config.json"
+    ends = read_json(generation).get("eos_token_id") if generation.is_file() else None
+    return cfg if ends is None else dataclasses.replace(cfg, eos_token_ids=token_ids(ends))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise ModelError(f"{path}: no such file")
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, UnicodeDecodeError) as error:
+        raise ModelError(f"{path}: invalid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ModelError(f"{path}: must hold a JSON object")
+    return value
+
+
+def leaves_of(tree: Params) -> Iterator[tuple[str, Any]]:
+    """("blocks.q", leaf) for every leaf of a parameter tree, or of a tree of the same shape."""
+    for group, leaves in tree.items():
+        for key, leaf in leaves.items():
+            yield f"{group}.{key}", leaf
+
+
+class _Checkpoint:
+    """The safetensors files of a folder. A file is open only while one tensor is read, so that its pages can go."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.files: dict[str, Path] = {}
+        for path in self._paths():
+            with _opened(path) as file:
+                for name in file.keys():  # noqa: SIM118  (not a dict)
+                    part = file.get_slice(name)
+                    if part.get_dtype() not in _DTYPES:
+                        known = ", ".join(_DTYPES)
+                        raise ModelError(f"{path}: {name}: dtype {part.get_dtype()} is not supported; known: {known}")
+                    self.shapes[name], self.files[name] = tuple(part.get_shape()), path
+
+    def _paths(self) -> list[Path]:
+        if (self.folder / INDEX).is_file():
+            weight_map = read_json(self.folder / INDEX).get("weight_map")
+            if not isinstance(weight_map, Mapping):
+                raise ModelError(f"{self.folder / INDEX}: missing field 'weight_map'")
+            paths = [self.folder / name for name in sorted(set(weight_map.values()))]
+        else:
+            paths = [self.folder / SINGLE]
+        for path in paths:
+            if not path.is_file():
+                other = sorted(p.name for p in self.folder.glob("*.bin"))
+                hint = f" (found {other[0]}: convert it to safetensors first)" if other else ""
+                raise ModelError(f"{path}: no such file{hint}")
+        return paths
+
+    def check(self, cfg: ModelConfig) -> None:
+        """Raises ModelError for the first missing, misshapen or unexpected tensor."""
+        expected = {}
+        for leaf, abstract in leaves_of(abstract_params(cfg)):
+            tensor = tensor_of(cfg, leaf)
+            shape = tensor.stored_shape(abstract.shape[-len(tensor.ours) :])
+            expected |= dict.fromkeys(tensor.names(cfg.n_layers), shape)
+        for name, shape in expected.items():
+            if name not in self.shapes:
+                raise ModelError(f"{self.folder}: missing tensor {name} {list(shape)}")
+            if (found := self.shapes[name]) != shape:
+                raise ModelError(
+                    f"{self.files[name]}: {name}: expected shape {list(shape)} by config.json, found {list(found)}"
+                )
+        for name in sorted(self.shapes.keys() - expected.keys()):
+            if cfg.tie_embeddings and name == tensor_of(cfg, "lm_head.kernel").name:
+                self._check_tied(name, tensor_of(cfg, "embed.embedding").name)
+            elif not name.endswith(_IGNORED):
+                raise ModelError(f"{self.files[name]}: unexpected tensor {name} for this {cfg.family} config.json")
+
+    def _check_tied(self, head: str, embedding: str) -> None:
+        """Some exports of tied models store the head too; it must then be the embedding."""
+        same = self.shapes[head] == self.shapes[embedding]
+        if not (same and np.array_equal(self._read(head, ...), self._read(embedding, ...))):
+            raise ModelError(
+                f"{self.files[head]}: {head} differs from {embedding}, but config.json says tie_word_embeddings"
+            )
+
+    def _read(self, name: str, index) -> np.ndarray:
+        path = self.files[name]
+        with _opened(path) as file:
+            try:
+                return file.get_slice(name)[index]
+            except SafetensorError as error:
+                raise ModelError(f"{path}: {name}: cannot be read: {error}") from error
+
+    def reader(self, cfg: ModelConfig, leaf: str, abstract: jax.ShapeDtypeStruct):
+        """read(index) -> that part of the leaf (index: a slice for each axis), as a fresh aligned array."""
+        tensor = tensor_of(cfg, leaf)
+        names = tensor.names(cfg.n_layers)
+        shape = abstract.shape[-len(tensor.ours) :]
+
+        def read(index: tuple[slice, ...]) -> np.ndarray:
+            sizes = [len(range(*s.indices(size))) for s, size in zip(index, abstract.shape, strict=True)]
+            out = _aligned(sizes, abstract.dtype)
+            layers, index = (names[index[0]], index[1:]) if len(index) > len(shape) else (names, index)
+            for row, name in zip(out.reshape(len(layers), *sizes[-len(shape) :]), layers, strict=True):
+                row[...] = tensor.read(functools.partial(self._read, name), shape, index)
+            return out
+
+        return read
+
+
+def _opened(path: Path):
+    try:
+        return safe_open(path, framework="numpy")
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{path}: not a complete safetensors file ({error}); fetch or export it again") from error
+
+
+def _aligned(shape, dtype, alignment: int = 64) -> np.ndarray:
+    """An empty array at an address that JAX on CPU can take over without copying."""
+    size = int(np.prod(shape)) * jnp.dtype(dtype).itemsize
+    raw = np.empty(size + alignment, np.uint8)
+    start = -raw.ctypes.data % alignment
+    return raw[start : start + size].view(dtype).reshape(shape)

@@ -1,0 +1,183 @@
+"""Writes Hugging Face checkpoints: atomic, sharded, one tensor in memory at a time."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import struct
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from models.config import ModelConfig
+from models.errors import ModelError
+from models.families import config_to_hf, tensor_of
+from models.hf import INDEX, SINGLE, leaves_of, read_json
+from models.hub import resolve
+from models.tokenizer import TOKENIZER_FILES, tokenizer_files
+from models.transformer import Params, abstract_params
+
+# What a checkpoint folder may hold; any other file in it keeps us from replacing the folder.
+_OURS = ("config.json", "generation_config.json", INDEX, *TOKENIZER_FILES)
+_DTYPE_NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+
+
+def save(
+    folder: str | os.PathLike,
+    cfg: ModelConfig,
+    params: Params,
+    tokenizer_from: Any = None,
+    max_shard_size: int = 5 * 10**9,
+) -> None:
+    """Writes config.json, generation_config.json, safetensors and the tokenizer's files; `transformers` reads them.
+
+    folder: made if absent. An existing checkpoint is replaced in one rename, its tokenizer kept if no other is given.
+    tokenizer_from: a folder, hub id or tokenizer to copy the tokenizer from. max_shard_size: bytes a file; larger
+    models get several files and an index. Nothing is left behind by an interrupted export. On several hosts every
+    process must call this; the first one writes.
+    Raises ModelError when params do not fit cfg or `folder` holds something that is not a checkpoint.
+    """
+    target = Path(folder).expanduser().absolute()
+    _check_params(cfg, params)
+    _check_target(target)
+    hf = config_to_hf(cfg)
+    writer = jax.process_index() == 0
+    temporary = None
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+        contents = temporary / target.name
+        contents.mkdir()  # inside, because mkdtemp's own folder is closed to other users
+        _write_tensors(contents, cfg, params, max_shard_size, writer)
+        if writer:
+            _write_json(contents / "config.json", hf)
+            ends = {key: hf[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if hf[key] is not None}
+            _write_json(contents / "generation_config.json", ends)
+            _copy_tokenizer(contents, target, tokenizer_from)
+            _replace(contents, target, temporary / "old")
+    except OSError as error:
+        raise ModelError(f"{target}: cannot be written: {error.strerror or error}") from error
+    finally:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _check_params(cfg: ModelConfig, params: Params) -> None:
+    expected = dict(leaves_of(abstract_params(cfg)))
+    given = dict(leaves_of(params))
+    for name in expected.keys() | given.keys():
+        if name not in given or name not in expected:
+            raise ModelError(f"params do not fit the config: {'missing' if name not in given else 'unexpected'} {name}")
+        if given[name].shape != expected[name].shape:
+            shapes = f"expected shape {list(expected[name].shape)}, found {list(given[name].shape)}"
+            raise ModelError(f"params do not fit the config: {name}: {shapes}")
+        if str(given[name].dtype) not in _DTYPE_NAMES:
+            known = ", ".join(_DTYPE_NAMES)
+            raise ModelError(f"params: {name}: dtype {given[name].dtype} cannot be exported; known: {known}")
+
+
+def _check_target(target: Path) -> None:
+    """Refuses a file, and a folder with anything in it that is not part of a checkpoint."""
+    if target.exists() and not target.is_dir():
+        raise ModelError(f"{target}: is a file; give a folder")
+    entries = sorted(target.iterdir()) if target.is_dir() else []
+    foreign = [p for p in entries if p.name not in _OURS and p.suffix != ".safetensors"]
+    if not foreign and entries and "model_type" not in read_json(target / "config.json"):
+        foreign = [target / "config.json"]
+    if foreign:
+        raise ModelError(f"{target}: neither empty nor a checkpoint (it holds {foreign[0].name}); give another folder")
+
+
+def _write_tensors(folder: Path, cfg: ModelConfig, params: Params, max_shard_size: int, writer: bool) -> None:
+    shards: list[list[tuple[str, _Entry]]] = [[]]
+    filled = 0
+    for name, entry in _entries(cfg, params):
+        if filled + entry.nbytes > max_shard_size and shards[-1]:
+            shards.append([])
+            filled = 0
+        shards[-1].append((name, entry))
+        filled += entry.nbytes
+    total = len(shards)
+    names = [SINGLE] if total == 1 else [f"model-{i + 1:05d}-of-{total:05d}.safetensors" for i in range(total)]
+    for file, shard in zip(names, shards, strict=True):
+        _write_safetensors(folder / file, dict(shard), writer)
+    if total > 1 and writer:
+        weight_map = {name: file for file, shard in zip(names, shards, strict=True) for name, _ in shard}
+        size = sum(entry.nbytes for shard in shards for _, entry in shard)
+        _write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
+
+
+class _Entry:
+    """A tensor to be written: what the header says of it, and how to get its contents when its turn comes."""
+
+    def __init__(self, dtype: str, shape: tuple[int, ...], itemsize: int, contents: Callable[[], np.ndarray]):
+        self.dtype, self.shape, self.contents = dtype, shape, contents
+        self.nbytes = int(np.prod(shape)) * itemsize
+
+
+def _entries(cfg: ModelConfig, params: Params) -> Iterator[tuple[str, _Entry]]:
+    for leaf, array in leaves_of(params):
+        tensor = tensor_of(cfg, leaf)
+        shape = tensor.stored_shape(array.shape[-len(tensor.ours) :])
+        for layer, name in enumerate(tensor.names(cfg.n_layers)):
+            part = (lambda a=array, i=layer: a[i]) if array.ndim > len(tensor.ours) else (lambda a=array: a)
+            contents = lambda t=tensor, part=part: t.to_stored(_to_host(part()))  # noqa: E731
+            yield name, _Entry(_DTYPE_NAMES[str(array.dtype)], shape, array.dtype.itemsize, contents)
+
+
+def _to_host(array: jax.Array | np.ndarray) -> np.ndarray:
+    if isinstance(array, jax.Array) and not array.is_fully_addressable:
+        return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+    return np.asarray(array)
+
+
+def _write_safetensors(path: Path, entries: dict[str, _Entry], writer: bool) -> None:
+    """The safetensors layout: header length (u64), JSON header padded to 8 bytes, then the tensors back to back."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers refuses files that do not say "pt"
+    offset = 0
+    for name, entry in entries.items():
+        header[name] = {"dtype": entry.dtype, "shape": entry.shape, "data_offsets": [offset, offset + entry.nbytes]}
+        offset += entry.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path if writer else os.devnull, "wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for entry in entries.values():
+            file.write(np.ascontiguousarray(entry.contents()).view(np.uint8).data)
+        file.flush()
+        if writer:
+            os.fsync(file.fileno())
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _copy_tokenizer(folder: Path, target: Path, source: Any) -> None:
+    """Into `folder`, from a tokenizer object, a folder or a hub id; from the `target` that is replaced if none is given."""
+    if hasattr(source, "save_pretrained"):
+        source.save_pretrained(folder)
+        return
+    files = tokenizer_files(target if source is None else resolve(source, TOKENIZER_FILES))
+    if source is not None and not files:
+        raise ModelError(f"tokenizer_from: {source} has no tokenizer")
+    for path in files:
+        shutil.copyfile(path, folder / path.name)
+
+
+def _replace(new: Path, target: Path, old: Path) -> None:
+    """Puts the finished folder in its place; a checkpoint that is there steps aside to `old` first, and back on failure."""
+    if target.is_dir():
+        os.replace(target, old)
+    try:
+        os.replace(new, target)
+    except BaseException:
+        if old.is_dir():
+            os.replace(old, target)
+        raise

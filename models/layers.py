@@ -1,0 +1,197 @@
+"""The parts of a decoder layer as plain functions, and the Flax module that puts them together.
+
+Letters in names and einsums: B batch, T query tokens, S key slots, D d_model, N query heads, K key/value heads,
+R = N / K, H head_dim, F d_ff, P distinct prompts, G = B / P.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax import lax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jaxtyping import Array, Bool, Float, Int
+
+from models.config import ModelConfig, rope_frequencies, rope_stretch
+
+NEGATIVE = -1e30  # finite, so that a row with nothing to attend to gives no NaN
+BATCH_AXES = ("data", "fsdp")  # the mesh axes over which the rows of a batch are spread
+
+ACTIVATIONS = {
+    "silu": jax.nn.silu,
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_pytorch_tanh": functools.partial(jax.nn.gelu, approximate=True),
+    "relu": jax.nn.relu,
+}
+
+
+def dense(equation: str, x: Array, kernel: Array) -> Array:
+    """Einsum with fp32 accumulation, returned in x's dtype."""
+    return jnp.einsum(equation, x, kernel, preferred_element_type=jnp.float32).astype(x.dtype)
+
+
+def rms_norm(x: Array, scale: Array, eps: float) -> Array:
+    """Root-mean-square norm (Zhang and Sennrich 2019) over the last axis, computed in fp32."""
+    y = x.astype(jnp.float32)
+    y = y * lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
+    return (scale * y.astype(x.dtype)).astype(x.dtype)
+
+
+def rope_table(cfg: ModelConfig, positions_BT: Int[Array, "B T"]) -> tuple[Array, Array]:
+    """cos and sin [B, T, 1, H / 2] in fp32 at integer positions; padding (-1) is treated as position 0.
+
+    "dynamic" scaling stretches the base by each row's own length (last position + 1) once it passes max_position;
+    cached keys stay as they were written, so a row that crosses max_position while it is sampled differs a little
+    from the same row in one pass.
+    """
+    freqs, factor = rope_frequencies(cfg)
+    freqs = jnp.asarray(freqs)
+    if cfg.rope_scaling.kind == "dynamic":
+        length = jnp.maximum(jnp.max(positions_BT, axis=1) + 1, cfg.max_position)[:, None, None]
+        freqs = freqs * rope_stretch(cfg, length) ** -(jnp.arange(freqs.size) * 2 / cfg.head_dim)
+    angles = jnp.maximum(positions_BT, 0)[..., None].astype(jnp.float32) * freqs
+    return factor * jnp.cos(angles)[:, :, None], factor * jnp.sin(angles)[:, :, None]
+
+
+def rotate(x_BTNH: Array, cos: Array, sin: Array) -> Array:
+    """Rotary position embedding, half-split convention (dimension i is paired with i + H / 2)."""
+    a, b = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BTNH.dtype)
+
+
+def attention_mask(
+    q_pos_BT: Int[Array, "B T"], k_pos_BS: Int[Array, "B S"], window: int | None
+) -> Bool[Array, "B T S"]:
+    """A query sees filled slots at its own or an earlier position, fewer than `window` positions back."""
+    q, k = q_pos_BT[:, :, None], k_pos_BS[:, None, :]
+    mask = (k >= 0) & (k <= q)
+    return mask if window is None else mask & (q - k < window)
+
+
+def attention_scores(q_BTNH: Array, k_PSKH: Array) -> Float[Array, "B K R T S"]:
+    """fp32 scaled scores; P may divide B, then rows p*G .. p*G+G-1 read prompt p's keys."""
+    B, T, N, H = q_BTNH.shape
+    P, S, K, _ = k_PSKH.shape
+    q = q_BTNH.reshape(P, B // P, T, K, N // K, H)
+    scores = jnp.einsum("PGTKRH,PSKH->PKGRTS", q, k_PSKH, preferred_element_type=jnp.float32)
+    return scores.transpose(0, 2, 1, 3, 4, 5).reshape(B, K, N // K, T, S) * (H**-0.5)
+
+
+def attention_values(probs_BKRTS: Array, v_PSKH: Array) -> Float[Array, "B T N H"]:
+    """The probability-weighted values; P may divide B as in `attention_scores`."""
+    B, K, R, T, S = probs_BKRTS.shape
+    P, H = v_PSKH.shape[0], v_PSKH.shape[-1]
+    probs = probs_BKRTS.reshape(P, B // P, K, R, T, S).astype(v_PSKH.dtype)
+    out = jnp.einsum("PGKRTS,PSKH->PGTKRH", probs, v_PSKH, preferred_element_type=jnp.float32)
+    return out.reshape(B, T, K * R, H).astype(v_PSKH.dtype)
+
+
+def constrain(x: Array, like: Array, *axes: tuple[str, ...]) -> Array:
+    """Spreads the leading dimensions of `x` over `axes` of the mesh that the parameter `like` lives on, if on one.
+
+    The rest of `x` is whole on every device. Left alone, the partitioner may spread activations along d_model, as the
+    parameters are, and reduce every product over all devices.
+    """
+    mesh = jax.typeof(like).sharding.mesh
+    mesh = jax.sharding.get_abstract_mesh() if mesh.empty else mesh
+    auto = {name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Auto}
+    spec = [tuple(name for name in names if name in auto) for names in axes]
+    ways = [math.prod(mesh.shape[name] for name in names) for names in spec]
+    if not auto or any(size % n for size, n in zip(x.shape, ways, strict=False)):
+        return x
+    return lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(*spec)))
+
+
+def constrain_rows(x: Array, like: Array) -> Array:
+    """Keeps the rows of activations on the batch axes of the mesh; see `constrain`."""
+    return constrain(x, like, BATCH_AXES)
+
+
+def embed(table_VD: Float[Array, "V D"], tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+    """The embeddings of tokens. On a mesh the table's rows stay where they are, its columns are gathered first."""
+    return constrain_rows(jnp.take(constrain(table_VD, table_VD, ("tensor",)), tokens_BT, axis=0), table_VD)
+
+
+class Block(nn.Module):
+    """One layer: pre-norm attention and gated MLP. `hook(name, x)` sees, and may replace, each named activation."""
+
+    cfg: ModelConfig
+
+    def setup(self):
+        c, normal = self.cfg, nn.initializers.normal(self.cfg.initializer_range)
+
+        def declare(name, shape, axes, init=normal):
+            return self.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.dtype(c.dtype))
+
+        ones, zeros = nn.initializers.ones, nn.initializers.zeros
+        D, N, K, H, F = c.d_model, c.n_heads, c.n_kv_heads, c.head_dim, c.d_ff
+        self.attn_norm = declare("attn_norm", (D,), ("norm",), ones)
+        self.mlp_norm = declare("mlp_norm", (D,), ("norm",), ones)
+        self.q = declare("q", (D, N, H), ("embed", "heads", "head_dim"))
+        self.k = declare("k", (D, K, H), ("embed", "kv_heads", "head_dim"))
+        self.v = declare("v", (D, K, H), ("embed", "kv_heads", "head_dim"))
+        self.o = declare("o", (N, H, D), ("heads", "head_dim", "embed"))
+        self.gate = declare("gate", (D, F), ("embed", "mlp"))
+        self.up = declare("up", (D, F), ("embed", "mlp"))
+        self.down = declare("down", (F, D), ("mlp", "embed"))
+        if c.qkv_bias:
+            self.q_bias = declare("q_bias", (N, H), ("heads", "head_dim"), zeros)
+            self.k_bias = declare("k_bias", (K, H), ("kv_heads", "head_dim"), zeros)
+            self.v_bias = declare("v_bias", (K, H), ("kv_heads", "head_dim"), zeros)
+        if c.o_bias:
+            self.o_bias = declare("o_bias", (D,), ("norm",), zeros)
+        if c.mlp_bias:
+            self.gate_bias = declare("gate_bias", (F,), ("mlp",), zeros)
+            self.up_bias = declare("up_bias", (F,), ("mlp",), zeros)
+            self.down_bias = declare("down_bias", (D,), ("norm",), zeros)
+        if c.qk_norm:
+            self.q_norm = declare("q_norm", (H,), ("head_dim",), ones)
+            self.k_norm = declare("k_norm", (H,), ("head_dim",), ones)
+
+    def qkv(self, x, rope):
+        """Queries [B, T, N, H], keys and values [B, T, K, H], queries and keys rotated."""
+        c = self.cfg
+        q, k, v = (dense("BTD,DNH->BTNH", x, w) for w in (self.q, self.k, self.v))
+        if c.qkv_bias:
+            q, k, v = q + self.q_bias, k + self.k_bias, v + self.v_bias
+        if c.qk_norm:
+            q, k = rms_norm(q, self.q_norm, c.norm_eps), rms_norm(k, self.k_norm, c.norm_eps)
+        return rotate(q, *rope), rotate(k, *rope), v
+
+    def attend(self, q, segments, hook):
+        """Attention over key/value segments [(k, v, mask_BTS)], softmax over all of them together."""
+        scores = jnp.concatenate(
+            [jnp.where(mask[:, None, None], attention_scores(q, k), NEGATIVE) for k, _, mask in segments], axis=-1
+        )
+        B, K, R, T, S = scores.shape
+        probs = jax.nn.softmax(scores, axis=-1)
+        probs = hook("attn_probs", probs.reshape(B, K * R, T, S)).reshape(B, K, R, T, S)
+        out, start = 0, 0
+        for k, v, _ in segments:
+            out += attention_values(probs[..., start : start + k.shape[1]], v)
+            start += k.shape[1]
+        out = dense("BTNH,NHD->BTD", out, self.o)
+        return out + self.o_bias if self.cfg.o_bias else out
+
+    def mlp(self, x, hook):
+        """The gated MLP: down(activation(gate(x)) * up(x))."""
+        c, activation = self.cfg, ACTIVATIONS[self.cfg.activation]
+        gate, up = dense("BTD,DF->BTF", x, self.gate), dense("BTD,DF->BTF", x, self.up)
+        if c.mlp_bias:
+            gate, up = gate + self.gate_bias, up + self.up_bias
+        act = hook("mlp_act", activation(hook("mlp_pre", gate)) * up)
+        out = dense("BTF,FD->BTD", act, self.down)
+        return out + self.down_bias if c.mlp_bias else out
+
+    def __call__(self, x, rope, segments_of, hook):
+        """segments_of(k, v) places the new keys and values and returns (segments to attend to, what to keep)."""
+        x = hook("resid_pre", x)
+        q, k, v = self.qkv(rms_norm(x, self.attn_norm, self.cfg.norm_eps), rope)
+        segments, keep = segments_of(k, v)
+        x = hook("resid_mid", x + hook("attn_out", constrain_rows(self.attend(q, segments, hook), self.o)))
+        mlp_out = constrain_rows(self.mlp(rms_norm(x, self.mlp_norm, self.cfg.norm_eps), hook), self.down)
+        return hook("resid_post", x + hook("mlp_out", mlp_out)), keep

@@ -1,0 +1,93 @@
+"""One table from logical axes to mesh axes, and the shardings of parameters and batches that follow from it.
+
+Mesh axes: "data" (batch only), "fsdp" (batch, and parameters along d_model: ZeRO-3), "tensor" (heads, MLP width and
+vocabulary). Axis types are Auto: XLA's partitioner places the collectives (GSPMD, Xu et al. 2021).
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from models.config import ModelConfig
+from models.errors import ModelError
+from models.layers import BATCH_AXES
+from models.transformer import Params, abstract_params, logical_axes
+
+MESH_AXES = ("data", "fsdp", "tensor")
+
+RULES: dict[str, str | None] = {
+    "vocab": "tensor",
+    "embed": "fsdp",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "mlp": "tensor",
+    "head_dim": None,
+    "norm": None,
+    "layers": None,
+}
+
+
+def make_mesh(shape: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh with axes data, fsdp and tensor (absent = 1; one may be -1 = all remaining devices).
+
+    Raises ModelError for an unknown axis or a shape that does not use exactly the devices there are.
+    """
+    devices = jax.devices() if devices is None else devices
+    for name, size in shape.items():
+        if name not in MESH_AXES:
+            raise ModelError(f"unknown mesh axis {name!r}; known: {', '.join(MESH_AXES)}")
+        if size != -1 and size < 1:
+            raise ModelError(f"mesh axis {name}={size} must be at least 1, or -1 for all remaining devices")
+    sizes = [shape.get(name, 1) for name in MESH_AXES]
+    if sizes.count(-1) > 1:
+        raise ModelError(f"mesh {dict(shape)}: only one axis may be -1")
+    fixed = math.prod(s for s in sizes if s != -1)
+    sizes = [len(devices) // fixed if s == -1 else s for s in sizes]
+    if math.prod(sizes) != len(devices):
+        raise ModelError(f"mesh {dict(shape)} needs {math.prod(sizes) or fixed} devices, there are {len(devices)}")
+    return jax.make_mesh(sizes, MESH_AXES, (AxisType.Auto,) * len(MESH_AXES), devices=devices)
+
+
+def partition_spec(shape: Sequence[int], axes: Sequence[str], mesh: Mesh) -> PartitionSpec:
+    """The spec of one array of `shape` with logical `axes`; a dimension that does not divide is replicated."""
+    names = [RULES[axis] for axis in axes]
+    divides = [name in mesh.shape and size % mesh.shape[name] == 0 for size, name in zip(shape, names, strict=True)]
+    return PartitionSpec(*(name if ok else None for name, ok in zip(names, divides, strict=True)))
+
+
+def param_shardings(cfg: ModelConfig, mesh: Mesh) -> Params:
+    """A NamedSharding for each parameter. Dimensions that do not divide are replicated and logged as a warning."""
+    for line in fallbacks(cfg, mesh):
+        logging.getLogger(__name__).warning(line)
+    sharding_of = lambda leaf, axes: NamedSharding(mesh, partition_spec(leaf.shape, axes, mesh))  # noqa: E731
+    return jax.tree.map(sharding_of, abstract_params(cfg), logical_axes(cfg))
+
+
+def fallbacks(cfg: ModelConfig, mesh: Mesh) -> list[str]:
+    """One line for each logical axis that should be sharded over `mesh` but does not divide, so is replicated."""
+    lines = {}
+    for leaf, axes in zip(jax.tree.leaves(abstract_params(cfg)), _axes_leaves(cfg), strict=True):
+        for size, axis in zip(leaf.shape, axes, strict=True):
+            ways = mesh.shape.get(RULES[axis], 1)
+            if size % ways:
+                lines[axis] = f"{axis}={size} does not divide over {RULES[axis]}={ways} devices: replicated"
+    return list(lines.values())
+
+
+def _axes_leaves(cfg: ModelConfig) -> list[tuple[str, ...]]:
+    return jax.tree.leaves(logical_axes(cfg), is_leaf=lambda x: isinstance(x, tuple))
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows of a batch over "data" and "fsdp" together; all later dimensions replicated."""
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The same array on every device."""
+    return NamedSharding(mesh, PartitionSpec())

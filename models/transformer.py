@@ -1,0 +1,324 @@
+"""The decoder: one pure forward pass for training, sampling, harvesting and editing.
+
+Parameters are a plain dict, the layers' stacked on a leading axis. `models.layers.Block` declares each of them once
+(shape, initialiser, logical axes) and computes one layer; the functions below run it over the stack. Letters in
+names: B batch, T query tokens, S key slots, D d_model, K key/value heads, H head_dim, V vocabulary, L layers,
+P distinct prompts.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from models.config import ModelConfig
+from models.errors import ModelError
+from models.layers import Block, attention_mask, embed, rms_norm, rope_table
+from models.taps import BLOCK_TAPS, Hooks, Interventions
+
+__all__ = [
+    "BLOCK_TAPS",
+    "KV",
+    "ForwardOutput",
+    "Interventions",
+    "KVCache",
+    "Params",
+    "abstract_params",
+    "apply",
+    "forward",
+    "init",
+    "init_cache",
+    "logical_axes",
+    "unembed",
+    "unembed_matrix",
+]
+
+Params = dict[str, Any]
+
+
+class KV(NamedTuple):
+    """Keys and values of earlier tokens, read-only. Its rows may be the P distinct prompts of a batch of P * G rows.
+
+    k, v: [L, P, S, K, H] (or a tuple of L arrays [P, S, K, H]); positions: [P, S] int32, -1 = empty slot.
+    """
+
+    k: Any
+    v: Any
+    positions: Int[Array, "P S"]
+
+
+class KVCache(NamedTuple):
+    """Keys and values that this call writes to. The T new tokens of every row go to slots [next, next + T).
+
+    k, v: [L, B, S, K, H], or a tuple of L arrays [B, S, K, H] when the layers run unrolled;
+    positions: [B, S] int32, -1 = empty slot; next: int32 scalar.
+    """
+
+    k: Any
+    v: Any
+    positions: Int[Array, "B S"]
+    next: Int[Array, ""]
+
+
+class ForwardOutput(NamedTuple):
+    """hidden_BTD after the final norm (None when stopped early), the taps asked for, the cache or new KV if any."""
+
+    hidden: Float[Array, "B T D"] | None
+    taps: dict[str, Array]
+    cache: KVCache | None = None
+    kv: KV | None = None
+
+
+# --- parameters ------------------------------------------------------------------------------------------------------
+
+
+Boxed = nn.LogicallyPartitioned  # an array with its logical axis names
+
+
+def _is_boxed(x) -> bool:
+    return isinstance(x, Boxed)
+
+
+def _boxed_init(cfg: ModelConfig, key: Array) -> Params:
+    """All parameters, each in a box that carries its logical axis names."""
+    embed_key, block_key, head_key = jax.random.split(key, 3)
+    dtype = jnp.dtype(cfg.dtype)
+    normal = nn.initializers.normal(cfg.initializer_range)
+    x = jnp.zeros((1, 1, cfg.d_model), dtype)
+    rope = rope_table(cfg, jnp.zeros((1, 1), jnp.int32))
+    mask = jnp.ones((1, 1, 1), bool)
+
+    def block(key):
+        out = Block(cfg).init(key, x, rope, lambda k, v: ([(k, v, mask)], None), lambda _, y: y)
+        return out["params"]
+
+    blocks = jax.vmap(block)(jax.random.split(block_key, cfg.n_layers))
+    blocks = jax.tree.map(lambda b: Boxed(b.value, ("layers", *b.names)), blocks, is_leaf=_is_boxed)
+    embedding = normal(embed_key, (cfg.vocab_size, cfg.d_model), dtype)
+    params: Params = {
+        "embed": {"embedding": Boxed(embedding, ("vocab", "embed"))},
+        "blocks": blocks,
+        "final_norm": {"scale": Boxed(jnp.ones((cfg.d_model,), dtype), ("norm",))},
+    }
+    if not cfg.tie_embeddings:
+        kernel = normal(head_key, (cfg.d_model, cfg.vocab_size), dtype)
+        params["lm_head"] = {"kernel": Boxed(kernel, ("embed", "vocab"))}
+    return params
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def init(cfg: ModelConfig, key: Array) -> Params:
+    """Random parameters: a plain dict pytree, blocks stacked on a leading layer axis."""
+    return nn.meta.unbox(_boxed_init(cfg, key))
+
+
+@functools.cache
+def _abstract_boxed(cfg: ModelConfig) -> Params:
+    return jax.eval_shape(functools.partial(_boxed_init, cfg), jax.random.key(0))
+
+
+def abstract_params(cfg: ModelConfig) -> Params:
+    """The parameter tree as `jax.ShapeDtypeStruct`s, without making any array."""
+    return nn.meta.unbox(_abstract_boxed(cfg))
+
+
+def logical_axes(cfg: ModelConfig) -> Params:
+    """For each parameter, the tuple of its logical axis names (see `models.sharding.RULES`)."""
+    return jax.tree.map(lambda b: tuple(b.names), _abstract_boxed(cfg), is_leaf=_is_boxed)
+
+
+def init_cache(cfg: ModelConfig, batch: int, slots: int, *, unrolled: bool = False) -> KVCache:
+    """An empty cache of `slots` token slots a row; `unrolled` keeps one array a layer (see `forward`)."""
+    shape, dtype = (batch, slots, cfg.n_kv_heads, cfg.head_dim), jnp.dtype(cfg.dtype)
+
+    def buffer():
+        if unrolled:
+            return tuple(jnp.zeros(shape, dtype) for _ in range(cfg.n_layers))
+        return jnp.zeros((cfg.n_layers, *shape), dtype)
+
+    return KVCache(buffer(), buffer(), jnp.full((batch, slots), -1, jnp.int32), jnp.int32(0))
+
+
+# --- the forward pass ------------------------------------------------------------------------------------------------
+
+
+def _layer_masks(cfg: ModelConfig, q_pos: Array, k_pos: Array):
+    """layer -> [B, T, S] mask. Computed once a distinct window, then picked by layer inside the scan."""
+    windows = list(dict.fromkeys(cfg.layer_windows or (None,)))
+    masks = [attention_mask(q_pos, k_pos, w) for w in windows]
+    if len(masks) == 1:
+        return lambda layer: masks[0]
+    stacked, which = jnp.stack(masks), jnp.asarray([windows.index(w) for w in cfg.layer_windows])
+    return lambda layer: stacked[which[layer]]
+
+
+class _Memory:
+    """What the queries of a layer attend to: the prefix if any, then the cache or just this call's own tokens."""
+
+    def __init__(self, cfg: ModelConfig, positions: Array, prefix: KV | None, cache: KVCache | None):
+        self.prefix, self.cache, self.slots = prefix, cache, positions
+        if cache is not None:
+            self.slots = lax.dynamic_update_slice(cache.positions, positions, (0, cache.next))
+        self.mask = _layer_masks(cfg, positions, self.slots)
+        self.n_slots = self.slots.shape[1]
+        if prefix is not None:
+            G = positions.shape[0] // prefix.positions.shape[0]
+            self.prefix_mask = _layer_masks(cfg, positions, jnp.repeat(prefix.positions, G, axis=0))
+            self.n_slots += prefix.positions.shape[1]
+
+    def layers(self) -> tuple[Any, Any]:
+        """(prefix keys and values, cache keys and values), each stacked or a tuple over layers; None where absent."""
+        return tuple(None if m is None else (m.k, m.v) for m in (self.prefix, self.cache))
+
+    def segments(self, layer, prefix_kv, cache_kv, k, v):
+        """([(k, v, mask)] to attend to, this layer's (k, v) to keep) for new keys and values k, v."""
+        if cache_kv is not None:
+            start = (0, self.cache.next, 0, 0)
+            put = lambda c, new: lax.dynamic_update_slice(c, new.astype(c.dtype), start)  # noqa: E731
+            k, v = put(cache_kv[0], k), put(cache_kv[1], v)
+        own = (k, v, self.mask(layer))
+        return ([own] if prefix_kv is None else [(*prefix_kv, self.prefix_mask(layer)), own]), (k, v)
+
+
+def _positions(tokens_BT, lengths, positions, prefix, cache, stop_at, n_layers) -> Array:
+    """The position of each token, -1 where padding; refuses combinations that would be silently wrong."""
+    if stop_at is not None and not 0 <= stop_at <= n_layers:
+        raise ModelError(f"stop_at={stop_at} must be within 0..{n_layers}, the model's blocks")
+    if stop_at is not None and cache is not None:
+        raise ModelError("stop_at leaves the cache of later blocks unwritten; use return_kv instead of cache")
+    if positions is not None:
+        return positions
+    if prefix is not None or cache is not None:
+        raise ModelError("a prefix or cache needs positions: tokens after it do not start at 0")
+    positions = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32), tokens_BT.shape)
+    return positions if lengths is None else jnp.where(positions < lengths[:, None], positions, -1)
+
+
+def forward(
+    cfg: ModelConfig,
+    params: Params,
+    tokens_BT: Int[Array, "B T"],
+    *,
+    lengths: Int[Array, " B"] | None = None,
+    positions: Int[Array, "B T"] | None = None,
+    prefix: KV | None = None,
+    cache: KVCache | None = None,
+    taps: tuple[str, ...] = (),
+    interventions: Interventions | None = None,
+    stop_at: int | None = None,
+    remat: bool = False,
+    unroll: bool = False,
+    return_kv: bool = False,
+) -> ForwardOutput:
+    """Runs the decoder. Pure; call it inside your own jit (cfg, taps, stop_at, remat, unroll, return_kv static).
+
+    tokens_BT: rows right-padded; padding is known from `lengths` (tokens a row) or `positions` (-1 = padding),
+      never from a token's value. positions default to 0, 1, 2, ...
+    prefix: keys and values of earlier tokens (see KV), attended to before the new ones and not changed; gradients
+      flow into it. With P prefix rows and B = P * G, rows are grouped: row r reads prefix r // G. Needs positions.
+    cache: written at [cache.next, cache.next + T) and attended to (sampling). Needs positions.
+    taps: names of activations to return: "embed", "final_norm", "blocks.{i}.KIND" with KIND in BLOCK_TAPS.
+      Asking for none costs nothing.
+    interventions: {name: function}; the function's result replaces that activation.
+    stop_at: run only the first `stop_at` blocks; hidden is then None.
+    remat: recompute a layer's activations in the backward pass instead of keeping them.
+    unroll: a Python loop over layers rather than a scan (faster sampling of small models; a cache is then a tuple).
+    return_kv: also return this call's keys and values as a KV (to be someone's prefix).
+
+    Raises ModelError for an unknown tap or intervention name, one that stop_at never reaches, a stop_at out of range,
+    and a prefix or cache without positions.
+    """
+    positions = _positions(tokens_BT, lengths, positions, prefix, cache, stop_at, cfg.n_layers)
+    hooks, memory = Hooks(cfg, taps, interventions, stop_at), _Memory(cfg, positions, prefix, cache)
+    rope, out_taps = rope_table(cfg, positions), {}
+    x = hooks.outer("embed", embed(params["embed"]["embedding"], tokens_BT), out_taps)
+    B, T, D = x.shape
+    shapes = dict.fromkeys(BLOCK_TAPS, (B, T, D)) | dict.fromkeys(("mlp_pre", "mlp_act"), (B, T, cfg.d_ff))
+    buffers = hooks.buffers(shapes | {"attn_probs": (B, cfg.n_heads, T, memory.n_slots)}, x.dtype)
+
+    def block(carry, layer, p, prefix_kv, cache_kv):
+        """One layer: (x and tap buffers, what to keep of its keys and values)."""
+        x, buffers = carry[0], dict(carry[1])
+        segments_of = functools.partial(memory.segments, layer, prefix_kv, cache_kv)
+        x, kept = Block(cfg).apply({"params": p}, x, rope, segments_of, hooks.at(layer, buffers))
+        return (x, buffers), kept if return_kv or cache is not None else None
+
+    run = _unrolled if unroll else _scanned
+    n_layers = cfg.n_layers if stop_at is None else stop_at
+    (x, buffers), kept = run(block, (x, buffers), (params["blocks"], *memory.layers()), n_layers, cfg.n_layers, remat)
+    out_taps |= hooks.collect(buffers)
+    new_cache = None if cache is None else KVCache(*kept, memory.slots, cache.next + T)
+    kv = KV(*kept, memory.slots) if return_kv else None
+    if stop_at is not None:
+        return ForwardOutput(None, out_taps, new_cache, kv)
+    hidden = hooks.outer("final_norm", rms_norm(x, params["final_norm"]["scale"], cfg.norm_eps), out_taps)
+    return ForwardOutput(hidden, out_taps, new_cache, kv)
+
+
+def _scanned(block, carry, layers, n_layers, total_layers, remat):
+    """Layers as one lax.scan; a run that stops early indexes the stack, so that no half of it is copied."""
+
+    def body(carry, xs):
+        layer, given = xs
+        if n_layers < total_layers:
+            given = jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, layer, keepdims=False), layers)
+        return block(carry, layer, *given)
+
+    body = jax.checkpoint(body, prevent_cse=False) if remat else body  # a scan's body is not merged with its backward
+    return lax.scan(body, carry, (jnp.arange(n_layers), layers if n_layers == total_layers else None))
+
+
+def _unrolled(block, carry, layers, n_layers, total_layers, remat):
+    """Layers as a Python loop: no slicing of a stacked cache while sampling."""
+    blocks, prefix, cache = layers
+    at = lambda kv, i: None if kv is None else (kv[0][i], kv[1][i])  # noqa: E731  (stacked, or a tuple over layers)
+    kept = []
+    for i in range(n_layers):
+        run = jax.checkpoint(functools.partial(_call, block, i)) if remat else functools.partial(_call, block, i)
+        carry, keep = run(carry, jax.tree.map(lambda a, i=i: a[i], blocks), at(prefix, i), at(cache, i))
+        kept.append(keep)
+    return carry, tuple(zip(*kept, strict=True)) if kept and kept[0] is not None else None
+
+
+def _call(block, layer, carry, *given):
+    return block(carry, layer, *given)
+
+
+def unembed_matrix(cfg: ModelConfig, params: Params) -> Float[Array, "D V"]:
+    """The unembedding, whether tied or not."""
+    return params["embed"]["embedding"].T if cfg.tie_embeddings else params["lm_head"]["kernel"]
+
+
+def unembed(cfg: ModelConfig, params: Params, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
+    """fp32 logits of final-normed hidden states."""
+    return jnp.einsum("...D,DV->...V", hidden, unembed_matrix(cfg, params), preferred_element_type=jnp.float32)
+
+
+def apply(
+    cfg: ModelConfig,
+    params: Params,
+    tokens: Int[Array, "B T"],
+    lengths: Int[Array, " B"] | None = None,
+    taps: tuple[str, ...] = (),
+    interventions: Interventions | None = None,
+) -> tuple[Float[Array, "B T V"], dict[str, Array]]:
+    """Logits (fp32) at every position and the named activations asked for; see `forward`."""
+    tokens = jnp.asarray(tokens, jnp.int32)
+    lengths = None if lengths is None else jnp.asarray(lengths, jnp.int32)
+    if interventions:
+        return _apply(cfg, params, tokens, lengths, tuple(taps), interventions)
+    return _jitted_apply(cfg, params, tokens, lengths, tuple(taps))
+
+
+def _apply(cfg, params, tokens, lengths, taps, interventions=None):
+    out = forward(cfg, params, tokens, lengths=lengths, taps=taps, interventions=interventions)
+    return unembed(cfg, params, out.hidden), out.taps
+
+
+_jitted_apply = jax.jit(_apply, static_argnums=(0, 4))

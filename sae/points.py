@@ -1,0 +1,179 @@
+"""The points of a clustering as chunks of dense rows, kept on the device or sent there in every pass.
+
+Letters: N points, D features, K clusters, n points a chunk.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import scipy.sparse
+from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, Int
+
+from sae.errors import SAEError
+
+CHUNK_BYTES = 32 << 20  # of dense fp32 rows a chunk
+RESIDENT_BYTES = 8 << 30  # dense input up to this size is kept on the device as a whole
+HIGHEST = lax.Precision.HIGHEST  # labels must not depend on an accelerator's short formats
+
+
+class Pass(NamedTuple):
+    """One pass over the points: each chunk's labels, cluster sums [K, D] and sizes [K], how many labels changed."""
+
+    labels: list[Array]
+    sums: Array
+    counts: Array
+    changed: Array
+
+
+def nearest(x_nD: Float[Array, "n D"], centers_KD: Float[Array, "K D"]) -> Int[Array, "n"]:
+    """The nearest centre of each row, the first of equals."""
+    dots = jnp.einsum("nd,kd->nk", x_nD, centers_KD, precision=HIGHEST)
+    scores = jnp.sum(centers_KD * centers_KD, axis=1) - 2.0 * dots
+    # A minimum and a match, since XLA vectorises these on CPU and argmin not.
+    K = centers_KD.shape[0]
+    best = scores.min(axis=1, keepdims=True)
+    return jnp.min(jnp.where(scores == best, jnp.arange(K, dtype=jnp.int32), K - 1), axis=1)
+
+
+def cluster_sums(
+    x_nD: Float[Array, "n D"], labels_n: Int[Array, "n"], K: int, one_hot: bool
+) -> tuple[Float[Array, "K D"], Float[Array, "K"]]:
+    """Sum and number of each cluster's rows; labels outside [0, K) take no part.
+
+    one_hot: as a matrix product, the fast form on accelerators; else by row additions, the fast form on CPUs.
+    """
+    if not one_hot:
+        ones = jnp.ones(labels_n.shape, x_nD.dtype)
+        return jax.ops.segment_sum(x_nD, labels_n, K), jax.ops.segment_sum(ones, labels_n, K)
+    members = (labels_n[:, None] == jnp.arange(K)).astype(x_nD.dtype)
+    return jnp.einsum("nk,nd->kd", members, x_nD, precision=HIGHEST), members.sum(axis=0)
+
+
+@functools.partial(jax.jit, static_argnames="one_hot")
+def assign_chunk(x_nD, valid, centers_KD, old_n, *, one_hot):
+    """(labels, sums, counts, changed) of one chunk whose first `valid` rows are real; padding rows get label K."""
+    K = centers_KD.shape[0]
+    real = jnp.arange(x_nD.shape[0]) < valid
+    labels = jnp.where(real, nearest(x_nD, centers_KD), K)
+    sums, counts = cluster_sums(x_nD, labels, K, one_hot)
+    return labels, sums, counts, jnp.sum((labels != old_n) & real)
+
+
+@jax.jit
+def chunk_distances(x_nD, centers_KD, labels_n):
+    """Squared distance of each row to its own centre."""
+    difference = x_nD - centers_KD[jnp.minimum(labels_n, centers_KD.shape[0] - 1)]
+    return jnp.sum(difference * difference, axis=1)
+
+
+@jax.jit
+def chunk_candidates(x_nD, nearest_n, candidates_LD):
+    """[L, n] squared distance of each row to its nearest centre once candidate l is added to the centres."""
+    dots = jnp.einsum("ld,nd->ln", candidates_LD, x_nD, precision=HIGHEST)
+    norms = jnp.sum(candidates_LD * candidates_LD, axis=1)[:, None] + jnp.sum(x_nD * x_nD, axis=1)
+    return jnp.minimum(nearest_n, jnp.maximum(norms - 2.0 * dots, 0.0))
+
+
+class Points:
+    """Rows to cluster and the passes that k-means makes over them.
+
+    Attributes: count N, width D, mean [D], variance (mean over features). Dense rows are centred on their mean, as
+    scikit-learn does for accuracy; `mean` is zero for sparse and for spherical input.
+    """
+
+    def __init__(self, x: Any, *, chunk: int | None, spherical: bool, stream: bool | None, mesh: Any):
+        self.sparse = scipy.sparse.issparse(x)
+        x = x.tocsr() if self.sparse else x if isinstance(x, np.ndarray | jax.Array) else np.asarray(x)
+        if x.ndim != 2 or 0 in x.shape:
+            raise SAEError(f"kmeans: x has shape {tuple(x.shape)}; give a non-empty [points, features] array")
+        if chunk is not None and chunk < 1:
+            raise SAEError(f"kmeans: chunk is {chunk}; give a positive number of rows")
+        self.count, self.width = x.shape
+        self.source, self.spherical, self.mesh = x, spherical, mesh
+        self.chunk = self._chunk_rows(chunk)
+        self.one_hot = (jax.devices()[0] if mesh is None else mesh.devices.flat[0]).platform != "cpu"
+        self.mean = np.zeros(self.width, np.float32)
+        self.mean, self.variance = self._moments()
+        dense_bytes = 4 * self.count * self.width
+        streamed = stream if stream is not None else self.sparse or dense_bytes > RESIDENT_BYTES
+        self.resident = None if streamed else list(self._send())
+
+    def _chunk_rows(self, chunk: int | None) -> int:
+        """Rows a chunk: at most those asked for, nearly equal, a multiple of the devices that share them."""
+        rows = min(chunk or max(1, CHUNK_BYTES // (4 * self.width)), self.count)
+        rows = -(-self.count // -(-self.count // rows))
+        shards = 1 if self.mesh is None else self.mesh.shape[self.mesh.axis_names[0]]
+        return -(-rows // shards) * shards
+
+    def host_rows(self, index: slice | np.ndarray) -> np.ndarray:
+        """Dense fp32 rows, scaled to the unit sphere if spherical, centred."""
+        rows = self.source[index]
+        rows = np.asarray(rows.toarray() if self.sparse else rows, np.float32)
+        if self.spherical:
+            norms = np.linalg.norm(rows, axis=1, keepdims=True)
+            rows = rows / np.where(norms > 0, norms, 1.0)
+        return rows - self.mean if self.mean.any() else rows
+
+    def _moments(self) -> tuple[np.ndarray, float]:
+        """Mean row (zero where rows are not centred) and mean variance; raises on a NaN or infinity."""
+        total, squares = np.zeros(self.width), np.zeros(self.width)
+        for start in range(0, self.count, self.chunk):
+            rows = self.host_rows(slice(start, start + self.chunk))
+            total += rows.sum(axis=0, dtype=np.float64)
+            squares += np.square(rows).sum(axis=0, dtype=np.float64)
+            if not np.isfinite(squares).all():
+                bad = start + int(np.argmin(np.isfinite(rows).all(axis=1)))
+                raise SAEError(f"kmeans: row {bad} of x holds a NaN or an infinity; remove or repair it")
+        mean = total / self.count
+        variance = float(np.mean(np.maximum(squares / self.count - mean**2, 0.0)))
+        centred = not (self.sparse or self.spherical)
+        return (mean if centred else np.zeros(self.width)).astype(np.float32), variance
+
+    def _send(self) -> Iterator[tuple[Array, int]]:
+        """(device rows [n, D], how many are real), in order; the last chunk is padded with zeros."""
+        for start in range(0, self.count, self.chunk):
+            rows = self.host_rows(slice(start, start + self.chunk))
+            padded = np.pad(rows, ((0, self.chunk - len(rows)), (0, 0)))
+            yield self._put(padded), len(rows)
+
+    def _put(self, array: np.ndarray) -> Array:
+        if self.mesh is None:
+            return jnp.asarray(array)
+        return jax.device_put(array, NamedSharding(self.mesh, PartitionSpec(self.mesh.axis_names[0])))
+
+    def chunks(self) -> Iterator[tuple[Array, int]]:
+        """The chunks, from the device where they are kept there."""
+        return iter(self.resident) if self.resident is not None else self._send()
+
+    def assign(self, centers: Array, old: list[Array] | None) -> Pass:
+        """Nearest centre of every point, with the sums that the next centres are made of."""
+        labels, totals = [], None
+        for i, (rows, valid) in enumerate(self.chunks()):
+            before = old[i] if old is not None else jnp.full((self.chunk,), -1, jnp.int32)
+            chunk_labels, *part = assign_chunk(rows, valid, centers, before, one_hot=self.one_hot)
+            labels.append(chunk_labels)
+            totals = part if totals is None else jax.tree.map(jnp.add, totals, part)
+        return Pass(labels, *totals)
+
+    def distances(self, centers: Array, labels: list[Array]) -> np.ndarray:
+        """[N] squared distance of every point to its own centre."""
+        parts = [chunk_distances(rows, centers, own) for (rows, _), own in zip(self.chunks(), labels, strict=True)]
+        return self.gather(parts)
+
+    def candidate_distances(self, candidates: np.ndarray, nearest: np.ndarray) -> np.ndarray:
+        """[L, N] each point's squared distance to its nearest centre, candidate l included; `nearest` [N] without."""
+        padded = np.pad(nearest, (0, -self.count % self.chunk)).reshape(-1, self.chunk)
+        parts = [chunk_candidates(rows, padded[i], candidates) for i, (rows, _) in enumerate(self.chunks())]
+        return np.concatenate([np.asarray(p) for p in parts], axis=1)[:, : self.count]
+
+    def gather(self, parts: list[Array]) -> np.ndarray:
+        """Chunk results joined into one host array of N entries."""
+        return np.concatenate([np.asarray(part) for part in parts])[: self.count]

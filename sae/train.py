@@ -1,0 +1,269 @@
+"""Training a dictionary: one jitted step and the loop around it (the loss is in sae.objective).
+
+Letters: B rows, D d_in, F d_sae.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, Int
+from tqdm import tqdm
+
+from sae.architectures import Params
+from sae.config import SAEConfig, choice
+from sae.dictionary import Dictionary, architecture, fold_decoder_norm, init, normalise
+from sae.errors import SAEError
+from sae.objective import default_learning_rate, loss
+
+MESH_AXES = {"d_sae": "tensor", "d_in": None}  # logical axis of a parameter -> mesh axis
+BATCH_AXES = ("data", "fsdp")  # mesh axes over which rows are spread
+
+
+@dataclasses.dataclass(frozen=True)
+class SAETrainConfig:
+    """How a dictionary is trained. Hashable: a static argument of the step."""
+
+    steps: int = 1000  # updates; each takes one batch
+    learning_rate: float | None = None  # peak; None: 2e-4 / sqrt(d_sae / 2^14)
+    warmup_steps: int = 50  # linear rise from 0
+    decay_share: float = 0.2  # last share of the steps, over which the rate falls linearly to 0
+    beta1: float = 0.9  # Adam's moments
+    beta2: float = 0.999
+    grad_clip: float = 1.0  # global norm; 0: none
+    l1_coefficient: float = 0.0  # weight of the sparsity penalty ("relu")
+    l1_warmup_steps: int = 0  # linear rise of that weight
+    aux_coefficient: float = 1 / 32  # weight of AuxK; 0: off
+    aux_k: int | None = None  # dead latents that AuxK lets into each row; None: d_in / 2
+    dead_after: int = 1_000_000  # rows without firing after which a latent counts as dead
+    decoder_norm: str = "unit"  # "unit": rows kept at norm 1; "free": unconstrained, norms folded into the encoder last
+    b_dec_init: str = "geometric_median"  # of the first rows; or "mean", "zero"
+    init_rows: int = 32_768  # rows read ahead for b_dec, the input scale and the variance (they are trained on too)
+    method: str = "auto"  # "dense" or "sparse" products; auto: sparse on one CPU device
+    log_every: int = 50  # steps between records of the history
+
+    def __post_init__(self):
+        choice("decoder_norm", self.decoder_norm, ("unit", "free"))
+        choice("b_dec_init", self.b_dec_init, ("geometric_median", "mean", "zero"))
+        choice("method", self.method, ("auto", "dense", "sparse"))
+        if self.steps < 1 or self.log_every < 1 or self.init_rows < 1:
+            raise SAEError("SAE training: steps, log_every and init_rows must be at least 1")
+        if not 0.0 <= self.decay_share <= 1.0:
+            raise SAEError(f"SAE training: decay_share is {self.decay_share}; give a share between 0 and 1")
+
+
+@flax.struct.dataclass
+class TrainState:
+    """Everything a step changes. idle_F: rows since each latent fired; bad_step: first step without a finite loss."""
+
+    params: Params
+    optimizer: Any
+    idle_F: Int[Array, "F"]
+    step: Int[Array, ""]
+    bad_step: Int[Array, ""]
+
+
+def learning_rate(cfg: SAEConfig, train: SAETrainConfig) -> optax.Schedule:
+    """Linear warm-up, constant, linear decay to zero."""
+    peak = train.learning_rate or default_learning_rate(cfg.d_sae)
+    decay = round(train.steps * train.decay_share)
+
+    def rate(step):
+        rise = jnp.minimum(1.0, (step + 1) / max(train.warmup_steps, 1))
+        fall = jnp.minimum(1.0, (train.steps - step) / max(decay, 1)) if decay else 1.0
+        return peak * rise * fall
+
+    return rate
+
+
+def optimizer(cfg: SAEConfig, train: SAETrainConfig) -> optax.GradientTransformation:
+    clip = optax.clip_by_global_norm(train.grad_clip) if train.grad_clip else optax.identity()
+    return optax.chain(clip, optax.adam(learning_rate(cfg, train), b1=train.beta1, b2=train.beta2))
+
+
+def unit_rows(rows_FD: Float[Array, "F D"]) -> Float[Array, "F D"]:
+    """Rows scaled to norm 1; zero rows stay."""
+    norms = jnp.linalg.norm(rows_FD, axis=1, keepdims=True)
+    return rows_FD / jnp.where(norms > 0, norms, 1.0)
+
+
+def without_parallel(gradient_FD: Array, unit_FD: Array) -> Array:
+    """Each row's gradient less its part along the (unit) row: what renormalising would undo anyway, kept out of
+    Adam's moments."""
+    return gradient_FD - jnp.sum(gradient_FD * unit_FD, axis=1, keepdims=True) * unit_FD
+
+
+@functools.partial(jax.jit, static_argnames=("cfg", "train", "method"), donate_argnames="state")
+def train_step(
+    state: TrainState, x_BD: Float[Array, "B D"], variance: Array, *, cfg: SAEConfig, train: SAETrainConfig, method: str
+) -> tuple[TrainState, dict[str, Array]]:
+    """One update on one batch: (new state, metrics). A batch whose loss or gradient is not finite changes nothing but
+    `bad_step`."""
+    x = normalise(cfg, x_BD)[0]
+    dead = state.idle_F >= train.dead_after
+    l1 = train.l1_coefficient * jnp.minimum(1.0, (state.step + 1) / max(train.l1_warmup_steps, 1))
+    aux_k = train.aux_k or max(1, cfg.d_in // 2)
+    weights = {"l1": l1, "aux": train.aux_coefficient, "aux_k": aux_k}
+    objective = functools.partial(loss, variance=variance, method=method, **weights)
+    (value, parts), gradient = jax.value_and_grad(objective, has_aux=True)(state.params, cfg, x, dead)
+    if train.decoder_norm == "unit":
+        gradient["W_dec"] = without_parallel(gradient["W_dec"], state.params["W_dec"])
+    updates, moments = optimizer(cfg, train).update(gradient, state.optimizer, state.params)
+    params = optax.apply_updates(state.params, updates)
+    if train.decoder_norm == "unit":
+        params["W_dec"] = unit_rows(params["W_dec"])
+    good = jnp.isfinite(value + optax.global_norm(gradient))
+    params, moments = jax.tree.map(lambda new, old: jnp.where(good, new, old), (params, moments), (state.params, state.optimizer))
+    fired = parts.pop("fired")
+    idle = jnp.where(fired, 0, jnp.minimum(state.idle_F, 2**30) + x.shape[0])
+    bad = jnp.where((state.bad_step < 0) & ~good, state.step, state.bad_step)
+    metrics = {"loss": value, **parts, "dead_share": jnp.mean(dead)}
+    return TrainState(params, moments, idle, state.step + 1, bad), metrics
+
+
+def geometric_median(rows: np.ndarray, iterations: int = 50, tolerance: float = 1e-5) -> np.ndarray:
+    """The point with the smallest mean distance to `rows` (Weiszfeld's iterations): a centre that outliers do not move."""
+    median = rows.mean(axis=0)
+    for _ in range(iterations):
+        weights = 1.0 / np.maximum(np.linalg.norm(rows - median, axis=1), 1e-8)
+        moved = weights @ rows / weights.sum()
+        done = np.linalg.norm(moved - median) <= tolerance * max(float(np.linalg.norm(moved)), 1e-8)
+        median = moved
+        if done:
+            break
+    return median.astype(np.float32)
+
+
+def read_ahead(batches: Iterator[np.ndarray], rows: int, width: int) -> tuple[np.ndarray, Iterator[np.ndarray]]:
+    """(the first `rows` rows, the whole stream with those still in it). Raises SAEError on wrong widths or NaN."""
+    taken, count = [], 0
+    for batch in batches:
+        batch = np.asarray(batch)
+        if batch.ndim != 2 or batch.shape[1] != width:
+            raise SAEError(f"SAE training: a batch has shape {batch.shape}; the SAE's d_in is {width}")
+        taken.append(batch)
+        count += len(batch)
+        if count >= rows:
+            break
+    if not count:
+        raise SAEError("SAE training: no activations to train on")
+    sample = np.concatenate(taken)[:rows].astype(np.float32)
+    if not np.isfinite(sample).all():
+        bad = int(np.argmin(np.isfinite(sample).all(axis=1)))
+        raise SAEError(f"SAE training: activation row {bad} holds a NaN or an infinity")
+    return sample, itertools.chain(taken, batches)
+
+
+def start(cfg: SAEConfig, train: SAETrainConfig, sample: np.ndarray, key: Array) -> tuple[Dictionary, float]:
+    """The dictionary before its first step and the variance that scales the loss, from a sample of raw rows."""
+    if cfg.normalize_activations == "expected_average_only_in" and cfg.input_scale == 1.0:
+        mean_norm = float(np.linalg.norm(sample, axis=1).mean())
+        cfg = cfg.replace(input_scale=cfg.d_in**0.5 / max(mean_norm, 1e-12))
+    rows = np.asarray(normalise(cfg, jnp.asarray(sample))[0])
+    variance = float(np.square(rows - rows.mean(axis=0)).sum(axis=1).mean())
+    if variance <= 0:
+        raise SAEError("SAE training: the first activations are all equal; there is nothing to learn")
+    d = init(cfg.replace(dtype="float32"), key)
+    centres = {"geometric_median": geometric_median, "mean": lambda r: r.mean(axis=0), "zero": lambda r: np.zeros(cfg.d_in)}
+    b_dec = jnp.asarray(centres[train.b_dec_init](rows), jnp.float32)
+    return d.replace(params=d.params | {"b_dec": b_dec}), variance
+
+
+def init_state(d: Dictionary, train: SAETrainConfig) -> TrainState:
+    """The state before the first step, from fp32 parameters."""
+    moments = optimizer(d.cfg, train).init(d.params)
+    return TrainState(d.params, moments, jnp.zeros(d.cfg.d_sae, jnp.int32), jnp.int32(0), jnp.int32(-1))
+
+
+def state_shardings(state: TrainState, cfg: SAEConfig, mesh: Mesh) -> TrainState:
+    """Where each array of the state lives: latents over the mesh axis of MESH_AXES, the rest on every device."""
+    specs = {}
+    for name, axes in architecture(cfg).axes.items():
+        where = [MESH_AXES[a] if MESH_AXES[a] in mesh.axis_names else None for a in axes]
+        if "d_sae" in axes and "tensor" in mesh.axis_names and cfg.d_sae % mesh.shape["tensor"]:
+            raise SAEError(f"SAE training: d_sae {cfg.d_sae} does not divide over {mesh.shape['tensor']} devices")
+        specs[name] = PartitionSpec(*where)
+
+    def place(path, leaf):
+        name = next((p.key for p in reversed(path) if isinstance(p, jax.tree_util.DictKey)), None)
+        return NamedSharding(mesh, specs[name] if name in specs and np.ndim(leaf) else PartitionSpec())
+
+    return jax.tree_util.tree_map_with_path(place, state)
+
+
+def train_sae(
+    cfg: SAEConfig,
+    batches: Iterable[np.ndarray],
+    train: SAETrainConfig,
+    key: Array,
+    *,
+    mesh: Mesh | None = None,
+    on_log: Callable[[dict[str, float]], None] | None = None,
+    progress: bool | None = None,
+) -> tuple[Dictionary, list[dict[str, float]]]:
+    """Trains a dictionary on `batches` of raw activations [B, d_in]: (dictionary, history).
+
+    The first train.init_rows rows set the decoder's bias, the input scale ("expected_average_only_in") and the
+    loss's scale, and are trained on too. A record of the history, every train.log_every steps and at the end, holds
+    step, rows, learning_rate and that step's loss, fvu, l0, l1, aux, dead_share. mesh: rows over its "data" (and
+    "fsdp") axes, latents over "tensor". progress: a bar (default: on a terminal).
+    Raises SAEError when the batches end too early, have another width, or hold a NaN.
+    """
+    sample, stream = read_ahead(iter(batches), train.init_rows, cfg.d_in)
+    d, variance = start(cfg, train, sample, key)
+    state, put = init_state(d, train), jnp.asarray
+    if mesh is not None:
+        state = jax.device_put(state, state_shardings(state, d.cfg, mesh))
+        rows_over = NamedSharding(mesh, PartitionSpec(tuple(a for a in BATCH_AXES if a in mesh.axis_names) or None))
+        put = functools.partial(jax.device_put, device=rows_over)
+    step_method = chosen_method(train, mesh)
+    step = functools.partial(train_step, cfg=d.cfg, train=train, method=step_method)
+    rate, history, rows = learning_rate(d.cfg, train), [], 0
+    bar = tqdm(total=train.steps, desc="SAE", unit="step", mininterval=0.5, disable=None if progress is None else not progress)
+    for i in range(train.steps):
+        batch = next(stream, None)
+        if batch is None:
+            raise SAEError(f"SAE training: the activations ended after {i} of {train.steps} steps; give more text or fewer steps")
+        rows += len(batch)
+        state, metrics = step(state, put(np.asarray(batch, np.float32)), variance)
+        if (i + 1) % train.log_every == 0 or i + 1 == train.steps:
+            record = {"step": i + 1, "rows": rows, "learning_rate": float(rate(i))}
+            record |= {name: float(value) for name, value in jax.device_get(metrics).items()}
+            check_finite(state, i + 1)
+            history.append(record)
+            if on_log is not None:
+                on_log(record)
+            bar.set_postfix(fvu=f"{record['fvu']:.3f}", l0=f"{record['l0']:.1f}", dead=f"{record['dead_share']:.1%}")
+        bar.update()
+    bar.close()
+    d = Dictionary(state.params, d.cfg)
+    d = fold_decoder_norm(d) if train.decoder_norm == "free" and not architecture(cfg).needs_k else d
+    return Dictionary(jax.tree.map(lambda a: a.astype(cfg.dtype), d.params), d.cfg.replace(dtype=cfg.dtype)), history
+
+
+def chosen_method(train: SAETrainConfig, mesh: Mesh | None) -> str:
+    """The products that are fastest where the step will run (see sae.sparse)."""
+    if train.method != "auto":
+        return train.method
+    one_cpu = jax.default_backend() == "cpu" and (mesh is None or mesh.size == 1)
+    return "sparse" if one_cpu else "dense"
+
+
+def check_finite(state: TrainState, steps: int) -> None:
+    """Raises SAEError naming the first bad step, if there was one."""
+    bad = int(state.bad_step)
+    if bad >= 0:
+        raise SAEError(
+            f"SAE training: the loss or its gradient was not finite at step {bad + 1} (noticed at step {steps}): a NaN in"
+            " the activations, or a learning rate too high"
+        )

@@ -1,0 +1,50 @@
+"""What all tests share: JAX on the CPU, our own `models` and `sae`, the real assets, and Python in a process of its own."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+ROOT = Path(__file__).resolve().parent.parent
+
+import jaxrl_llm  # noqa: E402  (JAX_PLATFORMS must be set before anything can import JAX)
+
+if (problem := jaxrl_llm.foreign_packages()) is not None:
+    pytest.exit(problem, returncode=2)
+
+
+@pytest.fixture(scope="session")
+def repo() -> Path:
+    """The root of the repository."""
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def assets() -> Path:
+    """The folder of real checkpoints and data: JAXRL_LLM_ASSETS, or shared/assets beside the repository. Skips without it."""
+    folder = Path(os.environ.get("JAXRL_LLM_ASSETS") or ROOT.parent / "shared" / "assets")
+    if not (folder / "checkpoints").is_dir():
+        pytest.skip(f"no real assets at {folder}: set JAXRL_LLM_ASSETS")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def run_python():
+    """Runs Python code in a fresh process, for tests that need devices, flags or imports of their own.
+
+    `run_python(code, args=(), env=None, devices=None)` returns its standard output; a failure shows its standard error.
+    """
+
+    def run(code: str, args: tuple[str, ...] = (), env: dict[str, str] | None = None, devices: int | None = None) -> str:
+        variables = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), **(env or {})}
+        if devices:
+            variables["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
+        done = subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True, env=variables, cwd=ROOT, timeout=300)
+        assert done.returncode == 0, done.stderr[-4000:]
+        return done.stdout
+
+    return run

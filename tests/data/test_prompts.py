@@ -1,0 +1,104 @@
+"""Templates, the context limit and padding, against tokenizers small enough to check by hand."""
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from jaxrl_llm.data.prompts import fill_template, tokenise_prompts
+from jaxrl_llm.errors import UserError
+
+CHAT = "{% for m in messages %}<u> {{ m['content'] }} {% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
+WORDS = ["<pad>", "<s>", "</s>", "<u>", "<a>", "one", "two", "three", "four", "Question", "Answer", ":"]
+
+
+def make_tokenizer(bos=True, eos=False, chat=True):
+    core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<pad>"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    pattern = ("<s> " if bos else "") + "$A" + (" </s>" if eos else "")
+    core.post_processor = processors.TemplateProcessing(single=pattern, special_tokens=[("<s>", 1), ("</s>", 2)])
+    made = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+    made.chat_template = CHAT if chat else None
+    return made
+
+
+def rows_of(*prompts):
+    return [{"id": f"r{i}", "prompt": prompt, "answer": "four"} for i, prompt in enumerate(prompts)]
+
+
+def test_right_padding_and_lengths():
+    batch = tokenise_prompts(rows_of("one two", "three"), make_tokenizer(), max_length=8, pad_to=5)
+    assert batch.tokens_NT.tolist() == [[1, 5, 6, 0, 0], [1, 7, 0, 0, 0]]
+    assert batch.lengths_N.tolist() == [3, 2] and batch.tokens_NT.dtype == np.int32
+    assert batch.token_lists() == [[1, 5, 6], [1, 7]] and batch.ids == ["r0", "r1"]
+    assert tokenise_prompts(rows_of("one two", "three"), make_tokenizer(), max_length=8).tokens_NT.shape == (2, 3)
+
+
+def test_take_keeps_rows_and_width():
+    batch = tokenise_prompts(rows_of("one two", "three", "four"), make_tokenizer(), max_length=8)
+    taken = batch.take([2, 0])
+    assert taken.ids == ["r2", "r0"] and [row["prompt"] for row in taken.rows] == ["four", "one two"]
+    assert taken.token_lists() == [[1, 8], [1, 5, 6]] and taken.tokens_NT.shape == (2, 3)
+    assert len(batch.take([])) == 0
+
+
+def test_chat_template_has_one_start_and_opens_the_answer():
+    batch = tokenise_prompts(rows_of("one two"), make_tokenizer(), max_length=9, template="chat")
+    assert batch.token_lists() == [[3, 5, 6, 4]]
+    row = {"id": "m", "prompt": "x", "messages": [{"role": "user", "content": "one"}, {"role": "user", "content": "two"}]}
+    assert tokenise_prompts([row], make_tokenizer(), max_length=9, template="chat").token_lists() == [[3, 5, 3, 6, 4]]
+
+
+def test_no_chat_template_is_one_clear_line():
+    with pytest.raises(UserError, match="has no chat template: set the template to 'none'"):
+        tokenise_prompts(rows_of("one"), make_tokenizer(chat=False), max_length=9, template="chat")
+
+
+def test_format_template_reads_any_column_and_leaves_empty_braces():
+    row = {"id": "r", "prompt": "one", "hint": "two"}
+    assert fill_template("Q: {prompt} ({hint}) in \\boxed{} {{x}}", row) == "Q: one (two) in \\boxed{} {x}"
+    with pytest.raises(UserError, match="names column 'promt'.*did you mean prompt"):
+        fill_template("Q: {promt}", row)
+    with pytest.raises(UserError, match="every row would become the same text"):
+        fill_template("Question", row)
+    batch = tokenise_prompts(rows_of("one"), make_tokenizer(), max_length=9, template="Question : {prompt} Answer :")
+    assert batch.token_lists() == [[1, 9, 11, 5, 10, 11]]
+
+
+def test_an_end_token_added_by_the_tokenizer_is_taken_off():
+    batch = tokenise_prompts(rows_of("one two"), make_tokenizer(eos=True), max_length=9)
+    assert batch.token_lists() == [[1, 5, 6]]
+
+
+def test_overflow_policies():
+    rows = rows_of("one two three four", "one")
+    with pytest.raises(UserError, match="prompt 'r0' has 5 tokens, longer than the 3"):
+        tokenise_prompts(rows, make_tokenizer(), max_length=3)
+    dropped = tokenise_prompts(rows, make_tokenizer(), max_length=3, overflow="drop")
+    assert dropped.ids == ["r1"] and (dropped.dropped, dropped.truncated) == (1, 0)
+    cut = tokenise_prompts(rows, make_tokenizer(), max_length=3, overflow="truncate")
+    assert cut.token_lists() == [[1, 7, 8], [1, 5]] and (cut.dropped, cut.truncated) == (0, 1)
+    bare = tokenise_prompts(rows, make_tokenizer(bos=False), max_length=3, overflow="truncate")
+    assert bare.token_lists()[0] == [6, 7, 8]
+    with pytest.raises(UserError, match="no prompt is left: all 1"):
+        tokenise_prompts(rows[:1], make_tokenizer(), max_length=3, overflow="drop")
+    with pytest.raises(UserError, match="overflow 'trunc': did you mean truncate"):
+        tokenise_prompts(rows, make_tokenizer(), max_length=3, overflow="trunc")
+
+
+def test_impossible_widths_and_empty_prompts():
+    with pytest.raises(UserError, match="pad_to 2 is shorter than the longest prompt, 3"):
+        tokenise_prompts(rows_of("one two"), make_tokenizer(), max_length=9, pad_to=2)
+    with pytest.raises(UserError, match="max_length 0"):
+        tokenise_prompts(rows_of("one"), make_tokenizer(), max_length=0)
+    with pytest.raises(UserError, match="prompt 'r0' has no token"):
+        tokenise_prompts(rows_of(""), make_tokenizer(bos=False), max_length=9)
+
+
+def test_real_tokenizer(assets):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(str(assets / "checkpoints" / "stories260k"))
+    batch = tokenise_prompts(rows_of("Once upon a time"), tokenizer, max_length=64)
+    assert batch.tokens_NT[0, 0] == tokenizer.bos_token_id
+    assert tokenizer.decode(batch.token_lists()[0], skip_special_tokens=True) == "Once upon a time"

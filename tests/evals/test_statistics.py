@@ -1,0 +1,56 @@
+"""Comparisons of runs: hand-computed cases, coverage, and the cases that fool a naive statistic."""
+
+import numpy as np
+import pytest
+
+from jaxrl_llm.evals import statistics as st
+
+
+def test_paired_t_hand_computed():
+    # differences 1, 2, 3: mean 2, sd 1, t(0.975, 2) = 4.302653, half = 4.302653 / sqrt(3)
+    out = st.paired_t(np.array([2.0, 4.0, 6.0]), np.array([1.0, 2.0, 3.0]))
+    assert out.estimate == pytest.approx(2.0)
+    assert out.high - out.estimate == pytest.approx(4.302653 / np.sqrt(3), rel=1e-5)
+    assert not out.excludes_zero()
+
+
+def test_paired_t_single_seed_claims_nothing():
+    out = st.paired_t(np.array([0.9]), np.array([0.1]))
+    assert out.low == -np.inf and out.high == np.inf and not out.excludes_zero()
+
+
+def test_paired_bootstrap_uses_the_pairing():
+    rng = np.random.default_rng(0)
+    item = rng.random((6, 200))  # items differ much, arms by a constant
+    out = st.paired_bootstrap(item + 0.02, item, draws=500)
+    assert out.low == pytest.approx(0.02) and out.high == pytest.approx(0.02)
+
+
+def test_paired_bootstrap_covers_seed_spread():
+    rng = np.random.default_rng(1)
+    effect = np.array([-0.1, 0.1, -0.1, 0.1])[:, None]  # the arms differ by seed, not on average
+    out = st.paired_bootstrap(np.full((4, 50), 0.5) + effect, np.full((4, 50), 0.5), draws=1000)
+    assert out.low < -0.04 and out.high > 0.04
+    one = st.paired_bootstrap(rng.random((1, 50)), rng.random((1, 50)), draws=200)
+    assert one.low < one.estimate < one.high
+
+
+def test_paired_bootstrap_rejects_unpaired():
+    with pytest.raises(ValueError, match=r"\(2, 3\) and \(2, 4\)"):
+        st.paired_bootstrap(np.zeros((2, 3)), np.zeros((2, 4)))
+
+
+def test_wilson_known_values():
+    out = st.wilson(8, 10)
+    assert (out.low, out.high) == pytest.approx((0.4902, 0.9433), abs=1e-4)
+    assert st.wilson(0, 10).low == pytest.approx(0.0, abs=1e-12)
+    with pytest.raises(ValueError, match="0 <= successes <= n"):
+        st.wilson(11, 10)
+
+
+def test_steps_to_target_interpolates_and_smooths():
+    steps = np.array([0, 10, 20, 30])
+    assert st.steps_to_target(steps, np.array([0.0, 0.2, 0.4, 0.6]), 0.3, window=1) == pytest.approx(15)
+    assert st.steps_to_target(steps, np.array([0.0, 0.9, 0.1, 0.2]), 0.5, window=3) == np.inf  # one lucky evaluation
+    assert st.steps_to_target(steps, np.array([0.0, 0.9, 0.1, 0.2]), 0.5, window=1) < 10
+    assert st.steps_to_target(steps, np.array([0.7, 0.8, 0.8, 0.8]), 0.5) == 0

@@ -1,0 +1,197 @@
+"""Loading, overriding, locking and comparing configs."""
+
+import ml_collections
+import pytest
+
+from jaxrl_llm.config import config_hash, field_names, first_difference, import_config, load_config, resolve_path, to_dict, to_json
+from jaxrl_llm.config_help import describe, field_comments
+from jaxrl_llm.errors import UserError, nearest
+
+SOURCE = '''
+import ml_collections
+VARIANTS = ("small", "large")
+
+def get_config(variant=None):
+    config = ml_collections.ConfigDict()
+    config.zeta = 1  # the first field
+    # comment above
+    config.rate = 0.5
+    config.train = ml_collections.ConfigDict()
+    config.train.steps = 10 if variant != "large" else 1000  # steps of training
+    config.train.shuffle = True
+    config.sae = ml_collections.ConfigDict()  # the dictionary
+    config.sae.steps = 7  # steps of the SAE
+    config.sae.width = 8
+    config.name = "run"
+    config.sizes = (1, 2)
+    config.names = ()
+    config.free = None
+    config.limit = ml_collections.config_dict.placeholder(int)  # at most
+    return config
+'''
+
+
+@pytest.fixture
+def spec(tmp_path):
+    path = tmp_path / "thing.py"
+    path.write_text(SOURCE)
+    return str(path)
+
+
+def test_variant_changes_values_and_the_config_is_locked(spec):
+    assert load_config(spec).train.steps == load_config(spec + ":small").train.steps == 10
+    config = load_config(spec + ":large")
+    assert config.train.steps == 1000
+    with pytest.raises(AttributeError):
+        config.train.stpes = 1
+    with pytest.raises(UserError, match="unknown variant 'lrage' of thing.py: did you mean large"):
+        load_config(spec + ":lrage")
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "value"),
+    [
+        ("zeta", "3", 3),
+        ("zeta", "1e3", 1000),
+        ("rate", "2", 2.0),
+        ("rate", "1e-4", 1e-4),
+        ("train.shuffle", "false", False),
+        ("train.shuffle", "1", True),
+        ("name", "12", "12"),
+        ("name", "", ""),
+        ("sizes", "3,4,5", (3, 4, 5)),
+        ("sizes", "(6,)", (6,)),
+        ("sizes", "", ()),
+        ("names", "a,'b'", ("a", "b")),
+        ("free", "5", 5),
+        ("free", "text", "text"),
+        ("limit", "5", 5),
+        ("limit", "None", None),
+        ("zeta", "None", None),
+    ],
+)
+def test_overrides_are_read_by_the_type_of_the_field(spec, key, text, value):
+    config = load_config(spec, {key: text})
+    found = to_dict(config)
+    for part in key.split("."):
+        found = found[part]
+    assert found == (list(value) if isinstance(value, tuple) else value)
+    got = config
+    for part in key.split("."):
+        got = got[part]
+    assert type(got) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "message"),
+    [
+        ("stpes", "1", "unknown config key 'stpes'"),
+        ("train.stpes", "1", "unknown config key 'train.stpes': did you mean train.steps"),
+        ("zeta.steps", "1", "unknown config key 'zeta.steps'"),
+        ("train", "1", "'train' is a group of fields, set one of them: train.shuffle, train.steps"),
+        ("zeta", "x", "'zeta' is a whole number, cannot read 'x'"),
+        ("zeta", "1.5", "'zeta' is a whole number, cannot read '1.5'"),
+        ("zeta", "1e999", "'zeta' is a whole number"),
+        ("rate", "fast", "'rate' is a number, cannot read 'fast'"),
+        ("train.shuffle", "maybe", "'train.shuffle' is true or false, cannot read 'maybe'"),
+        ("sizes", "1,x", "cannot read 'x'"),
+        ("limit", "many", "'limit' is a whole number"),
+    ],
+)
+def test_wrong_overrides_name_the_key(spec, key, text, message):
+    with pytest.raises(UserError, match=message) as caught:
+        load_config(spec, {key: text})
+    assert "\n" not in str(caught.value)
+
+
+def test_a_typed_value_of_the_wrong_type_is_refused(spec):
+    with pytest.raises(UserError, match="config key 'name' is text, got 3"):
+        load_config(spec, {"name": 3})
+
+
+def test_missing_files_name_the_nearest(tmp_path):
+    with pytest.raises(UserError, match=r"no config file 'configs/genrate.py': did you mean configs/generate.py"):
+        load_config("configs/genrate.py")
+    (tmp_path / "empty.py").write_text("x = 1\n")
+    with pytest.raises(UserError, match="has no get_config"):
+        load_config(str(tmp_path / "empty.py"))
+    (tmp_path / "wrong.py").write_text("def get_config(variant=None): return {}\n")
+    with pytest.raises(UserError, match="get_config returned dict"):
+        load_config(str(tmp_path / "wrong.py"))
+
+
+def test_paths_are_found_from_here_then_beside_the_package(repo, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert resolve_path("configs/generate.py") == repo / "configs" / "generate.py"
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "generate.py").write_text(SOURCE)
+    assert not resolve_path("configs/generate.py").is_absolute()
+    assert load_config("configs/generate.py").zeta == 1
+
+
+def test_hash_and_difference(spec):
+    one, other = load_config(spec), load_config(spec, {"train.steps": "11"})
+    assert config_hash(one) == config_hash(load_config(spec)) != config_hash(other)
+    assert first_difference(to_dict(one), to_dict(other)) == ("train.steps", 10, 11)
+    assert first_difference(to_dict(one), to_dict(one)) is None
+    assert first_difference({"a": 1}, {"a": 1, "b": 2}) == ("b", "(absent)", 2)
+    assert config_hash({"a": 1, "overwrite": True}) == config_hash({"a": 1, "overwrite": False})
+    assert '"sizes": [\n    1,' in to_json(one)
+
+
+def test_help_shows_values_and_comments_in_the_order_of_the_file(spec):
+    text = describe(spec)
+    lines = text.splitlines()
+    assert lines[0] == "variants of thing.py: small, large"
+    fields = [line.split()[0] for line in lines[2:]]
+    assert fields[:4] == ["--config.zeta=1", "--config.rate=0.5", "--config.train.steps=10", "--config.train.shuffle=True"]
+    assert len(fields) == len(field_names(load_config(spec)))
+    comments = {line.split()[0].split("=")[0]: line.split(None, 1)[1] for line in lines[2:] if len(line.split()) > 1}
+    assert comments["--config.zeta"] == "the first field"
+    assert comments["--config.rate"] == "comment above"
+    assert comments["--config.train.steps"] == "steps of training"
+    assert comments["--config.sae.steps"] == "steps of the SAE"
+    assert comments["--config.sae.width"] == "the dictionary"
+    assert "--config.train.shuffle" not in comments
+
+
+def test_help_shows_a_table_as_one_line(tmp_path):
+    path = tmp_path / "rows.py"
+    path.write_text("""
+from ml_collections import ConfigDict
+ROWS = {"size": dict(size=1, kind="a"), "other": dict(size=2, kind="b")}
+def get_config(variant=None):
+    c = ConfigDict()
+    c.size = 3  # of all
+    c.table = ConfigDict()  # one row a case
+    for name, row in ROWS.items():
+        c.table[name] = ConfigDict(row)
+    return c
+""")
+    lines = describe(str(path)).splitlines()
+    assert [line.split() for line in lines[1:]] == [
+        ["--config.size=3", "of", "all"],
+        ["--config.table.{other,size}.{kind,size}", "one", "row", "a", "case"],
+    ]
+    assert load_config(str(path), {"table.other.size": "5"}).table.other.size == 5
+
+
+def test_every_config_of_the_repository_loads_in_every_variant(repo):
+    for path in sorted((repo / "configs").glob("[!_]*.py")):
+        for variant in (None, *getattr(import_config(path), "VARIANTS", ())):
+            config = load_config(str(path) + (f":{variant}" if variant else ""))
+            assert isinstance(config, ml_collections.ConfigDict) and config.is_locked
+
+
+def test_every_field_of_every_config_has_a_comment(repo):
+    bare = {
+        path.name: [key for key, comment in field_comments(path, load_config(str(path))).items() if not comment]
+        for path in sorted((repo / "configs").glob("[!_]*.py"))
+    }
+    assert not any(bare.values()), bare
+
+
+def test_nearest():
+    assert nearest("greedy", []) == "there are none"
+    assert nearest("xyz", ["steps", "seed"]) == "known: seed, steps"
+    assert nearest("q", [f"name{i:02d}" for i in range(20)]).endswith("name11 and 8 more")

@@ -1,0 +1,164 @@
+"""Planning: model shapes by name, target configs, meshes, and numbers that follow the sizes."""
+
+import importlib.util
+import json
+
+import pytest
+
+from jaxrl_llm import cli
+from jaxrl_llm.commands import plan as plan_command
+from jaxrl_llm.commands.plan_target import PRESETS, resolve_model, target_sizes
+from jaxrl_llm.config import load_config
+from jaxrl_llm.errors import UserError
+
+TINY = {
+    "model_type": "qwen2",
+    "architectures": ["Qwen2ForCausalLM"],
+    "hidden_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 64,
+    "vocab_size": 128,
+    "tie_word_embeddings": True,
+}
+SMALL = ("--config.prompts=4", "--config.num_samples=2", "--config.prompt_tokens=16", "--config.max_new_tokens=8")
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tiny")
+    (folder / "config.json").write_text(json.dumps(TINY))
+    return str(folder)
+
+
+@pytest.mark.parametrize(("name", "billions"), [("qwen2.5-0.5b", 0.494), ("Qwen/Qwen2.5-Math-1.5B", 1.544), ("qwen2.5-7b", 7.616)])
+def test_presets_have_the_published_number_of_parameters(name, billions):
+    assert resolve_model(name, "bfloat16").param_count() == pytest.approx(billions * 1e9, rel=1e-3)
+
+
+def test_every_preset_is_a_model():
+    assert all(resolve_model(name, "float32").dtype == "float32" for name in PRESETS)
+
+
+def test_a_model_that_is_nowhere_names_the_nearest_preset(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(UserError, match=r"no preset, folder or hub id 'qwen2.5-05b': did you mean qwen2.5-0.5b"):
+        resolve_model("qwen2.5-05b", "float32")
+    with pytest.raises(UserError, match="has no config.json"):
+        resolve_model(str(tmp_path), "float32")
+
+
+PLANS = {
+    "one": ("--config.mesh=cpu:1",),
+    "four": ("--config.mesh=cpu:4",),
+    "longer": ("--config.mesh=cpu:1", "--config.max_new_tokens=32"),
+    "whole": ("--config.mesh=cpu:1", "--config.prompts=16"),
+    "split": ("--config.mesh=cpu:1", "--config.prompts=16", "--config.micro_batch_rows=8", "--config.rollout_rows=16"),
+}
+RUN_PLANS = """
+import json, sys
+from jaxrl_llm import cli
+for flags in json.loads(sys.argv[1]):
+    assert cli.main(['plan', '--config.json=True', '--config.dtype=float32', *flags]) == 0
+"""
+
+
+@pytest.fixture(scope="module")
+def plans(tiny, run_python):
+    """Each of PLANS as the command line prints it, from one process with four devices."""
+    flags = [[f"--config.model={tiny}", *SMALL, *own] for own in PLANS.values()]
+    out = run_python(RUN_PLANS, (json.dumps(flags),), devices=4)
+    return dict(zip(PLANS, map(json.loads, out.splitlines()), strict=True))
+
+
+def test_numbers_follow_the_sizes(plans, tiny):
+    one, four, longer = plans["one"], plans["four"], plans["longer"]
+    model = resolve_model(tiny, "float32")
+    assert one["parameters"] == model.param_count() and one["layout"] == {"data": 1, "fsdp": 1, "tensor": 1}
+    # fp32 parameters and AdamW's two moments, the step's own arrays beside them.
+    state = 3 * 4 * model.param_count()
+    assert state < one["train_step"]["argument_bytes"] < state + 4000
+    assert four["layout"]["fsdp"] == 4
+    assert four["train_step"]["argument_bytes"] < 0.3 * one["train_step"]["argument_bytes"]
+    assert four["train_step"]["flops"] == one["train_step"]["flops"] == pytest.approx(4 * one["generate"]["flops"], rel=1e-6)
+    assert longer["generate"]["flops"] > 1.5 * one["generate"]["flops"]
+    assert longer["train_step"]["temporary_bytes"] > one["train_step"]["temporary_bytes"]
+    assert one["generate"]["fits"] is True and one["memory_gib"] > four["memory_gib"] > 0
+
+
+def test_micro_batches_split_the_update_only(plans):
+    whole, split = plans["whole"], plans["split"]
+    assert (whole["train_step"]["micro_batches"], split["train_step"]["micro_batches"]) == (1, 4)
+    assert (whole["generate"]["batches"], split["generate"]["batches"]) == (1, 2)
+    assert split["train_step"]["temporary_bytes"] < whole["train_step"]["temporary_bytes"]
+    assert split["train_step"]["flops"] == whole["train_step"]["flops"]
+
+
+def test_target_config_gives_the_sizes(tmp_path, tiny):
+    (tmp_path / "run.py").write_text(f"""
+import ml_collections
+def get_config(variant=None):
+    config = ml_collections.ConfigDict()
+    config.model = {tiny!r}
+    config.grpo = ml_collections.ConfigDict(dict(num_samples=16, max_new_tokens=99, rollout_rows=64))
+    return config
+""")
+    config = load_config("configs/plan.py", {"target": str(tmp_path / "run.py")})
+    sizes = target_sizes(config)
+    assert (sizes["model"], sizes["num_samples"], sizes["max_new_tokens"], sizes["rollout_rows"]) == (tiny, 16, 99, 64)
+    assert sizes["prompt_tokens"] == config.prompt_tokens
+    (tmp_path / "none.py").write_text("import ml_collections\ndef get_config(v=None): return ml_collections.ConfigDict()\n")
+    with pytest.raises(UserError, match="names no model to load"):
+        target_sizes(load_config("configs/plan.py", {"target": str(tmp_path / "none.py")}))
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--config.mesh=v5x:2x4", "unknown mesh 'v5x:2x4'"),
+        ("--config.mesh=v5e:big", "give the slice's shape in chips, such as v5e:2x4"),
+        ("--config.mesh=cpu:none", "give the number of devices"),
+        ("--config.mesh=cpu:4096", "plan in a process of its own"),
+        ("--config.layout=fsdp", "'fsdp' is not AXIS=NUMBER"),
+        ("--config.layout=expert=2", "unknown mesh axis 'expert'"),
+        ("--config.prompts=0", "config key 'prompts' is 0"),
+        ("--config.dtype=float8", "config key 'dtype' is 'float8'"),
+    ],
+)
+def test_mistakes_are_one_line(capsys, tiny, flag, message):
+    import jax
+
+    jax.devices()  # this process has its devices already
+    assert cli.main(["plan", f"--config.model={tiny}", "--config.mesh=cpu:1", flag]) == 2
+    err = capsys.readouterr().err
+    assert message in err and err.count("\n") == 1
+
+
+def test_without_the_tpu_compiler_it_says_how_to_get_it(monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "libtpu" else find(name, *rest))
+    with pytest.raises(UserError, match=r"pip install 'jaxrl-llm\[tpu\]'"):
+        plan_command.resolve_devices("v5e:2x4")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the TPU compiler: pip install 'jaxrl-llm[tpu]'")
+def test_a_tpu_slice_is_planned_on_this_machine(run_python, tiny):
+    flags = [[f"--config.model={tiny}", "--config.mesh=v5e:2x4", *SMALL]]
+    found = json.loads(run_python(RUN_PLANS, (json.dumps(flags),)))
+    assert found["devices"] == 8 and "v5" in found["device_kind"] and found["memory_gib"] == 16
+    assert found["train_step"]["fits"] and found["train_step"]["seconds_at_peak"] > 0
+
+
+def test_table_says_what_does_not_fit():
+    program = {"rows": 8, "argument_bytes": 2**30, "output_bytes": 0, "temporary_bytes": 2**31, "total_bytes": 3 * 2**30, "flops": 1e12}
+    found = {
+        "model": "m", "parameters": 10**9, "dtype": "bfloat16", "mesh": "v5e:2x4", "devices": 8, "device_kind": "TPU", "memory_gib": 2,
+        "layout": {"fsdp": 8},
+        "generate": {**program, "batches": 2, "fits": True, "seconds_at_peak": 0.5},
+        "train_step": {**program, "micro_batches": 3, "fits": False, "seconds_at_peak": None},
+    }  # fmt: skip
+    text = plan_command.table(found)
+    assert "1.000 B parameters" in text and "2 GiB each" in text
+    lines = {line.split()[0]: line for line in text.splitlines() if line.startswith(("generate ", "train_step "))}
+    assert lines["train_step"].startswith("train_step") and "NO" in text and "2 x 8 rows, 0.50 s at the mesh's peak" in text

@@ -1,0 +1,179 @@
+"""Small random checkpoints, one or more a family, made from a seed with numpy alone, and what to run on them.
+
+Used by the golden parity tests, the live ones and `tests/make_golden.py`, so that all see the same weights.
+"""
+
+import json
+import zlib
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from safetensors.numpy import save_file
+
+import models
+
+BATCH, TOKENS = 2, 24
+SMALL = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "hidden_act": "silu",
+    "max_position_embeddings": 256,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "dtype": "float32",
+}
+LLAMA = {**SMALL, "model_type": "llama", "architectures": ["LlamaForCausalLM"]}
+QWEN2 = {**SMALL, "model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "use_sliding_window": False}
+QWEN3 = {**SMALL, "model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "use_sliding_window": False}
+MISTRAL = {**SMALL, "model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": None}
+
+
+def rope(kind: str, theta: float = 10000.0, **values) -> dict:
+    """The rope_parameters of transformers 5."""
+    return {"rope_parameters": {"rope_type": kind, "rope_theta": theta, **values}}
+
+
+# name -> config.json. Sequences have 24 tokens, so a window of 7 or a maximum of 16 positions is passed.
+CASES: dict[str, dict] = {
+    "llama2": {**LLAMA, "num_key_value_heads": 4, "rope_theta": 10000.0, "rope_scaling": None},
+    "llama3_scaled": {
+        **LLAMA,
+        "tie_word_embeddings": True,
+        "head_dim": 16,
+        "rope_theta": 500000.0,
+        "rope_scaling": {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        },
+    },
+    "llama_biases_linear": {
+        **LLAMA,
+        "attention_bias": True,
+        "mlp_bias": True,
+        "rope_theta": 10000.0,
+        "rope_scaling": {"type": "linear", "factor": 4.0},
+    },
+    "llama_dynamic": {**LLAMA, "max_position_embeddings": 16, **rope("dynamic", factor=2.0)},
+    "llama_yarn": {**LLAMA, "head_dim": 16, **rope("yarn", factor=4.0, original_max_position_embeddings=64)},
+    "llama_yarn_options": {
+        **LLAMA,
+        "head_dim": 16,
+        **rope(
+            "yarn",
+            factor=8.0,
+            original_max_position_embeddings=32,
+            beta_fast=16.0,
+            beta_slow=2.0,
+            mscale=0.7,
+            mscale_all_dim=1.3,
+            truncate=False,
+        ),
+    },
+    "llama_gelu": {**LLAMA, "hidden_act": "gelu_pytorch_tanh", "num_key_value_heads": 1, **rope("default")},
+    "qwen2": {**QWEN2, "tie_word_embeddings": True, "rms_norm_eps": 1e-6, **rope("default", 1e6)},
+    "qwen2_upper_window": {
+        **QWEN2,
+        "use_sliding_window": True,
+        "sliding_window": 7,
+        "max_window_layers": 1,
+        "rope_theta": 1e6,
+    },
+    "qwen3": {**QWEN3, "head_dim": 16, "tie_word_embeddings": True, "rms_norm_eps": 1e-6, **rope("default", 1e6)},
+    "qwen3_layer_types": {
+        **QWEN3,
+        "attention_bias": True,
+        "use_sliding_window": True,
+        "sliding_window": 7,
+        "layer_types": ["sliding_attention", "full_attention"],
+        **rope("yarn", 1e6, factor=4.0, original_max_position_embeddings=64, attention_factor=0.9),
+    },
+    "mistral": {**MISTRAL, "num_key_value_heads": 1, **rope("default", 1e6)},
+    "mistral_window": {**MISTRAL, "sliding_window": 7, "rope_theta": 10000.0},
+}
+
+
+def tensors(config: dict, seed: int) -> dict[str, np.ndarray]:
+    """Random weights by checkpoint name, of a size that makes every part matter (fp32)."""
+    rng = np.random.default_rng(seed)
+    d, f, h = config["hidden_size"], config["intermediate_size"], config["head_dim"]
+    n, k = config["num_attention_heads"], config["num_key_value_heads"]
+    kind = config["model_type"]
+    bias = config.get("attention_bias", kind == "qwen2")
+    out: dict[str, np.ndarray] = {}
+
+    def linear(name, rows, columns, with_bias=False):
+        out[f"{name}.weight"] = rng.standard_normal((rows, columns)) * 1.5 / np.sqrt(columns)
+        if with_bias:
+            out[f"{name}.bias"] = rng.standard_normal(rows) * 0.3
+
+    def norm(name, size):
+        out[f"{name}.weight"] = 1 + 0.2 * rng.standard_normal(size)
+
+    out["model.embed_tokens.weight"] = rng.standard_normal((config["vocab_size"], d))
+    for i in range(config["num_hidden_layers"]):
+        layer = f"model.layers.{i}"
+        norm(f"{layer}.input_layernorm", d)
+        norm(f"{layer}.post_attention_layernorm", d)
+        for name, rows in (("q", n * h), ("k", k * h), ("v", k * h)):
+            linear(f"{layer}.self_attn.{name}_proj", rows, d, bias)
+        linear(f"{layer}.self_attn.o_proj", d, n * h, bias and kind != "qwen2")
+        if kind == "qwen3":
+            norm(f"{layer}.self_attn.q_norm", h)
+            norm(f"{layer}.self_attn.k_norm", h)
+        for name, rows, columns in (("gate", f, d), ("up", f, d), ("down", d, f)):
+            linear(f"{layer}.mlp.{name}_proj", rows, columns, config.get("mlp_bias", False))
+    norm("model.norm", d)
+    if not config["tie_word_embeddings"]:
+        linear("lm_head", config["vocab_size"], d)
+    return {name: value.astype(np.float32) for name, value in out.items()}
+
+
+def write_checkpoint(folder: Path, config: dict, seed: int = 0, dtype=np.float32) -> dict[str, np.ndarray]:
+    """A Hugging Face folder with random weights; returns them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    weights = {name: value.astype(dtype) for name, value in tensors(config, seed).items()}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return weights
+
+
+def random_params(cfg, seed: int = 0):
+    """Random parameters of `cfg` without compiling anything, of a size that makes every part matter."""
+    rng = np.random.default_rng(seed)
+
+    def draw(path, leaf):
+        centre = 1.0 if "norm" in jax.tree_util.keystr(path) else 0.0
+        scale = 0.3 if leaf.ndim <= 2 else 1.5 / np.sqrt(cfg.d_model)
+        return jnp.asarray(centre + scale * rng.standard_normal(leaf.shape), leaf.dtype)
+
+    return jax.tree_util.tree_map_with_path(draw, models.abstract_params(cfg))
+
+
+def case_seed(name: str) -> int:
+    return zlib.crc32(name.encode())
+
+
+def inputs(name: str) -> dict[str, np.ndarray]:
+    """tokens [2, 24], lengths [2] (the second row is right-padded) and the first of the long positions."""
+    rng = np.random.default_rng(case_seed(name) + 1)
+    tokens = rng.integers(3, SMALL["vocab_size"], (BATCH, TOKENS)).astype(np.int32)
+    # Dynamic scaling grows the base with the position; 40 times the maximum is far for it.
+    offset = np.int32(640 if name == "llama_dynamic" else 100_000)
+    return {"tokens": tokens, "lengths": np.array([TOKENS, TOKENS - 7], np.int32), "offset": offset}
+
+
+def relative_error(found: np.ndarray, expected: np.ndarray) -> float:
+    """Largest absolute difference over the largest absolute value."""
+    return float(np.max(np.abs(found - expected)) / np.max(np.abs(expected)))

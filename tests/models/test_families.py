@@ -1,0 +1,199 @@
+"""config.json in both styles, what is refused, and that what we write says the same again."""
+
+import dataclasses
+import importlib.util
+import json
+
+import jax
+import numpy as np
+import parity_cases as cases
+import pytest
+
+import models
+from models import ModelConfig, ModelError, RopeScaling, families
+
+needs_torch = pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="torch is not installed")
+
+
+@pytest.mark.parametrize("name", cases.CASES)
+def test_config_round_trip(name):
+    cfg = ModelConfig.from_hf(cases.CASES[name])
+    assert ModelConfig.from_hf(json.loads(json.dumps(cfg.to_hf()))) == cfg
+
+
+def test_both_styles_of_rope_read_alike():
+    scaling = {
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+        "rope_type": "llama3",
+    }
+    old = ModelConfig.from_hf({**cases.LLAMA, "rope_theta": 5e5, "rope_scaling": scaling})
+    new = ModelConfig.from_hf({**cases.LLAMA, "rope_parameters": {**scaling, "rope_theta": 5e5}})
+    assert old == new
+    assert (old.rope_theta, old.rope_scaling) == (5e5, RopeScaling("llama3", 8.0, 1.0, 4.0, 64))
+
+
+def test_written_config_holds_both_styles():
+    cfg = ModelConfig(rope_theta=2e4, rope_scaling=RopeScaling("linear", 2.0))
+    hf = cfg.to_hf()
+    assert hf["rope_theta"] == hf["rope_parameters"]["rope_theta"] == 2e4
+    assert hf["rope_scaling"] == {"rope_type": "linear", "factor": 2.0}
+    assert hf["dtype"] == hf["torch_dtype"] == "float32"
+    assert ModelConfig().to_hf()["rope_scaling"] is None
+
+
+@pytest.mark.parametrize(
+    ("base", "changes", "expected"),
+    [
+        (cases.MISTRAL, {"sliding_window": 9}, (9, 9)),
+        (cases.MISTRAL, {"sliding_window": None}, ()),
+        (cases.QWEN2, {"sliding_window": 9, "use_sliding_window": False, "max_window_layers": 0}, ()),
+        (cases.QWEN2, {"sliding_window": 9, "use_sliding_window": True, "max_window_layers": 1}, (None, 9)),
+        (cases.QWEN2, {"sliding_window": 9, "use_sliding_window": True, "max_window_layers": 2}, ()),
+        (
+            cases.QWEN3,
+            {"sliding_window": 9, "use_sliding_window": True, "layer_types": ["sliding_attention", "full_attention"]},
+            (9, None),
+        ),
+        (cases.LLAMA, {"sliding_window": 9}, ()),
+    ],
+)
+def test_windows(base, changes, expected):
+    assert ModelConfig.from_hf({**base, **changes}).layer_windows == expected
+
+
+def test_absent_fields_get_the_family_defaults():
+    """The defaults of transformers' own config classes (checked against them where transformers is there)."""
+    mistral = {k: v for k, v in cases.MISTRAL.items() if k not in ("sliding_window", "num_key_value_heads")}
+    cfg = ModelConfig.from_hf({**mistral, "num_attention_heads": 16})
+    assert (cfg.n_kv_heads, cfg.layer_windows) == (8, (4096, 4096))
+    llama = {k: v for k, v in cases.LLAMA.items() if k not in ("head_dim", "num_key_value_heads", "rms_norm_eps")}
+    cfg = ModelConfig.from_hf(llama)
+    assert (cfg.n_kv_heads, cfg.head_dim, cfg.norm_eps, cfg.rope_theta) == (4, 8, 1e-6, 10000.0)
+    qwen3 = {k: v for k, v in cases.QWEN3.items() if k != "head_dim"}
+    assert ModelConfig.from_hf(qwen3).head_dim == 128
+    assert ModelConfig.from_hf({**qwen3, "head_dim": None}).head_dim == 8
+    assert ModelConfig.from_hf({**cases.QWEN2, "num_key_value_heads": None}).n_kv_heads == 4
+
+
+@pytest.mark.parametrize("model_type", families.FAMILIES)
+def test_defaults_agree_with_transformers(model_type):
+    transformers = pytest.importorskip("transformers")
+    sizes = {"num_attention_heads": 32, "hidden_size": 64, "num_hidden_layers": 30, "model_type": model_type}
+    theirs = transformers.AutoConfig.for_model(**sizes)
+    silent = ModelConfig.from_hf({**sizes, "vocab_size": 10, "intermediate_size": 10})
+    spoken = ModelConfig.from_hf({**theirs.to_dict(), "vocab_size": 10, "intermediate_size": 10})
+    assert silent == spoken
+
+
+def test_eos_may_be_several():
+    assert ModelConfig.from_hf({**cases.LLAMA, "eos_token_id": [7, 9]}).eos_token_ids == (7, 9)
+    assert ModelConfig.from_hf({**cases.QWEN2, "eos_token_id": None}).eos_token_ids == ()
+    assert dataclasses.replace(ModelConfig(), eos_token_ids=(7, 9)).to_hf()["eos_token_id"] == [7, 9]
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"}, ["GPT2LMHeadModel", "nearest", "Qwen3ForCausalLM"]),
+        ({"architectures": None, "model_type": "qwen4"}, ["model_type", "'qwen4'", "nearest known is 'qwen"]),
+        ({"architectures": ["LlamaForSequenceClassification"]}, ["architectures", "LlamaForCausalLM"]),
+        ({"architectures": None, "model_type": None}, ["architectures", "model_type"]),
+        ({"hidden_size": None}, ["hidden_size"]),
+        ({"rms_norm_eps": "small"}, ["rms_norm_eps", "'small'"]),
+        ({"num_hidden_layers": "two"}, ["num_hidden_layers", "'two'"]),
+        ({"num_attention_heads": 3}, ["n_heads=3", "n_kv_heads=2"]),
+        ({"head_dim": 7}, ["head_dim=7"]),
+        ({"hidden_act": "swish6"}, ["hidden_act", "swish6", "silu"]),
+        ({"rope_scaling": {"rope_type": "longrope", "factor": 2.0}}, ["rope_scaling.rope_type", "longrope", "yarn"]),
+        ({"rope_parameters": {"rope_type": "linear"}}, ["rope_parameters.factor"]),
+        ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, ["rope_parameters", "layer type"]),
+        ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, ["partial_rotary_factor"]),
+        ({"quantization_config": {"bits": 4}}, ["quantization_config"]),
+        ({"dtype": "int8"}, ["dtype", "int8"]),
+    ],
+)
+def test_refused_with_the_field_named(changes, told):
+    with pytest.raises(ModelError) as error:
+        ModelConfig.from_hf({**cases.LLAMA, **changes})
+    assert "\n" not in str(error.value)
+    for part in told:
+        assert part in str(error.value)
+
+
+def test_refused_layer_types():
+    on = {**cases.QWEN3, "use_sliding_window": True, "sliding_window": 4}
+    with pytest.raises(ModelError, match="layer_types='chunked_attention'"):
+        ModelConfig.from_hf({**on, "layer_types": ["chunked_attention", "full_attention"]})
+    with pytest.raises(ModelError, match="layer_types names 1"):
+        ModelConfig.from_hf({**on, "layer_types": ["full_attention"]})
+    with pytest.raises(ModelError, match="use_sliding_window is false"):
+        ModelConfig.from_hf({**on, "use_sliding_window": False, "layer_types": ["sliding_attention"] * 2})
+
+
+@pytest.mark.parametrize(
+    ("cfg", "told"),
+    [
+        (ModelConfig(family="llama", n_layers=2, layer_windows=(4, 4)), "layer_windows"),
+        (ModelConfig(family="llama", qkv_bias=True), "o_bias=False"),
+        (ModelConfig(family="mistral", mlp_bias=True), "mlp_bias"),
+        (ModelConfig(family="qwen2", n_layers=3, layer_windows=(4, None, 5), qkv_bias=True), "layer_windows"),
+        (ModelConfig(family="qwen5"), "qwen5"),
+    ],
+)
+def test_what_a_family_cannot_express_is_not_written(cfg, told):
+    with pytest.raises(ModelError, match=told):
+        cfg.to_hf()
+
+
+def test_param_count_equals_the_tree():
+    for config in cases.CASES.values():
+        cfg = ModelConfig.from_hf(config)
+        assert cfg.param_count() == sum(leaf.size for leaf in jax.tree.leaves(models.abstract_params(cfg)))
+
+
+def test_flops_by_hand():
+    """2 FLOPs a weight of every matrix, 4 N H a key attended to; windows cap the context of their layers."""
+    cfg = ModelConfig(vocab_size=100, d_model=8, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=2, d_ff=16)
+    matrices = 2 * (8 * 8 + 8 * 4 + 8 * 4 + 8 * 8 + 3 * 8 * 16) + 8 * 100
+    assert cfg.flops_per_token() == 2 * matrices
+    assert cfg.flops_per_token(context=10) == 2 * matrices + 2 * 4 * 4 * 2 * 10
+    windowed = dataclasses.replace(cfg, layer_windows=(3, None))
+    assert windowed.flops_per_token(context=10) == 2 * matrices + 4 * 4 * 2 * (3 + 10)
+
+
+def test_flops_match_the_compiler():
+    """XLA counts the matrix products of an unrolled forward at full attention within 5% (it adds the elementwise)."""
+    cfg = ModelConfig(vocab_size=512, d_model=128, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=32, d_ff=512)
+    tokens = jax.ShapeDtypeStruct((1, 64), np.int32)
+
+    def logits(params, tokens):
+        return models.unembed(cfg, params, models.forward(cfg, params, tokens, unroll=True).hidden)
+
+    counted = jax.jit(logits).lower(models.abstract_params(cfg), tokens).compile().cost_analysis()["flops"]
+    assert counted == pytest.approx(64 * cfg.flops_per_token(context=64), rel=0.05)
+
+
+def test_a_family_is_one_row(monkeypatch, tmp_path):
+    """A family of its own names and biases is read and written by adding a row to the table."""
+    row = families.Family(
+        "newton",
+        "NewtonForCausalLM",
+        qkv_bias=True,
+        windows="all",
+        tensors={"final_norm.scale": families.Tensor("model.last_norm.weight", "D", "D")},
+    )
+    monkeypatch.setitem(families.FAMILIES, "newton", row)
+    config = {**cases.LLAMA, "model_type": "newton", "architectures": ["NewtonForCausalLM"], "sliding_window": 5}
+    cfg = ModelConfig.from_hf(config)
+    params = models.init(cfg, jax.random.key(0))
+    models.save(tmp_path / "new", cfg, params)
+    again, loaded = models.load(tmp_path / "new")
+    assert (again, again.qkv_bias, again.layer_windows) == (cfg, True, (5, 5))
+    jax.tree.map(np.testing.assert_array_equal, params, loaded)
+    from safetensors import safe_open
+
+    with safe_open(tmp_path / "new" / "model.safetensors", "numpy") as file:
+        assert "model.last_norm.weight" in file.keys()  # noqa: SIM118

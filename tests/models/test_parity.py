@@ -1,0 +1,139 @@
+"""Logits equal `transformers` in fp32 to 2e-5 of the largest logit: against stored ones, and live where torch is."""
+
+import importlib.util
+import json
+import sys
+
+import jax.numpy as jnp
+import numpy as np
+import parity_cases as cases
+import pytest
+
+import models
+
+TOLERANCE = 2e-5
+HAS_TORCH = importlib.util.find_spec("torch") is not None
+needs_torch = pytest.mark.skipif(not HAS_TORCH, reason="torch is not installed: only the stored logits are checked")
+
+
+@pytest.fixture(scope="module")
+def golden(repo):
+    return np.load(repo / "tests" / "golden" / "logits.npz")
+
+
+@pytest.fixture(scope="module")
+def make_golden(repo):
+    sys.path.insert(0, str(repo / "tests"))
+    import make_golden
+
+    return make_golden
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory):
+    """name -> (folder, cfg, params), each checkpoint made and read once."""
+    made = {}
+
+    def get(name):
+        if name not in made:
+            folder = tmp_path_factory.mktemp("parity") / name
+            cases.write_checkpoint(folder, cases.CASES[name], cases.case_seed(name))
+            made[name] = (folder, *models.load(folder))
+        return made[name]
+
+    return get
+
+
+def far_logits(cfg, params, tokens, offset):
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]) + offset, tokens.shape)
+    return models.unembed(cfg, params, models.forward(cfg, params, tokens, positions=positions).hidden)
+
+
+@pytest.mark.parametrize("name", cases.CASES)
+def test_stored_logits(name, golden, loaded):
+    _, cfg, params = loaded(name)
+    given = cases.inputs(name)
+    padded, _ = models.apply(cfg, params, given["tokens"], lengths=given["lengths"])
+    real = np.arange(cases.TOKENS) < given["lengths"][:, None]
+    assert cases.relative_error(np.asarray(padded)[real], golden[f"{name}/padded"][real]) < TOLERANCE
+    far = far_logits(cfg, params, given["tokens"], given["offset"])
+    assert cases.relative_error(np.asarray(far), golden[f"{name}/far"]) < TOLERANCE
+
+
+def test_every_case_and_family_is_stored(golden, repo, make_golden):
+    assert set(golden.files) == {f"{name}/{run}" for name in cases.CASES for run in ("padded", "far")}
+    assert {c["model_type"] for c in cases.CASES.values()} == set(models.families.FAMILIES)
+    size = sum(path.stat().st_size for path in (repo / "tests" / "golden").iterdir())
+    assert size < 1_000_000
+    versions = json.loads((repo / "tests" / "golden" / "versions.json").read_text())
+    assert {"torch", "transformers"} <= versions.keys()
+    assert make_golden.weights_digest() == versions["weights_sha256"], "numpy draws other weights: run make_golden.py"
+
+
+@pytest.mark.parametrize("name", cases.CASES)
+def test_every_option_of_a_case_changes_its_logits(name, golden, loaded):
+    """The case's config without its window or scaling misses the stored logits: the options are really exercised."""
+    import dataclasses
+
+    _, cfg, params = loaded(name)
+    changed = [
+        dataclasses.replace(cfg, **{field: plain})
+        for field, plain in (("layer_windows", ()), ("rope_scaling", models.RopeScaling()))
+        if getattr(cfg, field) != plain
+    ]
+    given = cases.inputs(name)
+    for other in changed:
+        found = np.asarray(models.apply(other, params, given["tokens"])[0])[:1]
+        assert cases.relative_error(found, golden[f"{name}/padded"][:1]) > 100 * TOLERANCE
+
+
+@needs_torch
+@pytest.mark.parametrize("name", cases.CASES)
+def test_live_and_exported_logits(name, golden, loaded, make_golden, tmp_path):
+    """Today's transformers gives the stored logits, and reads our export as the same model."""
+    folder, cfg, params = loaded(name)
+    real = np.arange(cases.TOKENS) < cases.inputs(name)["lengths"][:, None]
+    live = make_golden.padded_logits(name, folder)
+    assert cases.relative_error(live[real], golden[f"{name}/padded"][real]) < TOLERANCE
+    models.save(tmp_path / "export", cfg, params)
+    exported = make_golden.padded_logits(name, tmp_path / "export")
+    np.testing.assert_array_equal(exported[real], live[real])
+
+
+@pytest.mark.parametrize(("name", "nll"), [("stories260k", 1.245), ("babyllama-0.9m", 0.604)])
+def test_real_checkpoint_nll(name, nll, assets):
+    """Mean negative log-likelihood of the first 40 stories, cut to the context, is what the checkpoint's maker saw."""
+    cfg, params = models.load(assets / "checkpoints" / name)
+    tokenizer = models.load_tokenizer(assets / "checkpoints" / name)
+    rows = [tokenizer.encode(text)[: cfg.max_position] for text in first_stories(assets, 40)]
+    lengths = np.array([len(row) for row in rows])
+    tokens = np.zeros((len(rows), lengths.max()), np.int32)
+    for row, ids in zip(tokens, rows, strict=True):
+        row[: len(ids)] = ids
+    total = count = 0
+    for start in range(0, len(rows), 10):
+        part, sizes = tokens[start : start + 10], lengths[start : start + 10]
+        logits = np.asarray(models.apply(cfg, params, part, lengths=sizes)[0], np.float64)
+        logps = logits - np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1, keepdims=True)) - logits.max(-1, keepdims=True)
+        mask = np.arange(1, part.shape[1]) < sizes[:, None]
+        total -= (np.take_along_axis(logps[:, :-1], part[:, 1:, None], -1)[..., 0] * mask).sum()
+        count += mask.sum()
+    assert total / count == pytest.approx(nll, abs=0.01)
+
+
+def first_stories(assets, n):
+    text = (assets / "data" / "tinystories" / "tinystories_sample.txt").read_text(encoding="utf-8", errors="ignore")
+    return [story.strip() for story in text.split("<|endoftext|>")[:n]]
+
+
+@needs_torch
+@pytest.mark.parametrize("name", ["stories260k", "babyllama-0.9m"])
+def test_real_checkpoint_logits(name, assets, make_golden):
+    folder = assets / "checkpoints" / name
+    cfg, params = models.load(folder)
+    tokens = np.random.default_rng(0).integers(3, cfg.vocab_size, (2, 64))
+    lengths = np.array([64, 40])
+    found = np.asarray(models.apply(cfg, params, tokens, lengths=lengths)[0])
+    real = np.arange(64) < lengths[:, None]
+    expected = make_golden.reference_logits(folder, tokens, lengths)
+    assert cases.relative_error(found[real], expected[real]) < TOLERANCE

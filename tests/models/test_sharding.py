@@ -1,0 +1,151 @@
+"""The rules table, meshes, and eight fake devices giving what one gives."""
+
+import logging
+
+import jax
+import numpy as np
+import parity_cases as cases
+import pytest
+from jax.sharding import AbstractMesh, AxisType, PartitionSpec
+
+import models
+from models import ModelError, sharding
+
+
+def abstract_mesh(data=1, fsdp=1, tensor=1):
+    return AbstractMesh((data, fsdp, tensor), sharding.MESH_AXES)
+
+
+def test_every_axis_has_a_rule_and_every_rule_an_axis():
+    used = set()
+    for config in cases.CASES.values():
+        cfg = models.ModelConfig.from_hf(config)
+        axes = jax.tree.leaves(models.logical_axes(cfg), is_leaf=lambda x: isinstance(x, tuple))
+        for names, leaf in zip(axes, jax.tree.leaves(models.abstract_params(cfg)), strict=True):
+            assert len(names) == leaf.ndim
+            mesh_axes = [sharding.RULES[name] for name in names if sharding.RULES[name]]
+            assert len(set(mesh_axes)) == len(mesh_axes)  # no mesh axis twice in one array
+            used |= set(names)
+    assert used == set(sharding.RULES)
+
+
+def test_specs_by_hand():
+    cfg = models.ModelConfig.from_hf(cases.CASES["llama2"])
+    specs = jax.tree.map(lambda s: s.spec, sharding.param_shardings(cfg, abstract_mesh(2, 2, 4)))
+    assert specs["blocks"]["q"] == PartitionSpec(None, "fsdp", "tensor", None)
+    assert specs["blocks"]["o"] == PartitionSpec(None, "tensor", None, "fsdp")
+    assert specs["blocks"]["down"] == PartitionSpec(None, "tensor", "fsdp")
+    assert specs["blocks"]["attn_norm"] == PartitionSpec(None, None)
+    assert specs["embed"]["embedding"] == PartitionSpec("tensor", "fsdp")
+    assert specs["lm_head"]["kernel"] == PartitionSpec("fsdp", "tensor")
+
+
+def test_what_does_not_divide_is_replicated_and_said(caplog):
+    cfg = models.ModelConfig.from_hf(cases.CASES["qwen2"])  # two key/value heads, d_ff 48
+    mesh = abstract_mesh(tensor=4)
+    with caplog.at_level(logging.WARNING):
+        shardings = sharding.param_shardings(cfg, mesh)
+    assert shardings["blocks"]["k"].spec == PartitionSpec(None, "fsdp", None, None)
+    assert shardings["blocks"]["q"].spec == PartitionSpec(None, "fsdp", "tensor", None)
+    told = sharding.fallbacks(cfg, mesh)
+    assert told == ["kv_heads=2 does not divide over tensor=4 devices: replicated"]
+    assert [record.getMessage() for record in caplog.records] == told
+    assert sharding.fallbacks(cfg, abstract_mesh(tensor=2)) == []
+
+
+def test_mesh_shapes():
+    n = len(jax.devices())
+    assert dict(sharding.make_mesh({"fsdp": -1}).shape) == {"data": 1, "fsdp": n, "tensor": 1}
+    assert set(sharding.make_mesh({"data": n}).axis_types) == {AxisType.Auto}
+    assert sharding.batch_sharding(sharding.make_mesh({"data": n})).spec == PartitionSpec(("data", "fsdp"))
+    with pytest.raises(ModelError, match="unknown mesh axis 'model'; known: data, fsdp, tensor"):
+        sharding.make_mesh({"model": 2})
+    with pytest.raises(ModelError, match=f"needs {7 * n} devices, there are {n}"):
+        sharding.make_mesh({"fsdp": 7 * n})
+    with pytest.raises(ModelError, match=f"there are {n}"):
+        sharding.make_mesh({"fsdp": 7 * n, "data": -1})
+    with pytest.raises(ModelError, match="only one axis may be -1"):
+        sharding.make_mesh({"fsdp": -1, "data": -1})
+    with pytest.raises(ModelError, match="tensor=0"):
+        sharding.make_mesh({"tensor": 0})
+
+
+EIGHT = """
+import sys
+import jax, jax.numpy as jnp, numpy as np
+import models
+from models import hf, sharding
+
+folder = sys.argv[1]
+cfg, whole = models.load(folder)
+tokens = jnp.asarray(np.random.default_rng(0).integers(3, 60, (8, 12)))
+
+def loss(params, tokens):
+    logits = models.unembed(cfg, params, models.forward(cfg, params, tokens).hidden)
+    logps = jax.nn.log_softmax(logits)
+    return -jnp.take_along_axis(logps[:, :-1], tokens[:, 1:, None], -1).mean(), logits
+
+def close(a, b):
+    np.testing.assert_allclose(a, b, atol=2e-5 * float(jnp.abs(b).max() + 1e-3))
+
+expected_grads, expected = jax.jit(jax.grad(loss, has_aux=True))(whole, tokens)
+made = []
+aligned = hf._aligned
+hf._aligned = lambda shape, dtype: made.append(aligned(shape, dtype)) or made[-1]
+for shape in ({"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}):
+    mesh = sharding.make_mesh(shape)
+    shardings = sharding.param_shardings(cfg, mesh)
+    made.clear()
+    _, params = models.load(folder, mesh=mesh)
+    for array, wanted in zip(jax.tree.leaves(params), jax.tree.leaves(shardings), strict=True):
+        assert array.sharding == wanted, (array.sharding, wanted)
+    jax.tree.map(np.testing.assert_array_equal, params, whole)
+    # What the reader built in host memory was never more than one device's share of a leaf.
+    share = max(s.data.nbytes for a in jax.tree.leaves(params) for s in a.addressable_shards)
+    built = max(array.nbytes for array in made)
+    assert built == share < 0.3 * max(a.nbytes for a in jax.tree.leaves(whole)), (built, share)
+    rows = jax.device_put(tokens, sharding.batch_sharding(mesh))
+    step = jax.jit(jax.grad(loss, has_aux=True), out_shardings=(shardings, None)).lower(params, rows).compile()
+    grads, logits = step(params, rows)
+    close(logits, expected)
+    jax.tree.map(close, grads, expected_grads)
+
+# A batch that does not divide, and a call outside jit, still work.
+close(models.apply(cfg, params, tokens[:3])[0], expected[:3])
+embedded = models.forward(cfg, params, tokens, stop_at=0, taps=("embed",)).taps["embed"]
+np.testing.assert_array_equal(embedded, whole["embed"]["embedding"][tokens])
+
+# Rows stay with their devices: with nothing split over "tensor", only parameters travel, and no product is summed.
+mesh = sharding.make_mesh({"fsdp": 8})
+like = lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s)
+abstract = jax.tree.map(like, whole, sharding.param_shardings(cfg, mesh))
+text = jax.jit(loss).lower(abstract, like(tokens, sharding.batch_sharding(mesh))).compile().as_text()
+assert "all-gather" in text and "all-reduce(f32[8,12" not in text and "f32[8,12,64]" not in text
+
+# Saving gathers one tensor at a time and gives the same parameters.
+models.save(sys.argv[2], cfg, params)
+jax.tree.map(np.testing.assert_array_equal, models.load(sys.argv[2])[1], whole)
+print("equal")
+"""
+
+
+def test_eight_devices_equal_one(run_python, tmp_path):
+    config = {
+        **cases.QWEN3,
+        "hidden_size": 64,
+        "intermediate_size": 64,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        **cases.rope("default"),
+    }
+    cases.write_checkpoint(tmp_path / "model", config)
+    assert "equal" in run_python(EIGHT, args=(str(tmp_path / "model"), str(tmp_path / "again")), devices=8)
+
+
+def test_a_mesh_of_one_device_changes_nothing(tmp_path):
+    cases.write_checkpoint(tmp_path / "model", cases.CASES["qwen2"])
+    mesh = sharding.make_mesh({"fsdp": 1}, devices=jax.devices()[:1])
+    cfg, params = models.load(tmp_path / "model", mesh=mesh)
+    _, plain = models.load(tmp_path / "model")
+    tokens = cases.inputs("qwen2")["tokens"]
+    np.testing.assert_array_equal(models.apply(cfg, params, tokens)[0], models.apply(cfg, plain, tokens)[0])

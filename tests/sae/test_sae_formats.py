@@ -1,0 +1,211 @@
+"""Saving and loading: our layout, SAELens's, and files that cannot be used."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+import sae
+from sae.formats import LAYOUTS, from_transformer_lens, to_transformer_lens
+
+D, F, K = 6, 10, 3
+
+
+def dictionary(**changes):
+    cfg = sae.SAEConfig(**({"d_in": D, "d_sae": F, "k": K, "hook_name": "blocks.2.resid_post", "model_name": "m", "context_size": 64} | changes))
+    keys = jax.random.split(jax.random.key(0), 4)
+    shapes = {"W_enc": (D, F), "b_enc": (F,), "W_dec": (F, D), "b_dec": (D,)}
+    params = {n: jax.random.normal(k, s).astype(cfg.dtype) for k, (n, s) in zip(keys, shapes.items(), strict=True)}
+    return sae.Dictionary(params, cfg)
+
+
+def x(n=7):
+    return np.random.default_rng(0).standard_normal((n, D)).astype(np.float32)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("changes", [{}, {"architecture": "relu", "k": None}, {"dtype": "bfloat16"}, {"normalize_activations": "layer_norm"}])
+def test_round_trip_is_bit_equal(tmp_path, layout, changes):
+    d = dictionary(**changes)
+    sae.save(tmp_path / "a", d, layout=layout)
+    back = sae.load(tmp_path / "a")
+    assert back.cfg == d.cfg
+    jax.tree.map(np.testing.assert_array_equal, back.params, d.params)
+    assert {p.name for p in (tmp_path / "a").iterdir()} == {LAYOUTS[layout].config_file, LAYOUTS[layout].weights_file}
+
+
+def test_saving_again_replaces(tmp_path):
+    sae.save(tmp_path, dictionary())
+    other = dictionary().replace(params=jax.tree.map(lambda a: a + 1, dictionary().params))
+    sae.save(tmp_path, other)
+    np.testing.assert_array_equal(sae.load(tmp_path).params["b_dec"], other.params["b_dec"])
+
+
+def test_input_scale_survives_both_layouts(tmp_path):
+    d = dictionary(normalize_activations="expected_average_only_in", input_scale=0.25)
+    for layout in LAYOUTS:
+        sae.save(tmp_path / layout, d, layout=layout)
+        np.testing.assert_allclose(sae.encode(sae.load(tmp_path / layout), x()), sae.encode(d, x()), rtol=1e-5, atol=1e-5)
+    assert sae.load(tmp_path / "native").cfg == d.cfg
+    assert json.loads((tmp_path / "saelens" / "cfg.json").read_text())["normalize_activations"] == "none"
+
+
+def test_saelens_config_is_what_that_library_writes(tmp_path):
+    sae.save(tmp_path, dictionary(), layout="saelens")
+    config = json.loads((tmp_path / "cfg.json").read_text())
+    assert config["architecture"] == "topk" and config["k"] == K and config["d_in"] == D and config["d_sae"] == F
+    assert config["metadata"]["hook_name"] == "blocks.2.hook_resid_post" and config["metadata"]["model_name"] == "m"
+    assert config["metadata"]["sae_lens_version"].startswith("6.") and config["metadata"]["context_size"] == 64
+    sae.save(tmp_path, dictionary(architecture="relu", k=None), layout="saelens")
+    config = json.loads((tmp_path / "cfg.json").read_text())
+    assert config["architecture"] == "standard" and "k" not in config
+
+
+def write_saelens(folder, config, d):
+    folder.mkdir(exist_ok=True)
+    (folder / "cfg.json").write_text(json.dumps(config))
+    save_file({n: np.ascontiguousarray(v) for n, v in d.params.items()}, folder / "sae_weights.safetensors")
+    return folder
+
+
+def test_saelens_before_version_6(tmp_path):
+    d = dictionary()
+    flat = {"d_in": D, "d_sae": F, "hook_name": "blocks.1.hook_mlp_out", "hook_layer": 1, "model_name": "gpt2", "context_size": 128,
+            "activation_fn_str": "topk", "activation_fn_kwargs": {"k": 2}, "dtype": "torch.float32", "normalize_activations": False}
+    back = sae.load(write_saelens(tmp_path / "a", flat, d))
+    assert back.cfg.k == 2 and back.cfg.hook_name == "blocks.1.mlp_out" and back.cfg.context_size == 128 and back.cfg.model_name == "gpt2"
+    back = sae.load(write_saelens(tmp_path / "b", {"d_in": D, "d_sae": F, "hook_point": "hook_embed"}, d))
+    assert back.cfg.architecture == "relu" and back.cfg.hook_name == "embed"
+
+
+def test_rescaled_topk_is_folded_on_load(tmp_path):
+    """SAELens multiplies pre-activations by the decoder's row norms before the top-k and divides before decoding."""
+    d = dictionary()
+    config = {"architecture": "topk", "d_in": D, "d_sae": F, "k": K, "rescale_acts_by_decoder_norm": True, "metadata": {}}
+    back = sae.load(write_saelens(tmp_path / "a", config, d))
+    p = {n: np.asarray(v) for n, v in d.params.items()}
+    norms = np.linalg.norm(p["W_dec"], axis=1)
+    pre = ((x() - p["b_dec"]) @ p["W_enc"] + p["b_enc"]) * norms
+    z = np.where(pre >= -np.sort(-pre, axis=1)[:, K - 1 : K], np.maximum(pre, 0), 0)
+    np.testing.assert_allclose(sae.encode(back, x()), z, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(sae.reconstruct(back, x()), z / norms @ p["W_dec"] + p["b_dec"], rtol=1e-4, atol=1e-4)
+    plain = sae.load(write_saelens(tmp_path / "b", config | {"rescale_acts_by_decoder_norm": False}, d))
+    jax.tree.map(np.testing.assert_array_equal, plain.params, d.params)
+
+
+def test_unknown_input_scale_is_told(tmp_path):
+    config = {"architecture": "topk", "d_in": D, "d_sae": F, "k": K, "normalize_activations": "expected_average_only_in", "metadata": {}}
+    folder = write_saelens(tmp_path / "a", config, dictionary())
+    with pytest.warns(UserWarning, match="does not hold the input scale"):
+        sae.load(folder)
+
+
+@pytest.mark.parametrize("ours", ["embed", "final_norm", "blocks.12.resid_post", "blocks.0.mlp_act", "blocks.3.attn_probs"])
+def test_hook_names_go_there_and_back(ours):
+    theirs = to_transformer_lens(ours)
+    assert theirs != ours and from_transformer_lens(theirs) == ours
+    assert to_transformer_lens(None) is None and to_transformer_lens("my.hook") == "my.hook"
+
+
+def broken(folder, what):
+    """A saved dictionary with one thing wrong."""
+    d = dictionary()
+    sae.save(folder, d, layout="saelens")
+    cfg, weights = folder / "cfg.json", folder / "sae_weights.safetensors"
+    config = json.loads(cfg.read_text())
+    tensors = {n: np.ascontiguousarray(v) for n, v in d.params.items()}
+    if what == "truncated":
+        weights.write_bytes(weights.read_bytes()[:-100])
+    elif what == "empty":
+        weights.write_bytes(b"")
+    elif what == "no weights":
+        weights.unlink()
+    elif what == "json":
+        cfg.write_text("{")
+    elif what == "binary json":
+        cfg.write_bytes(b"\xff\xfe\x00")
+    elif what == "list":
+        cfg.write_text("[]")
+    elif what == "architecture":
+        cfg.write_text(json.dumps(config | {"architecture": "quantum"}))
+    elif what == "reshape":
+        cfg.write_text(json.dumps(config | {"reshape_activations": "hook_z"}))
+    elif what == "no width":
+        cfg.write_text(json.dumps({k: v for k, v in config.items() if k != "d_in"}))
+    elif what == "k":
+        cfg.write_text(json.dumps(config | {"k": F + 1}))
+    elif what == "shape":
+        save_file(tensors | {"W_dec": np.ascontiguousarray(tensors["W_dec"].T)}, weights)
+    elif what == "missing":
+        save_file({n: v for n, v in tensors.items() if n != "b_dec"}, weights)
+    elif what == "extra":
+        save_file(tensors | {"threshold": tensors["b_enc"]}, weights)
+    elif what == "nan":
+        save_file(tensors | {"b_enc": np.full(F, np.nan, np.float32)}, weights)
+    elif what == "scaling":
+        save_file(tensors | {"scaling_factor": np.full(F, 2.0, np.float32)}, weights)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("truncated", r"sae_weights.safetensors: not a whole safetensors file"),
+        ("empty", r"sae_weights.safetensors: not a whole safetensors file"),
+        ("no weights", r"sae_weights.safetensors: missing"),
+        ("json", r"cfg.json: cannot be read as JSON"),
+        ("binary json", r"cfg.json: cannot be read as JSON"),
+        ("list", r"cfg.json: holds no JSON object"),
+        ("architecture", r"cfg.json: unknown architecture 'quantum'; known: topk, standard"),
+        ("reshape", r"reshape_activations is 'hook_z'"),
+        ("no width", r"cfg.json: d_in is None; give a whole number"),
+        ("k", r"cfg.json: .*needs 1 <= k"),
+        ("shape", r"W_dec has shape \(6, 10\); the config says \(10, 6\)"),
+        ("missing", r"tensor b_dec is missing"),
+        ("extra", r"unexpected tensor threshold"),
+        ("nan", r"b_enc holds a NaN"),
+        ("scaling", r"scaling_factor other than 1"),
+    ],
+)
+def test_broken_files_are_named_in_one_line(tmp_path, what, message):
+    with pytest.raises(sae.SAEError, match=message) as error:
+        sae.load(broken(tmp_path, what))
+    assert "\n" not in str(error.value)
+
+
+def test_broken_native_files(tmp_path):
+    sae.save(tmp_path, dictionary())
+    (tmp_path / "sae.json").write_text(json.dumps({"sae": {"d_in": D, "depth": 3}}))
+    with pytest.raises(sae.SAEError, match="unknown field sae.depth"):
+        sae.load(tmp_path)
+    (tmp_path / "sae.json").write_text("{}")
+    with pytest.raises(sae.SAEError, match="no object named 'sae'"):
+        sae.load(tmp_path)
+
+
+def test_places_that_hold_no_dictionary(tmp_path):
+    with pytest.raises(sae.SAEError, match=r"no sae.json or cfg.json"):
+        sae.load(tmp_path)
+    with pytest.raises(sae.SAEError, match="no such folder"):
+        sae.load(tmp_path / "absent")
+    with pytest.raises(sae.SAEError, match="unknown layout 'keras'"):
+        sae.save(tmp_path, dictionary(), layout="keras")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(sae.SAEError, match="cannot be written"):
+        sae.save(tmp_path / "file", dictionary())
+
+
+def test_a_failed_save_leaves_the_old_files(tmp_path, monkeypatch):
+    d = dictionary()
+    sae.save(tmp_path, d)
+
+    def fail(*_):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("sae.formats.save_file", fail)
+    with pytest.raises(sae.SAEError, match="No space left"):
+        sae.save(tmp_path, d.replace(params=jax.tree.map(jnp.zeros_like, d.params)))
+    np.testing.assert_array_equal(sae.load(tmp_path).params["W_dec"], d.params["W_dec"])

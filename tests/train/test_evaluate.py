@@ -1,0 +1,53 @@
+"""Evaluation: greedy and avg@k against a count by hand, breakdown, errors, batches."""
+
+import models
+import numpy as np
+import pytest
+import tiny_grpo as tiny
+
+from jaxrl_llm.rewards.verdict import Status, Verdict
+from jaxrl_llm.train.evaluate import evaluate
+
+
+def run(reward=tiny.reward, **kwargs):
+    return evaluate(tiny.CONFIG, tiny.params(), tiny.Tokenizer(), tiny.prompts(), reward, max_new_tokens=6, **kwargs)
+
+
+def test_greedy_accuracy_and_breakdown_by_hand():
+    prompts = tiny.prompts()
+    rollout = models.generate(tiny.CONFIG, tiny.params(), prompts.token_lists(), max_new_tokens=6, temperature=0.0)
+    passed = [row["answer"] in tiny.Tokenizer().decode(c).split() for row, c in zip(prompts.rows, rollout.completions(), strict=True)]
+    record = run(by=("level", "no such field"))
+    assert 0 < np.mean(passed) < 1
+    assert record["accuracy"] == pytest.approx(np.mean(passed)) and record["n"] == 12 and record["errors"] == 0
+    assert record["passed"] == [int(p) for p in passed]
+    assert record["by"]["level"] == {"0": pytest.approx(np.mean(passed[0::2])), "1": pytest.approx(np.mean(passed[1::2]))}
+    assert record["by"]["no such field"] == {} and "avg_at_k" not in record
+
+
+def test_avg_at_k_counts_every_sample_and_seed_matters():
+    calls = []
+
+    def counting(inputs):
+        calls.append(len(inputs))
+        return tiny.reward(inputs)
+
+    record = run(counting, samples=5, by=("level",))
+    assert calls == [12, 60] and record["k"] == 5 and 0 < record["avg_at_k"] < 1
+    assert np.mean(list(record["by_avg_at_k"]["level"].values())) == pytest.approx(record["avg_at_k"])
+    assert run(samples=5)["avg_at_k"] == record["avg_at_k"]
+    assert run(samples=5, seed=1)["avg_at_k"] != record["avg_at_k"]
+    assert run(samples=5, temperature=0.01)["avg_at_k"] == pytest.approx(record["accuracy"])
+
+
+def test_batch_size_changes_nothing():
+    assert run(samples=2, batch_rows=4) == run(samples=2)
+
+
+def test_errors_are_left_out_and_counted():
+    def broken_on_odd(inputs):
+        return [Verdict(Status.ERROR) if int(i.prompt.split()[1]) % 2 else v for i, v in zip(inputs, tiny.reward(inputs), strict=True)]
+
+    record, whole = run(broken_on_odd), run()
+    assert record["errors"] == 6 and record["n"] == 6
+    assert record["accuracy"] == pytest.approx(np.mean(whole["passed"][0::2])) and record["passed"][1] is None

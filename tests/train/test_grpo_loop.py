@@ -1,0 +1,216 @@
+"""The whole loop: it learns, it resumes bit for bit, it stops when told or when the numbers break, and it says so."""
+
+import dataclasses
+import json
+import logging as python_logging
+import os
+import signal
+
+import numpy as np
+import pytest
+import tiny_grpo as tiny
+
+from jaxrl_llm.data.sampler import ShuffledSchedule
+from jaxrl_llm.errors import UserError
+from jaxrl_llm.rewards.verdict import Status, Verdict
+from jaxrl_llm.run_dir import RunDir
+from jaxrl_llm.train.config import LossConfig, OptimizerConfig
+from jaxrl_llm.train.signals import Interrupted
+
+TIMES = ("seconds_rollout", "seconds_reward", "seconds_update", "tokens_per_s", "seconds")
+ISSUE_METRICS = (
+    "reward", "pass_rate", "zero_spread", "entropy", "kl", "clip_share", "logp_diff_mean", "logp_diff_max", "completion_length",
+    "tokens_per_s", "seconds_rollout", "seconds_reward", "seconds_update", "grad_norm", "loss", "errors",
+)  # fmt: skip
+
+
+def records(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def untimed(folder):
+    return [{k: v for k, v in r.items() if k not in TIMES} for r in records(folder)]
+
+
+class LearningSchedule(ShuffledSchedule):
+    """Its batches depend on what it observed, so a resume that loses its state goes another way."""
+
+    def __init__(self):
+        super().__init__(12, 4, seed=3)
+        self.shift = np.zeros((), np.int64)
+        self.seen = []
+
+    def batch(self, step):
+        return (super().batch(step) + int(self.shift)) % self.n
+
+    def observe(self, step, indices, pass_rates):
+        self.seen.append((step, list(indices)))
+        self.shift = self.shift + 1 + int(4 * np.nansum(pass_rates)) % 5
+
+    def state(self):
+        return {"shift": self.shift}
+
+    def restore(self, state):
+        self.shift = state["shift"]
+
+
+def kills_itself_at(batch_number, signum=signal.SIGTERM):
+    calls = []
+
+    def reward(inputs):
+        calls.append(len(inputs))
+        if len(calls) == batch_number:
+            os.kill(os.getpid(), signum)
+        return tiny.reward(inputs)
+
+    return reward
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("undisturbed") / "run"
+    params, summary = tiny.run(folder, schedule=LearningSchedule())
+    return folder, params, summary
+
+
+def test_every_metric_of_a_step_is_logged(undisturbed):
+    folder, _, summary = undisturbed
+    train = [r for r in records(folder) if r["kind"] == "train"]
+    assert [r["step"] for r in train] == [1, 2, 3, 4]
+    for record in train:
+        assert set(ISSUE_METRICS) <= record.keys()
+        assert all(record[name] is not None for name in ISSUE_METRICS if name != "kl")
+        assert record["logp_diff_max"] < 1e-5 and record["errors"] == 0
+    assert summary["steps"] == 4 and json.loads((folder / "summary.json").read_text())["steps"] == 4
+    samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+    assert [s["step"] for s in samples] == [1, 2, 3, 4]
+
+
+def test_sigterm_saves_and_resume_is_bit_exact(undisturbed, tmp_path):
+    folder, params, summary = undisturbed
+    never = dataclasses.replace(tiny.TINY, checkpoint_every=0)
+    with pytest.raises(Interrupted, match="after step 2") as stopped:
+        tiny.run(tmp_path / "run", never, schedule=LearningSchedule(), reward=kills_itself_at(2))
+    assert stopped.value.code == 128 + signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert [r["step"] for r in records(tmp_path / "run")] == [1, 2]
+    schedule = LearningSchedule()
+    resumed, summary_resumed = tiny.run(tmp_path / "run", never, schedule=schedule)
+    assert [step for step, _ in schedule.seen] == [2, 3]
+    np.testing.assert_array_equal(tiny.flat(resumed), tiny.flat(params))
+    assert untimed(tmp_path / "run") == untimed(folder)
+    assert {k: v for k, v in summary.items() if k != "seconds"} == {k: v for k, v in summary_resumed.items() if k != "seconds"}
+
+
+def test_a_crash_between_checkpoints_repeats_the_lost_steps_exactly(undisturbed, tmp_path):
+    folder, params, _ = undisturbed
+    every_second = dataclasses.replace(tiny.TINY, checkpoint_every=2)
+
+    class Crash(BaseException):
+        pass
+
+    calls = []
+
+    def crashing(inputs):
+        calls.append(1)
+        if len(calls) == 4:
+            raise Crash
+        return tiny.reward(inputs)
+
+    with pytest.raises(Crash):
+        tiny.run(tmp_path / "run", every_second, schedule=LearningSchedule(), reward=crashing)
+    assert [r["step"] for r in records(tmp_path / "run")] == [1, 2, 3]
+    resumed, _ = tiny.run(tmp_path / "run", every_second, schedule=LearningSchedule())
+    np.testing.assert_array_equal(tiny.flat(resumed), tiny.flat(params))
+    assert untimed(tmp_path / "run") == untimed(folder)
+
+
+def test_a_finished_run_started_again_changes_nothing(undisturbed):
+    folder, params, summary = undisturbed
+    before = (folder / "metrics.jsonl").read_bytes()
+    again, same = tiny.run(folder, schedule=LearningSchedule(), reward=lambda _: pytest.fail("there is nothing left to do"))
+    np.testing.assert_array_equal(tiny.flat(again), tiny.flat(params))
+    assert (folder / "metrics.jsonl").read_bytes() == before and same == summary
+
+
+def test_seed_matters(undisturbed, tmp_path):
+    other, _ = tiny.run(tmp_path / "run", dataclasses.replace(tiny.TINY, seed=1, steps=1))
+    base, _ = tiny.run(tmp_path / "base", dataclasses.replace(tiny.TINY, steps=1))
+    assert np.abs(tiny.flat(other) - tiny.flat(base)).max() > 0
+
+
+def test_not_finite_stops_with_the_step_and_keeps_the_last_good_checkpoint(tmp_path):
+    explosive = dataclasses.replace(tiny.TINY, optimizer=OptimizerConfig(learning_rate=1e38, clip_norm=0.0, warmup_steps=3), steps=9)
+    with pytest.raises(UserError, match=r"step [2-9]: loss .* not finite.*last good checkpoint is step \d") as caught:
+        tiny.run(tmp_path / "run", explosive)
+    step = int(str(caught.value).split()[1].rstrip(":"))
+    saved = sorted(int(p.name) for p in (tmp_path / "run" / "checkpoints").iterdir())
+    assert saved[-1] == step - 1 and records(tmp_path / "run")[-1]["step"] == step - 1
+
+
+def test_constant_reward_is_warned_of(tmp_path, caplog):
+    absl = python_logging.getLogger("absl")
+    absl.addHandler(caplog.handler)
+    try:
+        constant = lambda inputs: [Verdict(Status.PASS)] * len(inputs)  # noqa: E731
+        tiny.run(tmp_path / "run", dataclasses.replace(tiny.TINY, steps=2), reward=constant)
+        assert [r["zero_spread"] for r in records(tmp_path / "run")] == [1.0, 1.0]
+        said = [m for m in caplog.messages if "100% of the groups have equal rewards" in m]
+        assert len(said) == 1
+        caplog.clear()
+        quiet = dataclasses.replace(tiny.TINY, steps=1, zero_spread_warning=1.0)
+        tiny.run(tmp_path / "quiet", quiet, reward=constant)
+        assert not [m for m in caplog.messages if "equal rewards" in m]
+    finally:
+        absl.removeHandler(caplog.handler)
+
+
+def test_policy_learns_and_evaluations_show_it(tmp_path):
+    config = dataclasses.replace(
+        tiny.TINY, steps=30, num_samples=8, eval_every=15, eval_samples=4, eval_by=("level",), checkpoint_every=0, sample_every=0
+    )
+    data = tiny.prompts()
+    data.rows[:] = [r | {"answer": "5"} for r in data.rows]
+    _, summary = tiny.run(tmp_path / "run", config, data=data, evals={"train": data})
+    evals = [r for r in records(tmp_path / "run") if r["kind"] == "eval"]
+    assert [r["step"] for r in evals] == [0, 15, 30]
+    assert summary["evals"]["train"]["last_avg_at_k"] > summary["evals"]["train"]["first_avg_at_k"] + 0.3
+    assert summary["reward_last"] > summary["reward_first"] + 0.2
+    assert set(evals[-1]["by"]["level"]) == {"0", "1"}
+    assert not (tmp_path / "run" / "samples.jsonl").exists()
+
+
+def test_inner_epochs_and_kl_are_used(tmp_path):
+    twice = dataclasses.replace(tiny.TINY, steps=2, inner_epochs=2, loss=LossConfig(kl="k3", kl_coef=0.1))
+    tiny.run(tmp_path / "run", twice)
+    first, second = records(tmp_path / "run")
+    assert first["kl"] == pytest.approx(0, abs=1e-6) and second["kl"] > 1e-6
+    assert first["clip_share"] > 0 and abs(first["ratio"] - 1) > 1e-4 and first["logp_diff_max"] < 1e-5
+
+
+def test_micro_batches_train_the_same_policy(tmp_path):
+    whole, _ = tiny.run(tmp_path / "whole", dataclasses.replace(tiny.TINY, steps=1))
+    parts, _ = tiny.run(tmp_path / "parts", dataclasses.replace(tiny.TINY, steps=1, micro_batch_rows=4))
+    np.testing.assert_allclose(tiny.flat(parts), tiny.flat(whole), rtol=1e-4, atol=1e-5)
+
+
+def test_prompt_too_long_for_the_context_is_named(tmp_path):
+    with pytest.raises(UserError, match="prompt p.* has 7 tokens.*context of 32"):
+        tiny.run(tmp_path / "run", dataclasses.replace(tiny.TINY, max_new_tokens=30))
+
+
+def test_full_disk_while_logging_leaves_the_run_resumable(undisturbed, tmp_path, monkeypatch):
+    _, params, _ = undisturbed
+    log = RunDir.log
+
+    def full_at_step_3(self, record):
+        if record["step"] == 3:
+            raise UserError("cannot write metrics.jsonl: the disk is full")
+        log(self, record)
+
+    monkeypatch.setattr(RunDir, "log", full_at_step_3)
+    with pytest.raises(UserError, match="disk is full"):
+        tiny.run(tmp_path / "run", schedule=LearningSchedule())
+    monkeypatch.undo()
+    resumed, _ = tiny.run(tmp_path / "run", schedule=LearningSchedule())
+    np.testing.assert_array_equal(tiny.flat(resumed), tiny.flat(params))

@@ -1,0 +1,186 @@
+"""From prompts to a batch: verdicts that mask, groups by id, incomplete groups, and the sampler against the trainer."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+import tiny_grpo as tiny
+
+from jaxrl_llm.errors import UserError
+from jaxrl_llm.rewards.verdict import Status, Verdict
+from jaxrl_llm.train.config import GRPOConfig, LossConfig, OptimizerConfig, check_grpo, from_mapping
+from jaxrl_llm.train.metrics import experience_metrics, samples_record
+from jaxrl_llm.train.rollout import build_batch, collect
+from jaxrl_llm.train.state import init_state
+from jaxrl_llm.train.step import compiled_update, step_spec
+
+S = tiny.TINY.num_samples
+
+
+def sometimes_broken(inputs):
+    """Raises on a batch that holds prompt 2, and alone on prompt 2."""
+    if any(i.prompt == "prompt 2" for i in inputs):
+        raise RuntimeError("the judge is down")
+    return tiny.reward(inputs)
+
+
+@pytest.fixture(scope="module")
+def experience():
+    batch = tiny.prompts().take([0, 2, 5, 7])
+    return collect(tiny.CONFIG, tiny.params(), tiny.Tokenizer(), batch, sometimes_broken, tiny.TINY, jax.random.key(1))
+
+
+def test_a_reward_that_raises_is_masked_and_counted(experience):
+    assert [v.status for v in experience.verdicts[S : 2 * S]] == [Status.ERROR] * S
+    assert "judge is down" in experience.verdicts[S].reason
+    np.testing.assert_array_equal(experience.valid_N, np.repeat([True, False, True, True], S))
+    metrics = experience_metrics(experience)
+    passed = [v.status is Status.PASS for v in experience.verdicts if v.value is not None]
+    assert metrics["errors"] == S and metrics["timeouts"] == 0
+    assert metrics["pass_rate"] == metrics["reward"] == pytest.approx(np.mean(passed))
+    rates = experience.pass_rates()
+    assert np.isnan(rates[1]) and rates[0] == np.mean(passed[:S])
+
+
+def test_texts_and_rewards_belong_to_their_rows(experience):
+    for i, text in enumerate(experience.texts):
+        n = experience.rollout.completion_lengths_N[i]
+        assert text == tiny.Tokenizer().decode(experience.rollout.completion_tokens_NT[i, :n].tolist())
+        row = experience.prompts.rows[experience.rollout.group_ids_N[i]]
+        if experience.valid_N[i]:
+            assert experience.rewards_N[i] == float(row["answer"] in text.split())
+
+
+def test_batch_layout_and_mask(experience):
+    batch = build_batch(experience, tiny.TINY)
+    assert batch["prompts"].shape[:2] == (1, 4) and batch["completions"].shape[:2] == (1, 4 * S)
+    np.testing.assert_array_equal(batch["prompt_lengths"][0], experience.prompts.lengths_N)
+    np.testing.assert_array_equal(batch["lengths"][0], experience.rollout.completion_lengths_N)
+    np.testing.assert_array_equal(batch["group_ids"][0], np.repeat(np.arange(4), S))
+    # pad == eos here: the stop token of a finished row is inside its length, so it is trained on.
+    stopped = np.flatnonzero(experience.rollout.finish_reason_N == 1)
+    assert len(stopped)
+    for i in stopped:
+        assert batch["completions"][0, i, batch["lengths"][0, i] - 1] == tiny.STOP
+
+
+def test_sampler_and_trainer_agree_in_fp32(experience):
+    spec = step_spec(tiny.CONFIG, tiny.TINY)
+    state = init_state(tiny.CONFIG, spec.optimizer, tiny.params())
+    _, metrics, _ = compiled_update(spec)(state, build_batch(experience, tiny.TINY))
+    assert float(metrics["logp_diff_max"]) < 1e-5 and float(metrics["ratio"]) == pytest.approx(1.0)
+
+
+def test_temperature_is_the_same_in_sampling_and_loss():
+    config = dataclasses.replace(tiny.TINY, temperature=0.6)
+    batch = tiny.prompts().take([0, 1, 5, 7])
+    experience = collect(tiny.CONFIG, tiny.params(), tiny.Tokenizer(), batch, tiny.reward, config, jax.random.key(1))
+    spec = step_spec(tiny.CONFIG, config)
+    state = init_state(tiny.CONFIG, spec.optimizer, tiny.params())
+    _, metrics, _ = compiled_update(spec)(state, build_batch(experience, config))
+    assert float(metrics["logp_diff_max"]) < 1e-5
+
+
+def test_micro_batches_keep_prompts_whole_and_pad_with_empty_rows(experience):
+    batch = build_batch(experience, dataclasses.replace(tiny.TINY, micro_batch_rows=3 * S))
+    assert batch["prompts"].shape[:2] == (2, 3) and batch["completions"].shape[:2] == (2, 3 * S)
+    assert not batch["lengths"][1, S:].any() and not batch["valid"][1, S:].any() and batch["prompt_lengths"].all()
+    for_mesh = build_batch(experience, dataclasses.replace(tiny.TINY, micro_batch_rows=S), row_multiple=2)
+    assert for_mesh["prompts"].shape[:2] == (2, 2)
+    assert build_batch(experience, tiny.TINY, row_multiple=8)["prompts"].shape[:2] == (1, 8)
+
+
+def test_a_prompt_that_comes_twice_is_one_group():
+    batch = tiny.prompts().take([3, 4, 3])
+    made = collect(tiny.CONFIG, tiny.params(), tiny.Tokenizer(), batch, tiny.reward, tiny.TINY, jax.random.key(1))
+    np.testing.assert_array_equal(made.groups_N, np.repeat([0, 1, 0], S))
+    np.testing.assert_array_equal(build_batch(made, tiny.TINY)["group_ids"][0], np.repeat([0, 1, 0], S))
+
+
+def test_incomplete_groups_fall_back_to_one_row_a_prompt(experience):
+    keep = np.arange(4 * S) != 1
+    rollout = dataclasses.replace(
+        experience.rollout, **{f.name: getattr(experience.rollout, f.name)[keep] for f in dataclasses.fields(experience.rollout)}
+    )
+    cut = dataclasses.replace(
+        experience,
+        rollout=rollout,
+        **{name: getattr(experience, name)[keep] for name in ("rewards_N", "valid_N", "groups_N")},
+    )
+    batch = build_batch(cut, tiny.TINY)
+    assert batch["prompts"].shape[1] == batch["completions"].shape[1] == 4 * S - 1
+    np.testing.assert_array_equal(batch["prompt_lengths"][0, :S], np.repeat(experience.prompts.lengths_N, [S - 1, 1, 0, 0]))
+
+
+def test_rows_in_another_order_give_the_same_batch(experience):
+    order = np.random.default_rng(0).permutation(4 * S)
+    rollout = dataclasses.replace(
+        experience.rollout, **{f.name: getattr(experience.rollout, f.name)[order] for f in dataclasses.fields(experience.rollout)}
+    )
+    mixed = dataclasses.replace(
+        experience, rollout=rollout, **{name: getattr(experience, name)[order] for name in ("rewards_N", "valid_N", "groups_N")}
+    )
+    batch = build_batch(mixed, tiny.TINY)
+    np.testing.assert_array_equal(batch["group_ids"][0], np.repeat(np.arange(4), S))
+    for g in range(4):
+        rows = slice(g * S, (g + 1) * S)
+        before, after = (np.sort(b["sampler_logps"][0, rows].sum(-1)) for b in (build_batch(experience, tiny.TINY), batch))
+        np.testing.assert_allclose(after, before, rtol=1e-6)
+
+
+def test_sample_record(experience):
+    record = samples_record(experience, 3, 2)
+    assert record["step"] == 3 and [p["id"] for p in record["prompts"]] == ["p0", "p2"]
+    assert len(record["prompts"][0]["responses"]) == S and record["prompts"][1]["responses"][0]["status"] == "ERROR"
+
+
+# --- settings --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("change", [{"top_p": 0.9}, {"top_k": 5}])
+def test_truncated_sampling_is_refused_in_training_unless_allowed(change):
+    with pytest.raises(UserError, match="allow_truncated_sampling"):
+        check_grpo(GRPOConfig(**change))
+    check_grpo(GRPOConfig(**change, allow_truncated_sampling=True))
+
+
+@pytest.mark.parametrize(
+    "mapping,message",
+    [
+        ({"num_sample": 4}, "did you mean num_samples"),
+        ({"optimizer": {"learning_rat": 1.0}}, "optimizer.learning_rat.*did you mean learning_rate"),
+        ({"steps": "many"}, "'steps' must be int"),
+        ({"eval_by": "level"}, "'eval_by' must be a list"),
+    ],
+)
+def test_mapping_with_a_mistake_names_the_field(mapping, message):
+    with pytest.raises(UserError, match=message):
+        from_mapping(GRPOConfig, mapping)
+
+
+def test_mapping_becomes_the_dataclass():
+    made = from_mapping(GRPOConfig, {"steps": 3, "temperature": 1, "eval_by": ["level"], "loss": {"kl": "k3"}, "optimizer": {}})
+    assert made == GRPOConfig(steps=3, temperature=1.0, eval_by=("level",), loss=LossConfig(kl="k3"), optimizer=OptimizerConfig())
+    assert isinstance(hash(made), int)
+
+
+@pytest.mark.parametrize(
+    "config,message",
+    [
+        (GRPOConfig(loss=LossConfig(aggregation="mean")), "token_mean"),
+        (GRPOConfig(loss=LossConfig(kl="kl")), "loss.kl"),
+        (GRPOConfig(optimizer=OptimizerConfig(schedule="sine")), "cosine"),
+        (GRPOConfig(temperature=0.0), "temperature"),
+        (GRPOConfig(num_samples=0), "num_samples"),
+    ],
+)
+def test_settings_without_meaning_are_refused(config, message):
+    with pytest.raises(UserError, match=message):
+        check_grpo(config)
+
+
+def test_broken_reward_verdict_count():
+    batch = tiny.prompts().take([0, 1])
+    made = collect(tiny.CONFIG, tiny.params(), tiny.Tokenizer(), batch, lambda i: [Verdict(Status.PASS)], tiny.TINY, jax.random.key(1))
+    assert not made.valid_N.any() and np.isnan(experience_metrics(made)["reward"])

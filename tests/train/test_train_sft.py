@@ -1,0 +1,120 @@
+"""SFT: it learns, masks, accumulates by tokens, resumes exactly, and runs on a mesh."""
+
+import dataclasses
+import itertools
+import os
+import signal
+
+import models
+import numpy as np
+import pytest
+import tiny_grpo as tiny
+
+from jaxrl_llm.errors import UserError
+from jaxrl_llm.run_dir import RunDir
+from jaxrl_llm.train.config import OptimizerConfig, SFTConfig
+from jaxrl_llm.train.sft import micro_batches, train_sft
+from jaxrl_llm.train.signals import Interrupted
+
+QUICK = SFTConfig(steps=4, log_every=1, optimizer=OptimizerConfig(learning_rate=1e-2))
+
+
+def data(seed=0, rows=6, width=8):
+    """Endless batches: counting up from a random start, ragged, rubbish in the padding."""
+    for step in itertools.count():
+        rng = np.random.default_rng([seed, step])
+        tokens = 2 + (rng.integers(0, 14, (rows, 1)) + np.arange(width)) % 14
+        mask = np.arange(width) < rng.integers(2, width + 1, (rows, 1))
+        yield np.where(mask, tokens, rng.integers(0, tiny.VOCAB, tokens.shape)), mask
+
+
+def train(config=QUICK, batches=None, folder=None, **kwargs):
+    run_dir = None if folder is None else RunDir(folder, {"name": "sft"}, kind="sft")
+    return train_sft(tiny.CONFIG, tiny.params(), data() if batches is None else batches, config, run_dir, progress=False, **kwargs)
+
+
+def test_first_loss_is_the_mean_nll_of_the_counted_tokens():
+    tokens, mask = next(data())
+    _, history = train(dataclasses.replace(QUICK, steps=1))
+    logits, _ = models.apply(tiny.CONFIG, tiny.params(), tokens)
+    logits = np.asarray(logits, np.float64)[:, :-1]
+    logps = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    picked = np.take_along_axis(logps, tokens[:, 1:, None], -1)[..., 0]
+    assert history[0]["loss"] == pytest.approx(-picked[mask[:, 1:]].mean(), rel=1e-5)
+    assert history[0]["tokens"] == mask[:, 1:].sum()
+
+
+def test_learns_to_count():
+    params, history = train(dataclasses.replace(QUICK, steps=120, log_every=40))
+    assert history[0]["loss"] > 1.0 and history[-1]["loss"] < 0.3
+    rollout = models.generate(tiny.CONFIG, params, [[4, 5, 6]], max_new_tokens=4, temperature=0.0, stop_tokens=())
+    assert rollout.completions() == [[7, 8, 9, 10]]
+
+
+def test_tokens_outside_the_mask_are_not_trained_on():
+    tokens, mask = next(data())
+    narrow = mask & (np.arange(8) >= 3)
+    _, history = train(dataclasses.replace(QUICK, steps=1), iter([(tokens, narrow)]))
+    assert history[0]["tokens"] == narrow.sum()
+    changed = np.where(np.cumsum(mask[:, ::-1], 1)[:, ::-1] > 0, tokens, 3)  # other rubbish past every row's end
+    assert train(dataclasses.replace(QUICK, steps=1), iter([(changed, narrow)]))[1][0]["loss"] == pytest.approx(history[0]["loss"], rel=1e-5)
+
+
+def test_micro_batches_weigh_by_tokens():
+    one_step = dataclasses.replace(QUICK, steps=1)
+    whole, _ = train(one_step)
+    for rows in (4, 1):
+        parts, _ = train(dataclasses.replace(one_step, micro_batch_rows=rows))
+        np.testing.assert_allclose(tiny.flat(parts), tiny.flat(whole), rtol=1e-4, atol=1e-5)
+    shaped = micro_batches(*next(data()), 4, multiple=3)
+    assert shaped["tokens"].shape == (1, 6, 8) and micro_batches(*next(data()), 4)["mask"][1, 2:].sum() == 0
+
+
+def test_remat_and_chunks_change_memory_not_the_result():
+    one_step = dataclasses.replace(QUICK, steps=1)
+    np.testing.assert_allclose(
+        tiny.flat(train(dataclasses.replace(one_step, remat=True, logprob_chunk=7))[0]), tiny.flat(train(one_step)[0]), rtol=1e-4, atol=1e-5
+    )
+
+
+def test_sigterm_saves_and_resume_is_bit_exact(tmp_path):
+    whole, _ = train(folder=tmp_path / "whole")
+
+    def terminated():
+        for step, batch in enumerate(data()):
+            if step == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield batch
+
+    with pytest.raises(Interrupted):
+        train(batches=terminated(), folder=tmp_path / "run")
+    resumed, history = train(folder=tmp_path / "run")
+    np.testing.assert_array_equal(tiny.flat(resumed), tiny.flat(whole))
+    assert [r["step"] for r in history] == [1, 2, 3, 4]
+
+
+def test_not_finite_stops_with_the_step(tmp_path):
+    explosive = dataclasses.replace(QUICK, steps=9, log_every=1, checkpoint_every=1, optimizer=OptimizerConfig(learning_rate=1e38, clip_norm=0.0))
+    with pytest.raises(UserError, match=r"step [2-9]: loss .*not finite.*last good checkpoint is step \d"):
+        train(explosive, folder=tmp_path / "run")
+
+
+def test_batches_that_run_out_are_named():
+    with pytest.raises(UserError, match="ran out at step 3"):
+        train(batches=itertools.islice(data(), 2))
+
+
+MESH = """
+import sys; sys.path.insert(0, "tests/train")
+import dataclasses, numpy as np, models.sharding
+import tiny_grpo as tiny, test_train_sft as t
+config = dataclasses.replace(t.QUICK, steps=2)
+one, _ = t.train(config)
+many, _ = t.train(config, mesh=models.sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2}))
+np.testing.assert_allclose(tiny.flat(many), tiny.flat(one), rtol=1e-4, atol=1e-5)
+print("equal")
+"""
+
+
+def test_mesh_of_eight_devices_trains_the_same(run_python):
+    assert "equal" in run_python(MESH, devices=8)
