@@ -12,8 +12,8 @@ import ml_collections
 def get_config(variant: str | None = None) -> ml_collections.ConfigDict:
     """The config; there are no variants."""
     config = ml_collections.ConfigDict()
-    config.target = ""  # a grpo or saerl config whose model and sizes replace those below; empty = those below
-    config.model = "qwen2.5-0.5b"  # a preset, a Hugging Face folder or a hub id (only its config.json is read)
+    config.target = ""  # a grpo or saerl config whose sizes, and model if it names one, replace those below; empty = those below
+    config.model = ""  # a preset such as "qwen2.5-0.5b", a Hugging Face folder or a hub id (only its config.json is read)
     config.dtype = "bfloat16"  # of parameters and activations; the trained copy and AdamW's moments are float32
     config.mesh = "here"  # "here" (the devices of this machine), "cpu:4", or a TPU slice such as "v5e:2x4" or "v5p:4x4x4"
     config.layout = "fsdp=-1"  # how the mesh is used: data=, fsdp= and tensor=, one of them -1 for all remaining devices

@@ -84,18 +84,20 @@ def _base() -> ConfigDict:
     c.policy.n_layers = 4
     c.policy.n_heads = 4
     c.policy.d_ff = 256
-    c.policy.learning_rate = 2e-3  # pre-training: Adam, 50 steps of warm-up, cosine to a twentieth
-    c.policy.clean_steps = 700  # first phase: right answers
-    c.policy.mixed_steps = 200  # second phase: answers mixed with each topic's mistake, so that samples differ
+    c.policy.learning_rate = 3e-3  # pre-training: Adam, 50 steps of warm-up, cosine to a twentieth
+    c.policy.clean_steps = 1200  # first phase: right answers
+    c.policy.mixed_steps = 250  # second phase: answers mixed with each topic's mistake, so that samples differ
     c.policy.batch = 192
-    c.policy.clean_levels = (0.45, 0.3, 0.15, 0.07, 0.03)  # share of each level, first phase
-    c.policy.mixed_levels = (0.3, 0.25, 0.2, 0.15, 0.1)
-    c.policy.mistakes = (0.15, 0.3, 0.45, 0.55, 0.6)  # rate of the mistake at each level, second phase
+    c.policy.clean_levels = (0.35, 0.27, 0.18, 0.12, 0.08)  # share of each level, first phase
+    c.policy.mixed_levels = (0.25, 0.22, 0.2, 0.18, 0.15)
+    c.policy.mistakes = (0.5, 0.55, 0.6, 0.65, 0.7)  # rate of the mistake at each level, second phase
 
     c.sae = ConfigDict()
     c.sae.path = ""  # SAE folder or hub id (of any model: set sae.model too); empty = train one on the policy's activations
     c.sae.model = ""  # feature model, Hugging Face folder or hub id; empty = the policy
     c.sae.hook = ""  # activation; empty = the SAE's own, else the residual stream after the middle block
+    # Pooled latents side by side: the maximum over a prompt says what it is about, the last token what the policy makes of it.
+    c.sae.pooling = ("max_log1p", "last")
     c.sae.d_sae = 1024
     c.sae.k = 16
     c.sae.steps = 300
@@ -112,11 +114,11 @@ def _base() -> ConfigDict:
     c.curation.rho = 0.125  # of a batch, swapped with the next one ("published")
     c.curation.band_temperature = 0.5  # sharpness of the trainability band
     c.curation.band_easy_floor = 0.125  # share of every batch that stays with easy prompts
-    c.curation.band_epoch_share = 1.0  # of the pool that one epoch of the band visits
+    c.curation.band_epoch_share = 0.3  # of the pool that one epoch of the band visits
 
     c.grpo = ConfigDict()  # fields of jaxrl_llm.train.config.GRPOConfig
-    c.grpo.steps = 120
-    c.grpo.prompts_per_step = 32
+    c.grpo.steps = 240
+    c.grpo.prompts_per_step = 8
     c.grpo.num_samples = 8
     c.grpo.max_new_tokens = 8
     c.grpo.learning_rate = 1e-4
@@ -126,9 +128,9 @@ def _base() -> ConfigDict:
     c.grpo.advantage_scale = "group_std"  # "group_std", "batch_std" or "none" (Dr. GRPO)
     c.grpo.micro_batch_rows = 0  # completions a micro-batch; 0 = all at once
     c.grpo.remat = False
-    c.grpo.eval_every = 20
+    c.grpo.eval_every = 40
     c.grpo.eval_samples = 4  # avg@k beside greedy
-    c.grpo.checkpoint_every = 40
+    c.grpo.checkpoint_every = 80
     return c
 
 

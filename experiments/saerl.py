@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from scipy import sparse
 
 from jaxrl_llm.data import lab_world
 from jaxrl_llm.errors import UserError, nearest
@@ -271,7 +272,7 @@ def make_dictionary(config, folder: Path, cell: Cell, policy: Policy, pool, prog
     tokens = answered_tokens(feature_model, pool)[0]
     source = sae.harvest_activations(feature_model.cfg, feature_model.params, RepeatedRows(tokens, cell.seed), hook, batch_size=256)
     buffer = sae.ActivationBuffer(source, c.batch, 32 * c.batch, seed=cell.seed)
-    train = sae.SAETrainConfig(steps=c.steps, learning_rate=c.learning_rate, dead_after=50_000)
+    train = sae.SAETrainConfig(steps=c.steps, learning_rate=c.learning_rate, dead_after=50_000, method="dense")
     dictionary, history = sae.train_sae(cfg, buffer, train, jax.random.key(cell.seed), progress=None if progress else False)
     sae.save(folder / "sae", dictionary, layout="saelens")
     write_json(folder / "sae.json", {"history": history})
@@ -359,13 +360,20 @@ def designs(config, feature_model: Policy, dictionary, tokens, texts):
     from jaxrl_llm.curation.features import extract_features, random_dictionary
     from jaxrl_llm.curation.probes import ArrayDesign
 
-    found = extract_features(
-        feature_model.cfg, feature_model.params, {"sae": dictionary, "random_sae": random_dictionary(dictionary.cfg)}, tokens,
-        hook=config.sae.hook or None, dense=("dense_mean", "dense_last"), mesh=feature_model.mesh,
-    )  # fmt: skip
+    dictionaries = {"sae": dictionary, "random_sae": random_dictionary(dictionary.cfg)}
     lengths = np.array([len(t) for t in tokens])
-    views = {name: FeatureSpace.fit(found.csr(name), lengths).view(found.csr(name), lengths) for name in ("sae", "random_sae")}
-    dense = np.concatenate([found.dense("dense_mean"), found.dense("dense_last")], axis=1)
+    found = [
+        extract_features(
+            feature_model.cfg, feature_model.params, dictionaries, tokens, hook=config.sae.hook or None, pooling=pooling,
+            dense=("dense_mean", "dense_last") if i == 0 else (), mesh=feature_model.mesh,
+        )
+        for i, pooling in enumerate(config.sae.pooling)
+    ]  # fmt: skip
+    views = {}
+    for name in dictionaries:
+        pooled = sparse.hstack([results.csr(name) for results in found], format="csr")
+        views[name] = FeatureSpace.fit(pooled, lengths).view(pooled, lengths)
+    dense = np.concatenate([found[0].dense("dense_mean"), found[0].dense("dense_last")], axis=1)
     views["dense"] = dense_space(dense, lengths)
     views["tfidf"] = views["length_tfidf"] = ArrayDesign(baselines.length_tfidf_features(texts))
     views["length"] = ArrayDesign(baselines.length_features(texts))

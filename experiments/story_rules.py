@@ -3,7 +3,7 @@
     jaxrl-llm story_rules --config.model=FOLDER --config.stories=FILE --workdir=DIR
 
 Reads: stories -> openings with rules -> policy before -> GRPO -> policy after -> figures with intervals, samples side by side,
-guards against degeneration -> a Hugging Face folder (DIR/model) and DIR/report.html. Stopped at any moment, the same command goes on.
+guards against degeneration -> a Hugging Face folder (DIR/policy) and DIR/report.html. Stopped at any moment, the same command goes on.
 """
 
 from __future__ import annotations
@@ -98,15 +98,15 @@ def run(config: Any, workdir: str) -> None:
     after = judged(trained)
     real = judge_real(cfg, params, tokenizer, held_out, reward, stories)
     figures = compare(before, after, real)
-    models.save(run_dir.path / "model", cfg, trained, tokenizer_from=config.model)
-    run_dir.summary({**summary, "story_rules": figures, "model": "model"})
+    models.save(run_dir.path / "policy", cfg, trained, tokenizer_from=config.model)
+    run_dir.summary({**summary, "story_rules": figures, "policy": "policy"})
 
     # -------------------------------------------------------------------------------------------------------------- report
     (run_dir.path / DATA_FILE).unlink(missing_ok=True)  # of an earlier end of this run: the curves are read anew
     data = report_data(report.run_report(run_dir.path), held_out, before, after, figures, config.shown)
     report.save_data(run_dir.path, data)
     report.write_report(run_dir.path / "report.html", data)
-    print(f"{data['headline']}\nmodel: {run_dir.path / 'model'}\nreport: {run_dir.path / 'report.html'}")
+    print(f"{data['headline']}\npolicy: {run_dir.path / 'model'}\nreport: {run_dir.path / 'report.html'}")
 
 
 def _with_story_end(cfg: models.ModelConfig, tokenizer: Any, token: str) -> models.ModelConfig:

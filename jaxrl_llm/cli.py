@@ -161,6 +161,8 @@ def _users_mistake(error: BaseException) -> str | None:
     model_errors = sys.modules.get("models.errors")
     if model_errors is not None and isinstance(error, model_errors.ModelError):
         return " ".join(str(error).split())
+    if isinstance(error, PermissionError) and error.filename:
+        return f"no permission for {error.filename}: choose another path, or ask for the right to it"
     cause: BaseException | None = error
     while cause is not None:
         if _is_disk_refusal(cause):

@@ -11,11 +11,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import ml_collections
+from ml_collections import ConfigDict
 
 from jaxrl_llm.errors import UserError, nearest
-
-ConfigDict = ml_collections.ConfigDict
 
 # Where a config path is looked for after the current folder: beside the package, so that an installed copy finds its own.
 PACKAGE_ROOT = Path(__file__).resolve().parent.parent

@@ -2,8 +2,11 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
-from jaxrl_llm.config import ConfigDict, config_path, field_names, import_config, load_config
+from ml_collections import ConfigDict
+
+from jaxrl_llm.config import config_path, field_names, import_config, load_config
 
 
 def describe(spec: str) -> str:
@@ -14,7 +17,7 @@ def describe(spec: str) -> str:
     lines = [f"variants of {path.name}: {', '.join(variants)}"] if variants else []
     lines.append(f"fields of {spec}:")
     for key, comment in field_comments(path, config).items():
-        value = _value(config, key)
+        value: Any = _value(config, key)
         if isinstance(value, ConfigDict):
             field = f"  --config.{key}.{{{','.join(value)}}}.{{{','.join(next(iter(value.values())))}}}"
         else:

@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from ml_collections import ConfigDict
 
 from jaxrl_llm import __version__
-from jaxrl_llm.config import ConfigDict, config_hash, first_difference, to_dict
+from jaxrl_llm.config import config_hash, first_difference, to_dict
 from jaxrl_llm.errors import UserError, from_os_error
 
 OWN_FILES = ("config.json", "metrics.jsonl", "samples.jsonl", "summary.json", "report.html", "checkpoints")

@@ -94,8 +94,9 @@ TENSORS: dict[str, Tensor] = {
 class Family:
     """What sets one family apart. A bias is True, False or the name of the config field that decides.
 
-    windows: "none", "all" (`sliding_window` on every layer) or "by_layer" (`use_sliding_window`, then `layer_types`
-      or every layer from `max_window_layers` on). defaults: what `transformers` assumes where config.json is silent.
+    windows: "none", "all" (`sliding_window` on every layer, or those of `layer_types`) or "by_layer" (only if
+      `use_sliding_window`, on those of `layer_types` or from `max_window_layers` on).
+    defaults: what `transformers` assumes where config.json is silent. tensors: what is stored elsewhere than TENSORS.
     """
 
     model_type: str
@@ -115,42 +116,36 @@ _QWEN_DEFAULTS = {
     "sliding_window": 4096,
     "max_window_layers": 28,
 }
-_LLAMA_DEFAULTS = {"bos_token_id": 1, "eos_token_id": 2}
-
-FAMILIES: dict[str, Family] = {
-    family.model_type: family
-    for family in (
-        Family(
-            "llama",
-            "LlamaForCausalLM",
-            qkv_bias="attention_bias",
-            o_bias="attention_bias",
-            mlp_bias="mlp_bias",
-            defaults={**_LLAMA_DEFAULTS, "max_position_embeddings": 2048},
-        ),
-        Family("qwen2", "Qwen2ForCausalLM", qkv_bias=True, windows="by_layer", defaults=_QWEN_DEFAULTS),
-        Family(
-            "qwen3",
-            "Qwen3ForCausalLM",
-            qkv_bias="attention_bias",
-            o_bias="attention_bias",
-            qk_norm=True,
-            windows="by_layer",
-            defaults={**_QWEN_DEFAULTS, "head_dim": 128},
-        ),
-        Family(
-            "mistral",
-            "MistralForCausalLM",
-            windows="all",
-            defaults={
-                **_LLAMA_DEFAULTS,
-                "num_key_value_heads": 8,
-                "max_position_embeddings": 131072,
-                "sliding_window": 4096,
-            },
-        ),
-    )
+_LLAMA_DEFAULTS = {"bos_token_id": 1, "eos_token_id": 2, "max_position_embeddings": 2048}
+_MISTRAL_DEFAULTS = {
+    **_LLAMA_DEFAULTS,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 131072,
+    "sliding_window": 4096,
 }
+_ROWS = (
+    Family(
+        "llama",
+        "LlamaForCausalLM",
+        qkv_bias="attention_bias",
+        o_bias="attention_bias",
+        mlp_bias="mlp_bias",
+        defaults=_LLAMA_DEFAULTS,
+    ),
+    Family("qwen2", "Qwen2ForCausalLM", qkv_bias=True, windows="by_layer", defaults=_QWEN_DEFAULTS),
+    Family(
+        "qwen3",
+        "Qwen3ForCausalLM",
+        qkv_bias="attention_bias",
+        o_bias="attention_bias",
+        qk_norm=True,
+        windows="by_layer",
+        defaults={**_QWEN_DEFAULTS, "head_dim": 128},
+    ),
+    Family("mistral", "MistralForCausalLM", windows="all", defaults=_MISTRAL_DEFAULTS),
+    Family("ministral", "MinistralForCausalLM", windows="all", defaults=_MISTRAL_DEFAULTS),
+)
+FAMILIES: dict[str, Family] = {family.model_type: family for family in _ROWS}
 
 ACTIVATION_NAMES = ("silu", "gelu", "gelu_pytorch_tanh", "relu")
 DTYPES = ("float32", "bfloat16", "float16")
@@ -313,27 +308,23 @@ def _rope_from_hf(fields: _Fields) -> tuple[float, RopeScaling]:
 
 
 def _windows_from_hf(fields: _Fields, n_layers: int) -> tuple[int | None, ...]:
-    hf, rule = fields.hf, fields.family.windows
-    window = fields.get("sliding_window")
+    rule, window = fields.family.windows, fields.get("sliding_window")
+    types = fields.hf.get("layer_types")
     if rule == "none" or window is None:
         return ()
-    if rule == "all":
-        return (window,) * n_layers
-    types = hf.get("layer_types")
+    if rule == "by_layer" and not fields.hf.get("use_sliding_window"):
+        if "sliding_attention" in (types or ()):
+            raise ModelError("config.json: layer_types asks for sliding_attention but use_sliding_window is false")
+        return ()
     if types is None:
-        if not hf.get("use_sliding_window"):
-            return ()
-        first = fields.get("max_window_layers")
+        first = fields.get("max_window_layers", 0)
         types = ["full_attention" if i < first else "sliding_attention" for i in range(n_layers)]
     if len(types) != n_layers:
         raise ModelError(f"config.json: layer_types names {len(types)} layers, num_hidden_layers is {n_layers}")
     for kind in types:
         fields.only("layer_types", kind, ("full_attention", "sliding_attention"))
-    if "sliding_attention" not in types:
-        return ()
-    if not hf.get("use_sliding_window"):
-        raise ModelError("config.json: layer_types asks for sliding_attention but use_sliding_window is false")
-    return tuple(window if kind == "sliding_attention" else None for kind in types)
+    windows = tuple(window if kind == "sliding_attention" else None for kind in types)
+    return windows if any(windows) else ()
 
 
 def _dtype_from_hf(fields: _Fields) -> str:
@@ -406,14 +397,12 @@ def _rope_to_hf(cfg: ModelConfig) -> dict[str, Any]:
 
 def _windows_to_hf(cfg: ModelConfig, family: Family) -> dict[str, Any]:
     window = next((w for w in cfg.layer_windows if w is not None), None)
+    sliding = [cfg.window(i) is not None for i in range(cfg.n_layers)]
+    types = {"layer_types": ["sliding_attention" if s else "full_attention" for s in sliding]}
     if family.windows == "none":
         return {}
     if family.windows == "all":
-        return {"sliding_window": window}
-    sliding = [cfg.window(i) is not None for i in range(cfg.n_layers)]
-    return {
-        "use_sliding_window": any(sliding),
-        "sliding_window": window,
-        "max_window_layers": sliding.index(True) if any(sliding) else cfg.n_layers,
-        "layer_types": ["sliding_attention" if s else "full_attention" for s in sliding],
-    }
+        # transformers takes a Mistral with layer_types for its Ministral class, so they stand only where they must.
+        return {"sliding_window": window} | (types if len(set(sliding)) > 1 else {})
+    first = sliding.index(True) if any(sliding) else cfg.n_layers
+    return {"use_sliding_window": any(sliding), "sliding_window": window, "max_window_layers": first, **types}

@@ -37,7 +37,11 @@ def load_tokenizer(source: str | os.PathLike) -> Any:
     import transformers
 
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder), use_fast=True, local_files_only=True)
+        # tokenizer.json says everything. AutoTokenizer may put the model family's own class over it (a Qwen2 checkpoint with
+        # a word-level tokenizer then loses words without a sound), so it serves only where that file is missing.
+        exact = (folder / "tokenizer.json").is_file()
+        reader = transformers.PreTrainedTokenizerFast if exact else transformers.AutoTokenizer
+        tokenizer = reader.from_pretrained(str(folder), local_files_only=True)
     except Exception as error:  # transformers and tokenizers raise bare Exception for a broken file
         raise ModelError(f"{folder}: tokenizer cannot be read: {str(error).splitlines()[0]}") from error
     if tokenizer.pad_token is None:

@@ -24,9 +24,9 @@ def loss(
     x_BD: Float[Array, "B D"],
     dead_F: Bool[Array, "F"],
     *,
-    variance: Array,
+    variance: Array | float,
     l1: Array | float,
-    aux: float,
+    aux: Array | float,
     aux_k: int,
     method: str,
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
@@ -35,7 +35,7 @@ def loss(
         mean |x - x_hat|^2 / variance + l1 * mean penalty(z) / sqrt(variance) + aux * AuxK
 
     variance makes the first term a fraction of variance unexplained and the whole blind to the activations' scale.
-    method: "dense" or "sparse" products (sae.sparse). Parts: fvu, l0, l1, aux, fired (bool [F]).
+    aux_k: 0 leaves AuxK out. method: "dense" or "sparse" products (sae.sparse). Parts: fvu, l0, l1, aux, fired (bool [F]).
     """
     arch = architecture(cfg)
     if arch.encode_sparse is not None:
@@ -50,7 +50,7 @@ def loss(
         penalty = jnp.mean(arch.penalty(params, z)) / jnp.sqrt(variance)
     fvu = jnp.mean(jnp.sum((x_BD - x_hat) ** 2, axis=1)) / variance
     auxiliary = jnp.float32(0.0)
-    if aux:
+    if aux_k:
         residual = lax.stop_gradient(x_BD - x_hat)
         auxiliary = aux_k_loss(params, centred(params, x_BD, cfg.apply_b_dec_to_input), residual, dead_F, aux_k)
     total = fvu + l1 * penalty + aux * auxiliary

@@ -8,8 +8,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import math
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.struct
 import jax
@@ -32,7 +33,7 @@ BATCH_AXES = ("data", "fsdp")  # mesh axes over which rows are spread
 
 @dataclasses.dataclass(frozen=True)
 class SAETrainConfig:
-    """How a dictionary is trained. Hashable: a static argument of the step."""
+    """How a dictionary is trained."""
 
     steps: int = 1000  # updates; each takes one batch
     learning_rate: float | None = None  # peak; None: 2e-4 / sqrt(d_sae / 2^14)
@@ -64,31 +65,37 @@ class SAETrainConfig:
 
 @flax.struct.dataclass
 class TrainState:
-    """Everything a step changes. idle_F: rows since each latent fired; bad_step: first step without a finite loss."""
+    """Everything a step changes. moments: Adam's; idle_F: rows since each latent fired; bad_step: the first step whose
+    loss was not finite, or -1."""
 
     params: Params
-    optimizer: Any
+    moments: Any
     idle_F: Int[Array, "F"]
     step: Int[Array, ""]
     bad_step: Int[Array, ""]
 
 
-def learning_rate(cfg: SAEConfig, train: SAETrainConfig) -> optax.Schedule:
-    """Linear warm-up, constant, linear decay to zero."""
-    peak = train.learning_rate or default_learning_rate(cfg.d_sae)
-    decay = round(train.steps * train.decay_share)
+class Numbers(NamedTuple):
+    """The settings that are arguments of the compiled step, so that other values compile nothing anew."""
 
-    def rate(step):
-        rise = jnp.minimum(1.0, (step + 1) / max(train.warmup_steps, 1))
-        fall = jnp.minimum(1.0, (train.steps - step) / max(decay, 1)) if decay else 1.0
-        return peak * rise * fall
+    learning_rate: float
+    l1: float
+    aux: float
+    grad_clip: float
+    beta1: float
+    beta2: float
+    dead_after: int
+    variance: float
 
-    return rate
 
-
-def optimizer(cfg: SAEConfig, train: SAETrainConfig) -> optax.GradientTransformation:
-    clip = optax.clip_by_global_norm(train.grad_clip) if train.grad_clip else optax.identity()
-    return optax.chain(clip, optax.adam(learning_rate(cfg, train), b1=train.beta1, b2=train.beta2))
+def numbers_at(step: int, cfg: SAEConfig, train: SAETrainConfig, variance: float) -> Numbers:
+    """The numbers of the update after `step` others: the rate rises linearly, stays, and falls linearly to zero."""
+    rate = train.learning_rate or default_learning_rate(cfg.d_sae)
+    rise = min(1.0, (step + 1) / max(train.warmup_steps, 1))
+    fall = min(1.0, (train.steps - step) / max(round(train.steps * train.decay_share), 1))
+    l1 = train.l1_coefficient * min(1.0, (step + 1) / max(train.l1_warmup_steps, 1))
+    clip = train.grad_clip or math.inf
+    return Numbers(rate * rise * fall, l1, train.aux_coefficient, clip, train.beta1, train.beta2, train.dead_after, variance)
 
 
 def unit_rows(rows_FD: Float[Array, "F D"]) -> Float[Array, "F D"]:
@@ -103,32 +110,31 @@ def without_parallel(gradient_FD: Array, unit_FD: Array) -> Array:
     return gradient_FD - jnp.sum(gradient_FD * unit_FD, axis=1, keepdims=True) * unit_FD
 
 
-@functools.partial(jax.jit, static_argnames=("cfg", "train", "method"), donate_argnames="state")
+@functools.partial(jax.jit, static_argnames=("cfg", "aux_k", "unit", "method"), donate_argnames="state")
 def train_step(
-    state: TrainState, x_BD: Float[Array, "B D"], variance: Array, *, cfg: SAEConfig, train: SAETrainConfig, method: str
+    state: TrainState, x_BD: Float[Array, "B D"], numbers: Numbers, *, cfg: SAEConfig, aux_k: int, unit: bool, method: str
 ) -> tuple[TrainState, dict[str, Array]]:
-    """One update on one batch: (new state, metrics). A batch whose loss or gradient is not finite changes nothing but
-    `bad_step`."""
-    x = normalise(cfg, x_BD)[0]
-    dead = state.idle_F >= train.dead_after
-    l1 = train.l1_coefficient * jnp.minimum(1.0, (state.step + 1) / max(train.l1_warmup_steps, 1))
-    aux_k = train.aux_k or max(1, cfg.d_in // 2)
-    weights = {"l1": l1, "aux": train.aux_coefficient, "aux_k": aux_k}
-    objective = functools.partial(loss, variance=variance, method=method, **weights)
-    (value, parts), gradient = jax.value_and_grad(objective, has_aux=True)(state.params, cfg, x, dead)
-    if train.decoder_norm == "unit":
-        gradient["W_dec"] = without_parallel(gradient["W_dec"], state.params["W_dec"])
-    updates, moments = optimizer(cfg, train).update(gradient, state.optimizer, state.params)
-    params = optax.apply_updates(state.params, updates)
-    if train.decoder_norm == "unit":
+    """One update on one batch of raw activations: (new state, metrics). A batch whose loss or gradient is not finite
+    changes nothing but `bad_step`. aux_k: 0 leaves AuxK out. unit: keep decoder rows at norm 1."""
+    x, old = normalise(cfg, x_BD)[0], state.params
+    dead = state.idle_F >= numbers.dead_after
+    objective = functools.partial(
+        loss, variance=numbers.variance, l1=numbers.l1, aux=numbers.aux, aux_k=aux_k, method=method
+    )
+    (value, parts), gradient = jax.value_and_grad(objective, has_aux=True)(old, cfg, x, dead)
+    if unit:
+        gradient["W_dec"] = without_parallel(gradient["W_dec"], old["W_dec"])
+    norm = optax.tree.norm(gradient)
+    gradient = jax.tree.map(lambda g: g * jnp.minimum(1.0, numbers.grad_clip / norm), gradient)
+    updates, moments = optax.scale_by_adam(numbers.beta1, numbers.beta2).update(gradient, state.moments)
+    params = jax.tree.map(lambda p, u: p - numbers.learning_rate * u, old, updates)
+    if unit:
         params["W_dec"] = unit_rows(params["W_dec"])
-    good = jnp.isfinite(value + optax.global_norm(gradient))
-    params, moments = jax.tree.map(lambda new, old: jnp.where(good, new, old), (params, moments), (state.params, state.optimizer))
-    fired = parts.pop("fired")
-    idle = jnp.where(fired, 0, jnp.minimum(state.idle_F, 2**30) + x.shape[0])
+    good = jnp.isfinite(value + norm)
+    params, moments = jax.tree.map(lambda new, kept: jnp.where(good, new, kept), (params, moments), (old, state.moments))
+    idle = jnp.where(parts.pop("fired"), 0, jnp.minimum(state.idle_F, 2**30) + x.shape[0])
     bad = jnp.where((state.bad_step < 0) & ~good, state.step, state.bad_step)
-    metrics = {"loss": value, **parts, "dead_share": jnp.mean(dead)}
-    return TrainState(params, moments, idle, state.step + 1, bad), metrics
+    return TrainState(params, moments, idle, state.step + 1, bad), {"loss": value, **parts, "dead_share": jnp.mean(dead)}
 
 
 def geometric_median(rows: np.ndarray, iterations: int = 50, tolerance: float = 1e-5) -> np.ndarray:
@@ -179,10 +185,20 @@ def start(cfg: SAEConfig, train: SAETrainConfig, sample: np.ndarray, key: Array)
     return d.replace(params=d.params | {"b_dec": b_dec}), variance
 
 
-def init_state(d: Dictionary, train: SAETrainConfig) -> TrainState:
+def init_state(d: Dictionary) -> TrainState:
     """The state before the first step, from fp32 parameters."""
-    moments = optimizer(d.cfg, train).init(d.params)
+    moments = optax.scale_by_adam().init(d.params)
     return TrainState(d.params, moments, jnp.zeros(d.cfg.d_sae, jnp.int32), jnp.int32(0), jnp.int32(-1))
+
+
+def step_for(cfg: SAEConfig, train: SAETrainConfig, mesh: Mesh | None = None) -> Callable[..., Any]:
+    """`train_step` with its static settings: (state, batch, numbers) -> (state, metrics)."""
+    aux_k = (train.aux_k or max(1, cfg.d_in // 2)) if train.aux_coefficient else 0
+    method = train.method
+    if method == "auto":  # what is fastest where the step will run (see sae.sparse)
+        one_cpu = jax.default_backend() == "cpu" and (mesh is None or mesh.size == 1)
+        method = "sparse" if one_cpu else "dense"
+    return functools.partial(train_step, cfg=cfg, aux_k=aux_k, unit=train.decoder_norm == "unit", method=method)
 
 
 def state_shardings(state: TrainState, cfg: SAEConfig, mesh: Mesh) -> TrainState:
@@ -221,23 +237,22 @@ def train_sae(
     """
     sample, stream = read_ahead(iter(batches), train.init_rows, cfg.d_in)
     d, variance = start(cfg, train, sample, key)
-    state, put = init_state(d, train), jnp.asarray
+    state, put, step = init_state(d), jnp.asarray, step_for(d.cfg, train, mesh)
     if mesh is not None:
         state = jax.device_put(state, state_shardings(state, d.cfg, mesh))
         rows_over = NamedSharding(mesh, PartitionSpec(tuple(a for a in BATCH_AXES if a in mesh.axis_names) or None))
         put = functools.partial(jax.device_put, device=rows_over)
-    step_method = chosen_method(train, mesh)
-    step = functools.partial(train_step, cfg=d.cfg, train=train, method=step_method)
-    rate, history, rows = learning_rate(d.cfg, train), [], 0
+    history, rows = [], 0
     bar = tqdm(total=train.steps, desc="SAE", unit="step", mininterval=0.5, disable=None if progress is None else not progress)
     for i in range(train.steps):
         batch = next(stream, None)
         if batch is None:
             raise SAEError(f"SAE training: the activations ended after {i} of {train.steps} steps; give more text or fewer steps")
         rows += len(batch)
-        state, metrics = step(state, put(np.asarray(batch, np.float32)), variance)
+        numbers = numbers_at(i, d.cfg, train, variance)
+        state, metrics = step(state, put(np.asarray(batch, np.float32)), numbers)
         if (i + 1) % train.log_every == 0 or i + 1 == train.steps:
-            record = {"step": i + 1, "rows": rows, "learning_rate": float(rate(i))}
+            record = {"step": i + 1, "rows": rows, "learning_rate": numbers.learning_rate}
             record |= {name: float(value) for name, value in jax.device_get(metrics).items()}
             check_finite(state, i + 1)
             history.append(record)
@@ -249,14 +264,6 @@ def train_sae(
     d = Dictionary(state.params, d.cfg)
     d = fold_decoder_norm(d) if train.decoder_norm == "free" and not architecture(cfg).needs_k else d
     return Dictionary(jax.tree.map(lambda a: a.astype(cfg.dtype), d.params), d.cfg.replace(dtype=cfg.dtype)), history
-
-
-def chosen_method(train: SAETrainConfig, mesh: Mesh | None) -> str:
-    """The products that are fastest where the step will run (see sae.sparse)."""
-    if train.method != "auto":
-        return train.method
-    one_cpu = jax.default_backend() == "cpu" and (mesh is None or mesh.size == 1)
-    return "sparse" if one_cpu else "dense"
 
 
 def check_finite(state: TrainState, steps: int) -> None:

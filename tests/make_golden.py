@@ -18,6 +18,8 @@ sys.path[:0] = [str(TESTS / "models"), str(TESTS.parent)]
 
 import parity_cases as cases  # noqa: E402
 
+from models import ModelConfig  # noqa: E402
+
 
 def reference_logits(folder: Path, tokens, lengths=None, offset=0) -> np.ndarray:
     """Logits [B, T, V] of the checkpoint in `folder` by transformers, positions starting at `offset`."""
@@ -57,6 +59,21 @@ def case_logits(name: str) -> dict[str, np.ndarray]:
         return {f"{name}/padded": padded_logits(name, Path(folder)), f"{name}/far": far}
 
 
+def check_options_matter(name: str, logits: np.ndarray) -> None:
+    """Without its window or its scaling the case must give other logits, or it would test neither."""
+    config = cases.CASES[name]
+    theta = (config.get("rope_parameters") or config).get("rope_theta", 10000.0)
+    no_scaling = {k: v for k, v in config.items() if not k.startswith("rope_")} | {"rope_theta": theta}
+    no_window = {k: v for k, v in config.items() if k != "layer_types"} | {"sliding_window": None}
+    no_window |= {"use_sliding_window": False} if "use_sliding_window" in config else {}
+    for other in (no_scaling, no_window):
+        with tempfile.TemporaryDirectory() as folder:
+            cases.write_checkpoint(Path(folder), other, cases.case_seed(name))
+            found = reference_logits(Path(folder), cases.inputs(name)["tokens"])
+        optioned = ModelConfig.from_hf(other) != ModelConfig.from_hf(config)
+        assert optioned == (cases.relative_error(found[0], logits[0]) > 1e-3), name
+
+
 def weights_digest() -> str:
     """Of all cases' weights: tells a changed random generator from a changed model."""
     digest = hashlib.sha256()
@@ -73,6 +90,7 @@ def main() -> None:
     logits = {}
     for name in cases.CASES:
         logits |= case_logits(name)
+        check_options_matter(name, logits[f"{name}/padded"])
     GOLDEN.mkdir(exist_ok=True)
     np.savez_compressed(GOLDEN / "logits.npz", **logits)
     versions = {"torch": torch.__version__, "transformers": transformers.__version__, "numpy": np.__version__}

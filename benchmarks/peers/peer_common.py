@@ -18,10 +18,11 @@ def arguments(description, **defaults):
 
 
 def timed(call, repeats):
-    """(seconds of the first call less the median of the others, median seconds of `repeats` calls after it)."""
+    """(seconds of the first call beyond the median of the others, best and median seconds of the `repeats` calls after it)."""
     first = seconds(call)
     rest = sorted(seconds(call) for _ in range(repeats))
-    return max(0.0, first - rest[len(rest) // 2]), rest[len(rest) // 2]
+    middle = rest[len(rest) // 2]
+    return max(0.0, first - middle), rest[0], middle
 
 
 def seconds(call):

@@ -35,9 +35,8 @@ def plan(sizes: Mapping[str, Any]) -> dict[str, Any]:
     """
     _need(sizes)
     devices, room, peak = resolve_devices(sizes["mesh"])
-    from models.sharding import make_mesh
-
     from jaxrl_llm.runtime import parse_axes
+    from models.sharding import make_mesh
 
     mesh = make_mesh(parse_axes(sizes["layout"]), devices)
     model = resolve_model(sizes["model"], sizes["dtype"])
@@ -111,7 +110,8 @@ def _tpu_devices(name: str) -> list[Any]:
 
     if importlib.util.find_spec("libtpu") is None:
         raise UserError(f"mesh '{name}' needs the TPU compiler, which runs on any machine: pip install 'jaxrl-llm[tpu]'")
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    for name, value in {"TPU_SKIP_MDS_QUERY": "1", "TPU_MIN_LOG_LEVEL": "3", "TPU_STDERR_LOG_LEVEL": "3"}.items():
+        os.environ.setdefault(name, value)
     _plan_on_cpu()
     from jax.experimental import topologies
 
@@ -143,6 +143,7 @@ def _plan_generate(model: Any, sizes: Mapping[str, Any], mesh: Any) -> dict[str,
 
     import jax
     import jax.numpy as jnp
+
     import models
     from models import sharding
 

@@ -5,7 +5,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jaxrl_llm.config import ConfigDict, field_names, load_config
+from ml_collections import ConfigDict
+
+from jaxrl_llm.config import field_names, load_config
 from jaxrl_llm.errors import UserError, nearest
 
 _QWEN = {"model_type": "qwen2", "rms_norm_eps": 1e-6, "rope_theta": 1e6, "max_position_embeddings": 32768, "eos_token_id": 151645}
@@ -44,19 +46,19 @@ def target_sizes(config: Any) -> dict[str, Any]:
     """The fields of configs/plan.py, with those of the target config in their place where it has them.
 
     Raises:
-      UserError: the target names no model.
+      UserError: neither names a model.
     """
     sizes = {name: config[name] for name in config}
-    if not config.target:
-        return sizes
-    target = load_config(config.target)
-    paths = field_names(target)
-    for ours, names in NAMES.items():
-        value = _first(target, paths, names)
-        if value not in (None, "") and type(value) is type(sizes[ours]):
-            sizes[ours] = value
-        elif ours == "model":
-            raise UserError(f"{config.target} names no model to load: leave the target out and name one with --config.model=...")
+    if config.target:
+        target = load_config(config.target)
+        paths = field_names(target)
+        for ours, names in NAMES.items():
+            value = _first(target, paths, names)
+            if value not in (None, "") and type(value) is type(sizes[ours]):
+                sizes[ours] = value
+    if not sizes["model"]:
+        whose = f"{config.target} names no model to load" if config.target else "no model"
+        raise UserError(f"{whose}: give --config.model=..., a preset ({', '.join(PRESETS)}), a folder or a hub id")
     return sizes
 
 

@@ -25,9 +25,7 @@ def tfidf_features(texts: Sequence[str], *, max_terms: int = 20_000, min_rows: i
     labels). Empty where no term stands in `min_rows` rows."""
     from sklearn.feature_extraction.text import TfidfVectorizer
 
-    vectorizer = TfidfVectorizer(
-        token_pattern=TERM, ngram_range=(1, 2), sublinear_tf=True, min_df=min_rows, max_features=max_terms, dtype=np.float32
-    )
+    vectorizer = TfidfVectorizer(token_pattern=TERM, ngram_range=(1, 2), sublinear_tf=True, min_df=min_rows, max_features=max_terms, dtype=np.float32)
     try:
         return vectorizer.fit_transform(texts).tocsr()
     except ValueError:  # "empty vocabulary": nothing repeats

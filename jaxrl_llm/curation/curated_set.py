@@ -77,8 +77,7 @@ class CuratedSet:
         renamed = _renamed({name for row in self.rows for name in row})
         signals = {name: getattr(self, name).tolist() for name in SIGNALS}
         return [
-            {renamed.get(k, k): v for k, v in row.items()} | {name: values[i] for name, values in signals.items()}
-            for i, row in enumerate(self.rows)
+            {renamed.get(k, k): v for k, v in row.items()} | {name: values[i] for name, values in signals.items()} for i, row in enumerate(self.rows)
         ]
 
     def write(self, folder: str | os.PathLike[str], formats: Sequence[str] = FORMATS) -> Path:
@@ -175,10 +174,7 @@ def _fits(column: list) -> bool:
 
 
 def _records(values: dict[str, list], kinds: dict[str, str]) -> list[dict[str, Any]]:
-    decoded = {
-        name: [ABSENT if v == "" else json.loads(v) for v in values[name]] if kind == "json" else values[name]
-        for name, kind in kinds.items()
-    }
+    decoded = {name: [ABSENT if v == "" else json.loads(v) for v in values[name]] if kind == "json" else values[name] for name, kind in kinds.items()}
     return [dict(zip(decoded, row, strict=True)) for row in zip(*decoded.values(), strict=True)]
 
 
@@ -270,9 +266,7 @@ def _write_array_record(folder: Path, columns: _Columns, manifest: dict[str, Any
             writer.write(record)
         writer.close()
     split = tfds.core.SplitInfo("train", shard_lengths=[len(s) for s in shards], num_bytes=size, filename_template=template)
-    tfds.folder_dataset.write_metadata(
-        data_dir=str(temporary), features=features, split_infos=[split], filename_template=template, check_data=False
-    )
+    tfds.folder_dataset.write_metadata(data_dir=str(temporary), features=features, split_infos=[split], filename_template=template, check_data=False)
     write_json(temporary / "manifest.json", manifest)
     _replace(temporary, folder / "array_record")
 

@@ -27,9 +27,7 @@ def cluster(vectors: np.ndarray, k: int, *, n_init: int = 10, seed: int = 0, max
     vectors = np.asarray(vectors, dtype=np.float32)
     if not 1 <= k <= len(vectors):
         raise UserError(f"clusters: k is {k} for {len(vectors)} prompts; give 1 to {len(vectors)}")
-    centers, labels, inertia = sae.kmeans(
-        vectors, k, init="k-means++", seed=seed, n_init=n_init, max_iter=max_iter, spherical=True, mesh=mesh
-    )
+    centers, labels, inertia = sae.kmeans(vectors, k, init="k-means++", seed=seed, n_init=n_init, max_iter=max_iter, spherical=True, mesh=mesh)
     by_size = np.argsort(-np.bincount(np.asarray(labels), minlength=k), kind="stable")
     rank = np.empty(k, int)
     rank[by_size] = np.arange(k)
@@ -72,6 +70,5 @@ def schedule_diversity(schedule, steps: int, labels: np.ndarray, vectors: np.nda
     """Diversity of the first `steps` batches of an offline schedule: mean, and the values of each step, for both measures."""
     values = [batch_diversity(schedule.batch(step), labels, vectors) for step in range(steps)]
     return {
-        name: {"mean": float(np.mean([v[name] for v in values])), "by_step": [v[name] for v in values]}
-        for name in ("cluster_entropy", "log_det")
+        name: {"mean": float(np.mean([v[name] for v in values])), "by_step": [v[name] for v in values]} for name in ("cluster_entropy", "log_det")
     }

@@ -108,6 +108,8 @@ def _shingles(terms: list[str], size: int) -> np.ndarray:
 
 def _minhash_buckets(shingles: list[np.ndarray], seed: int) -> list[list[int]]:
     """Groups of two or more rows (in order) that agree in a whole band of their MinHash signatures (Broder 1997)."""
+    if not shingles:
+        return []
     rng = np.random.default_rng(seed)
     factor = rng.integers(0, 2**63, PERMUTATIONS, dtype=np.uint64) * np.uint64(2) + np.uint64(1)
     offset = rng.integers(0, 2**63, PERMUTATIONS, dtype=np.uint64)

@@ -17,6 +17,7 @@ from typing import Protocol
 import numpy as np
 from scipy import sparse
 
+from jaxrl_llm.curation.threads import blas_threads_for
 from jaxrl_llm.errors import UserError
 
 
@@ -155,7 +156,8 @@ class SpaceView:
         if dims < 1:
             return np.eye(self.space.width, dtype=np.float32)
         sample = self.space.sparse_rows(self.features.rows(chosen))
-        return TruncatedSVD(dims, random_state=seed).fit(sample).components_.T.astype(np.float32)
+        with blas_threads_for(sample.shape[0] * sample.shape[1]):
+            return TruncatedSVD(dims, random_state=seed).fit(sample).components_.T.astype(np.float32)
 
     def project(self, directions: np.ndarray) -> np.ndarray:
         """[N, dims] float32 scores of all rows along `directions` [D', dims], block by block. Length is taken out of the scores,

@@ -38,9 +38,7 @@ def likelihood_columns(cfg, params, tokens_BT, lengths_B, starts_B, marks_B, *, 
     """[B, len(COLUMNS)] fp32. tokens_BT: prompt + answer, right-padded; the answer is at positions marks_B .. lengths_B - 1, the
     prompt's counted tokens at starts_B .. marks_B - 1. A token at position 0 has no prediction and is left out."""
     hidden_BTD = models.forward(cfg, params, tokens_BT, lengths=lengths_B).hidden
-    logp_BT, margin_BT, entropy_BT = (
-        jnp.pad(x, ((0, 0), (1, 0))) for x in _predictions(cfg, params, hidden_BTD[:, :-1], tokens_BT[:, 1:])
-    )
+    logp_BT, margin_BT, entropy_BT = (jnp.pad(x, ((0, 0), (1, 0))) for x in _predictions(cfg, params, hidden_BTD[:, :-1], tokens_BT[:, 1:]))
     position_T = jnp.arange(tokens_BT.shape[1])
     predicted_BT = (position_T >= jnp.maximum(starts_B, 1)[:, None]) & (position_T < lengths_B[:, None])
     answer_BT = predicted_BT & (position_T >= marks_B[:, None])

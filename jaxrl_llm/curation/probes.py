@@ -6,7 +6,6 @@ training fold, scores out of fold, and intervals that resample rows (or groups) 
 
 from __future__ import annotations
 
-import contextlib
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -16,13 +15,12 @@ import numpy as np
 from scipy import sparse
 from scipy.special import expit, logit
 from scipy.stats import rankdata
-from threadpoolctl import threadpool_limits
 
+from jaxrl_llm.curation.threads import blas_threads_for
 from jaxrl_llm.errors import UserError
 
 MODELS = ("elastic_net", "ridge", "logistic")
 CHUNK_ROWS = 4096
-SMALL_MATRIX = 4_000_000  # elements
 
 
 class Design(Protocol):
@@ -48,7 +46,8 @@ class ArrayDesign:
 
 @dataclass(frozen=True)
 class JoinedDesign:
-    """Two designs side by side: the columns of `first`, then those of `second`."""
+    """Two designs side by side: the columns of `first`, then those of `second`. To a probe's penalty the two weigh the same,
+    whatever their widths: ten likelihoods are not drowned by two thousand latents."""
 
     first: Design
     second: Design
@@ -58,6 +57,13 @@ class JoinedDesign:
 
     def rows(self, indices: np.ndarray) -> np.ndarray:
         return np.concatenate([_dense(self.first.rows(indices)), _dense(self.second.rows(indices))], axis=1)
+
+    @property
+    def scales(self) -> np.ndarray:
+        """[D] what standardised columns are multiplied by: each side then has half of the total variance."""
+        sides = [column_scales(self.first), column_scales(self.second)]
+        total = sum(np.square(side).sum() for side in sides)
+        return np.concatenate([side * np.sqrt(total / 2 / np.square(side).sum()) for side in sides])
 
 
 @dataclass(frozen=True)
@@ -79,6 +85,16 @@ class StackedDesign:
         if not above.all():
             out[~above] = _dense(self.second.rows(indices[~above] - len(self.first)))
         return out
+
+    @property
+    def scales(self) -> np.ndarray:
+        return column_scales(self.first)
+
+
+def column_scales(design: Design) -> np.ndarray:
+    """[D] a design's own column scales, or ones."""
+    scales = getattr(design, "scales", None)
+    return np.ones(design.rows(np.empty(0, int)).shape[1]) if scales is None else scales
 
 
 def as_design(x) -> Design:
@@ -112,28 +128,34 @@ class Probe:
         return np.concatenate(scores) if scores else np.empty(0)
 
 
-def fit_probe(x: np.ndarray, y: np.ndarray, model: str, *, max_columns: int = 2048, l1_ratio: float = 0.5, seed: int = 0) -> Probe:
+def fit_probe(
+    x: np.ndarray,
+    y: np.ndarray,
+    model: str,
+    *,
+    scales: np.ndarray | None = None,
+    max_columns: int = 2048,
+    l1_ratio: float = 0.5,
+    seed: int = 0,
+) -> Probe:
     """Fit one probe on x [N, D], its penalty chosen by cross-validation on these rows alone.
 
     model: "ridge" (leave-one-out), "elastic_net" (3 folds over a path of penalties; `l1_ratio`), "logistic" (L2, y in {0, 1},
-    3 folds by AUROC). Columns are standardised; of more than `max_columns` those of largest variance are used (no labels
+    3 folds by AUROC). Columns are standardised, then multiplied by `scales` [D] where given; of more than `max_columns` those of largest variance are used (no labels
     enter the choice). A constant y gives a constant probe.
     """
     if model not in MODELS:
         raise UserError(f"probe: no model {model!r}; one of {', '.join(MODELS)}")
     columns, x, mean, scale = _standardise(x, max_columns)
+    if scales is not None:
+        x, scale = x * scales[columns].astype(np.float32), scale / scales[columns]
     if np.ptp(y) == 0 or x.shape[1] == 0:
         return Probe(columns, np.zeros(len(columns)), float(np.mean(y)), 0.0)
-    with warnings.catch_warnings(), one_thread(x.size):
+    with warnings.catch_warnings(), blas_threads_for(x.size):
         warnings.simplefilter("ignore")  # convergence at the weakest penalties of the path, which are not chosen
         weights, intercept, penalty = FITS[model](x, y, l1_ratio, seed)
     weights = np.asarray(weights, dtype=np.float64).ravel() / scale
     return Probe(columns, weights, float(intercept - weights @ mean), float(penalty))
-
-
-def one_thread(size: int):
-    """BLAS threads make fits on small matrices many times slower where other work shares the cores."""
-    return threadpool_limits(1, "blas") if size < SMALL_MATRIX else contextlib.nullcontext()
 
 
 def _standardise(x: np.ndarray, max_columns: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -211,6 +233,7 @@ def cross_validate(
     if fold.max() < 1:
         raise UserError("probe: cross-validation needs at least two labelled rows")
     x, out = design.rows(np.asarray(rows)), np.empty(len(rows))
+    options["scales"] = getattr(design, "scales", None)
     for f in range(fold.max() + 1):
         test = fold == f
         probe = fit_probe(x[~test], y[~test], model, seed=seed, **options)

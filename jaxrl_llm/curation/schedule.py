@@ -156,9 +156,7 @@ def _e2h_gaussian(rng, sizes, signals, *, buckets: int = 5, sigma: float = 0.5, 
     return _draw_from_queues(rng, sizes, queues, lambda t, left: plan[t] * left / to_come[t])  # chance must not add up
 
 
-def _published(
-    rng, sizes, signals, *, rho: float = 0.125, within: str = "easy_to_hard", alternate: str = "parallel"
-) -> np.ndarray:
+def _published(rng, sizes, signals, *, rho: float = 0.125, within: str = "easy_to_hard", alternate: str = "parallel") -> np.ndarray:
     """Batches of one cluster, easy to hard inside the cluster, clusters alternating, tails of neighbours swapped.
 
     Rows of a cluster that do not fill a batch are put together with those of other clusters (few clusters to a batch).
@@ -415,8 +413,10 @@ def make_schedule(
     for name, value in options.items():
         allowed = ALLOWED.get(name)
         if allowed and (value not in allowed if isinstance(allowed[0], str) else not allowed[0] <= value <= allowed[1]):
-            raise UserError(f"schedule {kind!r}: {name} is {value!r}; " + (
-                f"one of {', '.join(map(str, allowed))}" if isinstance(allowed[0], str) else f"from {allowed[0]:g} to {allowed[1]:g}"))
+            raise UserError(
+                f"schedule {kind!r}: {name} is {value!r}; "
+                + (f"one of {', '.join(map(str, allowed))}" if isinstance(allowed[0], str) else f"from {allowed[0]:g} to {allowed[1]:g}")
+            )
     difficulty = np.asarray(difficulty, dtype=float)
     n = len(difficulty)
     cluster = np.zeros(n, dtype=int) if cluster is None else np.asarray(cluster)

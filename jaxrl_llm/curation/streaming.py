@@ -221,8 +221,7 @@ def _cut(tokens, marks, program: Program, overflow: str, first_row: int) -> tupl
             pieces.append(Piece(i, row, head, mark))
         elif overflow == "error":
             raise UserError(
-                f"row {first_row + i} has {len(row)} tokens, longer than the context of {program.context}; "
-                "set overflow to window, truncate or drop"
+                f"row {first_row + i} has {len(row)} tokens, longer than the context of {program.context}; set overflow to window, truncate or drop"
             )
         elif overflow == "drop":
             counts["dropped"] += 1
@@ -240,8 +239,9 @@ def _cut(tokens, marks, program: Program, overflow: str, first_row: int) -> tupl
 
 
 def padded_width(length: int, context: int) -> int:
-    """The next power of two from SMALLEST_WIDTH on, at most the context."""
-    return min(context, max(SMALLEST_WIDTH, 1 << (length - 1).bit_length()))
+    """The next of 16, 24, 32, 48, 64, 96, ... (at most the context): at most a third of a row is padding, and widths are few."""
+    power = max(SMALLEST_WIDTH, 1 << (length - 1).bit_length())
+    return min(context, power * 3 // 4 if SMALLEST_WIDTH < length <= power * 3 // 4 else power)
 
 
 def _batches(pieces: list[Piece], context: int, batch_tokens: int, multiple: int):

@@ -96,9 +96,7 @@ class TrainabilityBand:
         if balance not in BALANCES or utility not in UTILITIES:
             raise UserError(f"TrainabilityBand: balance is one of {BALANCES}, utility one of {UTILITIES}")
         if not (temperature > 0 and 0 <= easy_floor <= 1 and 0 < epoch_share <= 1 and 0 < forgetting <= 1 and ridge > 0):
-            raise UserError(
-                "TrainabilityBand: temperature and ridge must be above 0, easy_floor in [0, 1], epoch_share and forgetting in (0, 1]"
-            )
+            raise UserError("TrainabilityBand: temperature and ridge must be above 0, easy_floor in [0, 1], epoch_share and forgetting in (0, 1]")
         self.n, self.batch_size, self.seed = n, int(batch_size), int(seed)
         self.samples, self.temperature = int(samples_per_prompt), temperature
         self.easy_floor, self.easy_above = easy_floor, easy_above

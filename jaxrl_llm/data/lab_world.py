@@ -159,16 +159,18 @@ def generate_problems(
 ) -> list[dict]:
     """`n` distinct clean rows, topics equally likely, levels by `level_shares`; no prompt in `exclude` or twice."""
     rng, rows, seen = np.random.default_rng(seed), [], set(exclude)
-    topics, shares = list(TOPICS), np.asarray(level_shares, float) / np.sum(level_shares)
-    for _ in range(200 * n):
-        if len(rows) == n:
-            return rows
+    topics, shares, misses = list(TOPICS), np.asarray(level_shares, float) / np.sum(level_shares), 0
+    while len(rows) < n:
+        if misses == 2000:
+            raise ValueError(f"the world has no {n} distinct problems at level shares {tuple(level_shares)}; ask for fewer")
         row = make_row(rng, topics[int(rng.integers(len(topics)))], int(rng.choice(LEVELS, p=shares)))
         if row["prompt"] in seen:
+            misses += 1
             continue
+        misses = 0
         seen.add(row["prompt"])
         rows.append({"id": f"{prefix}{len(rows)}", **row})
-    raise ValueError(f"the world has no {n} distinct problems at level shares {tuple(level_shares)}; ask for fewer")
+    return rows
 
 
 def corrupt(rows: Sequence[dict], shares: Mapping[str, float], seed: int) -> list[dict]:

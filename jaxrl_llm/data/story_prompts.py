@@ -75,7 +75,8 @@ def make_story_prompts(
     rules, openings = rules or StoryRules(), openings or OpeningFilter()
     counts = document_frequency(stories)
     rows, seen = [], set()
-    for index in epoch_order(len(stories), 0, seed).tolist():
+    order: list[int] = epoch_order(len(stories), 0, seed).tolist()
+    for index in order:
         row = _make_row(index, stories[index], counts, len(stories), rules, openings)
         if row is not None and row["prompt"].casefold() not in seen:
             seen.add(row["prompt"].casefold())

@@ -154,21 +154,26 @@ def _curve_chart(runs: dict[str, ArmRuns], baseline: str, pool: str, cells: int)
 def _headline(config, summary, cells: int) -> str:
     """Which arm was better, by how much, how sure, and why, in plain words made from the figures."""
     baseline, main = config.arms[0], config.main_arm
-    parts = []
-    for pool in config.pools:
-        row, base = summary[pool][main], summary[pool][baseline]
-        if main == baseline:
-            return f"{baseline}: accuracy {base['accuracy']['value']:.1%}."
-        d = row["difference"]
-        spread = "" if d["low"] is None else f" (95% {100 * d['low']:+.1f} to {100 * d['high']:+.1f})"
-        clear = "" if d["low"] is None or d["low"] > 0 or d["high"] < 0 else ", which is within the noise"
-        steps = row["steps_saved"]["value"]
-        saved = f"{abs(steps):.0%} {'fewer' if steps >= 0 else 'more'} steps to {baseline}'s final accuracy"
-        parts.append(f"On the pool “{pool}” {main} ends {100 * d['value']:+.1f} points from {baseline}{spread}{clear}, with {saved}")
+    if main == baseline:
+        return f"{baseline}: held-out accuracy {summary[config.pools[0]][baseline]['accuracy']['value']:.1%}."
+    parts = [_verdict(summary[pool][main], main, baseline, pool if len(config.pools) > 1 else "") for pool in config.pools]
     row, base = summary[config.pools[0]][main], summary[config.pools[0]][baseline]
-    why = f"{row['mixed_groups']:.0%} of its groups had mixed rewards, which is what GRPO learns from, against {base['mixed_groups']:.0%}"
-    seeds = "One seed only: a demonstration, not evidence." if cells == 1 else f"{cells} paired runs."
-    return f"{'; '.join(parts)}; {why}. {_attribution(config, summary)}{seeds}"
+    share, its = row["mixed_groups"], base["mixed_groups"]
+    parts.append(f"Mixed rewards, the groups GRPO learns from: {share:.0%} against {its:.0%}.")
+    parts.append(_attribution(config, summary))
+    parts.append("One seed: a demonstration, not evidence." if cells == 1 else f"{cells} paired runs.")
+    return " ".join(p for p in parts if p)
+
+
+def _verdict(row, main: str, baseline: str, pool: str) -> str:
+    d, steps = row["difference"], row["steps_saved"]["value"]
+    where = f"On “{pool}”, " if pool else ""
+    saved = f"{abs(steps):.0%} {'fewer' if steps >= 0 else 'more'} steps to {baseline}’s final accuracy"
+    spread = "" if d["low"] is None else f" (95% {100 * d['low']:+.1f} to {100 * d['high']:+.1f})"
+    if d["low"] is not None and d["low"] <= 0 <= d["high"]:
+        return f"{where}{main} and {baseline} end within the noise of each other: {100 * d['value']:+.1f} points{spread}, {saved}."
+    verb = "beats" if d["value"] > 0 else "loses to"
+    return f"{where}{main} {verb} {baseline} by {abs(100 * d['value']):.1f} points{spread}, with {saved}."
 
 
 def _attribution(config, summary) -> str:
@@ -180,7 +185,7 @@ def _attribution(config, summary) -> str:
     best = max(rivals, key=lambda a: summary[pool][a]["accuracy"]["value"])
     gap = 100 * (summary[pool][main]["accuracy"]["value"] - summary[pool][best]["accuracy"]["value"])
     verb = "beats" if gap > 0 else "does not beat"
-    return f"It {verb} its best control, {best.replace('_', ' ')} ({gap:+.1f} points). "
+    return f"It {verb} its best control, {best.replace('_', ' ')} ({gap:+.1f} points)."
 
 
 def _facts(rows, main: str, baseline: str) -> list[dict[str, str]]:

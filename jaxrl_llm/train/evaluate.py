@@ -5,10 +5,11 @@ from collections.abc import Sequence
 import jax
 import models
 import numpy as np
+from models.generate import as_key
 
 from jaxrl_llm.data.prompts import PromptBatch
 from jaxrl_llm.rewards.verdict import Reward, Status
-from jaxrl_llm.train.rollout import decode_completions, judge
+from jaxrl_llm.train.rollout import decode_completions, judge, sample_rows
 
 
 def evaluate(
@@ -25,6 +26,7 @@ def evaluate(
     by: Sequence[str] = (),
     stop_strings: Sequence[str] = (),
     seed: int | jax.Array = 0,
+    mesh=None,
 ) -> dict:
     """A record: "accuracy" (share of PASS among greedy completions with a verdict), "n" (those), "errors" (rows without a verdict),
     "avg_at_k" and "k" when `samples` > 0 (the share of PASS over all samples at `temperature`), "completion_length" (tokens, greedy),

@@ -24,7 +24,7 @@ from jaxrl_llm.train.checkpoint import Checkpoints
 from jaxrl_llm.train.config import GRPOConfig, check_grpo, from_mapping
 from jaxrl_llm.train.evaluate import evaluate
 from jaxrl_llm.train.metrics import experience_metrics, samples_record
-from jaxrl_llm.train.rollout import Experience, build_batch, collect
+from jaxrl_llm.train.rollout import Experience, build_batch, collect, place
 from jaxrl_llm.train.signals import Interrupted, stop_on_signal
 from jaxrl_llm.train.state import abstract_state, init_state, policy_params
 from jaxrl_llm.train.step import StepSpec, batch_shardings, compiled_logprobs, compiled_update, step_spec
@@ -175,7 +175,7 @@ def _step(run: _Run, state, step: int) -> tuple[dict, dict]:
     indices = np.asarray(run.schedule.batch(step))
     batch = run.prompts.take(indices)
     policy = policy_params(run.model, state["params"])
-    experience = collect(run.model, policy, run.tokenizer, batch, run.reward, run.config, jax.random.fold_in(run.key, step))
+    experience = collect(run.model, policy, run.tokenizer, batch, run.reward, run.config, jax.random.fold_in(run.key, step), run.mesh)
     del policy  # in bf16 it is a copy that the update needs the room of
     update_began = time.perf_counter()
     state, measured = _update(run, state, experience)
@@ -189,6 +189,7 @@ def _step(run: _Run, state, step: int) -> tuple[dict, dict]:
         "seconds_rollout": experience.seconds_rollout,
         "seconds_reward": experience.seconds_reward,
         "seconds_update": now - update_began,
+        "seconds": now - began,
     }
     _warn(run, record, step)
     if run.config.sample_every and step % run.config.sample_every == 0:
@@ -201,7 +202,7 @@ def _update(run: _Run, state, experience: Experience) -> tuple[dict, dict[str, f
     ways = 1 if run.mesh is None else run.mesh.shape["data"] * run.mesh.shape["fsdp"]
     batch = build_batch(experience, run.config, row_multiple=ways)
     if run.mesh is not None:
-        batch = jax.tree.map(lambda x: _shard(x, batch_shardings(run.mesh)), batch)
+        batch = jax.tree.map(lambda x: place(x, batch_shardings(run.mesh)), batch)
     if run.reference is not None:
         batch["ref_logps"] = compiled_logprobs(run.spec, run.mesh)(run.reference, batch)
     update = compiled_update(run.spec, run.mesh)
@@ -216,11 +217,6 @@ def _update(run: _Run, state, experience: Experience) -> tuple[dict, dict[str, f
     combined = host[0] | {name: np.mean([m[name] for m in host]) for name in ("clip_share", "ratio", "loss")}
     combined["finite"] = all(np.isfinite([m["loss"], m["grad_norm"]]).all() for m in host)
     return state, {name: bool(x) if name == "finite" else float(x) for name, x in combined.items()}
-
-
-def _shard(array: np.ndarray, sharding):
-    """A global array of which each process holds its own part (every process has the whole host array)."""
-    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
 def _check_finite(run: _Run, measured: dict, step: int) -> None:
@@ -274,6 +270,7 @@ def _evaluate(run: _Run, state, step: int) -> None:
             by=config.eval_by,
             stop_strings=config.stop_strings,
             seed=run.key,
+            mesh=run.mesh,
         )
         run.run_dir.log({"kind": "eval", "step": step, "set": name} | record | {"seconds": time.perf_counter() - began})
 

@@ -21,6 +21,7 @@ from jaxrl_llm.losses.sft import sft_loss
 from jaxrl_llm.run_dir import RunDir
 from jaxrl_llm.train.checkpoint import Checkpoints
 from jaxrl_llm.train.config import OptimizerConfig, SFTConfig, check_optimizer, from_mapping
+from jaxrl_llm.train.rollout import place
 from jaxrl_llm.train.signals import Interrupted, stop_on_signal
 from jaxrl_llm.train.state import abstract_state, init_state, learning_rate, make_optimizer, policy_params, resolve_decay, state_shardings
 from jaxrl_llm.train.step import batch_shardings
@@ -171,8 +172,7 @@ def _placed(tokens_BT, mask_BT, config, mesh):
     batch = micro_batches(tokens_BT, mask_BT, config.micro_batch_rows, ways)
     if mesh is None:
         return batch
-    place = lambda x: jax.make_array_from_callback(x.shape, batch_shardings(mesh), lambda index: x[index])  # noqa: E731
-    return jax.tree.map(place, batch)
+    return jax.tree.map(lambda x: place(x, batch_shardings(mesh)), batch)
 
 
 def _record(pending, step, seconds, checkpoints) -> dict:

@@ -181,6 +181,13 @@ print("equal")
     assert run_python(code, devices=4).strip().endswith("equal")
 
 
+def test_padded_widths_waste_at_most_a_third():
+    widths = [streaming.padded_width(n, 512) for n in range(1, 513)]
+    assert set(widths) == {16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512}
+    assert all(n <= w for n, w in enumerate(widths, 1)) and all(n >= 2 * w / 3 for n, w in enumerate(widths, 1) if n > 16)
+    assert streaming.padded_width(30, 31) == 31
+
+
 def test_fingerprint_sees_values_shapes_and_names():
     tree = {"a": np.arange(10.0), "b": np.ones((2, 3), np.float32)}
     changed = [

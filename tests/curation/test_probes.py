@@ -7,8 +7,19 @@ from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.metrics import roc_auc_score
 
 from jaxrl_llm.curation import probes
-from jaxrl_llm.curation.probes import ArrayDesign, JoinedDesign, StackedDesign, as_design, auroc, calibrate, compare, cross_validate
-from jaxrl_llm.curation.probes import fit_probe, fold_numbers, spearman
+from jaxrl_llm.curation.probes import (
+    ArrayDesign,
+    JoinedDesign,
+    StackedDesign,
+    as_design,
+    auroc,
+    calibrate,
+    compare,
+    cross_validate,
+    fit_probe,
+    fold_numbers,
+    spearman,
+)
 from jaxrl_llm.errors import UserError
 
 
@@ -110,6 +121,22 @@ def test_designs(monkeypatch):
     monkeypatch.setattr(probes, "CHUNK_ROWS", 7)
     probe = fit_probe(x, x[:, 0], "ridge")
     np.testing.assert_allclose(probe.predict(as_design(x)), x[:, probe.columns] @ probe.weights + probe.intercept, atol=1e-5)
+
+
+def test_a_narrow_side_of_a_join_is_not_drowned():
+    rng = np.random.default_rng(0)
+    wide, narrow = rng.standard_normal((150, 400)), rng.standard_normal((150, 2))
+    y = (narrow[:, 0] + 0.5 * rng.standard_normal(150) > 0).astype(float)
+    joined = JoinedDesign(as_design(wide), as_design(narrow))
+    np.testing.assert_allclose([np.square(joined.scales[:400]).sum(), np.square(joined.scales[400:]).sum()], 201)
+    nested = JoinedDesign(joined, as_design(narrow)).scales
+    np.testing.assert_allclose([np.square(nested[:402]).sum(), np.square(nested[402:]).sum()], 202)
+    np.testing.assert_allclose(StackedDesign(joined, joined).scales, joined.scales)
+    equal, _ = cross_validate(joined, np.arange(150), y, "logistic")
+    drowned, _ = cross_validate(ArrayDesign(joined.rows(np.arange(150))), np.arange(150), y, "logistic")
+    assert auroc(equal, y) > auroc(drowned, y) + 0.05
+    probe = fit_probe(joined.rows(np.arange(150)), y, "ridge", scales=joined.scales)
+    assert np.abs(probe.weights[400]) > 3 * np.abs(probe.weights[:400]).max()
 
 
 def test_intervals_cover_and_differences_are_paired():

@@ -44,9 +44,7 @@ def test_every_kept_row_once_an_epoch_and_full_batches(kind, n, batch, clusters,
 
 
 @settings(max_examples=60, deadline=None)
-@given(
-    kind=st.sampled_from(sorted(KINDS)), n=st.integers(5, 50), batch=st.integers(1, 5), step=st.integers(0, 60), seed=st.integers(0, 9)
-)
+@given(kind=st.sampled_from(sorted(KINDS)), n=st.integers(5, 50), batch=st.integers(1, 5), step=st.integers(0, 60), seed=st.integers(0, 9))
 def test_any_step_can_be_asked_for_directly(kind, n, batch, step, seed):
     walked = make_schedule(kind, batch_size=batch, seed=seed, **signals(n, 4))
     expected = first_batches(walked, step + 1)[-1]
@@ -117,8 +115,7 @@ def test_within_and_alternate_matter():
     assert not (np.diff(uneven["difficulty"][shuffled]) > 0).all()
     # In cycles the two small clusters are done after two visits; in parallel they last as long as the large one.
     last_small = {
-        a: max(t for seed in range(5) for t, b in enumerate(make(alternate=a, seed=seed)) if 1 in uneven["cluster"][b])
-        for a in ("cycle", "parallel")
+        a: max(t for seed in range(5) for t, b in enumerate(make(alternate=a, seed=seed)) if 1 in uneven["cluster"][b]) for a in ("cycle", "parallel")
     }
     assert last_small["cycle"] <= 5 < 7 <= last_small["parallel"]
 
@@ -191,9 +188,7 @@ def test_soft_floor_temperature_and_clusters():
 
     assert trend(batches(temperature=0.05)) > 0.9 > trend(batches(temperature=5.0))
     # Cold, without a floor: inside clusters every batch mirrors the clusters; over all, it is the global sort.
-    assert all(
-        np.abs(np.bincount(cluster[b], minlength=4) - 5).max() <= 1 for b in batches(temperature=0.0, easy_floor=0.0, by_cluster=True)
-    )
+    assert all(np.abs(np.bincount(cluster[b], minlength=4) - 5).max() <= 1 for b in batches(temperature=0.0, easy_floor=0.0, by_cluster=True))
     assert (np.diff(difficulty[np.concatenate([np.sort(b) for b in batches(temperature=0.0, easy_floor=0.0, by_cluster=False)[:1]])]) != 0).all()
     means = [difficulty[b].max() for b in batches(temperature=0.0, easy_floor=0.0, by_cluster=False)]
     assert means == sorted(means)

@@ -104,6 +104,7 @@ def test_which_errors_keep_their_traceback(capsys, fake_verb):
     assert code == 2 and "cannot write w/x: the disk is full" in err and err.count("\n") == 1
     code, _, err = raising(ValueError("DATA_LOSS: writing chunk: No space left on device"))
     assert code == 2 and "the disk is full" in err
+    assert raising(PermissionError(13, "Permission denied", "w/x"))[2].startswith("jaxrl-llm: no permission for w/x:")
     code, _, err = raising(KeyboardInterrupt())
     assert code == 130 and "goes on from the last checkpoint" in err
     code, _, err = raising(ValueError("ours"))

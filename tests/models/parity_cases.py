@@ -100,6 +100,14 @@ CASES: dict[str, dict] = {
         **rope("yarn", 1e6, factor=4.0, original_max_position_embeddings=64, attention_factor=0.9),
     },
     "mistral": {**MISTRAL, "num_key_value_heads": 1, **rope("default", 1e6)},
+    "ministral_layer_types": {
+        **MISTRAL,
+        "model_type": "ministral",
+        "architectures": ["MinistralForCausalLM"],
+        "sliding_window": 7,
+        "layer_types": ["full_attention", "sliding_attention"],
+        "rope_theta": 10000.0,
+    },
     "mistral_window": {**MISTRAL, "sliding_window": 7, "rope_theta": 10000.0},
 }
 

@@ -49,6 +49,7 @@ def test_written_config_holds_both_styles():
     [
         (cases.MISTRAL, {"sliding_window": 9}, (9, 9)),
         (cases.MISTRAL, {"sliding_window": None}, ()),
+        (cases.MISTRAL, {"sliding_window": 9, "layer_types": ["full_attention", "sliding_attention"]}, (None, 9)),
         (cases.QWEN2, {"sliding_window": 9, "use_sliding_window": False, "max_window_layers": 0}, ()),
         (cases.QWEN2, {"sliding_window": 9, "use_sliding_window": True, "max_window_layers": 1}, (None, 9)),
         (cases.QWEN2, {"sliding_window": 9, "use_sliding_window": True, "max_window_layers": 2}, ()),
@@ -97,7 +98,10 @@ def test_eos_may_be_several():
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"}, ["GPT2LMHeadModel", "nearest", "Qwen3ForCausalLM"]),
+        (
+            {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"},
+            ["GPT2LMHeadModel", "nearest", "Qwen3ForCausalLM"],
+        ),
         ({"architectures": None, "model_type": "qwen4"}, ["model_type", "'qwen4'", "nearest known is 'qwen"]),
         ({"architectures": ["LlamaForSequenceClassification"]}, ["architectures", "LlamaForCausalLM"]),
         ({"architectures": None, "model_type": None}, ["architectures", "model_type"]),

@@ -30,10 +30,10 @@ for architecture in ("topk", "relu"):
 two = mesh(data=2, tensor=4)
 cfg = sae.SAEConfig(d_in=D, d_sae=F, k=K)
 d, _ = start(cfg, sae.SAETrainConfig(), x, jax.random.key(0))
-state = init_state(d, sae.SAETrainConfig())
+state = init_state(d)
 placed = state_shardings(state, cfg, two)
 assert placed.params["W_enc"].spec == PartitionSpec(None, "tensor") and placed.params["W_dec"].spec == PartitionSpec("tensor", None)
-moments = [s.spec for s in jax.tree.leaves(placed.optimizer)]
+moments = [s.spec for s in jax.tree.leaves(placed.moments)]
 assert moments.count(PartitionSpec("tensor", None)) == 2 and moments.count(PartitionSpec(None, "tensor")) == 2
 try:
     state_shardings(state, cfg.replace(d_sae=62), two)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import sae
-from sae.train import geometric_median, init_state, learning_rate, start, train_step, unit_rows, without_parallel
+from sae.train import geometric_median, init_state, numbers_at, start, step_for, unit_rows, without_parallel
 
 D, F, K, B = 8, 32, 3, 64
 
@@ -28,7 +28,7 @@ def config(**changes):
 
 def run(cfg=None, seed=0, x=None, mesh=None, **changes):
     cfg = cfg or config()
-    settings = {"steps": 30, "learning_rate": 1e-2, "warmup_steps": 5, "init_rows": 512, "log_every": 10} | changes
+    settings = {"steps": 30, "learning_rate": 1e-2, "warmup_steps": 5, "init_rows": 512, "log_every": 10, "method": "dense"} | changes
     x = data() if x is None else x
     return sae.train_sae(cfg, sae.array_batches(x, B), sae.SAETrainConfig(**settings), jax.random.key(seed), mesh=mesh, progress=False)
 
@@ -103,26 +103,31 @@ def test_log_every_sets_the_history():
 
 
 def test_rate_schedule():
-    rate = learning_rate(config(), sae.SAETrainConfig(steps=100, learning_rate=1.0, warmup_steps=10, decay_share=0.2))
-    np.testing.assert_allclose([rate(0), rate(9), rate(50), rate(80), rate(90), rate(99)], [0.1, 1, 1, 1, 0.5, 0.05], rtol=1e-6)
+    train = sae.SAETrainConfig(steps=100, learning_rate=1.0, warmup_steps=10, decay_share=0.2, l1_coefficient=2.0, l1_warmup_steps=4)
+    at = {step: numbers_at(step, config(), train, 1.0) for step in (0, 3, 9, 50, 80, 90, 99)}
+    np.testing.assert_allclose([n.learning_rate for n in at.values()], [0.1, 0.4, 1, 1, 1, 0.5, 0.05], rtol=1e-6)
+    np.testing.assert_allclose([n.l1 for n in at.values()], [0.5, 2, 2, 2, 2, 2, 2])
 
 
 def test_dead_latents_are_counted_and_revived():
-    """Latents that start far below the data fire again only thanks to AuxK."""
-    x, cfg = data(), config()
-    alive = {}
-    for coefficient in (0.0, 1.0):
-        train = sae.SAETrainConfig(steps=150, learning_rate=1e-2, dead_after=2 * B, aux_coefficient=coefficient, decay_share=0.0)
+    """Half of the latents start too low to fire, with more directions in the data than latents: only AuxK wakes them."""
+    rng = np.random.default_rng(0)
+    directions = unit_rows(rng.standard_normal((40, D)).astype(np.float32))
+    x = np.asarray(directions)[rng.integers(0, 40, 4096)] * rng.uniform(1, 2, (4096, 1)).astype(np.float32)
+    cfg, half, result = config(k=1), F // 2, {}
+    for coefficient in (0.0, 1 / 32):
+        train = sae.SAETrainConfig(steps=200, learning_rate=1e-2, dead_after=4 * B, aux_coefficient=coefficient, decay_share=0.0)
         d, variance = start(cfg, train, x[:512], jax.random.key(0))
-        d = d.replace(params=d.params | {"b_enc": jnp.where(jnp.arange(F) < F // 2, -0.3, 0.0)})
-        state = init_state(d, train)
-        shares = []
-        for batch in itertools.islice(sae.array_batches(x, B), train.steps):
-            state, metrics = train_step(state, batch, variance, cfg=cfg, train=train, method="dense")
+        d = d.replace(params=d.params | {"b_enc": jnp.where(jnp.arange(F) < half, -1.0, 0.0)})
+        state, step, shares = init_state(d), step_for(cfg, train), []
+        for i, batch in enumerate(itertools.islice(sae.array_batches(x, B), train.steps)):
+            state, metrics = step(state, batch, numbers_at(i, cfg, train, variance))
             shares.append(float(metrics["dead_share"]))
-        assert shares[0] == 0.0 and shares[3] > 0.1
-        alive[coefficient] = 1 - shares[-1]
-    assert alive[1.0] > alive[0.0] + 0.1
+        assert shares[3] == 0.0 and shares[4] >= 0.5  # counted as dead after 4 batches, not before
+        fires = np.asarray(sae.encode(sae.Dictionary(state.params, cfg), x) > 0).any(axis=0)
+        result[coefficient] = (fires[:half].sum(), shares[-1], float(metrics["fvu"]))
+    (woken, dead, error), (woken_aux, dead_aux, error_aux) = result.values()
+    assert woken == 0 and woken_aux >= 3 and dead_aux < dead and error_aux < 0.8 * error
 
 
 def test_decoder_gradient_loses_its_parallel_part():
@@ -176,7 +181,8 @@ def test_nan_step_changes_nothing():
     train = sae.SAETrainConfig(steps=5)
     d, variance = start(config(), train, data()[:256], jax.random.key(0))
     before = jax.tree.map(np.asarray, d.params)
-    state, _ = train_step(init_state(d, train), np.full((B, D), np.nan, np.float32), variance, cfg=config(), train=train, method="dense")
+    numbers = numbers_at(0, config(), train, variance)
+    state, _ = step_for(config(), train)(init_state(d), np.full((B, D), np.nan, np.float32), numbers)
     jax.tree.map(np.testing.assert_array_equal, state.params, before)
     assert int(state.bad_step) == 0 and int(state.step) == 1
 

@@ -9,14 +9,23 @@ from jaxrl_llm.rewards.verdict import Status, Verdict
 from jaxrl_llm.train.evaluate import evaluate
 
 
-def run(reward=tiny.reward, **kwargs):
+def odd(text):
+    return sum(map(int, text.split())) % 2 == 1
+
+
+def reward(inputs):
+    """PASS when the written numbers add up to an odd one: some do, whatever the policy."""
+    return [Verdict(Status.PASS if odd(i.response) else Status.FAIL) for i in inputs]
+
+
+def run(reward=reward, **kwargs):
     return evaluate(tiny.CONFIG, tiny.params(), tiny.Tokenizer(), tiny.prompts(), reward, max_new_tokens=6, **kwargs)
 
 
 def test_greedy_accuracy_and_breakdown_by_hand():
     prompts = tiny.prompts()
     rollout = models.generate(tiny.CONFIG, tiny.params(), prompts.token_lists(), max_new_tokens=6, temperature=0.0)
-    passed = [row["answer"] in tiny.Tokenizer().decode(c).split() for row, c in zip(prompts.rows, rollout.completions(), strict=True)]
+    passed = [odd(tiny.Tokenizer().decode(c)) for c in rollout.completions()]
     record = run(by=("level", "no such field"))
     assert 0 < np.mean(passed) < 1
     assert record["accuracy"] == pytest.approx(np.mean(passed)) and record["n"] == 12 and record["errors"] == 0
@@ -30,14 +39,14 @@ def test_avg_at_k_counts_every_sample_and_seed_matters():
 
     def counting(inputs):
         calls.append(len(inputs))
-        return tiny.reward(inputs)
+        return reward(inputs)
 
     record = run(counting, samples=5, by=("level",))
     assert calls == [12, 60] and record["k"] == 5 and 0 < record["avg_at_k"] < 1
     assert np.mean(list(record["by_avg_at_k"]["level"].values())) == pytest.approx(record["avg_at_k"])
     assert run(samples=5)["avg_at_k"] == record["avg_at_k"]
     assert run(samples=5, seed=1)["avg_at_k"] != record["avg_at_k"]
-    assert run(samples=5, temperature=0.01)["avg_at_k"] == pytest.approx(record["accuracy"])
+    assert run(samples=5, temperature=1e-4)["avg_at_k"] == pytest.approx(record["accuracy"])
 
 
 def test_batch_size_changes_nothing():
@@ -46,7 +55,7 @@ def test_batch_size_changes_nothing():
 
 def test_errors_are_left_out_and_counted():
     def broken_on_odd(inputs):
-        return [Verdict(Status.ERROR) if int(i.prompt.split()[1]) % 2 else v for i, v in zip(inputs, tiny.reward(inputs), strict=True)]
+        return [Verdict(Status.ERROR) if int(i.prompt.split()[1]) % 2 else v for i, v in zip(inputs, reward(inputs), strict=True)]
 
     record, whole = run(broken_on_odd), run()
     assert record["errors"] == 6 and record["n"] == 6

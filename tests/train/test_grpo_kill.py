@@ -1,4 +1,7 @@
-"""SIGKILL at random moments: every restart goes on, and the final parameters are those of a run left in peace."""
+"""SIGKILL at random moments: every restart goes on, and the final parameters are those of a run left in peace.
+
+JAXRL_LLM_KILLS=10 kills ten times rather than twice.
+"""
 
 import os
 import random
@@ -9,7 +12,6 @@ import time
 from pathlib import Path
 
 import numpy as np
-import pytest
 
 SCRIPT = Path(__file__).with_name("tiny_grpo.py")
 STEPS = "12"
@@ -17,7 +19,7 @@ STEPS = "12"
 
 def start(folder, repo):
     env = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(repo), "JAX_COMPILATION_CACHE_DIR": str(folder.parent / "cache")}
-    env |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    env |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
     return subprocess.Popen([sys.executable, str(SCRIPT), str(folder), STEPS], env=env, cwd=repo, stdout=subprocess.DEVNULL)
 
 
@@ -26,8 +28,8 @@ def lines(folder):
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
-@pytest.mark.parametrize("kills", [2, pytest.param(10, marks=pytest.mark.slow)])
-def test_killed_runs_end_with_the_parameters_of_an_undisturbed_one(repo, tmp_path, kills):
+def test_killed_runs_end_with_the_parameters_of_an_undisturbed_one(repo, tmp_path):
+    kills = int(os.environ.get("JAXRL_LLM_KILLS", "2"))
     peace = tmp_path / "peace"
     began = time.monotonic()
     assert start(peace, repo).wait() == 0

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import logging as python_logging
 import os
 import signal
 
@@ -149,25 +148,18 @@ def test_not_finite_stops_with_the_step_and_keeps_the_last_good_checkpoint(tmp_p
 
 
 def test_constant_reward_is_warned_of(tmp_path, caplog):
-    absl = python_logging.getLogger("absl")
-    absl.addHandler(caplog.handler)
-    try:
-        constant = lambda inputs: [Verdict(Status.PASS)] * len(inputs)  # noqa: E731
-        tiny.run(tmp_path / "run", dataclasses.replace(tiny.TINY, steps=2), reward=constant)
-        assert [r["zero_spread"] for r in records(tmp_path / "run")] == [1.0, 1.0]
-        said = [m for m in caplog.messages if "100% of the groups have equal rewards" in m]
-        assert len(said) == 1
-        caplog.clear()
-        quiet = dataclasses.replace(tiny.TINY, steps=1, zero_spread_warning=1.0)
-        tiny.run(tmp_path / "quiet", quiet, reward=constant)
-        assert not [m for m in caplog.messages if "equal rewards" in m]
-    finally:
-        absl.removeHandler(caplog.handler)
+    constant = lambda inputs: [Verdict(Status.PASS)] * len(inputs)  # noqa: E731
+    tiny.run(tmp_path / "run", dataclasses.replace(tiny.TINY, steps=2), reward=constant)
+    assert [r["zero_spread"] for r in records(tmp_path / "run")] == [1.0, 1.0]
+    assert len([m for m in caplog.messages if "100% of the groups have equal rewards" in m]) == 1
+    caplog.clear()
+    tiny.run(tmp_path / "quiet", dataclasses.replace(tiny.TINY, steps=1, zero_spread_warning=1.0), reward=constant)
+    assert not [m for m in caplog.messages if "equal rewards" in m]
 
 
 def test_policy_learns_and_evaluations_show_it(tmp_path):
     config = dataclasses.replace(
-        tiny.TINY, steps=30, num_samples=8, eval_every=15, eval_samples=4, eval_by=("level",), checkpoint_every=0, sample_every=0
+        tiny.TINY, steps=30, eval_every=15, eval_samples=4, eval_by=("level",), checkpoint_every=0, sample_every=0
     )
     data = tiny.prompts()
     data.rows[:] = [r | {"answer": "5"} for r in data.rows]

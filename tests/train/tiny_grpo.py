@@ -20,7 +20,7 @@ CONFIG = models.ModelConfig(
     max_position=32, eos_token_ids=(STOP,), pad_token_id=STOP, initializer_range=0.3,
 )  # fmt: skip
 TINY = GRPOConfig(
-    steps=4, num_samples=4, max_new_tokens=6, optimizer=OptimizerConfig(learning_rate=1e-2), checkpoint_every=1, sample_every=1
+    steps=4, num_samples=4, max_new_tokens=6, optimizer=OptimizerConfig(learning_rate=1e-2, eps=1e-3), checkpoint_every=1, sample_every=1
 )
 
 

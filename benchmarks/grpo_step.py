@@ -1,0 +1,102 @@
+"""A GRPO step on the CPU: rollout, reward and update, on-policy, no KL, fp32.
+
+    python -m benchmarks.grpo_step [--no-peers] [--record]
+
+Qwen2 shape (6.4 M parameters: hidden 256, 6 layers, 4 heads, 2 KV heads, MLP 1024, vocabulary 2048 tied), 8 prompts x 8 samples,
+32 + 64 tokens, every completion runs to its last token. Ours is the trainer's own step, with decoding to text, metrics and all.
+All count the best of the repeats, since a machine that others use too slows each by different amounts at different times.
+"""
+
+import argparse
+import dataclasses
+import tempfile
+from collections.abc import Iterable
+
+import numpy as np
+
+from benchmarks.common import Figure, peer_value, run_benchmark, run_peer
+
+PROMPTS, SAMPLES, PROMPT, NEW, VOCAB = 8, 8, 32, 64, 2048
+
+
+def tokenizer():
+    """One token a word, w0 to w2047."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    core = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCAB)}, unk_token="w0"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=core)
+
+
+def even_share(inputs):
+    """A reward that costs nothing: the share of even words."""
+    from jaxrl_llm.rewards.verdict import Status, Verdict
+
+    words = [item.response.split() for item in inputs]
+    return [Verdict(Status.PASS, score=sum(int(w[1:]) % 2 == 0 for w in each) / max(len(each), 1)) for each in words]
+
+
+def train_records(steps: int, shared_prefix: bool) -> list[dict]:
+    """The metrics of `steps` steps of `train_grpo`."""
+    import jax
+
+    import models
+    from jaxrl_llm.data.prompts import PromptBatch
+    from jaxrl_llm.data.sampler import ShuffledSchedule
+    from jaxrl_llm.run_dir import RunDir
+    from jaxrl_llm.train.config import GRPOConfig, OptimizerConfig
+    from jaxrl_llm.train.loop import train_grpo
+
+    cfg = models.ModelConfig(
+        family="qwen2", vocab_size=VOCAB, d_model=256, n_layers=6, n_heads=4, n_kv_heads=2, head_dim=64, d_ff=1024,
+        tie_embeddings=True, qkv_bias=True, max_position=1024,
+    )  # fmt: skip
+    count = PROMPTS * steps
+    tokens = np.random.default_rng(0).integers(0, VOCAB, (count, PROMPT)).astype(np.int32)
+    rows = [{"prompt": str(i)} for i in range(count)]
+    prompts = PromptBatch(tokens, np.full(count, PROMPT, np.int32), [str(i) for i in range(count)], rows)
+    config = GRPOConfig(
+        steps=steps,
+        num_samples=SAMPLES,
+        max_new_tokens=NEW,
+        shared_prefix=shared_prefix,
+        checkpoint_every=0,
+        sample_every=0,
+        optimizer=OptimizerConfig(learning_rate=1e-4),
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        run_dir = RunDir(folder, dataclasses.asdict(config), kind="grpo")
+        params = models.init(cfg, jax.random.key(0))
+        schedule = ShuffledSchedule(count, PROMPTS)
+        train_grpo(cfg, params, tokenizer(), prompts, even_share, schedule, config, run_dir, progress=False)
+        return [record for record in run_dir.metrics() if record["kind"] == "train"]
+
+
+def measure(args: argparse.Namespace) -> Iterable[Figure]:
+    """Seconds a step beside the peers, then where they go."""
+    peers = {name: run_peer(name, f"{name}_grpo", ["--repeats", args.repeats]) if args.peers else None for name in ("tunix", "trl")}
+    shape = f"{PROMPTS} x {SAMPLES} completions, {PROMPT} + {NEW} tokens, 6.4 M parameters, fp32"
+    records = train_records(args.repeats + 2, shared_prefix=True)
+    parts = ("rollout", "reward", "update")
+    seconds = [record["seconds"] for record in records]
+    best = int(np.argmin(seconds[2:])) + 2
+    compile_s = max(0.0, seconds[0] - seconds[best])
+    for peer, result in peers.items():
+        name = None if result is None else result["peer"]
+        yield Figure(f"grpo_step_vs_{peer}", seconds[best], "s", name, peer_value(result), compile_s, shape, better="lower")
+    for part in parts:
+        yield Figure(f"grpo_step_{part}", records[best][f"seconds_{part}"], "s", shape=shape, better="lower")
+    if args.plain:
+        plain = min(record["seconds_update"] for record in train_records(args.repeats + 2, shared_prefix=False)[2:])
+        update = records[best]["seconds_update"]
+        yield Figure("grpo_update_shared_prefix", update, "s", "our plain path", plain, shape=shape, better="lower")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The benchmark's own flags."""
+    parser.add_argument("--plain", action="store_true", help="also time the update without the shared prefix")
+
+
+if __name__ == "__main__":
+    run_benchmark(measure, __doc__, add_arguments)

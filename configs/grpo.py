@@ -1,0 +1,103 @@
+"""Train a policy by GRPO on prompts with a checkable reward.
+
+    jaxrl-llm grpo --config.model=FOLDER --config.data.source=train.jsonl --config.data.fields=prompt=question \
+        --config.reward.name=maths --config.evals=test=test.jsonl --workdir=runs/grpo
+    jaxrl-llm grpo --config=configs/grpo.py:dapo --config.model=FOLDER --config.data.curated=runs/curated --workdir=runs/curated_grpo
+
+Variants: "grpo" (the default), "dr_grpo" (arXiv 2503.20783) and "dapo" (the loss of arXiv 2503.14476). The trained policy is written
+to WORKDIR/policy as a Hugging Face folder; `jaxrl-llm report --workdir=...` draws the run. Started again, a run goes on where it was.
+Expected: reward and pass_rate rise, zero_spread stays well below 0.9, logp_diff_max stays below 1e-4 in fp32 (bfloat16: about 0.1).
+"""
+
+import ml_collections
+
+VARIANTS = ("grpo", "dr_grpo", "dapo")
+
+
+def get_config(variant: str | None = None) -> ml_collections.ConfigDict:
+    """The config of a variant; None is "grpo"."""
+    placeholder = ml_collections.config_dict.placeholder
+    config = ml_collections.ConfigDict()
+    config.model = ""  # Hugging Face folder or hub id of the starting policy
+    config.dtype = "float32"  # the model computes in: float32 or bfloat16 (the trained copy is fp32 in any case)
+    config.mesh = ""  # such as "fsdp=4,tensor=2" over the devices there are; empty = one device
+
+    config.data = ml_collections.ConfigDict()
+    config.data.source = ""  # training prompts: file (jsonl, json, csv, parquet), data set folder, hub id or tfds:NAME
+    config.data.curated = ""  # or: folder written by `jaxrl-llm curate` (its kept rows, in its order)
+    config.data.fields = ""  # field map of source and evals, such as "prompt=question,answer=answer"
+    config.data.split = "train"  # of a source that has splits
+    config.data.limit = placeholder(int)  # at most so many rows; None = all
+    config.data.on_bad = "error"  # a bad row: "error" stops, "skip" leaves it out
+    config.evals = ""  # held-out sets, "NAME=SOURCE" joined by commas; a source may end in "@SPLIT"
+    config.eval_limit = placeholder(int)  # at most so many rows a set; None = all
+
+    config.template = "none"  # "none", "chat" or a format such as "Question: {prompt}\nAnswer:"
+    config.max_prompt_tokens = 512  # room for a prompt
+    config.overflow = "error"  # a longer prompt: "error", "drop" or "truncate"
+
+    config.reward = ml_collections.ConfigDict()
+    config.reward.name = "maths"  # of jaxrl_llm.rewards.registry: "maths", "exact", "constraints", ...
+    config.reward.options = "{}"  # its keyword arguments as JSON, such as '{"ignore_case": false}'
+
+    config.schedule = ml_collections.ConfigDict()
+    config.schedule.batch_prompts = 8  # prompts a step
+    config.schedule.kind = ""  # "shuffled", or with data.curated "order" or a kind of jaxrl_llm.curation.schedule; empty = the natural one
+    config.schedule.options = "{}"  # of that kind as JSON, such as '{"rho": 0.125}'
+
+    config.train = ml_collections.ConfigDict()  # see jaxrl_llm.train.config.GRPOConfig
+    config.train.steps = 100  # rollouts; each is followed by inner_epochs updates
+    config.train.num_samples = 8  # completions a prompt (the group)
+    config.train.max_new_tokens = 256  # limit of a completion in tokens
+    config.train.temperature = 1.0  # of sampling and of the log-probabilities in the loss
+    config.train.top_k = 0  # 0 = off; anything else needs allow_truncated_sampling
+    config.train.top_p = 1.0  # 1 = off; the same
+    config.train.allow_truncated_sampling = False  # train on truncated samples although that biases the ratio
+    config.train.stop_strings = ()  # a completion ends after any of these
+    config.train.rollout_rows = 512  # most completions decoded at once
+    config.train.inner_epochs = 1  # updates on each rollout
+    config.train.micro_batch_rows = 0  # completions a micro-batch, gradients accumulated; 0 = all at once
+    config.train.shared_prefix = True  # forward each prompt once for its samples: same gradient, less work
+    config.train.remat = False  # recompute layers in the backward pass: less memory, a third more work
+    config.train.logprob_chunk = placeholder(int)  # tokens a chunk of the unembedding; None picks by vocabulary
+    config.train.seed = 0  # of sampling and of the shuffled order
+    config.train.eval_every = 20  # steps between evaluations; 0 = only before and after
+    config.train.eval_samples = 0  # samples a prompt for avg@k beside greedy; 0 = greedy only
+    config.train.eval_temperature = 1.0  # of those samples
+    config.train.eval_batch = 256  # rows generated at once in an evaluation
+    config.train.eval_by = ()  # row fields to break accuracy down by, such as ("level",)
+    config.train.checkpoint_every = 20  # steps; 0 = only at the end and on SIGTERM
+    config.train.keep_checkpoints = 2  # the newest so many stay
+    config.train.sample_every = 10  # steps between lines of samples.jsonl; 0 = none
+    config.train.samples_per_log = 2  # prompts shown each time, with all their completions
+    config.train.zero_spread_warning = 0.9  # share of groups with equal rewards past which a warning is printed
+
+    config.train.loss = ml_collections.ConfigDict()  # see jaxrl_llm.losses.grpo for the formulas
+    config.train.loss.clip_low = 0.2  # the ratio is clipped to [1 - clip_low, 1 + clip_high]
+    config.train.loss.clip_high = 0.2
+    config.train.loss.aggregation = "sequence_mean"  # "token_mean", "sequence_mean" or "dr_grpo"
+    config.train.loss.advantage_scale = "group_std"  # "group_std", "batch_std" or "none"
+    config.train.loss.advantage_ddof = 1  # of the std: 1 = n - 1 in the denominator
+    config.train.loss.advantage_eps = 1e-4  # added to the std
+    config.train.loss.kl = placeholder(str)  # None (no reference model in memory), "k1", "k2" or "k3"
+    config.train.loss.kl_coef = 0.0
+
+    config.train.optimizer = ml_collections.ConfigDict()  # AdamW
+    config.train.optimizer.learning_rate = 1e-6  # peak
+    config.train.optimizer.schedule = "constant"  # after warm-up: "constant", "linear" or "cosine"
+    config.train.optimizer.warmup_steps = 0  # linear, from 0
+    config.train.optimizer.decay_steps = 0  # updates at which a falling schedule ends; 0 = with the run
+    config.train.optimizer.final_share = 0.0  # of the peak, at that end
+    config.train.optimizer.b1 = 0.9
+    config.train.optimizer.b2 = 0.999
+    config.train.optimizer.eps = 1e-8
+    config.train.optimizer.weight_decay = 0.0  # on matrices; never on norms and biases
+    config.train.optimizer.clip_norm = 1.0  # global gradient norm; 0 = no clip
+
+    config.overwrite = False  # clear a workdir that holds another run
+
+    if variant == "dr_grpo":
+        config.train.loss.aggregation, config.train.loss.advantage_scale = "dr_grpo", "none"
+    elif variant == "dapo":
+        config.train.loss.aggregation, config.train.loss.clip_high = "token_mean", 0.28
+    return config

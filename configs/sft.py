@@ -1,0 +1,65 @@
+"""Supervised fine-tuning on prompts with answers, or language-model training on texts.
+
+    jaxrl-llm sft --config.model=FOLDER --config.data.source=train.jsonl --config.data.fields="prompt=question,answer=answer" --workdir=runs/sft
+    jaxrl-llm sft --config=configs/sft.py:text --config.model=FOLDER --config.data.source=stories.txt --workdir=runs/stories
+
+Variants: "pairs" (the default: the loss is on the response only) and "text" (on every token). The trained model is written to
+WORKDIR/policy as a Hugging Face folder. Started again, a run goes on where it was. Expected: the loss (nats a token) falls.
+"""
+
+import ml_collections
+
+VARIANTS = ("pairs", "text")
+
+
+def get_config(variant: str | None = None) -> ml_collections.ConfigDict:
+    """The config of a variant; None is "pairs"."""
+    placeholder = ml_collections.config_dict.placeholder
+    config = ml_collections.ConfigDict()
+    config.model = ""  # Hugging Face folder or hub id of the starting model
+    config.dtype = "float32"  # the model computes in: float32 or bfloat16 (the trained copy is fp32 in any case)
+    config.mesh = ""  # such as "fsdp=4,tensor=2" over the devices there are; empty = one device
+
+    config.data = ml_collections.ConfigDict()
+    config.data.source = ""  # rows: file (jsonl, json, csv, parquet, txt), data set folder, hub id or tfds:NAME
+    config.data.fields = ""  # field map, such as "prompt=question,answer=solution"
+    config.data.split = "train"  # of a source that has splits
+    config.data.limit = placeholder(int)  # at most so many rows; None = all
+    config.data.on_bad = "error"  # a bad row: "error" stops, "skip" leaves it out
+    config.data.separator = placeholder(str)  # the line between two texts of a txt file; None = a blank line
+
+    config.loss_on = "response"  # "response": the column `response_field`; "text": every token of "prompt"
+    config.response_field = "answer"  # the column that holds the response
+    config.template = "none"  # of the prompt: "none", "chat" or a format such as "Question: {prompt}\nAnswer:"
+    config.separator = ""  # text between prompt and response, such as " "
+    config.max_length = 512  # tokens a row may have, end token included
+    config.overflow = "drop"  # a longer row: "drop" (counted), "truncate" (its end is cut) or "error"
+    config.batch_rows = 32  # rows a step
+
+    config.train = ml_collections.ConfigDict()  # see jaxrl_llm.train.config.SFTConfig
+    config.train.steps = 100  # updates
+    config.train.micro_batch_rows = 0  # rows a micro-batch, gradients accumulated; 0 = all at once
+    config.train.remat = False  # recompute layers in the backward pass: less memory, a third more work
+    config.train.logprob_chunk = placeholder(int)  # tokens a chunk of the unembedding; None picks by vocabulary
+    config.train.log_every = 10  # steps between lines of metrics.jsonl
+    config.train.checkpoint_every = 100  # steps; 0 = only at the end and on SIGTERM
+    config.train.keep_checkpoints = 2  # the newest so many stay
+    config.seed = 0  # of the shuffling
+
+    config.train.optimizer = ml_collections.ConfigDict()  # AdamW
+    config.train.optimizer.learning_rate = 1e-5  # peak
+    config.train.optimizer.schedule = "cosine"  # after warm-up: "constant", "linear" or "cosine"
+    config.train.optimizer.warmup_steps = 10  # linear, from 0
+    config.train.optimizer.decay_steps = 0  # updates at which a falling schedule ends; 0 = with the run
+    config.train.optimizer.final_share = 0.1  # of the peak, at that end
+    config.train.optimizer.b1 = 0.9
+    config.train.optimizer.b2 = 0.999
+    config.train.optimizer.eps = 1e-8
+    config.train.optimizer.weight_decay = 0.0  # on matrices; never on norms and biases
+    config.train.optimizer.clip_norm = 1.0  # global gradient norm; 0 = no clip
+
+    config.overwrite = False  # clear a workdir that holds another run
+
+    if variant == "text":
+        config.loss_on = "text"
+    return config

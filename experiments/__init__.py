@@ -1,0 +1,1 @@
+"""One readable script for each system: a verb of the command line each, with a config of the same name."""

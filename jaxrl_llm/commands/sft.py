@@ -1,0 +1,109 @@
+"""`jaxrl-llm sft`: supervised fine-tuning on responses or on whole texts; writes the model as a Hugging Face folder."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from jaxrl_llm.data.prompts import tokenise_prompts
+from jaxrl_llm.data.sampler import ShuffledSchedule
+from jaxrl_llm.data.sources import parse_fields, read_rows
+from jaxrl_llm.errors import UserError, nearest
+from jaxrl_llm.run_dir import RunDir
+from jaxrl_llm.runtime import parse_mesh
+
+FOLDER = "policy"  # of the trained model, inside the workdir
+
+
+def run(config: Any, workdir: str) -> None:
+    """Reads, trains and exports; see configs/sft.py for the fields.
+
+    Raises:
+      UserError: no model or data named, a missing response, no row short enough; and what reading and training raise.
+    """
+    import models
+    from jaxrl_llm.train.config import SFTConfig, from_mapping
+    from jaxrl_llm.train.sft import train_sft
+
+    if not config.model:
+        raise UserError("no model: name a Hugging Face folder or hub id with --config.model=...")
+    if not config.data.source:
+        raise UserError("no data: name a file or data set with --config.data.source=...")
+    for name, known in (("loss_on", ("response", "text")), ("overflow", ("drop", "truncate", "error"))):
+        if config[name] not in known:
+            raise UserError(f"config key '{name}' is '{config[name]}': {nearest(config[name], known)}")
+    settings = from_mapping(SFTConfig, config.train)
+    rows = _read(config)
+    run_dir = RunDir(workdir, config, kind="sft")
+    mesh = parse_mesh(config.mesh)
+    cfg, params = models.load(config.model, dtype=config.dtype, mesh=mesh)
+    tokenizer = models.load_tokenizer(config.model)
+    tokens_NT, mask_NT = encode(rows, tokenizer, cfg.eos_token_ids, config)
+    schedule = ShuffledSchedule(len(tokens_NT), min(config.batch_rows, len(tokens_NT)), config.seed)
+    trained, history = train_sft(cfg, params, _batches(tokens_NT, mask_NT, schedule), settings, run_dir, mesh=mesh)
+    models.save(run_dir.path / FOLDER, cfg, trained, tokenizer_from=config.model)
+    run_dir.summary({"steps": settings.steps, "rows": len(tokens_NT), "loss_first": history[0]["loss"], "loss_last": history[-1]["loss"]})
+    if run_dir.is_writer:
+        print(f"loss {history[0]['loss']:.4f} -> {history[-1]['loss']:.4f} nats a token; model: {run_dir.path / FOLDER}")
+
+
+def _read(config: Any) -> list[dict[str, Any]]:
+    data = config.data
+    required = ("prompt", config.response_field) if config.loss_on == "response" else ("prompt",)
+    return read_rows(
+        data.source,
+        parse_fields(data.fields),
+        split=data.split,
+        limit=data.limit,
+        required=required,
+        on_bad=data.on_bad,
+        separator=data.separator,
+    )
+
+
+def encode(rows: list[dict[str, Any]], tokenizer: Any, eos_token_ids: tuple[int, ...], config: Any) -> tuple[np.ndarray, np.ndarray]:
+    """(tokens [N, T] int32 right-padded, mask [N, T] bool): prompt + separator + response + end token of each row, the mask on the
+    response and its end token; with loss_on "text" the mask is on everything. Prompt and response are tokenised apart, as they will
+    be in generation.
+
+    Raises UserError when a row is too long and overflow is "error", or no row is left.
+    """
+    prompts = tokenise_prompts(rows, tokenizer, max_length=2**30, template=config.template).token_lists()
+    end = list(eos_token_ids[:1])
+    responses = [end] * len(rows)
+    if config.loss_on == "response":
+        texts = [config.separator + str(row[config.response_field]) for row in rows]
+        responses = [ids + end for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
+    kept, dropped = [], 0
+    for row, prompt, response in zip(rows, prompts, responses, strict=True):
+        counted = [config.loss_on == "text"] * len(prompt) + [True] * len(response)
+        if len(counted) > config.max_length:
+            if config.overflow == "error":
+                raise UserError(f"row '{row['id']}' has {len(counted)} tokens, over max_length={config.max_length}: raise it, or set overflow")
+            # A prompt that fills the whole row leaves nothing to learn from.
+            if config.overflow == "drop" or not any(counted[: config.max_length]):
+                dropped += 1
+                continue
+        kept.append(((prompt + response)[: config.max_length], counted[: config.max_length]))
+    if not kept:
+        raise UserError(f"no row is left: all {dropped} are longer than max_length={config.max_length} tokens")
+    if dropped:
+        print(f"{dropped} of {len(rows)} rows are longer than {config.max_length} tokens and were left out")
+    width = max(len(tokens) for tokens, _ in kept)
+    tokens_NT, mask_NT = np.zeros((len(kept), width), np.int32), np.zeros((len(kept), width), bool)
+    for i, (tokens, counted) in enumerate(kept):
+        tokens_NT[i, : len(tokens)], mask_NT[i, : len(tokens)] = tokens, counted
+    return tokens_NT, mask_NT
+
+
+def _batches(tokens_NT: np.ndarray, mask_NT: np.ndarray, schedule: ShuffledSchedule) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Shuffled epochs without end, each batch cut to a few widths so that short rows cost little and programs are shared."""
+    from models.generate import bucket
+
+    reach_N = tokens_NT.shape[1] - np.argmax(mask_NT[:, ::-1], axis=1)  # up to the last counted token
+    step = 0
+    while True:
+        chosen = schedule.batch(step)
+        width = min(bucket(int(reach_N[chosen].max()), 32), tokens_NT.shape[1])
+        yield tokens_NT[chosen, :width], mask_NT[chosen, :width]
+        step += 1

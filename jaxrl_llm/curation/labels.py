@@ -1,0 +1,120 @@
+"""Difficulty labels: a column of the data, something counted in one, or pass rates of the policy."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxrl_llm.errors import UserError, from_os_error, nearest
+from jaxrl_llm.run_dir import read_jsonl
+
+STEP = re.compile(r"<<[^<>]*>>")  # one calculation of a GSM8K solution
+
+
+def labels_from_rows(rows: Sequence[Mapping[str, Any]], expression: str) -> np.ndarray:
+    """[N] labels, NaN where a row has none. expression: a column of numbers (also "Level 3" or "3/5": the first number counts), or
+    "steps:COLUMN", the number of <<...>> calculations in a text column. Raises UserError for a column that no row has, or that
+    holds no number."""
+    kind, colon, name = expression.rpartition(":")
+    if colon and kind != "steps":
+        raise UserError(f"difficulty label {expression!r}: give a column, or steps:COLUMN")
+    if not any(name in row for row in rows):
+        known = sorted({key for row in rows[:100] for key in row})
+        raise UserError(f"difficulty label {expression!r}: no row has a column {name!r}; {nearest(name, known)}")
+    if kind == "steps":
+        values = [len(STEP.findall(row[name])) if isinstance(row.get(name), str) and row[name].strip() else np.nan for row in rows]
+    else:
+        values = [_number(row.get(name)) for row in rows]
+    labels = np.array(values, dtype=np.float64)
+    if not np.isfinite(labels).any():
+        raise UserError(f"difficulty label {expression!r}: no row has a number there")
+    return labels
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, str):
+        found = re.search(r"-?\d+(?:\.\d+)?", value)
+        return float(found.group()) if found else np.nan
+    return float(value) if isinstance(value, (int, float)) else np.nan
+
+
+def pass_rates(
+    rows: Sequence[Mapping[str, Any]],
+    indices: np.ndarray,
+    roll_out: Callable[[list[Mapping[str, Any]], int], list[list[Any]]],
+    *,
+    path: Path | None = None,
+    batch_prompts: int = 32,
+    progress: Callable[[int], None] = lambda rows: None,
+) -> tuple[np.ndarray, int]:
+    """([N] share of passes, NaN where not rolled out or nothing could be judged; verdicts that were errors).
+
+    roll_out(rows, batch number) gives the verdicts of each row's samples. path: a jsonl file of what is done, one line a row, so
+    that a stopped run goes on.
+    """
+    rates, errors = np.full(len(rows), np.nan), 0
+    done = {entry["id"]: entry for entry in (read_jsonl(path) if path else [])}
+    for number, start in enumerate(range(0, len(indices), batch_prompts)):
+        batch = indices[start : start + batch_prompts]
+        missing = [i for i in batch if rows[i]["id"] not in done]
+        verdicts = roll_out([rows[i] for i in missing], number) if missing else []
+        for i, found in zip(missing, verdicts, strict=True):
+            judged = [v.value for v in found if v.value is not None]
+            entry = {"id": rows[i]["id"], "rate": float(np.mean(judged)) if judged else None, "errors": len(found) - len(judged)}
+            done[entry["id"]] = entry
+            if path:
+                _append(path, entry)
+        for i in batch:
+            entry = done[rows[i]["id"]]
+            rates[i] = np.nan if entry["rate"] is None else entry["rate"]
+            errors += entry["errors"]
+        progress(len(batch))
+    return rates, errors
+
+
+def _append(path: Path, entry: dict[str, Any]) -> None:
+    try:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
+    except OSError as error:
+        raise from_os_error(error, path, "write pass rates to") from error
+
+
+def policy_roll_out(
+    cfg: Any,
+    params: Any,
+    tokenizer: Any,
+    reward: Any,
+    *,
+    samples: int,
+    template: str = "none",
+    max_prompt_tokens: int = 512,
+    seed: int = 0,
+    **generation: Any,
+) -> Callable[[list[Mapping[str, Any]], int], list[list[Any]]]:
+    """A `roll_out` for `pass_rates`: `samples` completions a prompt by models.generate, judged by `reward`. Prompts longer than
+    `max_prompt_tokens` keep their end."""
+    import models
+    from jaxrl_llm.data.prompts import tokenise_prompts
+    from jaxrl_llm.rewards import registry
+    from jaxrl_llm.rewards.verdict import RewardInput
+
+    def roll_out(rows: list[Mapping[str, Any]], number: int) -> list[list[Any]]:
+        prompts = tokenise_prompts(rows, tokenizer, max_length=max_prompt_tokens, template=template, overflow="truncate")
+        rollout = models.generate(cfg, params, prompts.token_lists(), num_samples=samples, tokenizer=tokenizer, seed=seed + number, **generation)
+        texts = tokenizer.batch_decode(rollout.completions(), skip_special_tokens=True)
+        inputs = [
+            RewardInput(rows[group]["prompt"], text, rows[group].get("answer"), dict(rows[group]))
+            for group, text in zip(rollout.group_ids_N, texts, strict=True)
+        ]
+        verdicts: list[list[Any]] = [[] for _ in rows]
+        for group, verdict in zip(rollout.group_ids_N, registry.score(reward, inputs), strict=True):
+            verdicts[group].append(verdict)
+        return verdicts
+
+    return roll_out

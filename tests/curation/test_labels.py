@@ -1,0 +1,53 @@
+"""Difficulty labels from columns, from steps, from rollouts."""
+
+import numpy as np
+import pytest
+
+from jaxrl_llm.curation.labels import labels_from_rows, pass_rates
+from jaxrl_llm.errors import UserError
+from jaxrl_llm.rewards.verdict import Status, Verdict
+
+ROWS = [
+    {"id": "a", "answer": "3*4 = <<3*4=12>>12\n12+1 = <<12+1=13>>13\n#### 13", "level": "Level 3", "difficulty": 5.0},
+    {"id": "b", "answer": "#### 4", "level": "Level ?", "difficulty": None},
+    {"id": "c", "answer": "", "level": "1/5", "difficulty": 2},
+    {"id": "d", "answer": None},
+]
+
+
+def test_columns_and_steps():
+    assert labels_from_rows(ROWS, "steps:answer")[:2].tolist() == [2, 0]
+    assert np.isnan(labels_from_rows(ROWS, "steps:answer")[2:]).all(), "an empty answer is no answer of no steps"
+    np.testing.assert_array_equal(labels_from_rows(ROWS, "level"), [3, np.nan, 1, np.nan])
+    np.testing.assert_array_equal(labels_from_rows(ROWS, "difficulty"), [5, np.nan, 2, np.nan])
+
+
+@pytest.mark.parametrize(
+    "expression, message",
+    [("levle", "did you mean level"), ("count:answer", "steps:COLUMN"), ("id", "no row has a number")],
+)
+def test_mistakes_are_named(expression, message):
+    with pytest.raises(UserError, match=message):
+        labels_from_rows(ROWS, expression)
+
+
+def judged(name):
+    """Fixed verdicts: a passes 3 of 4, b has one error, c only errors, d a graded score."""
+    verdict = {"p": Verdict(Status.PASS), "f": Verdict(Status.FAIL), "e": Verdict(Status.ERROR), "s": Verdict(Status.FAIL, 0.25)}
+    return [verdict[letter] for letter in {"a": "pppf", "b": "pfee", "c": "eeee", "d": "sssp"}[name]]
+
+
+def test_pass_rates_mask_errors_and_go_on_after_a_stop(tmp_path):
+    calls, ticks = [], []
+
+    def roll_out(rows, number):
+        calls.append([row["id"] for row in rows])
+        return [judged(row["id"]) for row in rows]
+
+    path = tmp_path / "rates.jsonl"
+    rates, errors = pass_rates(ROWS, np.array([0, 1, 3]), roll_out, path=path, batch_prompts=2, progress=ticks.append)
+    np.testing.assert_allclose(rates, [0.75, 0.5, np.nan, 0.4375])
+    assert errors == 2 and calls == [["a", "b"], ["d"]] and ticks == [2, 1]
+    again, errors = pass_rates(ROWS, np.array([0, 1, 2, 3]), roll_out, path=path, batch_prompts=2)
+    np.testing.assert_allclose(again, rates)
+    assert calls[2:] == [["c"]] and errors == 6, "only what is missing is rolled out"

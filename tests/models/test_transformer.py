@@ -1,0 +1,189 @@
+"""One forward pass in all its forms: padding, remat, unrolled, prefix, cache; all equal the plain one."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import parity_cases as cases
+import pytest
+
+import models
+from models import ModelError
+
+T = 12
+
+
+@pytest.fixture(scope="module")
+def model():
+    cfg = models.ModelConfig.from_hf(cases.CASES["qwen3_layer_types"])
+    return cfg, cases.random_params(cfg)
+
+
+@pytest.fixture(scope="module")
+def tokens():
+    return jnp.asarray(np.random.default_rng(0).integers(3, 64, (4, T)), jnp.int32)
+
+
+def close(found, expected, tolerance=2e-5):
+    """Each array of a tree, relative to its largest value."""
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=tolerance * max(float(jnp.abs(b).max()), 1e-3)),
+        found,
+        expected,
+    )
+
+
+@functools.partial(jax.jit, static_argnums=0, static_argnames=("remat", "unroll"))
+def logits_and_grads(cfg, params, tokens, lengths, **kwargs):
+    """Logits, and the gradient of a loss over the real tokens."""
+
+    def loss(params):
+        out = models.forward(cfg, params, tokens, lengths=lengths, **kwargs)
+        logits = models.unembed(cfg, params, out.hidden)
+        real = jnp.arange(tokens.shape[1]) < lengths[:, None]
+        return jnp.sum(jnp.sin(logits).sum(-1) * real), logits
+
+    grads, logits = jax.grad(loss, has_aux=True)(params)
+    return logits, grads
+
+
+@pytest.fixture(scope="module")
+def plain(model, tokens):
+    return logits_and_grads(*model, tokens, jnp.full(4, T))
+
+
+@pytest.mark.parametrize("kwargs", [{"remat": True}, {"remat": True, "unroll": True}])
+def test_remat_and_unroll_change_no_number(model, tokens, plain, kwargs):
+    close(logits_and_grads(*model, tokens, jnp.full(4, T), **kwargs), plain)
+
+
+def test_padding_changes_nothing(model, tokens, plain):
+    """Same logits at real positions whatever stands in the padding, and the same gradients. No id means padding."""
+    lengths = np.array([T, 5, 1, 7])
+    runs = []
+    for filler in (0, 9):
+        padded = jnp.where(jnp.arange(T) < lengths[:, None], tokens, filler)
+        logits, grads = logits_and_grads(*model, padded, jnp.asarray(lengths))
+        for row, n in enumerate(lengths):
+            close(logits[row, :n], plain[0][row, :n])
+        runs.append(grads)
+    close(*runs)
+
+
+def test_an_empty_row_gives_finite_numbers(model, tokens):
+    logits, grads = logits_and_grads(*model, tokens, jnp.array([T, 0, 3, 0]))
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((logits, grads)))
+
+
+@pytest.mark.parametrize("unroll", [False, True])
+def test_cache_equals_one_pass(model, tokens, plain, unroll):
+    """Chunks of 5, 1, 1, ... through a cache that is larger than needed, rows of different lengths."""
+    cfg, params = model
+    starts = jnp.array([0, 3, 0, 1])  # the first tokens of some rows are left out: their positions begin later
+    step = jax.jit(functools.partial(models.forward, cfg, unroll=unroll))
+    whole = jnp.where(jnp.arange(T) < starts[:, None], -1, jnp.arange(T) - starts[:, None])
+    expected = step(params, tokens, positions=whole).hidden
+    cache, found = models.init_cache(cfg, 4, T + 3, unrolled=unroll), []
+    for start, stop in [(0, 5), *((i, i + 1) for i in range(5, T))]:
+        out = step(params, tokens[:, start:stop], positions=whole[:, start:stop], cache=cache)
+        cache = out.cache
+        found.append(out.hidden)
+    assert int(cache.next) == T
+    np.testing.assert_array_equal(cache.positions[:, :T], whole)
+    assert (np.asarray(cache.positions[:, T:]) == -1).all()
+    real = np.asarray(whole) >= 0
+    close(jnp.concatenate(found, axis=1)[real], expected[real])
+    assert jax.tree.structure(cache) == jax.tree.structure(models.init_cache(cfg, 4, T + 3, unrolled=unroll))
+    unpadded = models.unembed(cfg, params, expected[0])
+    close(unpadded, plain[0][0])
+
+
+def test_prefix_equals_one_pass(model, tokens):
+    """Two prompts of different lengths, two continuations each: logits, and gradients back through the prefix."""
+    cfg, params = model
+    lengths, lengths_4 = jnp.array([6, 4]), np.array([6, 6, 4, 4])
+    prompts, rest = tokens[::2, :6], tokens[:, 6:]
+    joined = np.zeros((4, T), np.int32)
+    for row, n in enumerate(lengths_4):
+        joined[row, : n + T - 6] = np.concatenate([prompts[row // 2, :n], rest[row]])
+    columns = lengths_4[:, None] + np.arange(T - 6)
+    real = jnp.arange(6) < lengths[:, None]
+
+    def loss(params):
+        prompt = models.forward(cfg, params, prompts, lengths=lengths, return_kv=True)
+        out = models.forward(cfg, params, rest, positions=jnp.asarray(columns), prefix=prompt.kv)
+        first, last = (models.unembed(cfg, params, hidden) for hidden in (prompt.hidden, out.hidden))
+        return 2 * jnp.sum(jnp.sin(first).sum(-1) * real) + jnp.sin(last).sum(), last
+
+    grads, logits = jax.jit(jax.grad(loss, has_aux=True))(params)
+    expected, expected_grads = logits_and_grads(cfg, params, jnp.asarray(joined), jnp.asarray(lengths_4) + T - 6)
+    close(logits, np.take_along_axis(np.asarray(expected), columns[..., None], axis=1))
+    close(grads, expected_grads)
+
+
+def test_prefix_and_cache_together(model, tokens):
+    """Sampling: the prompt in a prefix, the row's own tokens in a cache."""
+    cfg, params = model
+    prompts = tokens[:2, :6]
+    kv = models.forward(cfg, params, prompts, return_kv=True, unroll=True).kv
+    cache = models.init_cache(cfg, 4, 4, unrolled=True)
+    step = jax.jit(functools.partial(models.forward, cfg, unroll=True))
+    found = []
+    for i in range(3):
+        positions = jnp.full((4, 1), 6 + i)
+        out = step(params, tokens[:, 6 + i : 7 + i], positions=positions, prefix=kv, cache=cache)
+        cache = out.cache
+        found.append(out.hidden)
+    joined = jnp.concatenate([jnp.repeat(prompts, 2, axis=0), tokens[:, 6:9]], axis=1)
+    close(jnp.concatenate(found, axis=1), models.forward(cfg, params, joined).hidden[:, 6:])
+
+
+def test_what_would_be_silently_wrong_is_refused(model, tokens):
+    cfg, params = model
+    cache = models.init_cache(cfg, 4, T)
+    with pytest.raises(ModelError, match="needs positions"):
+        models.forward(cfg, params, tokens, cache=cache)
+    kv = models.KV(None, None, jnp.zeros((4, 2), jnp.int32))
+    with pytest.raises(ModelError, match="needs positions"):
+        models.forward(cfg, params, tokens, prefix=kv)
+    with pytest.raises(ModelError, match="stop_at leaves the cache"):
+        models.forward(cfg, params, tokens, positions=jnp.zeros((4, T), jnp.int32), cache=cache, stop_at=1)
+
+
+def test_bfloat16_stays_near_fp32(model, tokens, plain):
+    """Activations in bf16, logits in fp32, within bf16's rounding of the fp32 run."""
+    cfg, params = model
+    half = jax.tree.map(lambda a: a.astype(jnp.bfloat16), params)
+    logits, _ = models.apply(dataclasses.replace(cfg, dtype="bfloat16"), half, tokens)
+    assert logits.dtype == jnp.float32
+    error = jnp.sqrt(jnp.mean((logits - plain[0]) ** 2) / jnp.mean(plain[0] ** 2))
+    assert 1e-4 < error < 0.1
+
+
+def test_init(model):
+    """Shapes and dtypes as declared, norms one, biases zero, matrices of the configured spread, layers different."""
+    cfg = dataclasses.replace(model[0], initializer_range=0.05, d_ff=512)
+    params = models.init(cfg, jax.random.key(0))
+    shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), params)
+    assert shapes == models.abstract_params(cfg)
+    blocks = params["blocks"]
+    assert (np.asarray(blocks["attn_norm"]) == 1).all() and not np.asarray(blocks["q_bias"]).any()
+    assert float(jnp.std(blocks["gate"])) == pytest.approx(0.05, rel=0.05)
+    assert float(jnp.abs(jnp.corrcoef(blocks["gate"][0].ravel(), blocks["gate"][1].ravel())[0, 1])) < 0.05
+    assert {
+        leaf.dtype for leaf in jax.tree.leaves(models.abstract_params(dataclasses.replace(cfg, dtype="bfloat16")))
+    } == {jnp.dtype("bfloat16")}
+
+
+def test_remat_keeps_less_for_the_backward_pass(model, tokens):
+    cfg, params = model
+
+    def kept(remat):
+        def residuals(params):
+            return jax.vjp(lambda p: models.forward(cfg, p, tokens, remat=remat).hidden, params)[1]
+
+        return sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(residuals, params)))
+
+    assert kept(True) < 0.5 * kept(False)
