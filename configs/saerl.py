@@ -106,6 +106,7 @@ def _base() -> ConfigDict:
 
     c.curation = ConfigDict()
     c.curation.answers = True  # the quality probe reads prompt + answer and the policy's log-probabilities, not the prompt alone
+    c.curation.remove_length = False  # regress length out of the features; in the lab's world longer truly is harder
     c.curation.labels = 512  # rows whose pass rate is measured by rollouts for the difficulty proxy
     c.curation.label_samples = 8
     c.curation.clusters = 16
@@ -174,7 +175,7 @@ def _qwen(c: ConfigDict, model: str, layers: int, d_model: int, mesh: str) -> No
     c.data.rows, c.data.max_prompt_tokens = 103_022, 1024
     c.sae.d_sae, c.sae.k, c.sae.steps, c.sae.batch, c.sae.learning_rate = 16_384, 64, 50_000, 4096, 2e-4
     c.curation.labels, c.curation.clusters, c.curation.dims = 2000, 32, 256
-    c.curation.quality_labels = 0
+    c.curation.quality_labels, c.curation.remove_length = 0, True
     c.grpo.steps, c.grpo.prompts_per_step, c.grpo.num_samples, c.grpo.max_new_tokens = 300, 128, 8, 3000
     c.grpo.learning_rate, c.grpo.b2, c.grpo.aggregation, c.grpo.advantage_scale = 1e-6, 0.999, "dr_grpo", "none"
     c.grpo.micro_batch_rows, c.grpo.remat = 64, True

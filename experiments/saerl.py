@@ -372,9 +372,9 @@ def designs(config, feature_model: Policy, dictionary, tokens, texts):
     views = {}
     for name in dictionaries:
         pooled = sparse.hstack([results.csr(name) for results in found], format="csr")
-        views[name] = FeatureSpace.fit(pooled, lengths).view(pooled, lengths)
+        views[name] = FeatureSpace.fit(pooled, lengths, remove_length=config.curation.remove_length).view(pooled, lengths)
     dense = np.concatenate([found[0].dense("dense_mean"), found[0].dense("dense_last")], axis=1)
-    views["dense"] = dense_space(dense, lengths)
+    views["dense"] = dense_space(dense, lengths, remove_length=config.curation.remove_length)
     views["tfidf"] = views["length_tfidf"] = ArrayDesign(baselines.length_tfidf_features(texts))
     views["length"] = ArrayDesign(baselines.length_features(texts))
     return views, lengths

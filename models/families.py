@@ -94,8 +94,8 @@ TENSORS: dict[str, Tensor] = {
 class Family:
     """What sets one family apart. A bias is True, False or the name of the config field that decides.
 
-    windows: "none", "all" (`sliding_window` on every layer, or those of `layer_types`) or "by_layer" (only if
-      `use_sliding_window`, on those of `layer_types` or from `max_window_layers` on).
+    windows: "none"; "all" or "listed" (`sliding_window` on every layer, or on those of `layer_types`, which "listed"
+      always writes); "by_layer" (if `use_sliding_window`: on those of `layer_types`, or from `max_window_layers` on).
     defaults: what `transformers` assumes where config.json is silent. tensors: what is stored elsewhere than TENSORS.
     """
 
@@ -143,7 +143,7 @@ _ROWS = (
         defaults={**_QWEN_DEFAULTS, "head_dim": 128},
     ),
     Family("mistral", "MistralForCausalLM", windows="all", defaults=_MISTRAL_DEFAULTS),
-    Family("ministral", "MinistralForCausalLM", windows="all", defaults=_MISTRAL_DEFAULTS),
+    Family("ministral", "MinistralForCausalLM", windows="listed", defaults=_MISTRAL_DEFAULTS),
 )
 FAMILIES: dict[str, Family] = {family.model_type: family for family in _ROWS}
 
@@ -404,5 +404,7 @@ def _windows_to_hf(cfg: ModelConfig, family: Family) -> dict[str, Any]:
     if family.windows == "all":
         # transformers takes a Mistral with layer_types for its Ministral class, so they stand only where they must.
         return {"sliding_window": window} | (types if len(set(sliding)) > 1 else {})
+    if family.windows == "listed":
+        return {"sliding_window": window or cfg.max_position, **types}
     first = sliding.index(True) if any(sliding) else cfg.n_layers
     return {"use_sliding_window": any(sliding), "sliding_window": window, "max_window_layers": first, **types}

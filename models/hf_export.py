@@ -160,7 +160,7 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
 
 
 def _copy_tokenizer(folder: Path, target: Path, source: Any) -> None:
-    """Into `folder`, from a tokenizer object, a folder or a hub id; from the `target` that is replaced if none is given."""
+    """Into `folder`, from a tokenizer object, folder or hub id; from the `target` to be replaced if none is given."""
     if hasattr(source, "save_pretrained"):
         source.save_pretrained(folder)
         return
@@ -172,7 +172,7 @@ def _copy_tokenizer(folder: Path, target: Path, source: Any) -> None:
 
 
 def _replace(new: Path, target: Path, old: Path) -> None:
-    """Puts the finished folder in its place; a checkpoint that is there steps aside to `old` first, and back on failure."""
+    """Puts the finished folder in its place; a checkpoint there steps aside to `old` first, and back on failure."""
     if target.is_dir():
         os.replace(target, old)
     try:

@@ -33,12 +33,12 @@ def load_tokenizer(source: str | os.PathLike) -> Any:
     folder = resolve(source, TOKENIZER_FILES + ("config.json",))
     if not any((folder / name).is_file() for name in _VOCABULARIES):
         raise ModelError(f"{folder}: no tokenizer (none of {', '.join(_VOCABULARIES)})")
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it warns of a missing torch, which we do not need
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it would warn that torch is missing
     import transformers
 
     try:
-        # tokenizer.json says everything. AutoTokenizer may put the model family's own class over it (a Qwen2 checkpoint with
-        # a word-level tokenizer then loses words without a sound), so it serves only where that file is missing.
+        # tokenizer.json says everything. AutoTokenizer may put the model family's own class over it (a Qwen2 checkpoint
+        # with a word-level tokenizer then loses words without a sound), so it serves only where that file is missing.
         exact = (folder / "tokenizer.json").is_file()
         reader = transformers.PreTrainedTokenizerFast if exact else transformers.AutoTokenizer
         tokenizer = reader.from_pretrained(str(folder), local_files_only=True)

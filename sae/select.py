@@ -1,12 +1,126 @@
-"""Exact top-k along the last axis."""
+"""Exact top-k along the last axis, and top-k of a matrix product a block of rows at a time.
+
+`lax.top_k` is the definition. XLA runs it on one core on CPUs, element by element, so there `grouped_top_k` is used:
+vector operations only, checked as it goes, with `lax.top_k` as the way out. Letters: n rows, F entries, K kept,
+G groups, S entries a group, C candidates.
+"""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
+import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
+
+DEPTH = 4  # of the K kept entries, so many may fall into one group before `lax.top_k` must be asked
+GROUPS_PER_KEPT = 6  # groups for each kept entry, which makes more than DEPTH in one group rare
+CPU_BLOCK_BYTES = 12 << 20  # of pre-activations at a time: they stay in the cache, and no pages are asked of the system
+BLOCK_BYTES = 256 << 20  # the same on accelerators
+
+TopK = tuple[Float[Array, "... K"], Int[Array, "... K"]]
 
 
-def top_k(x: Float[Array, "... F"], k: int) -> tuple[Float[Array, "... K"], Int[Array, "... K"]]:
-    """The k largest entries of each row, largest first, and their int32 positions; equal entries by position."""
-    return lax.top_k(x, k)
+def top_k(x: Float[Array, "... F"], k: int) -> TopK:
+    """The k largest entries of each row, largest first, and their int32 positions; the first of equal entries."""
+    return lax.platform_dependent(
+        x, cpu=functools.partial(grouped_top_k, k=k), default=lambda x: tuple(lax.top_k(x, k))
+    )
+
+
+def grouped_top_k(x: Float[Array, "... F"], k: int) -> TopK:
+    """`lax.top_k` by groups.
+
+    The k largest entries lie in the k groups with the largest maxima (of equal maxima, the first groups). Of each such
+    group the DEPTH largest entries are candidates, and the k largest candidates are the answer, unless some group may
+    hold more than DEPTH of them, or entries are equal or NaN: then `lax.top_k` decides.
+    """
+    width = x.shape[-1]
+    if width < 512 or width < 4 * GROUPS_PER_KEPT * k or k > 128:
+        return tuple(lax.top_k(x, k))
+    rows = x.reshape(-1, width)
+    picked, sure = grouped_positions(lax.stop_gradient(rows), k)
+    indices = lax.cond(sure, lambda: picked, lambda: lax.top_k(lax.stop_gradient(rows), k)[1])
+    values = jnp.take_along_axis(rows, indices, axis=1)
+    return values.reshape(*x.shape[:-1], k), indices.reshape(*x.shape[:-1], k)
+
+
+def grouped_positions(x: Float[Array, "n F"], k: int) -> tuple[Int[Array, "n K"], Bool[Array, ""]]:
+    """(positions of the k largest entries of each row, whether they are certain)."""
+    n, width = x.shape
+    size = 1 << ((width // (GROUPS_PER_KEPT * k)).bit_length() - 1)
+    groups = -(-width // size)
+    x = jnp.pad(x, ((0, 0), (0, groups * size - width)), constant_values=-jnp.inf).reshape(n, groups, size)
+    maxima = x.max(axis=2)
+    group_rank = ranks(maxima)
+    group_nK = by_rank(group_rank, jnp.broadcast_to(jnp.arange(groups, dtype=jnp.int32), maxima.shape), k)
+    values, offsets, left_out = largest_of_each(jnp.take_along_axis(x, group_nK[:, :, None], axis=1).transpose(0, 2, 1))
+    candidates = jnp.concatenate(values, axis=1)
+    positions = jnp.concatenate([group_nK * size + offset for offset in offsets], axis=1)
+    rank = ranks(candidates)
+    least = jnp.min(jnp.where(rank < k, candidates, jnp.inf), axis=1)
+    sure = held_once(group_rank, k) & held_once(rank, k) & jnp.all(jnp.max(left_out, axis=1) < least)
+    return by_rank(rank, positions, k), sure & jnp.all(maxima == maxima)
+
+
+def ranks(x: Float[Array, "n C ..."]) -> Int[Array, "n C ..."]:
+    """How many entries along axis 1 are larger than each entry."""
+
+    def count(j, total):
+        return total + (lax.dynamic_slice_in_dim(x, j, 1, axis=1) > x).astype(jnp.int32)
+
+    return lax.fori_loop(0, x.shape[1], count, jnp.zeros(x.shape, jnp.int32), unroll=min(16, x.shape[1]))
+
+
+def held_once(rank: Int[Array, "n C"], k: int) -> Bool[Array, ""]:
+    """Whether ranks 0 to k - 1 are all held by one entry. Equal entries share the lower rank, so they make the kept
+    ones more than k or the sum of their ranks smaller."""
+    kept = rank < k
+    return jnp.all((jnp.sum(kept, axis=1) == k) & (jnp.sum(jnp.where(kept, rank, 0), axis=1) == k * (k - 1) // 2))
+
+
+def by_rank(rank: Int[Array, "n C"], payload: Int[Array, "n C"], k: int) -> Int[Array, "n K"]:
+    """The payload of ranks 0 to k - 1, in that order."""
+
+    def add(j, total):
+        at, what = (lax.dynamic_slice_in_dim(a, j, 1, axis=1) for a in (rank, payload))
+        return total + jnp.where(at == jnp.arange(k), what, 0)
+
+    return lax.fori_loop(0, rank.shape[1], add, jnp.zeros((rank.shape[0], k), jnp.int32), unroll=16)
+
+
+def largest_of_each(members: Float[Array, "n S K"]) -> tuple[list[Array], list[Array], Array]:
+    """The DEPTH largest entries along the middle axis as lists of [n, K], their positions, and the next largest entry.
+
+    Entries equal to one of these are missing from the lists as -inf, which the caller's check of ranks then sees.
+    """
+    rank = ranks(members)
+    place = jnp.arange(members.shape[1], dtype=jnp.int32)[:, None]
+    values = [jnp.max(jnp.where(rank == level, members, -jnp.inf), axis=1) for level in range(DEPTH + 1)]
+    offsets = [jnp.max(jnp.where(rank == level, place, 0), axis=1) for level in range(DEPTH)]
+    return values[:DEPTH], offsets, values[DEPTH]
+
+
+def in_row_blocks(function: Callable[[Array], object], rows: Float[Array, "... D"], bytes_per_row: int, block_bytes: int):
+    """function(rows) for a function of independent rows [n, D], computed a block of rows at a time."""
+    flat = rows.reshape(-1, rows.shape[-1])
+    blocks = max(1, -(-flat.shape[0] * bytes_per_row // block_bytes))
+    height = -(-flat.shape[0] // blocks)
+    if blocks == 1:
+        result = function(flat)
+    else:
+        padded = jnp.pad(flat, ((0, blocks * height - flat.shape[0]), (0, 0))).reshape(blocks, height, -1)
+        result = jax.tree.map(lambda a: a.reshape(blocks * height, -1)[: flat.shape[0]], lax.map(function, padded))
+    return jax.tree.map(lambda a: a.reshape(*rows.shape[:-1], a.shape[-1]), result)
+
+
+def by_platform(function: Callable[[Array, int], object], rows: Float[Array, "... D"], bytes_per_row: int):
+    """`in_row_blocks` with the block size that suits the platform the program is compiled for."""
+    blocked = functools.partial(in_row_blocks, function, bytes_per_row=bytes_per_row)
+    return lax.platform_dependent(
+        rows,
+        cpu=functools.partial(blocked, block_bytes=CPU_BLOCK_BYTES),
+        default=functools.partial(blocked, block_bytes=BLOCK_BYTES),
+    )

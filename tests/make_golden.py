@@ -64,8 +64,9 @@ def check_options_matter(name: str, logits: np.ndarray) -> None:
     config = cases.CASES[name]
     theta = (config.get("rope_parameters") or config).get("rope_theta", 10000.0)
     no_scaling = {k: v for k, v in config.items() if not k.startswith("rope_")} | {"rope_theta": theta}
-    no_window = {k: v for k, v in config.items() if k != "layer_types"} | {"sliding_window": None}
-    no_window |= {"use_sliding_window": False} if "use_sliding_window" in config else {}
+    no_window = config | {"sliding_window": None}
+    if "layer_types" in config:
+        no_window = config | {"layer_types": ["full_attention"] * config["num_hidden_layers"]}
     for other in (no_scaling, no_window):
         with tempfile.TemporaryDirectory() as folder:
             cases.write_checkpoint(Path(folder), other, cases.case_seed(name))

@@ -183,7 +183,8 @@ def corrupt(rows: Sequence[dict], shares: Mapping[str, float], seed: int) -> lis
     unknown = set(shares) - set(CORRUPTIONS)
     if unknown:
         raise ValueError(f"unknown corruption {sorted(unknown)}; known: {', '.join(CORRUPTIONS)}")
-    rng, out = np.random.default_rng(seed), [dict(r) for r in rows]
+    # A stream of its own: with the bare seed, a schedule that shuffles by the same seed would meet the corrupted rows first.
+    rng, out = np.random.default_rng([seed, 0xBAD]), [dict(r) for r in rows]
     order, start = rng.permutation(len(out)), 0
     victims = {}
     for kind, share in shares.items():

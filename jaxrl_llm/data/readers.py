@@ -207,7 +207,7 @@ def _dataset_folder(path: Path, split: str) -> Iterator[Record]:
     import datasets
 
     try:
-        found = datasets.load_from_disk(str(path))
+        found: Any = datasets.load_from_disk(str(path))
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot read this data set ({str(error).splitlines()[0]})") from error
     if isinstance(found, datasets.DatasetDict):
@@ -222,7 +222,7 @@ def _hub(name: str, split: str) -> Iterator[Record]:
 
     repository, _, subset = name.partition(":")
     try:
-        found = datasets.load_dataset(repository, subset or None, split=split)
+        found: Any = datasets.load_dataset(repository, subset or None, split=split)
     except Exception as error:  # the hub client raises many kinds; its first line names the cause
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"cannot load data set '{name}', split '{split}', from the hub: {reason}") from error
@@ -234,7 +234,8 @@ def _tfds(name: str, split: str) -> Iterator[Record]:
 
     try:
         if Path(name).expanduser().is_dir():
-            found = tfds.builder_from_directory(str(Path(name).expanduser())).as_data_source(split=split)
+            builder: Any = tfds.builder_from_directory(str(Path(name).expanduser()))
+            found = builder.as_data_source(split=split)
         else:
             found = tfds.data_source(name, split=split)
     except Exception as error:  # tfds raises many kinds; its first line names the cause

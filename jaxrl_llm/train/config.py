@@ -3,7 +3,6 @@
 import dataclasses
 import types
 import typing
-from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from jaxrl_llm.errors import UserError, nearest

@@ -3,13 +3,12 @@
 from collections.abc import Sequence
 
 import jax
-import models
 import numpy as np
-from models.generate import as_key
 
+import models
 from jaxrl_llm.data.prompts import PromptBatch
 from jaxrl_llm.rewards.verdict import Reward, Status
-from jaxrl_llm.train.rollout import decode_completions, judge, sample_rows
+from jaxrl_llm.train.rollout import decode_completions, judge
 
 
 def evaluate(

@@ -5,9 +5,9 @@ completion tokens reach the unembedding.
 """
 
 import jax.numpy as jnp
-import models
 from jaxtyping import Array, Float, Int
 
+import models
 from jaxrl_llm.losses.logprobs import token_logprobs
 
 

@@ -11,11 +11,11 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 import jax
-import models
 import numpy as np
 from absl import logging
 from tqdm import tqdm
 
+import models
 from jaxrl_llm.data.prompts import PromptBatch
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.rewards.verdict import Reward

@@ -6,15 +6,15 @@ import time
 from collections.abc import Sequence
 
 import jax
-import models
 import numpy as np
-from models import sharding
-from models.generate import bucket
 
+import models
 from jaxrl_llm.data.prompts import PromptBatch
 from jaxrl_llm.rewards import registry
 from jaxrl_llm.rewards.verdict import Reward, RewardInput, Status, Verdict, reward_values
 from jaxrl_llm.train.config import GRPOConfig
+from models import sharding
+from models.generate import bucket
 
 
 @dataclasses.dataclass(frozen=True)

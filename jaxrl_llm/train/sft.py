@@ -8,13 +8,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import models
 import numpy as np
 import optax
 from absl import logging
 from jax.sharding import NamedSharding, PartitionSpec
 from tqdm import tqdm
 
+import models
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.losses.logprobs import token_logprobs
 from jaxrl_llm.losses.sft import sft_loss

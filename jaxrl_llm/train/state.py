@@ -7,9 +7,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from models import ModelConfig, abstract_params
 
 from jaxrl_llm.train.config import OptimizerConfig
+from models import ModelConfig, abstract_params
 
 State = dict[str, Any]
 

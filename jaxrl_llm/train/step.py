@@ -14,12 +14,12 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
-from models import ModelConfig
 
 from jaxrl_llm.losses.grpo import Totals, batch_totals, group_advantages, grpo_loss
 from jaxrl_llm.train.config import GRPOConfig, LossConfig, OptimizerConfig
 from jaxrl_llm.train.forward import completion_logprobs
 from jaxrl_llm.train.state import State, learning_rate, make_optimizer, resolve_decay, state_shardings
+from models import ModelConfig
 
 Batch = dict[str, Any]
 

@@ -124,3 +124,13 @@ def test_sft_batches_mask_exactly_the_response():
             assert response[-1] == tokenizer.eos_token_id
             seen[tokenizer.decode(t[~m], skip_special_tokens=True), tokenizer.decode(response[:-1])] += 1
     assert seen == collections.Counter((r["prompt"], r["response"]) for r in rows)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 5])
+def test_corruption_is_independent_of_a_shuffle_with_the_same_seed(rows, seed):
+    from jaxrl_llm.curation.schedule import make_schedule
+
+    bad = np.array([r["corruption"] != "none" for r in world.corrupt(rows, {"wrong_answer": 0.2}, seed)])
+    schedule = make_schedule("shuffled", batch_size=40, seed=seed, difficulty=np.zeros(len(rows)))
+    early = bad[np.concatenate([schedule.batch(step) for step in range(10)])].mean()
+    assert 0.1 < early < 0.3

@@ -65,6 +65,17 @@ def test_windows(base, changes, expected):
     assert ModelConfig.from_hf({**base, **changes}).layer_windows == expected
 
 
+def test_a_family_with_listed_windows_always_writes_them():
+    """Ministral's class in transformers needs a window and a list of layer types even where no layer slides."""
+    hf = ModelConfig(family="ministral", n_layers=2, bos_token_id=1, eos_token_ids=(2,), max_position=64).to_hf()
+    assert (hf["sliding_window"], hf["layer_types"]) == (64, ["full_attention"] * 2)
+    mixed = ModelConfig.from_hf(
+        {**cases.MISTRAL, "sliding_window": 9, "layer_types": ["full_attention", "sliding_attention"]}
+    )
+    assert mixed.to_hf()["layer_types"] == ["full_attention", "sliding_attention"]
+    assert "layer_types" not in ModelConfig.from_hf({**cases.MISTRAL, "sliding_window": 9}).to_hf()
+
+
 def test_absent_fields_get_the_family_defaults():
     """The defaults of transformers' own config classes (checked against them where transformers is there)."""
     mistral = {k: v for k, v in cases.MISTRAL.items() if k not in ("sliding_window", "num_key_value_heads")}

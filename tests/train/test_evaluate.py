@@ -1,10 +1,10 @@
 """Evaluation: greedy and avg@k against a count by hand, breakdown, errors, batches."""
 
-import models
 import numpy as np
 import pytest
 import tiny_grpo as tiny
 
+import models
 from jaxrl_llm.rewards.verdict import Status, Verdict
 from jaxrl_llm.train.evaluate import evaluate
 

@@ -7,11 +7,11 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-import models
 import numpy as np
 import pytest
 import tiny_grpo as tiny
 
+import models
 from jaxrl_llm.train.config import GRPOConfig, LossConfig, OptimizerConfig
 from jaxrl_llm.train.forward import completion_logprobs
 from jaxrl_llm.train.state import init_state

@@ -5,11 +5,11 @@ import itertools
 import os
 import signal
 
-import models
 import numpy as np
 import pytest
 import tiny_grpo as tiny
 
+import models
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.run_dir import RunDir
 from jaxrl_llm.train.config import OptimizerConfig, SFTConfig

@@ -3,9 +3,9 @@
 import sys
 
 import jax
-import models
 import numpy as np
 
+import models
 from jaxrl_llm.data.prompts import PromptBatch
 from jaxrl_llm.data.sampler import ShuffledSchedule
 from jaxrl_llm.rewards.verdict import Status, Verdict

@@ -1,0 +1,177 @@
+"""`jaxrl-llm sft` and `jaxrl-llm grpo` from files to a Hugging Face folder, and what they say to a user's mistakes."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers import models as token_models
+from transformers import PreTrainedTokenizerFast
+
+import models
+from jaxrl_llm.commands import grpo, sft
+from jaxrl_llm.config import load_config
+from jaxrl_llm.curation.curated_set import CuratedSet
+from jaxrl_llm.errors import UserError
+
+WORDS = ["<pad>", "</s>", *"0123456789", "+", "="]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A Hugging Face folder of a tiny model that reads digits."""
+    folder = tmp_path_factory.mktemp("model") / "tiny"
+    core = Tokenizer(token_models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<pad>"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>", pad_token="<pad>")
+    cfg = models.ModelConfig(
+        family="llama", vocab_size=len(WORDS), d_model=16, n_layers=1, n_heads=2, n_kv_heads=2, head_dim=8, d_ff=32,
+        tie_embeddings=True, max_position=32, eos_token_ids=(1,), pad_token_id=0,
+    )  # fmt: skip
+    models.save(folder, cfg, models.init(cfg, jax.random.key(0)), tokenizer_from=tokenizer)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def sums(tmp_path_factory):
+    """A jsonl file of sums of two digits, columns question and answer."""
+    path = tmp_path_factory.mktemp("data") / "sums.jsonl"
+    rows = [{"question": f"{a} + {b} =", "answer": " ".join(str(a + b)), "level": b % 2} for a in range(5) for b in range(4)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def config_of(verb, model, source, **overrides):
+    fields = {"model": str(model), "data.source": str(source), "data.fields": "prompt=question,answer=answer"}
+    return load_config(f"configs/{verb}.py", fields | {key.replace("__", "."): value for key, value in overrides.items()})
+
+
+GRPO = dict(
+    train__steps=2, train__max_new_tokens=4, train__num_samples=4, schedule__batch_prompts=4, reward__name="exact", max_prompt_tokens=16
+)  # fmt: skip
+
+
+def test_sft_then_grpo_then_a_folder_that_loads(model, sums, tmp_path, capsys):
+    config = config_of("sft", model, sums, train__steps=60, train__optimizer__learning_rate=0.02, batch_rows=20, max_length=16)
+    sft.run(config, str(tmp_path / "sft"))
+    history = [json.loads(line) for line in (tmp_path / "sft" / "metrics.jsonl").read_text().splitlines()]
+    assert history[-1]["loss"] < 0.5 * history[0]["loss"]
+    tuned = tmp_path / "sft" / sft.FOLDER
+    config = config_of("grpo", tuned, sums, evals=f"sums={sums}", train__eval_by=("level",), **GRPO)
+    grpo.run(config, str(tmp_path / "grpo"))
+    summary = json.loads((tmp_path / "grpo" / "summary.json").read_text())
+    assert summary["steps"] == 2 and summary["evals"]["sums"]["n"] == 20 and summary["evals"]["sums"]["first"] > 0
+    cfg, params = models.load(tmp_path / "grpo" / grpo.FOLDER)
+    tokenizer = models.load_tokenizer(tmp_path / "grpo" / grpo.FOLDER)
+    before = models.load(tuned)[1]
+    assert max(float(np.abs(a - b).max()) for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(before), strict=True)) > 0
+    answer = models.generate(cfg, params, tokenizer(["1 + 2 ="])["input_ids"], max_new_tokens=4, temperature=0.0)
+    assert tokenizer.decode(answer.completions()[0])
+    assert "accuracy" in capsys.readouterr().out
+    grpo.run(config, str(tmp_path / "grpo"))  # a finished run: nothing to do, the folder is written again
+    assert models.load(tmp_path / "grpo" / grpo.FOLDER)[0] == cfg
+
+
+def test_sft_masks_the_prompt_unless_it_trains_on_text(model, sums):
+    tokenizer = models.load_tokenizer(model)
+    rows = [{"id": "a", "prompt": "1 + 2 =", "answer": "3"}, {"id": "b", "prompt": "4", "answer": "1 2"}]
+    tokens, mask = sft.encode(rows, tokenizer, (1,), config_of("sft", model, sums, max_length=6))
+    assert tokens.tolist() == [[3, 12, 4, 13, 5, 1], [6, 3, 4, 1, 0, 0]]
+    assert mask.astype(int).tolist() == [[0, 0, 0, 0, 1, 1], [0, 1, 1, 1, 0, 0]]
+    tokens, mask = sft.encode(rows, tokenizer, (1,), config_of("sft", model, sums, loss_on="text", max_length=6))
+    assert tokens.tolist() == [[3, 12, 4, 13, 1], [6, 1, 0, 0, 0]] and mask.sum() == 7
+
+
+def test_sft_rows_longer_than_the_limit(model, sums, capsys):
+    tokenizer = models.load_tokenizer(model)
+    rows = [{"id": "a", "prompt": "1 + 2 =", "answer": "3"}, {"id": "b", "prompt": "4", "answer": "1 2"}]
+    limited = lambda how: config_of("sft", model, sums, max_length=5, overflow=how)  # noqa: E731
+    assert len(sft.encode(rows, tokenizer, (1,), limited("drop"))[0]) == 1
+    assert "1 of 2 rows are longer than 5 tokens" in capsys.readouterr().out
+    tokens, mask = sft.encode(rows, tokenizer, (1,), limited("truncate"))
+    assert tokens.shape == (2, 5) and mask[0].tolist() == [False] * 4 + [True]
+    with pytest.raises(UserError, match="row 'a' has 6 tokens"):
+        sft.encode(rows, tokenizer, (1,), limited("error"))
+    with pytest.raises(UserError, match="no row is left"):
+        sft.encode(rows[:1], tokenizer, (1,), limited("drop"))
+
+
+def test_curated_set_gives_rows_order_and_signals(model, sums, tmp_path):
+    count = 12
+    rows = [{"id": f"r{i}", "prompt": f"{i % 10} + 1 =", "answer": "1"} for i in range(count)]
+    keep = np.arange(count) % 3 > 0
+    order = np.full(count, -1)
+    order[keep] = np.arange(keep.sum())[::-1]
+    curated = CuratedSet(rows, np.arange(count) % 2, np.linspace(0, 1, count), np.ones(count), keep, order)
+    folder = curated.write(tmp_path / "curated", formats=("parquet",))
+    config = config_of("grpo", model, "", data__curated=str(folder), data__fields="", **GRPO)
+    chosen, found = grpo._training_rows(config)
+    assert [row["id"] for row in chosen] == [row["id"] for row in curated.curriculum()] == ["r11", "r10", "r8", "r7", "r5", "r4", "r2", "r1"]
+    prompts = grpo.tokenise_prompts(chosen, models.load_tokenizer(model), max_length=16)
+    assert [grpo._schedule(config, prompts, found).batch(step).tolist() for step in range(3)] == [[0, 1, 2, 3], [4, 5, 6, 7], [0, 1, 2, 3]]
+    hardest_last = config_of("grpo", model, "", data__curated=str(folder), schedule__kind="global_sort", **GRPO)
+    assert grpo._schedule(hardest_last, prompts, found).batch(0).tolist() == [7, 6, 5, 4]
+    shuffled = config_of("grpo", model, "", data__curated=str(folder), schedule__kind="shuffled", **GRPO)
+    assert sorted(np.concatenate([grpo._schedule(shuffled, prompts, found).batch(s) for s in range(2)])) == list(range(8))
+    with pytest.raises(UserError, match="'order' takes no options"):
+        grpo._schedule(config_of("grpo", model, "", data__curated=str(folder), schedule__options='{"rho": 1}', **GRPO), prompts, found)
+
+
+@pytest.mark.parametrize(
+    "overrides,message",
+    [
+        (dict(model=""), "no model"),
+        (dict(data__source=""), "neither is given"),
+        (dict(data__curated="somewhere"), "both are given"),
+        (dict(reward__name="exakt"), "exact"),
+        (dict(reward__options="{ignore_case"), "reward.options.*no JSON"),
+        (dict(reward__options="[1]"), "reward.options.*JSON object"),
+        (dict(evals="only-a-file.jsonl"), "not NAME=SOURCE"),
+        (dict(evals="a=x,a=y"), "'a' comes twice"),
+        (dict(train__top_p=0.9), "allow_truncated_sampling"),
+        (dict(schedule__kind="published"), "data.curated"),
+        (dict(schedule__batch_prompts=500), "larger than the 20 rows"),
+    ],
+)
+def test_grpo_mistakes_are_one_clear_line(model, sums, tmp_path, overrides, message):
+    arguments = GRPO | dict(data__source=str(sums)) | overrides
+    source, name = arguments.pop("data__source"), arguments.pop("model", model)
+    with pytest.raises(UserError, match=message) as caught:
+        grpo.run(config_of("grpo", name, source, **arguments), str(tmp_path / "run"))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "overrides,message",
+    [
+        (dict(data__source=""), "no data"),
+        (dict(loss_on="respons"), "did you mean response"),
+        (dict(overflow="cut"), "overflow"),
+        (dict(response_field="anser"), "anser"),
+    ],
+)
+def test_sft_mistakes_are_one_clear_line(model, sums, tmp_path, overrides, message):
+    arguments = dict(data__source=str(sums)) | overrides
+    source = arguments.pop("data__source")
+    with pytest.raises(UserError, match=message):
+        sft.run(config_of("sft", model, source, **arguments), str(tmp_path / "run"))
+
+
+@pytest.mark.parametrize("verb,variants", [("grpo", (None, "grpo", "dr_grpo", "dapo")), ("sft", (None, "pairs", "text"))])
+def test_config_files_have_every_setting_of_the_trainer(verb, variants):
+    from jaxrl_llm.train.config import GRPOConfig, SFTConfig, check_grpo, from_mapping
+
+    kind = GRPOConfig if verb == "grpo" else SFTConfig
+    for variant in variants:
+        train = load_config(f"configs/{verb}.py" + (f":{variant}" if variant else "")).train
+        made = from_mapping(kind, train)
+        assert set(train) == set(kind.__dataclass_fields__)
+        for group in ("loss", "optimizer"):
+            if group in train:
+                assert set(train[group]) == set(type(getattr(made, group)).__dataclass_fields__)
+        if verb == "grpo":
+            check_grpo(made)
+    if verb == "grpo":
+        losses = [from_mapping(kind, load_config(f"configs/grpo.py:{v}").train).loss for v in variants[1:]]
+        assert len(set(losses)) == 3
