@@ -33,36 +33,39 @@ def top_k(x: Float[Array, "... F"], k: int) -> TopK:
 def grouped_top_k(x: Float[Array, "... F"], k: int) -> TopK:
     """`lax.top_k` by groups.
 
-    The k largest entries lie in the k groups with the largest maxima (of equal maxima, the first groups). Of each such
-    group the DEPTH largest entries are candidates, and the k largest candidates are the answer, unless some group may
-    hold more than DEPTH of them, or entries are equal or NaN: then `lax.top_k` decides.
+    The k largest entries lie in the k groups with the largest maxima. Of each such group the DEPTH largest entries are
+    candidates, and the k largest candidates are the answer, unless a group may hold more than DEPTH of them, or
+    entries are equal or NaN: then `lax.top_k` decides.
     """
     width = x.shape[-1]
-    if width < 512 or width < 4 * GROUPS_PER_KEPT * k or k > 128:
+    size = 1 << max(width // (GROUPS_PER_KEPT * k), 1).bit_length() - 1
+    if size <= DEPTH or width % size or k > 128:
         return tuple(lax.top_k(x, k))
     rows = x.reshape(-1, width)
-    picked, sure = grouped_positions(lax.stop_gradient(rows), k)
+    picked, sure = grouped_positions(lax.stop_gradient(rows), k, size)
     indices = lax.cond(sure, lambda: picked, lambda: lax.top_k(lax.stop_gradient(rows), k)[1])
     values = jnp.take_along_axis(rows, indices, axis=1)
     return values.reshape(*x.shape[:-1], k), indices.reshape(*x.shape[:-1], k)
 
 
-def grouped_positions(x: Float[Array, "n F"], k: int) -> tuple[Int[Array, "n K"], Bool[Array, ""]]:
+def grouped_positions(x: Float[Array, "n F"], k: int, size: int) -> tuple[Int[Array, "n K"], Bool[Array, ""]]:
     """(positions of the k largest entries of each row, whether they are certain)."""
     n, width = x.shape
-    size = 1 << ((width // (GROUPS_PER_KEPT * k)).bit_length() - 1)
-    groups = -(-width // size)
-    x = jnp.pad(x, ((0, 0), (0, groups * size - width)), constant_values=-jnp.inf).reshape(n, groups, size)
+    x = x.reshape(n, width // size, size)
     maxima = x.max(axis=2)
     group_rank = ranks(maxima)
-    group_nK = by_rank(group_rank, jnp.broadcast_to(jnp.arange(groups, dtype=jnp.int32), maxima.shape), k)
-    values, offsets, left_out = largest_of_each(jnp.take_along_axis(x, group_nK[:, :, None], axis=1).transpose(0, 2, 1))
-    candidates = jnp.concatenate(values, axis=1)
-    positions = jnp.concatenate([group_nK * size + offset for offset in offsets], axis=1)
+    group_nK = by_rank(group_rank, jnp.arange(width // size, dtype=jnp.int32)[None], k)
+    members_nSK = jnp.take_along_axis(x, group_nK[:, :, None], axis=1).transpose(0, 2, 1)
+    member_rank = ranks(members_nSK)
+    values = by_rank(member_rank, members_nSK, DEPTH + 1)
+    offsets = by_rank(member_rank, jnp.arange(size, dtype=jnp.int32)[None, :, None], DEPTH)
+    candidates = values[:, :DEPTH].reshape(n, DEPTH * k)
     rank = ranks(candidates)
     least = jnp.min(jnp.where(rank < k, candidates, jnp.inf), axis=1)
-    sure = held_once(group_rank, k) & held_once(rank, k) & jnp.all(jnp.max(left_out, axis=1) < least)
-    return by_rank(rank, positions, k), sure & jnp.all(maxima == maxima)
+    enough = jnp.all(jnp.max(values[:, DEPTH], axis=1) < least)
+    distinct = held_once(group_rank, k) & held_once(member_rank, DEPTH + 1) & held_once(rank, k)
+    positions = (group_nK[:, None] * size + offsets).reshape(n, DEPTH * k)
+    return by_rank(rank, positions, k), enough & distinct & jnp.all(maxima == maxima)
 
 
 def ranks(x: Float[Array, "n C ..."]) -> Int[Array, "n C ..."]:
@@ -71,36 +74,27 @@ def ranks(x: Float[Array, "n C ..."]) -> Int[Array, "n C ..."]:
     def count(j, total):
         return total + (lax.dynamic_slice_in_dim(x, j, 1, axis=1) > x).astype(jnp.int32)
 
-    return lax.fori_loop(0, x.shape[1], count, jnp.zeros(x.shape, jnp.int32), unroll=min(16, x.shape[1]))
+    return lax.fori_loop(0, x.shape[1], count, jnp.zeros(x.shape, jnp.int32), unroll=16)
 
 
-def held_once(rank: Int[Array, "n C"], k: int) -> Bool[Array, ""]:
-    """Whether ranks 0 to k - 1 are all held by one entry. Equal entries share the lower rank, so they make the kept
-    ones more than k or the sum of their ranks smaller."""
+def held_once(rank: Int[Array, "n C ..."], k: int) -> Bool[Array, ""]:
+    """Whether ranks 0 to k - 1 are all held by just one entry along axis 1. Equal entries share the lower rank, so they
+    make the kept ones more than k or the sum of their ranks smaller."""
     kept = rank < k
-    return jnp.all((jnp.sum(kept, axis=1) == k) & (jnp.sum(jnp.where(kept, rank, 0), axis=1) == k * (k - 1) // 2))
+    number, total = jnp.sum(kept, axis=1), jnp.sum(jnp.where(kept, rank, 0), axis=1)
+    return jnp.all((number == k) & (total == k * (k - 1) // 2))
 
 
-def by_rank(rank: Int[Array, "n C"], payload: Int[Array, "n C"], k: int) -> Int[Array, "n K"]:
-    """The payload of ranks 0 to k - 1, in that order."""
+def by_rank(rank: Int[Array, "n C ..."], payload: Array, k: int) -> Array:
+    """[n, k, ...]: along axis 1, the payload of the entries of rank 0 to k - 1, in that order; 0 where there is none."""
+    places = jnp.arange(k, dtype=jnp.int32).reshape(1, k, *[1] * (rank.ndim - 2))
+    start = jnp.zeros((rank.shape[0], k, *rank.shape[2:]), payload.dtype)
 
     def add(j, total):
         at, what = (lax.dynamic_slice_in_dim(a, j, 1, axis=1) for a in (rank, payload))
-        return total + jnp.where(at == jnp.arange(k), what, 0)
+        return total + jnp.where(at == places, what, 0)
 
-    return lax.fori_loop(0, rank.shape[1], add, jnp.zeros((rank.shape[0], k), jnp.int32), unroll=16)
-
-
-def largest_of_each(members: Float[Array, "n S K"]) -> tuple[list[Array], list[Array], Array]:
-    """The DEPTH largest entries along the middle axis as lists of [n, K], their positions, and the next largest entry.
-
-    Entries equal to one of these are missing from the lists as -inf, which the caller's check of ranks then sees.
-    """
-    rank = ranks(members)
-    place = jnp.arange(members.shape[1], dtype=jnp.int32)[:, None]
-    values = [jnp.max(jnp.where(rank == level, members, -jnp.inf), axis=1) for level in range(DEPTH + 1)]
-    offsets = [jnp.max(jnp.where(rank == level, place, 0), axis=1) for level in range(DEPTH)]
-    return values[:DEPTH], offsets, values[DEPTH]
+    return lax.fori_loop(0, rank.shape[1], add, start, unroll=16)
 
 
 def in_row_blocks(function: Callable[[Array], object], rows: Float[Array, "... D"], bytes_per_row: int, block_bytes: int):

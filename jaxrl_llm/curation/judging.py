@@ -20,7 +20,7 @@ from jaxrl_llm.curation.quality import Quality, answer_length_columns, fit_label
 from jaxrl_llm.curation.streaming import Results
 from jaxrl_llm.curation.texts import answer_tokens, prompt_tokens
 
-JOINED_DIMS = 64  # of the SAE's vectors beside the likelihood columns, so that these are not drowned
+JOINED_DIMS = 32  # of the SAE's vectors beside the likelihood columns: with few labels fewer dimensions separate better
 Pair = tuple[Design, Design]
 
 

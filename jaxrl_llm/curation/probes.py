@@ -141,8 +141,8 @@ def fit_probe(
     """Fit one probe on x [N, D], its penalty chosen by cross-validation on these rows alone.
 
     model: "ridge" (leave-one-out), "elastic_net" (3 folds over a path of penalties; `l1_ratio`), "logistic" (L2, y in {0, 1},
-    3 folds by AUROC). Columns are standardised, then multiplied by `scales` [D] where given; of more than `max_columns` those of largest variance are used (no labels
-    enter the choice). A constant y gives a constant probe.
+    3 folds by AUROC). Columns are standardised, then multiplied by `scales` [D] where given; of more than `max_columns` those of
+    largest variance are used (no labels enter the choice). A constant y gives a constant probe.
     """
     if model not in MODELS:
         raise UserError(f"probe: no model {model!r}; one of {', '.join(MODELS)}")

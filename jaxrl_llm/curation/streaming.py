@@ -3,7 +3,8 @@
 A shard is `shard_rows` consecutive rows. Its rows are cut into pieces that fit the context, the pieces sorted into a few
 padded widths, each width run in batches of one shape (so a handful of programs is compiled), and what comes back is put
 together into one npz file, written atomically under a name that holds a hash of the program and of the shard's tokens. A
-killed run finds its finished shards by that name and goes on; memory holds one shard.
+killed run finds its finished shards by that name and goes on; memory holds one shard. Several processes need a folder that all can
+read; the first one writes.
 """
 
 from __future__ import annotations
@@ -137,8 +138,10 @@ def run_sharded(
         stop = min(n, start + shard_rows)
         tokens, marks = tokens_of(int(start), int(stop))
         path = None if folder is None else folder / f"shard-{start // shard_rows:05d}-{_key(program, tokens, marks, overflow)}.npz"
-        arrays = None if path is None else _load(path)
-        if arrays is None:
+        done = path is not None and _agreed(path.exists())
+        if done:
+            arrays = dict(np.load(path))
+        else:
             pieces, flags = _cut(tokens, marks, program, overflow, int(start))
             arrays = flags | _run_shard(program, pieces, stop - start, batch_tokens, mesh)
             if path is not None:
@@ -149,7 +152,7 @@ def run_sharded(
         lengths.append(arrays["lengths"])
         dropped.append(arrays["dropped"])
         wanted.add(path)
-        shards.append(_Shard(path) if path is not None else _Held(arrays))
+        shards.append(_Held(arrays) if path is None or not (done or _is_writer()) else _Shard(path))
         progress(int(stop - start))
     for stale in () if folder is None else folder.glob("shard-*.npz"):
         if stale not in wanted and _is_writer():
@@ -186,9 +189,12 @@ def _is_writer() -> bool:
     return jax.process_index() == 0
 
 
-def _load(path: Path) -> dict[str, np.ndarray] | None:
-    """A finished shard, or None. The name vouches for the content: it appears only when the file is whole."""
-    return dict(np.load(path)) if path.exists() else None
+def _agreed(done: bool) -> bool:
+    """The first process's word on whether a shard is done: the others must run it exactly when it does."""
+    import jax
+    from jax.experimental import multihost_utils
+
+    return done if jax.process_count() == 1 else bool(multihost_utils.broadcast_one_to_all(np.array(done)))
 
 
 def _save(path: Path, arrays: dict[str, np.ndarray]) -> None:

@@ -10,10 +10,10 @@ from jaxrl_llm.config import load_config
 from jaxrl_llm.errors import UserError
 
 TINY = {
-    "policy.clean_steps": 6, "policy.mixed_steps": 2, "policy.batch": 32, "policy.d_model": 32, "policy.d_ff": 64, "policy.n_layers": 2,
+    "policy.clean_steps": 60, "policy.mixed_steps": 10, "policy.batch": 64, "policy.d_model": 48, "policy.d_ff": 96, "policy.n_layers": 2,
     "policy.n_heads": 2, "sae.steps": 6, "sae.d_sae": 64, "sae.k": 8, "sae.batch": 128, "grpo.steps": 3, "grpo.eval_every": 1,
-    "grpo.prompts_per_step": 8, "grpo.num_samples": 4, "grpo.max_new_tokens": 4, "data.test_rows": 24, "data.rows": 160,
-    "curation.labels": 48, "curation.quality_labels": 60, "curation.clusters": 4, "curation.dims": 8, "map_prompts": 60,
+    "grpo.prompts_per_step": 8, "grpo.num_samples": 4, "grpo.max_new_tokens": 4, "data.test_rows": 24, "data.rows": 240,
+    "curation.labels": 120, "curation.quality_labels": 60, "curation.clusters": 4, "curation.dims": 8, "map_prompts": 60,
 }  # fmt: skip
 
 
