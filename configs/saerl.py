@@ -137,6 +137,7 @@ def _base() -> ConfigDict:
 
 def _demo(c: ConfigDict) -> None:
     c.title = "SAERL, demo"
+    c.pools = ("wrong",)
     c.formats = ("parquet", "hf_dataset", "array_record")
     c.data.test_rows = 500
 

@@ -46,8 +46,9 @@ class Stages:
 
     @contextmanager
     def stage(self, name: str, total: int | None = None, unit: str = "row") -> Iterator[Callable[..., None]]:
+        """Times a stage; one with a total has a bar, whose advance it yields."""
         start = time.perf_counter()
-        with tqdm(total=total, desc=f"{name:<12}", unit=unit, mininterval=0.5, disable=None) as bar:
+        with tqdm(total=total, desc=f"{name:<12}", unit=unit, mininterval=0.5, disable=None if total else True) as bar:
             yield lambda count=1: bar.update(count)
         self.seconds[name] = round(self.seconds.get(name, 0.0) + time.perf_counter() - start, 2)
 
@@ -59,7 +60,7 @@ def train_dictionary(model: LanguageModel, rows: Rows, config: Any, mesh: Any) -
     held_out = max(1, min(200, len(rows) // 10))
     context = min(config.features.context or model.cfg.max_position, model.cfg.max_position)
 
-    def activations(chosen: np.ndarray, passes: int) -> Iterator[np.ndarray]:
+    def activations(chosen: np.ndarray) -> Iterator[np.ndarray]:
         def texts():
             for start in range(0, len(chosen), 512):
                 yield from with_bos(model.tokenizer, [rows[i]["prompt"] for i in chosen[start : start + 512]])
@@ -76,10 +77,10 @@ def train_dictionary(model: LanguageModel, rows: Rows, config: Any, mesh: Any) -
         model_name=model.name,
         context_size=context,
     )
-    buffer = sae.ActivationBuffer(lambda: activations(train, 0), settings.batch_size, settings.buffer_rows, config.seed)
+    buffer = sae.ActivationBuffer(lambda: activations(train), settings.batch_size, settings.buffer_rows, config.seed)
     options = sae.SAETrainConfig(steps=settings.steps, dead_after=settings.batch_size * 100)
     dictionary, _ = sae.train_sae(cfg, buffer, options, jax.random.key(config.seed), mesh=mesh)
-    return dictionary, sae.evaluate(dictionary, activations(test, 1))
+    return dictionary, sae.evaluate(dictionary, activations(test))
 
 
 @dataclass

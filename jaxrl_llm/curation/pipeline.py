@@ -33,7 +33,7 @@ from jaxrl_llm.curation.passes import LanguageModel, Rows, Stages, Views, extrac
 from jaxrl_llm.curation.probes import ArrayDesign, JoinedDesign, spearman
 from jaxrl_llm.curation.quality import filter_rows
 from jaxrl_llm.curation.schedule import make_schedule
-from jaxrl_llm.curation.streaming import Results
+from jaxrl_llm.curation.streaming import Results, write_npz
 from jaxrl_llm.curation.texts import prompt_tokens
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.run_dir import RunDir, to_plain, write_json
@@ -83,7 +83,8 @@ def difficulty_labels(rows: Rows, policy: Callable[[], LanguageModel], config: A
         model.cfg, model.params, model.tokenizer, reward, samples=options.samples, template=options.template,
         max_prompt_tokens=options.max_prompt_tokens, temperature=options.temperature, max_new_tokens=options.max_new_tokens, seed=config.seed,
     )  # fmt: skip
-    path = None if workdir is None else workdir / "pass_rates.jsonl"
+    made_of = [tree_fingerprint(model.params), {k: v for k, v in to_dict(options).items() if k not in ("use", "models", "folds")}, config.seed]
+    path = None if workdir is None else workdir / f"pass_rates-{short_hash(made_of)}.jsonl"
     with stages.stage("rollouts", len(chosen), "prompt") as tick:
         rates, _ = pass_rates(rows, chosen, roll_out, path=path, batch_prompts=options.batch_prompts, progress=tick)
     return 1.0 - rates
@@ -156,15 +157,25 @@ def order_stage(keep, clusters, difficulty: np.ndarray, vectors: np.ndarray, con
     return order, {"kind": options.kind, "batch_size": size, "steps_per_epoch": kept / size, "diversity": figures}
 
 
-def manifest_of(rows: Rows, model: LanguageModel, dictionary: sae.Dictionary, config: Any) -> dict[str, Any]:
-    """Where a curated set came from."""
+def data_hash(rows: Rows) -> str:
+    """32 hex digits of every row's content, in order."""
     digest = hashlib.blake2b(digest_size=16)
     for row in rows:
         digest.update(json.dumps(to_plain(row), sort_keys=True).encode())
+    return digest.hexdigest()
+
+
+def short_hash(value: Any) -> str:
+    """12 hex digits of JSON values."""
+    return hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=6).hexdigest()
+
+
+def manifest_of(rows: Rows, model: LanguageModel, dictionary: sae.Dictionary, config: Any) -> dict[str, Any]:
+    """Where a curated set came from."""
     described = to_dict(config)
     versions = {name: importlib.metadata.version(name) for name in PACKAGES}
     return {
-        "data": {"source": config.data.source, "rows": len(rows), "hash": digest.hexdigest()},
+        "data": {"source": config.data.source, "rows": len(rows), "hash": data_hash(rows)},
         "model": {"name": model.name, "hash": tree_fingerprint(model.params)},
         "sae": {"name": config.sae or "trained here", "hash": tree_fingerprint(dictionary.params), "hook": dictionary.cfg.hook_name},
         "config": described,
@@ -221,26 +232,28 @@ def curate(rows: Rows, config: Any, workdir: str | Path) -> tuple[CuratedSet, di
         "schedule": schedule_report,
     }
     if run_dir.is_writer:
-        with stages.stage("write", len(config.formats), "set"):
+        with stages.stage("write"):
             curated.write(path / "curated", tuple(config.formats))
-        np.savez(path / "vectors.npz", ids=np.array([row["id"] for row in rows]), vectors=vectors)
+        write_npz(path / "vectors.npz", {"ids": np.array([row["id"] for row in rows]), "vectors": vectors})
         write_json(path / "signals.json", {**signals, "seconds": stages.seconds})
     run_dir.summary({"kept": int(filtered.keep.sum()), "rows": len(rows), "seconds": stages.seconds})
     return curated, to_plain({**signals, "seconds": stages.seconds})
 
 
 def dictionary_stage(model: LanguageModel, rows: Rows, config: Any, mesh: Any, run_dir: RunDir, stages: Stages):
-    """The SAE named in the config, or one trained on these rows (found again by a run that goes on)."""
+    """The SAE named in the config, or one trained on these rows (found again by a run that goes on, not by another one)."""
     folder, report = run_dir.path / "sae", run_dir.path / "sae" / "metrics.json"
+    made_of = [data_hash(rows), tree_fingerprint(model.params), config.features.hook, config.features.context, config.seed]
+    key = short_hash([*made_of, to_dict(config.train_sae)])
     if config.sae:
         dictionary = sae.load(config.sae)
         return dictionary, {"trained": False, "d_sae": dictionary.cfg.d_sae, "hook": dictionary.cfg.hook_name}
-    if report.exists():
-        return sae.load(folder), json.loads(report.read_text())
-    with stages.stage("train SAE", 1, "SAE") as tick:
+    if report.exists() and (figures := json.loads(report.read_text())).get("key") == key:
+        return sae.load(folder), figures
+    with stages.stage("train SAE"):
         dictionary, metrics = train_dictionary(model, rows, config, mesh)
-        tick()
-    figures = to_plain({"trained": True, "d_sae": dictionary.cfg.d_sae, "k": dictionary.cfg.k, "hook": dictionary.cfg.hook_name, **metrics})
+    shape = {"d_sae": dictionary.cfg.d_sae, "k": dictionary.cfg.k, "hook": dictionary.cfg.hook_name}
+    figures = to_plain({"trained": True, "key": key, **shape, **metrics})
     if run_dir.is_writer:
         sae.save(folder, dictionary)
         write_json(report, figures)

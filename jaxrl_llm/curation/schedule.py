@@ -19,7 +19,7 @@ The others are its controls: `shuffled`, `global_sort`, `reversed`, `round_robin
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
@@ -161,7 +161,7 @@ def make_schedule(
     if kind not in KINDS:
         raise UserError(f"schedule: no kind {kind!r}; one of {', '.join(sorted(KINDS))}")
     order = KINDS[kind]
-    source = _published if kind == "random_clusters" else order
+    source = KINDS["published"] if kind == "random_clusters" else order
     known = [p.name for p in inspect.signature(source).parameters.values() if p.kind is p.KEYWORD_ONLY]
     unknown = sorted(set(options) - set(known))
     if unknown:

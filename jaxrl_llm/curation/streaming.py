@@ -9,6 +9,7 @@ read; the first one writes.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 from collections import Counter, deque
@@ -144,8 +145,8 @@ def run_sharded(
         else:
             pieces, flags = _cut(tokens, marks, program, overflow, int(start))
             arrays = flags | _run_shard(program, pieces, stop - start, batch_tokens, mesh)
-            if path is not None:
-                _save(path, arrays)
+            if path is not None and _is_writer():
+                write_npz(path, arrays)
         for name, count in zip(("windowed", "truncated", "dropped", "empty"), arrays["counts"].tolist(), strict=True):
             counts[name] += count
         widths |= {name: int(w) for name, w in zip(arrays["names"].tolist(), arrays["widths"].tolist(), strict=True)}
@@ -197,9 +198,8 @@ def _agreed(done: bool) -> bool:
     return done if jax.process_count() == 1 else bool(multihost_utils.broadcast_one_to_all(np.array(done)))
 
 
-def _save(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    if not _is_writer():
-        return
+def write_npz(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    """Writes an npz file that is there whole or not at all; raises UserError when the disk does not take it."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -209,8 +209,9 @@ def _save(path: Path, arrays: dict[str, np.ndarray]) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise from_os_error(error, path, "write features to") from error
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise from_os_error(error, path, "write") from error
 
 
 def _cut(tokens, marks, program: Program, overflow: str, first_row: int) -> tuple[list[Piece], dict[str, np.ndarray]]:

@@ -1,6 +1,7 @@
 """Curation from the command to the files, on a small world whose truth is known."""
 
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -123,6 +124,15 @@ def test_a_second_run_reuses_sae_and_features(world, curated, monkeypatch, capsy
     assert "written:" in capsys.readouterr().out
 
 
+def test_another_config_trains_its_own_sae(world, curated, tmp_path):
+    workdir, signals = curated
+    shutil.copytree(workdir, tmp_path / "out")
+    changes = {"overwrite": "True", "controls": "False", "train_sae.k": "3", "formats": "parquet", "quality.samples": "10"}
+    command.run(config_of(world, **changes), str(tmp_path / "out"))
+    again = json.loads((tmp_path / "out" / "signals.json").read_text())
+    assert again["sae"]["k"] == 3 and again["sae"]["key"] != signals["sae"]["key"]
+
+
 def test_label_free_no_controls_given_sae_and_no_answers(world, curated, tmp_path):
     workdir, _ = curated
     rows = [json.loads(line) for line in (world / "rows.jsonl").read_text().splitlines()[:N]]
@@ -145,7 +155,8 @@ def test_rollout_labels(world, curated, tmp_path):
     changes |= {"difficulty.max_labels": "20", "difficulty.batch_prompts": "20", "difficulty.max_prompt_tokens": "20"}
     with pytest.raises(UserError, match="different"):  # a random model never answers right: all labels are equal
         command.run(config_of(world, **changes), str(tmp_path))
-    rates = [json.loads(line)["rate"] for line in (tmp_path / "pass_rates.jsonl").read_text().splitlines()]
+    (file,) = tmp_path.glob("pass_rates-*.jsonl")
+    rates = [json.loads(line)["rate"] for line in file.read_text().splitlines()]
     assert len(rates) == 20 and set(rates) <= {0.0, None}
 
 

@@ -29,14 +29,14 @@ def workdir(tmp_path_factory):
 
 
 def test_every_stage_leaves_its_result(workdir):
-    cell = workdir / "cells" / "mixed-base0-seed0"
+    cell = workdir / "cells" / "wrong-base0-seed0"
     for name in ("sae", "curated", "signals.json", "page.json", "rollouts.json", "vanilla/result.json", "full/result.json", "full/policy"):
         assert (cell / name).exists(), name
     assert not (cell / "full" / "checkpoints").exists()
     summary = json.loads((workdir / "summary.json").read_text())
-    row = summary["pools"]["mixed"]["full"]
+    row = summary["pools"]["wrong"]["full"]
     assert 0 <= row["accuracy"]["value"] <= 1 and row["seeds"] == 1
-    vanilla = summary["pools"]["mixed"]["vanilla"]
+    vanilla = summary["pools"]["wrong"]["vanilla"]
     assert row["difference"]["value"] == pytest.approx(row["accuracy"]["value"] - vanilla["accuracy"]["value"], abs=1e-9)
     page = (workdir / "report.html").read_text()
     for text in ("Held-out accuracy", "vanilla", "Difficulty", "Quality", "Diversity"):
@@ -44,7 +44,7 @@ def test_every_stage_leaves_its_result(workdir):
 
 
 def test_arms_start_from_one_policy_and_one_pool(workdir):
-    cell = workdir / "cells" / "mixed-base0-seed0"
+    cell = workdir / "cells" / "wrong-base0-seed0"
     records = {arm: [json.loads(line) for line in (cell / arm / "metrics.jsonl").open()] for arm in ("vanilla", "full")}
     first = {arm: next(r for r in lines if r["kind"] == "eval") for arm, lines in records.items()}
     assert first["vanilla"]["rates"] == first["full"]["rates"] and first["vanilla"]["step"] == 0
