@@ -45,7 +45,7 @@ def get_config(variant: str | None = None) -> ml_collections.ConfigDict:
     config.train_sae = ml_collections.ConfigDict()  # where config.sae is empty
     config.train_sae.expansion = 16  # latents for each dimension of the activations
     config.train_sae.k = 16  # latents kept for each token
-    config.train_sae.steps = 1000  # updates
+    config.train_sae.steps = 500  # updates
     config.train_sae.batch_size = 2048  # activations an update
     config.train_sae.buffer_rows = 65_536  # activations in the shuffling buffer
 

@@ -180,7 +180,6 @@ class Clock:
 def make_policy(config, root: Path, base: int, progress: bool = True) -> Policy:
     """Loads `config.policy.model`, or pre-trains one on the generated world (kept as a Hugging Face folder)."""
     import models
-
     from jaxrl_llm.runtime import parse_mesh
 
     mesh = parse_mesh(config.mesh)
@@ -268,7 +267,8 @@ def make_dictionary(config, folder: Path, cell: Cell, policy: Policy, pool, prog
     if c.path or (folder / "sae").exists():
         return sae.load(path), feature_model
     hook = c.hook or middle_hook(feature_model.cfg)
-    cfg = sae.SAEConfig(architecture="topk", d_in=feature_model.cfg.d_model, d_sae=c.d_sae, k=c.k, hook_name=hook, model_name=config.policy.model or "lab")
+    width, name = feature_model.cfg.d_model, config.policy.model or "lab"
+    cfg = sae.SAEConfig(architecture="topk", d_in=width, d_sae=c.d_sae, k=c.k, hook_name=hook, model_name=name)
     tokens = answered_tokens(feature_model, pool)[0]
     source = sae.harvest_activations(feature_model.cfg, feature_model.params, RepeatedRows(tokens, cell.seed), hook, batch_size=256)
     buffer = sae.ActivationBuffer(source, c.batch, 32 * c.batch, seed=cell.seed)
@@ -346,7 +346,8 @@ def measure(config, cell: Cell, policy: Policy, feature_model: Policy, dictionar
     told = quality_labels(config, cell, out.truth, len(pool))
     for kind in sorted({"sae", "logprob"} | {arm.filter for arm in arms} - {"none", "oracle"}):
         use = quality_designs if kind == "sae" else {kind: quality_designs[kind]}
-        found = quality.fit_labelled_quality(use, told, use=kind, reference="length_tfidf" if kind == "sae" else kind, draws=1000 if kind == "sae" else 0, seed=cell.seed)
+        against = dict(reference="length_tfidf", draws=1000) if kind == "sae" else dict(reference=kind, draws=0)
+        found = quality.fit_labelled_quality(use, told, use=kind, seed=cell.seed, **against)
         out.quality[kind] = found.values
         if kind == "sae":
             out.report["quality"] = found.report
@@ -533,7 +534,8 @@ def compare_answers(config, folder: Path, policy: Policy, evals, reward, prompts
 
     batch = next(iter(evals.values()))
     batch = batch.take(np.random.default_rng(0).permutation(len(batch))[:prompts])
-    items = [{"prompt": r["prompt"], "answer": r["answer"], "tags": {k: r[k] for k in ("topic", "level") if k in r}, "responses": []} for r in batch.rows]
+    tags = [{k: r[k] for k in ("topic", "level") if k in r} for r in batch.rows]
+    items = [{"prompt": r["prompt"], "answer": r["answer"], "tags": t, "responses": []} for r, t in zip(batch.rows, tags, strict=True)]
     for name in ("base", *config.arms):
         params = policy.params if name == "base" else models.load(folder / name / "policy", dtype=config.policy.dtype, mesh=policy.mesh)[1]
         rollout = models.generate(policy.cfg, params, batch.token_lists(), max_new_tokens=config.grpo.max_new_tokens, temperature=0.0)

@@ -125,10 +125,18 @@ def _entries(cfg: ModelConfig, params: Params) -> Iterator[tuple[str, _Entry]]:
     for leaf, array in leaves_of(params):
         tensor = tensor_of(cfg, leaf)
         shape = tensor.stored_shape(array.shape[-len(tensor.ours) :])
+        here = np.asarray(array) if _is_host_memory(array) else array
         for layer, name in enumerate(tensor.names(cfg.n_layers)):
-            part = (lambda a=array, i=layer: a[i]) if array.ndim > len(tensor.ours) else (lambda a=array: a)
+            part = (lambda a=here, i=layer: a[i]) if array.ndim > len(tensor.ours) else (lambda a=here: a)
             contents = lambda t=tensor, part=part: t.to_stored(_to_host(part()))  # noqa: E731
             yield name, _Entry(_DTYPE_NAMES[str(array.dtype)], shape, array.dtype.itemsize, contents)
+
+
+def _is_host_memory(array: jax.Array | np.ndarray) -> bool:
+    """Whether numpy can look at the whole array without a copy."""
+    if isinstance(array, np.ndarray):
+        return True
+    return len(array.devices()) == 1 and next(iter(array.devices())).platform == "cpu"
 
 
 def _to_host(array: jax.Array | np.ndarray) -> np.ndarray:

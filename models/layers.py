@@ -54,7 +54,8 @@ def rope_table(cfg: ModelConfig, positions_BT: Int[Array, "B T"]) -> tuple[Array
         length = jnp.maximum(jnp.max(positions_BT, axis=1) + 1, cfg.max_position)[:, None, None]
         freqs = freqs * rope_stretch(cfg, length) ** -(jnp.arange(freqs.size) * 2 / cfg.head_dim)
     angles = jnp.maximum(positions_BT, 0)[..., None].astype(jnp.float32) * freqs
-    return factor * jnp.cos(angles)[:, :, None], factor * jnp.sin(angles)[:, :, None]
+    # The barrier keeps XLA from computing cosines again in every layer that uses them.
+    return lax.optimization_barrier((factor * jnp.cos(angles)[:, :, None], factor * jnp.sin(angles)[:, :, None]))
 
 
 def rotate(x_BTNH: Array, cos: Array, sin: Array) -> Array:
@@ -72,22 +73,26 @@ def attention_mask(
     return mask if window is None else mask & (q - k < window)
 
 
-def attention_scores(q_BTNH: Array, k_PSKH: Array) -> Float[Array, "B K R T S"]:
-    """fp32 scaled scores; P may divide B, then rows p*G .. p*G+G-1 read prompt p's keys."""
+def attention_scores(q_BTNH: Array, k_PKHS: Array) -> Float[Array, "B K R T S"]:
+    """fp32 scaled scores; P may divide B, then rows p*G .. p*G+G-1 read prompt p's keys.
+
+    Keys lie [P, K, H, S] and values [P, K, S, H]: as a matrix product reads them, so that sampling, which reads all of
+    them for one query, transposes nothing.
+    """
     B, T, N, H = q_BTNH.shape
-    P, S, K, _ = k_PSKH.shape
+    P, K, _, S = k_PKHS.shape
     q = q_BTNH.reshape(P, B // P, T, K, N // K, H)
-    scores = jnp.einsum("PGTKRH,PSKH->PKGRTS", q, k_PSKH, preferred_element_type=jnp.float32)
+    scores = jnp.einsum("PGTKRH,PKHS->PKGRTS", q, k_PKHS, preferred_element_type=jnp.float32)
     return scores.transpose(0, 2, 1, 3, 4, 5).reshape(B, K, N // K, T, S) * (H**-0.5)
 
 
-def attention_values(probs_BKRTS: Array, v_PSKH: Array) -> Float[Array, "B T N H"]:
+def attention_values(probs_BKRTS: Array, v_PKSH: Array) -> Float[Array, "B T N H"]:
     """The probability-weighted values; P may divide B as in `attention_scores`."""
     B, K, R, T, S = probs_BKRTS.shape
-    P, H = v_PSKH.shape[0], v_PSKH.shape[-1]
-    probs = probs_BKRTS.reshape(P, B // P, K, R, T, S).astype(v_PSKH.dtype)
-    out = jnp.einsum("PGKRTS,PSKH->PGTKRH", probs, v_PSKH, preferred_element_type=jnp.float32)
-    return out.reshape(B, T, K * R, H).astype(v_PSKH.dtype)
+    P, H = v_PKSH.shape[0], v_PKSH.shape[-1]
+    probs = probs_BKRTS.reshape(P, B // P, K, R, T, S).astype(v_PKSH.dtype)
+    out = jnp.einsum("PGKRTS,PKSH->PGTKRH", probs, v_PKSH, preferred_element_type=jnp.float32)
+    return out.reshape(B, T, K * R, H).astype(v_PKSH.dtype)
 
 
 def constrain(x: Array, like: Array, *axes: tuple[str, ...]) -> Array:
@@ -153,14 +158,14 @@ class Block(nn.Module):
             self.k_norm = declare("k_norm", (H,), ("head_dim",), ones)
 
     def qkv(self, x, rope):
-        """Queries [B, T, N, H], keys and values [B, T, K, H], queries and keys rotated."""
+        """Queries [B, T, N, H], keys [B, K, H, T] and values [B, K, T, H]; queries and keys rotated."""
         c = self.cfg
         q, k, v = (dense("BTD,DNH->BTNH", x, w) for w in (self.q, self.k, self.v))
         if c.qkv_bias:
             q, k, v = q + self.q_bias, k + self.k_bias, v + self.v_bias
         if c.qk_norm:
             q, k = rms_norm(q, self.q_norm, c.norm_eps), rms_norm(k, self.k_norm, c.norm_eps)
-        return rotate(q, *rope), rotate(k, *rope), v
+        return rotate(q, *rope), rotate(k, *rope).transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3)
 
     def attend(self, q, segments, hook):
         """Attention over key/value segments [(k, v, mask_BTS)], softmax over all of them together."""
@@ -172,8 +177,8 @@ class Block(nn.Module):
         probs = hook("attn_probs", probs.reshape(B, K * R, T, S)).reshape(B, K, R, T, S)
         out, start = 0, 0
         for k, v, _ in segments:
-            out += attention_values(probs[..., start : start + k.shape[1]], v)
-            start += k.shape[1]
+            out += attention_values(probs[..., start : start + k.shape[-1]], v)
+            start += k.shape[-1]
         out = dense("BTNH,NHD->BTD", out, self.o)
         return out + self.o_bias if self.cfg.o_bias else out
 

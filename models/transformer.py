@@ -37,6 +37,7 @@ __all__ = [
     "logical_axes",
     "unembed",
     "unembed_matrix",
+    "unstacked",
 ]
 
 Params = dict[str, Any]
@@ -45,7 +46,7 @@ Params = dict[str, Any]
 class KV(NamedTuple):
     """Keys and values of earlier tokens, read-only. Its rows may be the P distinct prompts of a batch of P * G rows.
 
-    k, v: [L, P, S, K, H] (or a tuple of L arrays [P, S, K, H]); positions: [P, S] int32, -1 = empty slot.
+    k: [L, P, K, H, S], v: [L, P, K, S, H] (or a tuple over the layers); positions: [P, S] int32, -1 = empty slot.
     """
 
     k: Any
@@ -56,7 +57,7 @@ class KV(NamedTuple):
 class KVCache(NamedTuple):
     """Keys and values that this call writes to. The T new tokens of every row go to slots [next, next + T).
 
-    k, v: [L, B, S, K, H], or a tuple of L arrays [B, S, K, H] when the layers run unrolled;
+    k: [L, B, K, H, S], v: [L, B, K, S, H], or a tuple over the layers when they run unrolled;
     positions: [B, S] int32, -1 = empty slot; next: int32 scalar.
     """
 
@@ -133,16 +134,23 @@ def logical_axes(cfg: ModelConfig) -> Params:
     return jax.tree.map(lambda b: tuple(b.names), _abstract_boxed(cfg), is_leaf=_is_boxed)
 
 
+def unstacked(params: Params) -> Params:
+    """The same parameters with the layers as a tuple, for `forward(unroll=True)`: no layer is cut out at each call."""
+    layers = range(len(params["blocks"]["attn_norm"]))
+    return params | {"blocks": tuple(jax.tree.map(lambda a, i=i: a[i], params["blocks"]) for i in layers)}
+
+
 def init_cache(cfg: ModelConfig, batch: int, slots: int, *, unrolled: bool = False) -> KVCache:
     """An empty cache of `slots` token slots a row; `unrolled` keeps one array a layer (see `forward`)."""
-    shape, dtype = (batch, slots, cfg.n_kv_heads, cfg.head_dim), jnp.dtype(cfg.dtype)
+    K, H, dtype = cfg.n_kv_heads, cfg.head_dim, jnp.dtype(cfg.dtype)
 
-    def buffer():
+    def buffer(*shape):
         if unrolled:
             return tuple(jnp.zeros(shape, dtype) for _ in range(cfg.n_layers))
         return jnp.zeros((cfg.n_layers, *shape), dtype)
 
-    return KVCache(buffer(), buffer(), jnp.full((batch, slots), -1, jnp.int32), jnp.int32(0))
+    k, v = buffer(batch, K, H, slots), buffer(batch, K, slots, H)
+    return KVCache(k, v, jnp.full((batch, slots), -1, jnp.int32), jnp.int32(0))
 
 
 # --- the forward pass ------------------------------------------------------------------------------------------------
@@ -178,12 +186,19 @@ class _Memory:
 
     def segments(self, layer, prefix_kv, cache_kv, k, v):
         """([(k, v, mask)] to attend to, this layer's (k, v) to keep) for new keys and values k, v."""
-        if cache_kv is not None:
-            start = (0, self.cache.next, 0, 0)
-            put = lambda c, new: lax.dynamic_update_slice(c, new.astype(c.dtype), start)  # noqa: E731
-            k, v = put(cache_kv[0], k), put(cache_kv[1], v)
+        (k, v), kept = ((k, v), (k, v)) if cache_kv is None else self._written(layer, cache_kv, k, v)
         own = (k, v, self.mask(layer))
-        return ([own] if prefix_kv is None else [(*prefix_kv, self.prefix_mask(layer)), own]), (k, v)
+        return ([own] if prefix_kv is None else [(*prefix_kv, self.prefix_mask(layer)), own]), kept
+
+    def _written(self, layer, cache_kv, k, v):
+        """(this layer's keys and values, the cache) with k and v written; the cache is of this layer or of all."""
+        slot, stacked = self.cache.next, cache_kv[0].ndim > k.ndim
+        kept = tuple(
+            lax.dynamic_update_slice(c, (new[None] if stacked else new).astype(c.dtype), (layer, *at) if stacked else at)
+            for c, new, at in zip(cache_kv, (k, v), ((0, 0, 0, slot), (0, 0, slot, 0)), strict=True)
+        )
+        here = tuple(lax.dynamic_index_in_dim(c, layer, keepdims=False) for c in kept) if stacked else kept
+        return here, kept
 
 
 def _positions(tokens_BT, lengths, positions, prefix, cache, stop_at, n_layers) -> Array:
@@ -228,7 +243,8 @@ def forward(
     interventions: {name: function}; the function's result replaces that activation.
     stop_at: run only the first `stop_at` blocks; hidden is then None.
     remat: recompute a layer's activations in the backward pass instead of keeping them.
-    unroll: a Python loop over layers rather than a scan (faster sampling of small models; a cache is then a tuple).
+    unroll: a Python loop over layers rather than a scan (faster sampling of small models; a cache is then a tuple, and
+      params may be `unstacked`).
     return_kv: also return this call's keys and values as a KV (to be someone's prefix).
 
     Raises ModelError for an unknown tap or intervention name, one that stop_at never reaches, a stop_at out of range,
@@ -262,16 +278,23 @@ def forward(
 
 
 def _scanned(block, carry, layers, n_layers, total_layers, remat):
-    """Layers as one lax.scan; a run that stops early indexes the stack, so that no half of it is copied."""
+    """Layers as one lax.scan; a run that stops early indexes the stack, so that no half of it is copied.
 
-    def body(carry, xs):
+    A cache travels in the carry, so that each layer writes its new slots in place.
+    """
+    *stack, cache = layers
+
+    def body(state, xs):
         layer, given = xs
         if n_layers < total_layers:
-            given = jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, layer, keepdims=False), layers)
-        return block(carry, layer, *given)
+            given = jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, layer, keepdims=False), stack)
+        carry, kept = block(state[0], layer, *given, state[1])
+        return ((carry, None), kept) if cache is None else ((carry, kept), None)
 
     body = jax.checkpoint(body, prevent_cse=False) if remat else body  # a scan's body is not merged with its backward
-    return lax.scan(body, carry, (jnp.arange(n_layers), layers if n_layers == total_layers else None))
+    given = (jnp.arange(n_layers), stack if n_layers == total_layers else None)
+    (carry, cache), kept = lax.scan(body, (carry, cache), given)
+    return carry, kept if cache is None else cache
 
 
 def _unrolled(block, carry, layers, n_layers, total_layers, remat):
@@ -281,7 +304,8 @@ def _unrolled(block, carry, layers, n_layers, total_layers, remat):
     kept = []
     for i in range(n_layers):
         run = jax.checkpoint(functools.partial(_call, block, i)) if remat else functools.partial(_call, block, i)
-        carry, keep = run(carry, jax.tree.map(lambda a, i=i: a[i], blocks), at(prefix, i), at(cache, i))
+        p = blocks[i] if isinstance(blocks, tuple) else jax.tree.map(lambda a, i=i: a[i], blocks)
+        carry, keep = run(carry, p, at(prefix, i), at(cache, i))
         kept.append(keep)
     return carry, tuple(zip(*kept, strict=True)) if kept and kept[0] is not None else None
 

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from sae.select import top_k
+from sae.select import by_platform, top_k
 
 Params = dict[str, Array]
 
@@ -30,29 +30,32 @@ def pre_activations(params: Params, x: Float[Array, "... D"]) -> Float[Array, ".
     return matmul(x, params["W_enc"]) + params["b_enc"].astype(jnp.float32)
 
 
-def scatter_latents(values: Float[Array, "... K"], indices: Int[Array, "... K"], d_sae: int) -> Float[Array, "... F"]:
-    """Dense rows with `values` at `indices` and zero elsewhere. Indices within a row must differ."""
-    flat_values, flat_indices = values.reshape(-1, values.shape[-1]), indices.reshape(-1, indices.shape[-1])
-    rows = jnp.arange(flat_values.shape[0])[:, None]
-    dense = jnp.zeros((flat_values.shape[0], d_sae), values.dtype).at[rows, flat_indices].set(flat_values)
-    return dense.reshape(*values.shape[:-1], d_sae)
-
-
 def relu_encode(params: Params, x: Array, k: int | None) -> Array:
     """ReLU of the pre-activations (Bricken et al. 2023)."""
     return jax.nn.relu(pre_activations(params, x))
 
 
-def topk_encode_sparse(params: Params, x: Array, k: int) -> tuple[Array, Array]:
+def topk_encode_sparse(params: Params, x: Float[Array, "... D"], k: int) -> tuple[Float[Array, "... K"], Int[Array, "... K"]]:
     """The k largest pre-activations of each row, then ReLU (Gao et al. 2024, section 2.3): (values, indices)."""
-    values, indices = top_k(pre_activations(params, x), k)
-    return jax.nn.relu(values), indices
+
+    def encode(rows):
+        values, indices = top_k(pre_activations(params, rows), k)
+        return jax.nn.relu(values), indices
+
+    return by_platform(encode, x, 4 * params["b_enc"].shape[0])
 
 
-def topk_encode(params: Params, x: Array, k: int | None) -> Array:
+def topk_encode(params: Params, x: Float[Array, "... D"], k: int) -> Float[Array, "... F"]:
     """Dense rows of `topk_encode_sparse`."""
-    values, indices = topk_encode_sparse(params, x, k)
-    return scatter_latents(values, indices, params["b_enc"].shape[0])
+
+    def encode(rows):
+        pre = pre_activations(params, rows)
+        values, indices = jax.lax.stop_gradient(top_k(pre, k))
+        least, last = values[:, -1:], indices[:, -1:]  # of entries equal to the least, the first ones were kept
+        kept = (pre > least) | ((pre == least) & (jnp.arange(pre.shape[1]) <= last))
+        return jnp.where(kept, jax.nn.relu(pre), 0.0)
+
+    return by_platform(encode, x, 4 * params["b_enc"].shape[0])
 
 
 def l1_penalty(params: Params, z: Float[Array, "B F"]) -> Float[Array, "B"]:

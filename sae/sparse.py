@@ -12,14 +12,14 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+from jax import lax
 from jaxtyping import Array, Float, Int
 
-from sae.architectures import Params, matmul, pre_activations, scatter_latents
-from sae.select import top_k
+from sae.architectures import Params, matmul, pre_activations, topk_encode_sparse
 
 BLOCK = 8  # entries of one latent that are summed together: see `rows_by_latent`
 UNROLL = 32  # gathers fused into one loop nest
+DOT_ROWS = 8  # rows whose decoder rows are gathered at a time: they stay in the cache
 
 
 def weighted_rows(
@@ -36,9 +36,13 @@ def weighted_rows(
 def row_dots(
     table_FD: Float[Array, "F D"], indices_BK: Int[Array, "B K"], rows_BD: Float[Array, "B D"]
 ) -> Float[Array, "B K"]:
-    """The dot product of rows[b] with table[indices[b, k]] for every kept latent."""
-    columns = [jnp.sum(rows_BD * table_FD[indices_BK[:, j]], axis=1) for j in range(indices_BK.shape[1])]
-    return jnp.stack(columns, axis=1)
+    """The dot product of rows[b] with table[indices[b, k]] for every kept latent, a few rows at a time."""
+
+    def dots(row_and_indices):
+        row, indices = row_and_indices
+        return jnp.einsum("d,kd->k", row, table_FD[indices])
+
+    return lax.map(dots, (rows_BD, indices_BK), batch_size=min(DOT_ROWS, len(rows_BD)))
 
 
 def rows_by_latent(indices_BK: Int[Array, "B K"], d_sae: int) -> tuple[Int[Array, "N C"], Int[Array, "N"]]:
@@ -47,9 +51,13 @@ def rows_by_latent(indices_BK: Int[Array, "B K"], d_sae: int) -> tuple[Int[Array
     A latent's entries fill whole blocks of C, so blocks number at most B K / C + F, whatever the counts: skewed
     latents (one may fire in every row) take many blocks, unused ones take none.
     """
-    entries = indices_BK.size
-    order = jnp.argsort(indices_BK.reshape(-1), stable=True)
-    counts = jnp.zeros(d_sae, jnp.int32).at[indices_BK.reshape(-1)].add(1)
+    flat, entries = indices_BK.reshape(-1), indices_BK.size
+    counts = jnp.zeros(d_sae, jnp.int32).at[flat].add(1)
+    if d_sae * entries <= 2**32:  # one key sorts several times faster than a key with a payload
+        keys = flat.astype(jnp.uint32) * jnp.uint32(entries) + jnp.arange(entries, dtype=jnp.uint32)
+        order = (jnp.sort(keys) % jnp.uint32(entries)).astype(jnp.int32)
+    else:
+        order = jnp.argsort(flat, stable=True).astype(jnp.int32)
     ends = jnp.cumsum(counts)
     blocks = -(-counts // BLOCK)
     block_ends = jnp.cumsum(blocks)
@@ -81,9 +89,10 @@ def reconstruct_dense(
     params: Params, x_BD: Float[Array, "B D"], k: int, centre: bool
 ) -> tuple[Float[Array, "B D"], Float[Array, "B K"], Int[Array, "B K"]]:
     """(x_hat, values, indices) of normalised rows: the definition. centre: subtract b_dec before encoding."""
-    values, indices = top_k(pre_activations(params, centred(params, x_BD, centre)), k)
+    values, indices = lax.top_k(pre_activations(params, centred(params, x_BD, centre)), k)
     values = jax.nn.relu(values)
-    z = scatter_latents(values, indices, params["W_dec"].shape[0])
+    rows = jnp.arange(len(values))[:, None]
+    z = jnp.zeros((len(values), params["W_dec"].shape[0]), values.dtype).at[rows, indices].set(values)
     return matmul(z, params["W_dec"]) + params["b_dec"], values, indices
 
 
@@ -97,8 +106,7 @@ def reconstruct_sparse(
 
 def _forward(params, x, k, centre):
     rows = centred(params, x, centre)
-    values, indices = top_k(pre_activations(params, rows), k)
-    values = jax.nn.relu(values)
+    values, indices = topk_encode_sparse(params, rows, k)
     x_hat = weighted_rows(params["W_dec"], indices, values) + params["b_dec"]
     return (x_hat, values, indices), (params, rows, values, indices)
 

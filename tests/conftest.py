@@ -43,7 +43,7 @@ def run_python():
         variables = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), **(env or {})}
         if devices:
             variables["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
-        done = subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True, env=variables, cwd=ROOT, timeout=300)
+        done = subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True, env=variables, cwd=ROOT, timeout=600)
         assert done.returncode == 0, done.stderr[-4000:]
         return done.stdout
 

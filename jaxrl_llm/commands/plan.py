@@ -110,8 +110,8 @@ def _tpu_devices(name: str) -> list[Any]:
 
     if importlib.util.find_spec("libtpu") is None:
         raise UserError(f"mesh '{name}' needs the TPU compiler, which runs on any machine: pip install 'jaxrl-llm[tpu]'")
-    for name, value in {"TPU_SKIP_MDS_QUERY": "1", "TPU_MIN_LOG_LEVEL": "3", "TPU_STDERR_LOG_LEVEL": "3"}.items():
-        os.environ.setdefault(name, value)
+    for variable, value in {"TPU_SKIP_MDS_QUERY": "1", "TPU_MIN_LOG_LEVEL": "3", "TPU_STDERR_LOG_LEVEL": "3"}.items():
+        os.environ.setdefault(variable, value)
     _plan_on_cpu()
     from jax.experimental import topologies
 

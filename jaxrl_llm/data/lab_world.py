@@ -279,7 +279,9 @@ def build_tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
 
 
-def sft_batches(rows: Sequence[dict], tokenizer, batch: int, seed: int, widths: Sequence[int] = (12, 16, 22, 32)) -> list[tuple[np.ndarray, np.ndarray]]:
+def sft_batches(
+    rows: Sequence[dict], tokenizer, batch: int, seed: int, widths: Sequence[int] = (12, 16, 22, 32)
+) -> list[tuple[np.ndarray, np.ndarray]]:
     """Batches (tokens [batch, T], mask [batch, T]) for `train_sft`: mask on the response and its end token.
 
     Rows of alike length share a batch (sorted inside windows of 16 batches, batches then shuffled), so little is padding;

@@ -193,12 +193,19 @@ def _facts(rows, main: str, baseline: str) -> list[dict[str, str]]:
     if "difference" not in row:
         return []
     d, s = row["difference"], row["steps_saved"]
-    limits = lambda e, scale, unit: "" if e["low"] is None else f"95% {scale * e['low']:+.1f} to {scale * e['high']:+.1f}{unit}"  # noqa: E731
+    mixed = f"{row['mixed_groups']:.0%}"
     return [
-        {"label": f"{main} − {baseline}, final accuracy", "value": f"{100 * d['value']:+.1f} points", "detail": limits(d, 100, "")},
-        {"label": f"steps to {baseline}'s final accuracy", "value": f"{-100 * s['value']:+.0f}%", "detail": limits({k: None if v is None else -v for k, v in s.items()}, 100, "%") if len(rows) else ""},
-        {"label": "groups with mixed rewards", "value": f"{row['mixed_groups']:.0%}", "detail": f"{baseline} {rows[baseline]['mixed_groups']:.0%}"},
-    ]  # fmt: skip
+        {"label": f"{main} − {baseline}, final accuracy", "value": f"{100 * d['value']:+.1f} points", "detail": _limits(d, 100)},
+        {"label": f"steps to {baseline}’s final accuracy", "value": f"{-100 * s['value']:+.0f}%", "detail": _limits(s, -100)},
+        {"label": "groups with mixed rewards", "value": mixed, "detail": f"{baseline} {rows[baseline]['mixed_groups']:.0%}"},
+    ]
+
+
+def _limits(estimate, scale: float) -> str:
+    if estimate["low"] is None:
+        return ""
+    low, high = sorted((scale * estimate["low"], scale * estimate["high"]))
+    return f"95% {low:+.1f} to {high:+.1f}"
 
 
 # --- sections of the first cell --------------------------------------------------------------------------------------
@@ -288,7 +295,8 @@ def _quality_table(signals, report) -> dict[str, Any]:
         "metric": "AUROC, clean against corrupted",
         "columns": [k.replace("_", " ") for k in bad],
         "rows": rows,
-        "note": f"{labels} rows told. sae, random sae and dense read prompt + answer with the policy's log-probabilities; logprob is these alone",
+        "note": f"{labels} rows told. sae, random sae and dense read prompt + answer with the policy's log-probabilities; "
+        "logprob is these alone, tfidf has none of them",
     }
 
 
@@ -312,7 +320,7 @@ def _provenance(config, folder: Path, cells, seconds: float) -> dict[str, Any]:
 
     stages = json.loads((folder / "stages.json").read_text())
     return {
-        "versions": {"jaxrl_llm": __version__, "jax": jax.__version__, "flax": flax.__version__, "optax": optax.__version__, "python": sys.version.split()[0]},
+        "versions": {m.__name__: m.__version__ for m in (jax, flax, optax)} | {"jaxrl_llm": __version__, "python": sys.version.split()[0]},
         "seeds": list(config.seeds),
         "stages": [{"name": name, "seconds": s} for name, s in stages.items()],
         "seconds": seconds,
