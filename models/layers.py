@@ -121,10 +121,23 @@ def embed(table_VD: Float[Array, "V D"], tokens_BT: Int[Array, "B T"]) -> Float[
     return constrain_rows(jnp.take(constrain(table_VD, table_VD, ("tensor",)), tokens_BT, axis=0), table_VD)
 
 
+def fuse_qkv(p: dict[str, Array]) -> dict[str, Array]:
+    """One layer's parameters with queries, keys and values as one kernel (and bias): one product, not three."""
+    p = dict(p)
+    for name, suffix, axis in (("qkv", "", 1), ("qkv_bias", "_bias", 0)):
+        if "q" + suffix in p:
+            p[name] = jnp.concatenate([p.pop(part + suffix) for part in "qkv"], axis=axis)
+    return p
+
+
 class Block(nn.Module):
-    """One layer: pre-norm attention and gated MLP. `hook(name, x)` sees, and may replace, each named activation."""
+    """One layer: pre-norm attention and gated MLP. `hook(name, x)` sees, and may replace, each named activation.
+
+    fused: the parameters are those of `fuse_qkv`.
+    """
 
     cfg: ModelConfig
+    fused: bool = False
 
     def setup(self):
         c, normal = self.cfg, nn.initializers.normal(self.cfg.initializer_range)
@@ -136,17 +149,14 @@ class Block(nn.Module):
         D, N, K, H, F = c.d_model, c.n_heads, c.n_kv_heads, c.head_dim, c.d_ff
         self.attn_norm = declare("attn_norm", (D,), ("norm",), ones)
         self.mlp_norm = declare("mlp_norm", (D,), ("norm",), ones)
-        self.q = declare("q", (D, N, H), ("embed", "heads", "head_dim"))
-        self.k = declare("k", (D, K, H), ("embed", "kv_heads", "head_dim"))
-        self.v = declare("v", (D, K, H), ("embed", "kv_heads", "head_dim"))
+        qkv = {"qkv": (N + 2 * K, "heads")} if self.fused else {"q": (N, "heads"), "k": (K, "kv_heads"), "v": (K, "kv_heads")}
+        self.qkv_kernels = [declare(name, (D, n, H), ("embed", axis, "head_dim")) for name, (n, axis) in qkv.items()]
         self.o = declare("o", (N, H, D), ("heads", "head_dim", "embed"))
         self.gate = declare("gate", (D, F), ("embed", "mlp"))
         self.up = declare("up", (D, F), ("embed", "mlp"))
         self.down = declare("down", (F, D), ("mlp", "embed"))
         if c.qkv_bias:
-            self.q_bias = declare("q_bias", (N, H), ("heads", "head_dim"), zeros)
-            self.k_bias = declare("k_bias", (K, H), ("kv_heads", "head_dim"), zeros)
-            self.v_bias = declare("v_bias", (K, H), ("kv_heads", "head_dim"), zeros)
+            self.qkv_biases = [declare(f"{name}_bias", (n, H), (axis, "head_dim"), zeros) for name, (n, axis) in qkv.items()]
         if c.o_bias:
             self.o_bias = declare("o_bias", (D,), ("norm",), zeros)
         if c.mlp_bias:
@@ -160,9 +170,10 @@ class Block(nn.Module):
     def qkv(self, x, rope):
         """Queries [B, T, N, H], keys [B, K, H, T] and values [B, K, T, H]; queries and keys rotated."""
         c = self.cfg
-        q, k, v = (dense("BTD,DNH->BTNH", x, w) for w in (self.q, self.k, self.v))
+        parts = [dense("BTD,DNH->BTNH", x, kernel) for kernel in self.qkv_kernels]
         if c.qkv_bias:
-            q, k, v = q + self.q_bias, k + self.k_bias, v + self.v_bias
+            parts = [part + bias for part, bias in zip(parts, self.qkv_biases, strict=True)]
+        q, k, v = jnp.split(parts[0], (c.n_heads, c.n_heads + c.n_kv_heads), axis=2) if self.fused else parts
         if c.qk_norm:
             q, k = rms_norm(q, self.q_norm, c.norm_eps), rms_norm(k, self.k_norm, c.norm_eps)
         return rotate(q, *rope), rotate(k, *rope).transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3)

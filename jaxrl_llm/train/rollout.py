@@ -109,9 +109,10 @@ def sample_rows(
     rows = sharding.batch_sharding(mesh)
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
     size = -(-min(len(prompts), max(max_rows // num_samples, 1)) // ways) * ways
+    width = bucket(int(prompts.lengths_N.max()), 16)
     parts = []
     for start in range(0, len(prompts), size):
-        tokens_PT, lengths_P = prompts.tokens_NT[start : start + size], prompts.lengths_N[start : start + size]
+        tokens_PT, lengths_P = prompts.tokens_NT[start : start + size, :width], prompts.lengths_N[start : start + size]
         pad = size - len(lengths_P)
         # A prompt of length 0 is padding: its rows come back empty.
         placed = [place(np.pad(x, [(0, pad)] + [(0, 0)] * (x.ndim - 1)), rows) for x in (tokens_PT, lengths_P)]

@@ -95,6 +95,23 @@ def _no_space(*_, **__):
     raise ValueError(f"RESOURCE_EXHAUSTED: Error writing file: [OS error {errno.ENOSPC}: No space left on device]")
 
 
+def test_a_disk_that_really_refuses_leaves_the_last_good_checkpoint(checkpoints):
+    """A limit on the size of files is the nearest to a full disk that needs no privileges."""
+    resource = pytest.importorskip("resource")
+    checkpoints.save(1, state(1.0), {})
+    large = state() | {"params": {"w": jax.random.normal(jax.random.key(0), (300, 300))}}  # does not compress
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
+    try:
+        with pytest.raises(UserError, match="disk is full.*last good checkpoint is step 1"):
+            checkpoints.save(2, large, {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    again = Checkpoints(checkpoints.path)
+    assert again.steps() == [1] and again.restore(abstract())[0] == 1
+    again.close()
+
+
 def test_a_folder_that_cannot_be_made_is_a_users_mistake(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="file"):
