@@ -44,7 +44,7 @@ def get_config(variant: str | None = "demo") -> ConfigDict:
 
 def _base() -> ConfigDict:
     c = ConfigDict()
-    c.title = "SAERL"
+    c.title = "SAERL"  # of the report
     c.arms = ("vanilla", "full")  # names of arm_table, in the order of the report; the first is the baseline
     c.main_arm = "full"  # the arm that the headline speaks of
     c.seeds = (0,)  # pool, labels, SAE and RL randomness; arms are paired over them
@@ -56,7 +56,7 @@ def _base() -> ConfigDict:
     c.formats = ("parquet",)  # of the curated set: some of "parquet", "hf_dataset", "array_record"
     c.overwrite = False  # clear a workdir that holds another run
 
-    c.arm_table = ConfigDict()
+    c.arm_table = ConfigDict()  # what each arm keeps, reads and orders by
     for name, arm in ARMS.items():
         row = dict(filter="none", features="sae", clusters="features", difficulty="proxy", within="easy_to_hard") | arm
         c.arm_table[name] = ConfigDict(row)
@@ -65,7 +65,8 @@ def _base() -> ConfigDict:
     mixed = dict(wrong_answer=0.05, missing_clause=0.05, garbled=0.05, near_duplicate=0.05, drop=0.15)
     wrong = dict(wrong_answer=0.4, missing_clause=0.0, garbled=0.0, near_duplicate=0.0, drop=0.35)
     even, hard = (0.2,) * 5, (0.05, 0.1, 0.15, 0.3, 0.4)
-    c.pool_table = ConfigDict(dict(mixed=dict(levels=even, **mixed), wrong=dict(levels=even, **wrong), hard=dict(levels=hard, **mixed)))
+    pools = dict(mixed=dict(levels=even, **mixed), wrong=dict(levels=even, **wrong), hard=dict(levels=hard, **mixed))
+    c.pool_table = ConfigDict(pools)  # what each pool is made of
 
     c.data = ConfigDict()  # a real pool instead of the generated world
     c.data.source = ""  # rows (file, HF data set, tfds:NAME); empty = the generated world
@@ -98,18 +99,18 @@ def _base() -> ConfigDict:
     c.sae.hook = ""  # activation; empty = the SAE's own, else the residual stream after the middle block
     # Pooled latents side by side: the maximum over a prompt says what it is about, the last token what the policy makes of it.
     c.sae.pooling = ("max_log1p", "last")
-    c.sae.d_sae = 1024
-    c.sae.k = 16
-    c.sae.steps = 300
+    c.sae.d_sae = 1024  # latents
+    c.sae.k = 16  # latents kept a token
+    c.sae.steps = 300  # updates
     c.sae.batch = 1024  # activations a step
-    c.sae.learning_rate = 2e-3
+    c.sae.learning_rate = 2e-3  # peak
 
     c.curation = ConfigDict()
     c.curation.answers = True  # the quality probe reads prompt + answer and the policy's log-probabilities, not the prompt alone
     c.curation.remove_length = False  # regress length out of the features; in the lab's world longer truly is harder
     c.curation.labels = 512  # rows whose pass rate is measured by rollouts for the difficulty proxy
-    c.curation.label_samples = 8
-    c.curation.clusters = 16
+    c.curation.label_samples = 8  # rollouts a labelled row
+    c.curation.clusters = 16  # K of the spherical k-means
     c.curation.dims = 64  # of the truncated SVD under clusters and band
     c.curation.quality_labels = 400  # rows whose corruption is told to the quality probe; 0 = self-supervised by planted corruption
     c.curation.rho = 0.125  # of a batch, swapped with the next one ("published")

@@ -55,7 +55,7 @@ def get_config(variant: str | None = None) -> ml_collections.ConfigDict:
     config.train.warmup_steps = 50  # linear rise of the rate
     config.train.decay_share = 0.2  # last share of the steps, in which the rate falls to 0
     config.train.beta1 = 0.9  # Adam's moments
-    config.train.beta2 = 0.999
+    config.train.beta2 = 0.999  # the second one
     config.train.grad_clip = 1.0  # global norm of the gradient; 0 = off
     config.train.l1_coefficient = 0.0  # weight of the sparsity penalty ("relu")
     config.train.l1_warmup_steps = 0  # linear rise of that weight

@@ -84,6 +84,8 @@ def harvest_activations(
     Raises SAEError on a token id outside the vocabulary, a tap that is no vector a token, and NaN activations.
     """
     context_size = min(context_size or cfg.max_position, cfg.max_position)
+    if (blocks_needed(hook_name) or 0) > cfg.n_layers:
+        raise SAEError(f"harvest: there is no {hook_name}: the model has {cfg.n_layers} blocks")
     if hook_name.endswith("attn_probs"):
         raise SAEError(f"harvest: {hook_name} is no vector a token; choose another tap")
     for tokens, lengths, opens in token_batches(token_rows, batch_size, context_size):

@@ -5,6 +5,7 @@ Letters: B rows, D d_in, F d_sae, K kept latents, A dead latents looked at.
 
 from __future__ import annotations
 
+import functools
 import math
 
 import jax
@@ -15,7 +16,7 @@ from jaxtyping import Array, Bool, Float
 from sae.architectures import Params, matmul
 from sae.config import SAEConfig
 from sae.dictionary import architecture
-from sae.sparse import RECONSTRUCT, centred
+from sae.sparse import centred, reconstruct_dense, reconstruct_sparse
 
 
 def loss(
@@ -29,17 +30,20 @@ def loss(
     aux: Array | float,
     aux_k: int,
     method: str,
+    shards: int = 1,
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
     """(loss, parts) of normalised rows:
 
         mean |x - x_hat|^2 / variance + l1 * mean penalty(z) / sqrt(variance) + aux * AuxK
 
     variance makes the first term a fraction of variance unexplained and the whole blind to the activations' scale.
-    aux_k: 0 leaves AuxK out. method: "dense" or "sparse" products (sae.sparse). Parts: fvu, l0, l1, aux, fired (bool [F]).
+    aux_k: 0 leaves AuxK out. method: "dense" or "sparse" products (sae.sparse), the
+    dense ones for latents spread over `shards` devices. Parts: fvu, l0, l1, aux, fired (bool [F]).
     """
     arch = architecture(cfg)
     if arch.encode_sparse is not None:
-        x_hat, values, indices = RECONSTRUCT[method](params, x_BD, cfg.k, cfg.apply_b_dec_to_input)
+        reconstruct = reconstruct_sparse if method == "sparse" else functools.partial(reconstruct_dense, shards=shards)
+        x_hat, values, indices = reconstruct(params, x_BD, cfg.k, cfg.apply_b_dec_to_input)
         fired = jnp.zeros(cfg.d_sae, bool).at[indices].max(values > 0)
         active = jnp.sum(values > 0)
         penalty = jnp.float32(0.0)

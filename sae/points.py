@@ -6,7 +6,7 @@ Letters: N points, D features, K clusters, n points a chunk.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -67,6 +67,23 @@ def assign_chunk(x_nD, valid, centers_KD, old_n, *, one_hot):
     return labels, sums, counts, jnp.sum((labels != old_n) & real)
 
 
+@functools.partial(jax.jit, static_argnames="spherical")
+def prepared(x_nD, mean_D, *, spherical):
+    """Rows as they are clustered: fp32, on the unit sphere if spherical, else less the mean."""
+    x = x_nD.astype(jnp.float32)
+    if not spherical:
+        return x - mean_D
+    norms = jnp.linalg.norm(x, axis=1, keepdims=True)
+    return x / jnp.where(norms > 0, norms, 1.0)
+
+
+@jax.jit
+def chunk_moments(x_nD, valid, origin_D):
+    """Sums of the real rows' offsets from `origin_D` and of their squares."""
+    offset = jnp.where((jnp.arange(x_nD.shape[0]) < valid)[:, None], x_nD.astype(jnp.float32) - origin_D, 0.0)
+    return offset.sum(axis=0), jnp.sum(offset * offset, axis=0)
+
+
 @jax.jit
 def chunk_distances(x_nD, centers_KD, labels_n):
     """Squared distance of each row to its own centre."""
@@ -100,11 +117,11 @@ class Points:
         self.source, self.spherical, self.mesh = x, spherical, mesh
         self.chunk = self._chunk_rows(chunk)
         self.one_hot = (jax.devices()[0] if mesh is None else mesh.devices.flat[0]).platform != "cpu"
-        self.mean = np.zeros(self.width, np.float32)
-        self.mean, self.variance = self._moments()
-        dense_bytes = 4 * self.count * self.width
-        streamed = stream if stream is not None else self.sparse or dense_bytes > RESIDENT_BYTES
-        self.resident = None if streamed else list(self._send())
+        large = 4 * self.count * self.width > RESIDENT_BYTES
+        streamed = stream if stream is not None else self.sparse or large
+        raw = None if streamed else list(self._send())
+        self.mean, self.variance = self._moments(raw or self._send())
+        self.resident = None if raw is None else [(self._prepared(rows), valid) for rows, valid in raw]
 
     def _chunk_rows(self, chunk: int | None) -> int:
         """Rows a chunk: at most those asked for, nearly equal, a multiple of the devices that share them."""
@@ -113,36 +130,41 @@ class Points:
         shards = 1 if self.mesh is None else self.mesh.shape[self.mesh.axis_names[0]]
         return -(-rows // shards) * shards
 
-    def host_rows(self, index: slice | np.ndarray) -> np.ndarray:
-        """Dense fp32 rows, scaled to the unit sphere if spherical, centred."""
+    def _raw(self, index: slice | np.ndarray) -> np.ndarray:
         rows = self.source[index]
-        rows = np.asarray(rows.toarray() if self.sparse else rows, np.float32)
-        if self.spherical:
-            norms = np.linalg.norm(rows, axis=1, keepdims=True)
-            rows = rows / np.where(norms > 0, norms, 1.0)
-        return rows - self.mean if self.mean.any() else rows
+        return np.asarray(rows.toarray() if self.sparse else rows, np.float32)
 
-    def _moments(self) -> tuple[np.ndarray, float]:
+    def host_rows(self, index: slice | np.ndarray) -> np.ndarray:
+        """Rows as they are clustered, on the host."""
+        return np.asarray(self._prepared(self._raw(index)))
+
+    def _prepared(self, rows: Any) -> Array:
+        return prepared(rows, self.mean, spherical=self.spherical)
+
+    def _moments(self, chunks: Iterable[tuple[Array, int]]) -> tuple[np.ndarray, float]:
         """Mean row (zero where rows are not centred) and mean variance; raises on a NaN or infinity."""
+        origin = self._raw(slice(0, min(self.chunk, 256))).mean(axis=0)  # near the mean, so that no digits are lost
         total, squares = np.zeros(self.width), np.zeros(self.width)
-        for start in range(0, self.count, self.chunk):
-            rows = self.host_rows(slice(start, start + self.chunk))
-            total += rows.sum(axis=0, dtype=np.float64)
-            squares += np.square(rows).sum(axis=0, dtype=np.float64)
-            if not np.isfinite(squares).all():
-                bad = start + int(np.argmin(np.isfinite(rows).all(axis=1)))
+        for number, (rows, valid) in enumerate(chunks):
+            rows = prepared(rows, np.zeros(self.width, np.float32), spherical=True) if self.spherical else rows
+            part, part_squares = jax.device_get(chunk_moments(rows, valid, origin))
+            if not np.isfinite(part_squares).all():
+                bad = int(np.argmin(np.isfinite(np.asarray(rows)).all(axis=1))) + number * self.chunk
                 raise SAEError(f"kmeans: row {bad} of x holds a NaN or an infinity; remove or repair it")
-        mean = total / self.count
-        variance = float(np.mean(np.maximum(squares / self.count - mean**2, 0.0)))
+            total += part
+            squares += part_squares
+        variance = float(np.mean(np.maximum(squares / self.count - (total / self.count) ** 2, 0.0)))
         centred = not (self.sparse or self.spherical)
-        return (mean if centred else np.zeros(self.width)).astype(np.float32), variance
+        return (origin + total / self.count if centred else np.zeros(self.width)).astype(np.float32), variance
 
     def _send(self) -> Iterator[tuple[Array, int]]:
-        """(device rows [n, D], how many are real), in order; the last chunk is padded with zeros."""
+        """(raw device rows [n, D], how many are real), in order; the last chunk is padded with zeros."""
         for start in range(0, self.count, self.chunk):
-            rows = self.host_rows(slice(start, start + self.chunk))
-            padded = np.pad(rows, ((0, self.chunk - len(rows)), (0, 0)))
-            yield self._put(padded), len(rows)
+            rows = self._raw(slice(start, start + self.chunk))
+            valid = len(rows)
+            if valid < self.chunk:
+                rows = np.pad(rows, ((0, self.chunk - valid), (0, 0)))
+            yield self._put(rows), valid
 
     def _put(self, array: np.ndarray) -> Array:
         if self.mesh is None:
@@ -150,8 +172,10 @@ class Points:
         return jax.device_put(array, NamedSharding(self.mesh, PartitionSpec(self.mesh.axis_names[0])))
 
     def chunks(self) -> Iterator[tuple[Array, int]]:
-        """The chunks, from the device where they are kept there."""
-        return iter(self.resident) if self.resident is not None else self._send()
+        """(rows as they are clustered, how many are real), from the device where they are kept there."""
+        if self.resident is not None:
+            return iter(self.resident)
+        return ((self._prepared(rows), valid) for rows, valid in self._send())
 
     def assign(self, centers: Array, old: list[Array] | None) -> Pass:
         """Nearest centre of every point, with the sums that the next centres are made of."""

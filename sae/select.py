@@ -30,6 +30,17 @@ def top_k(x: Float[Array, "... F"], k: int) -> TopK:
     )
 
 
+def sharded_top_k(x: Float[Array, "... F"], k: int, shards: int) -> TopK:
+    """`lax.top_k` when the last axis is spread over `shards` devices: each finds its own k, and only those travel."""
+    if shards == 1 or x.shape[-1] // shards < k:
+        return lax.top_k(x, k)
+    width = x.shape[-1] // shards
+    values, indices = lax.top_k(x.reshape(*x.shape[:-1], shards, width), k)
+    indices = indices + width * jnp.arange(shards, dtype=jnp.int32)[:, None]
+    values, places = lax.top_k(values.reshape(*x.shape[:-1], shards * k), k)
+    return values, jnp.take_along_axis(indices.reshape(*x.shape[:-1], shards * k), places, axis=-1)
+
+
 def grouped_top_k(x: Float[Array, "... F"], k: int) -> TopK:
     """`lax.top_k` by groups.
 

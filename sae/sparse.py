@@ -16,6 +16,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from sae.architectures import Params, matmul, pre_activations, topk_encode_sparse
+from sae.select import sharded_top_k
 
 BLOCK = 8  # entries of one latent that are summed together: see `rows_by_latent`
 UNROLL = 32  # gathers fused into one loop nest
@@ -86,10 +87,11 @@ def centred(params: Params, x: Array, centre: bool) -> Array:
 
 
 def reconstruct_dense(
-    params: Params, x_BD: Float[Array, "B D"], k: int, centre: bool
+    params: Params, x_BD: Float[Array, "B D"], k: int, centre: bool, shards: int = 1
 ) -> tuple[Float[Array, "B D"], Float[Array, "B K"], Int[Array, "B K"]]:
-    """(x_hat, values, indices) of normalised rows: the definition. centre: subtract b_dec before encoding."""
-    values, indices = lax.top_k(pre_activations(params, centred(params, x_BD, centre)), k)
+    """(x_hat, values, indices) of normalised rows: the definition. centre: subtract b_dec before encoding. shards: the
+    devices over which latents are spread."""
+    values, indices = sharded_top_k(pre_activations(params, centred(params, x_BD, centre)), k, shards)
     values = jax.nn.relu(values)
     rows = jnp.arange(len(values))[:, None]
     z = jnp.zeros((len(values), params["W_dec"].shape[0]), values.dtype).at[rows, indices].set(values)
@@ -129,4 +131,3 @@ def _backward(k, centre, saved, cotangents):
 
 
 reconstruct_sparse.defvjp(_forward, _backward)
-RECONSTRUCT = {"dense": reconstruct_dense, "sparse": reconstruct_sparse}

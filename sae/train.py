@@ -110,16 +110,24 @@ def without_parallel(gradient_FD: Array, unit_FD: Array) -> Array:
     return gradient_FD - jnp.sum(gradient_FD * unit_FD, axis=1, keepdims=True) * unit_FD
 
 
-@functools.partial(jax.jit, static_argnames=("cfg", "aux_k", "unit", "method"), donate_argnames="state")
+@functools.partial(jax.jit, static_argnames=("cfg", "aux_k", "unit", "method", "shards"), donate_argnames="state")
 def train_step(
-    state: TrainState, x_BD: Float[Array, "B D"], numbers: Numbers, *, cfg: SAEConfig, aux_k: int, unit: bool, method: str
+    state: TrainState,
+    x_BD: Float[Array, "B D"],
+    numbers: Numbers,
+    *,
+    cfg: SAEConfig,
+    aux_k: int,
+    unit: bool,
+    method: str,
+    shards: int,
 ) -> tuple[TrainState, dict[str, Array]]:
     """One update on one batch of raw activations: (new state, metrics). A batch whose loss or gradient is not finite
     changes nothing but `bad_step`. aux_k: 0 leaves AuxK out. unit: keep decoder rows at norm 1."""
     x, old = normalise(cfg, x_BD)[0], state.params
     dead = state.idle_F >= numbers.dead_after
     objective = functools.partial(
-        loss, variance=numbers.variance, l1=numbers.l1, aux=numbers.aux, aux_k=aux_k, method=method
+        loss, variance=numbers.variance, l1=numbers.l1, aux=numbers.aux, aux_k=aux_k, method=method, shards=shards
     )
     (value, parts), gradient = jax.value_and_grad(objective, has_aux=True)(old, cfg, x, dead)
     if unit:
@@ -198,7 +206,9 @@ def step_for(cfg: SAEConfig, train: SAETrainConfig, mesh: Mesh | None = None) ->
     if method == "auto":  # what is fastest where the step will run (see sae.sparse)
         one_cpu = jax.default_backend() == "cpu" and (mesh is None or mesh.size == 1)
         method = "sparse" if one_cpu else "dense"
-    return functools.partial(train_step, cfg=cfg, aux_k=aux_k, unit=train.decoder_norm == "unit", method=method)
+    shards = 1 if mesh is None else dict(mesh.shape).get(MESH_AXES["d_sae"], 1)
+    unit = train.decoder_norm == "unit"
+    return functools.partial(train_step, cfg=cfg, aux_k=aux_k, unit=unit, method=method, shards=shards)
 
 
 def state_shardings(state: TrainState, cfg: SAEConfig, mesh: Mesh) -> TrainState:

@@ -14,8 +14,8 @@ class WordTokenizer:
     """One token a word: "w12" is 12. Ids 0 to 2 are padding, beginning and end."""
 
     def encode(self, text, **_):
-        """The numbers in the words."""
-        return [int(word[1:]) for word in text.split()]
+        """The numbers in the words; the text may come as a numpy scalar."""
+        return [int(word[1:]) for word in str(text).split()]
 
     def decode(self, ids, **_):
         """The words of the numbers."""
@@ -58,7 +58,7 @@ def model():
     return qwen2.Qwen2(config, rngs=nnx.Rngs(params=0))
 
 
-def texts(count, words, seed=0):
-    """Random prompts of `words` words."""
+def texts(count, tokens, seed=0):
+    """Random prompts of `tokens` tokens, the beginning that the sampler adds included; one more would double its padding."""
     rng = random.Random(seed)
-    return [" ".join(f"w{rng.randrange(3, VOCAB)}" for _ in range(words)) for _ in range(count)]
+    return [" ".join(f"w{rng.randrange(3, VOCAB)}" for _ in range(tokens - 1)) for _ in range(count)]

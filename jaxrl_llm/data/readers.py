@@ -212,7 +212,7 @@ def _dataset_folder(path: Path, split: str) -> Iterator[Record]:
         raise UserError(f"{path}: cannot read this data set ({str(error).splitlines()[0]})") from error
     if isinstance(found, datasets.DatasetDict):
         if split not in found:
-            raise UserError(f"{path} has no split '{split}': {nearest(split, list(found))}")
+            raise UserError(f"{path} has no split '{split}': {nearest(split, [str(name) for name in found])}")
         found = found[split]
     return (Record(f"{path}: row {i}", row) for i, row in enumerate(found, 1))
 

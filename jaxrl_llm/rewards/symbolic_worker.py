@@ -54,7 +54,8 @@ def make_comparer():
     config = [LatexExtractionConfig(boxed_match_priority=0, normalization_config=spelling)]
 
     def read(latex: str):
-        return parse(f"\\boxed{{{latex}}}", config, fallback_mode="no_fallback", parsing_timeout=None)
+        # None switches the library's signal-based timeout off; its annotation says int only.
+        return parse(f"\\boxed{{{latex}}}", config, fallback_mode="no_fallback", parsing_timeout=None)  # pyright: ignore[reportArgumentType]
 
     def compare(gold: str, answer: str) -> str:
         gold_values = read(gold)

@@ -50,6 +50,7 @@ SMALL = {
     "train_sae.expansion": "3",
     "train_sae.k": "4",
     "clusters.k": "6",
+    "clusters.dims": "8",
     "clusters.restarts": "1",
     "difficulty.labels": "level",
     "difficulty.models": "ridge",

@@ -75,8 +75,10 @@ def test_mistakes(lm):
         list(sae.harvest_activations(cfg, params, [[1, -1]], "embed"))
     with pytest.raises(sae.SAEError, match="no vector a token"):
         list(sae.harvest_activations(cfg, params, ROWS, "blocks.0.attn_probs"))
-    with pytest.raises(models.ModelError, match="blocks.9"):
-        list(sae.harvest_activations(cfg, params, ROWS, "blocks.9.resid_post"))
+    with pytest.raises(sae.SAEError, match="no blocks.3.resid_post: the model has 3 blocks"):
+        list(sae.harvest_activations(cfg, params, ROWS, "blocks.3.resid_post"))
+    with pytest.raises(models.ModelError, match="resid_pots"):
+        list(sae.harvest_activations(cfg, params, ROWS, "blocks.1.resid_pots"))
     bad = jax.tree.map(lambda a: a * np.nan, params)
     with pytest.raises(sae.SAEError, match="NaN or infinite activations"):
         list(sae.harvest_activations(cfg, bad, ROWS, "blocks.0.resid_post"))

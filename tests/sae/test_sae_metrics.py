@@ -1,6 +1,7 @@
 """Metrics by hand: sparsity, global explained variance, dead share, cross-entropy recovered."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -82,7 +83,7 @@ def cross_entropy(lm, hook=None, scale=1.0):
     total, count = 0.0, 0
     for row in ROWS:
         keep = np.arange(len(row)) < (row[0] == 1)
-        edit = {hook: lambda x, keep=keep: np.where(keep[None, :, None], x, scale * x)} if hook else None
+        edit = {hook: lambda x, keep=keep: jnp.where(keep[None, :, None], x, scale * x)} if hook else None
         logits = np.asarray(models.apply(*lm, np.array([row], np.int32), interventions=edit)[0][0], np.float64)
         logp = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
         total -= sum(logp[t, row[t + 1]] for t in range(len(row) - 1))

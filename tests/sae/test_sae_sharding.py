@@ -4,7 +4,7 @@ CODE = '''
 import jax, numpy as np
 from jax.sharding import AxisType, PartitionSpec
 import sae
-from sae.train import init_state, start, state_shardings
+from sae.train import init_state, numbers_at, start, state_shardings, step_for
 
 assert jax.device_count() == 8
 D, F, K, B = 16, 64, 4, 32
@@ -35,6 +35,12 @@ placed = state_shardings(state, cfg, two)
 assert placed.params["W_enc"].spec == PartitionSpec(None, "tensor") and placed.params["W_dec"].spec == PartitionSpec("tensor", None)
 moments = [s.spec for s in jax.tree.leaves(placed.moments)]
 assert moments.count(PartitionSpec("tensor", None)) == 2 and moments.count(PartitionSpec(None, "tensor")) == 2
+step = step_for(cfg, sae.SAETrainConfig(aux_coefficient=0.0), two)
+place = lambda a, spec: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=jax.NamedSharding(two, spec))
+shapes = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), state, placed)
+program = step.func.lower(shapes, place(x[:B], PartitionSpec("data")), numbers_at(0, cfg, sae.SAETrainConfig(), 1.0), **step.keywords)
+gathers = [line for line in program.compile().as_text().splitlines() if "all-gather(" in line]
+assert not [line for line in gathers if f"[{B // 2},{F}]" in line or f"[{B},{F}]" in line], gathers
 try:
     state_shardings(state, cfg.replace(d_sae=62), two)
     raise AssertionError("no error")

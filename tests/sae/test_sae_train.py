@@ -110,7 +110,7 @@ def test_rate_schedule():
 
 
 def test_dead_latents_are_counted_and_revived():
-    """Half of the latents start too low to fire, with more directions in the data than latents: only AuxK wakes them."""
+    """Half of the latents start too low to fire, with more directions in the data than latents: AuxK wakes them."""
     rng = np.random.default_rng(0)
     directions = unit_rows(rng.standard_normal((40, D)).astype(np.float32))
     x = np.asarray(directions)[rng.integers(0, 40, 4096)] * rng.uniform(1, 2, (4096, 1)).astype(np.float32)
@@ -127,7 +127,8 @@ def test_dead_latents_are_counted_and_revived():
         fires = np.asarray(sae.encode(sae.Dictionary(state.params, cfg), x) > 0).any(axis=0)
         result[coefficient] = (fires[:half].sum(), shares[-1], float(metrics["fvu"]))
     (woken, dead, error), (woken_aux, dead_aux, error_aux) = result.values()
-    assert woken == 0 and woken_aux >= 3 and dead_aux < dead and error_aux < 0.8 * error
+    # Without AuxK a latent may still drift into firing; with it, at least three more do.
+    assert woken <= 1 and woken_aux >= woken + 3 and dead_aux < dead and error_aux < 0.8 * error
 
 
 def test_decoder_gradient_loses_its_parallel_part():

@@ -1,0 +1,106 @@
+"""`jaxrl-llm train_sae`: from a text file and a real model to a dictionary with its metrics."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+import sae
+from jaxrl_llm import cli
+from jaxrl_llm.config import load_config
+
+SMALL = {
+    "data.limit": 24,
+    "data.eval_rows": 4,
+    "harvest.context_size": 32,
+    "harvest.buffer_rows": 512,
+    "sae.expansion": 2,
+    "sae.k": 4,
+    "batch_size": 64,
+    "train.steps": 6,
+    "train.init_rows": 256,
+    "train.log_every": 3,
+}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    lines = [json.dumps({"text": f"Once upon a time, Lily had {n} red balls. She gave one to Tom and was happy."}) for n in range(30)]
+    path = tmp_path_factory.mktemp("text") / "stories.jsonl"
+    path.write_text("\n".join(lines))
+    return path
+
+
+def call(workdir, assets, source, **changes):
+    settings = SMALL | {"data.fields": "prompt=text"} | changes
+    flags = [f"--config.{key}={value}" for key, value in settings.items()]
+    model = assets / "checkpoints" / "stories260k"
+    return cli.main(["train_sae", f"--workdir={workdir}", f"--config.model={model}", f"--config.data.source={source}", *flags])
+
+
+def test_writes_a_dictionary_and_its_metrics(tmp_path, assets, source, capsys):
+    assert call(tmp_path, assets, source) == 0
+    d = sae.load(tmp_path / "sae")
+    assert d.cfg.hook_name == "blocks.2.resid_post" and (d.cfg.d_in, d.cfg.d_sae, d.cfg.k) == (64, 128, 4)
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert {"l0", "explained_variance", "ce_recovered", "dead_share"} <= summary.keys()
+    assert summary["train_rows"] == 20 and summary["eval_rows"] == 4 and summary["l0"] <= 4
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in records] == [3, 6] and records[0]["kind"] == "train"
+    assert "explained_variance" in capsys.readouterr().out
+    before = np.asarray(d.params["W_dec"])
+    assert call(tmp_path, assets, source) == 0  # a finished run is only reported
+    np.testing.assert_array_equal(sae.load(tmp_path / "sae").params["W_dec"], before)
+    assert "explained_variance" in capsys.readouterr().out
+    assert call(tmp_path, assets, source, **{"train.steps": 7}) == 2
+    assert "train.steps" in capsys.readouterr().err
+
+
+def test_a_stopped_run_starts_anew(tmp_path, assets, source):
+    assert call(tmp_path, assets, source) == 0
+    first = sae.load(tmp_path / "sae")
+    (tmp_path / "summary.json").unlink()
+    assert call(tmp_path, assets, source) == 0
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
+    np.testing.assert_array_equal(sae.load(tmp_path / "sae").params["W_dec"], first.params["W_dec"])
+
+
+def test_other_taps_architectures_and_layouts(tmp_path, assets, source):
+    changes = {"hook": "blocks.0.mlp_act", "sae.architecture": "relu", "sae.layout": "saelens", "sae.d_sae": 200, "train.steps": 2}
+    assert call(tmp_path, assets, source, **changes) == 0
+    assert (tmp_path / "sae" / "cfg.json").exists()
+    d = sae.load(tmp_path / "sae")
+    assert d.cfg.architecture == "relu" and d.cfg.d_in == 172 and d.cfg.d_sae == 200 and d.cfg.hook_name == "blocks.0.mlp_act"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hook": "blocks.7.resid_post"}, "the model has 5 blocks"),
+        ({"data.limit": 1}, "give at least two"),
+        ({"data.fields": "prompt=story"}, "no field 'story'"),
+        ({"sae.k": 999}, "needs 1 <= k"),
+        ({"sae.architecture": "topkk"}, "did you mean 'topk'"),
+        ({"train.decoder_norm": "one"}, "decoder_norm"),
+    ],
+)
+def test_mistakes_are_one_line(tmp_path, assets, source, capsys, changes, message):
+    assert call(tmp_path, assets, source, **changes) == 2
+    err = capsys.readouterr().err
+    assert message in err and "Traceback" not in err
+
+
+def test_no_model_and_no_text(tmp_path, capsys):
+    assert cli.main(["train_sae", f"--workdir={tmp_path}"]) == 2
+    assert "no model" in capsys.readouterr().err
+    assert cli.main(["train_sae", f"--workdir={tmp_path}", "--config.model=x"]) == 2
+    assert "no text" in capsys.readouterr().err
+
+
+def test_the_config_has_every_training_setting():
+    config = load_config("configs/train_sae.py")
+    fields = {f.name: f.default for f in dataclasses.fields(sae.SAETrainConfig)}
+    assert set(config.train) == set(fields)
+    different = {name for name, value in fields.items() if config.train[name] != value}
+    assert different == {"dead_after"}  # sized for the command's shorter runs
