@@ -6,6 +6,8 @@ Letters: B rows, D d_in, F d_sae, K kept latents, A dead latents looked at.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from typing import Any
 import math
 
 import jax
@@ -42,7 +44,7 @@ def loss(
     """
     arch = architecture(cfg)
     if arch.encode_sparse is not None:
-        reconstruct = reconstruct_sparse if method == "sparse" else functools.partial(reconstruct_dense, shards=shards)
+        reconstruct: Callable[..., Any] = reconstruct_sparse if method == "sparse" else functools.partial(reconstruct_dense, shards=shards)
         x_hat, values, indices = reconstruct(params, x_BD, cfg.k, cfg.apply_b_dec_to_input)
         fired = jnp.zeros(cfg.d_sae, bool).at[indices].max(values > 0)
         active = jnp.sum(values > 0)

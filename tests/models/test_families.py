@@ -203,7 +203,7 @@ def test_a_family_is_one_row(monkeypatch, tmp_path):
     monkeypatch.setitem(families.FAMILIES, "newton", row)
     config = {**cases.LLAMA, "model_type": "newton", "architectures": ["NewtonForCausalLM"], "sliding_window": 5}
     cfg = ModelConfig.from_hf(config)
-    params = models.init(cfg, jax.random.key(0))
+    params = cases.random_params(cfg)
     models.save(tmp_path / "new", cfg, params)
     again, loaded = models.load(tmp_path / "new")
     assert (again, again.qkv_bias, again.layer_windows) == (cfg, True, (5, 5))

@@ -389,10 +389,10 @@ def test_full_disk(run_python, tmp_path):
     """A file-size limit stands in for the full disk: one line, and nothing is left."""
     code = """
 import resource, signal, sys
-import jax, models
+import jax, numpy as np, models
 cfg = models.ModelConfig(vocab_size=64, d_model=32, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=8, d_ff=48,
                          bos_token_id=1, eos_token_ids=(2,))
-params = models.init(cfg, jax.random.key(0))
+params = jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), models.abstract_params(cfg))
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))
 try:

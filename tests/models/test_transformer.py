@@ -11,6 +11,7 @@ import pytest
 
 import models
 from models import ModelError
+from models.transformer import unstacked
 
 T = 12
 
@@ -124,7 +125,7 @@ def test_prefix_equals_one_pass(model, tokens):
 
 
 def test_prefix_and_cache_together(model, tokens):
-    """Sampling: the prompt in a prefix, the row's own tokens in a cache."""
+    """Sampling: the prompt in a prefix, the row's own tokens in a cache, the layers' parameters a tuple."""
     cfg, params = model
     prompts = tokens[:2, :6]
     kv = models.forward(cfg, params, prompts, return_kv=True, unroll=True).kv
@@ -133,7 +134,7 @@ def test_prefix_and_cache_together(model, tokens):
     found = []
     for i in range(3):
         positions = jnp.full((4, 1), 6 + i)
-        out = step(params, tokens[:, 6 + i : 7 + i], positions=positions, prefix=kv, cache=cache)
+        out = step(unstacked(params), tokens[:, 6 + i : 7 + i], positions=positions, prefix=kv, cache=cache)
         cache = out.cache
         found.append(out.hidden)
     joined = jnp.concatenate([jnp.repeat(prompts, 2, axis=0), tokens[:, 6:9]], axis=1)
