@@ -6,9 +6,9 @@ Letters: B rows, D d_in, F d_sae, K kept latents, A dead latents looked at.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
-import math
 
 import jax
 import jax.numpy as jnp
