@@ -30,8 +30,17 @@ ACTIVATIONS = {
 
 
 def dense(equation: str, x: Array, kernel: Array) -> Array:
-    """Einsum with fp32 accumulation, returned in x's dtype."""
-    return jnp.einsum(equation, x, kernel, preferred_element_type=jnp.float32).astype(x.dtype)
+    """Einsum with fp32 accumulation, returned in x's dtype; equation like "BTD,DNH->BTNH".
+
+    Run as one 2-D matmul: XLA's CPU backend computes the weight gradient of the plain einsum 1.5 times slower, and in
+    bf16 not at all.
+    """
+    inputs, weights = equation.split("->")[0].split(",")
+    contracted = sum(letter in inputs for letter in weights)
+    rows, width = x.shape[: x.ndim - contracted], kernel.shape[contracted:]
+    x_2d = x.reshape(math.prod(rows), -1)
+    y = jnp.matmul(x_2d, kernel.reshape(x_2d.shape[1], -1), preferred_element_type=jnp.float32)
+    return y.astype(x.dtype).reshape(*rows, *width)
 
 
 def rms_norm(x: Array, scale: Array, eps: float) -> Array:
