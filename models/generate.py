@@ -92,11 +92,10 @@ def _stages(max_new_tokens: int) -> list[int]:
 
 
 def _grow(cache: KVCache, slots: int) -> KVCache:
-    """The same cache with room for `slots` slots."""
-    more = (0, slots - cache.positions.shape[1])
-    k = jax.tree.map(lambda a: jnp.pad(a, [(0, 0)] * (a.ndim - 1) + [more]), cache.k)
-    v = jax.tree.map(lambda a: jnp.pad(a, [(0, 0)] * (a.ndim - 2) + [more, (0, 0)]), cache.v)
-    return KVCache(k, v, jnp.pad(cache.positions, ((0, 0), more), constant_values=-1), cache.next)
+    more = slots - cache.positions.shape[1]
+    pad = lambda a: jnp.pad(a, ((0, 0), (0, more), (0, 0), (0, 0)))  # noqa: E731
+    positions = jnp.pad(cache.positions, ((0, 0), (0, more)), constant_values=-1)
+    return KVCache(jax.tree.map(pad, cache.k), jax.tree.map(pad, cache.v), positions, cache.next)
 
 
 def _uniforms(key: Array, row_ids_B: Array, step: Array) -> Float[Array, "B 2"]:
