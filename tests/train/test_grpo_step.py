@@ -159,6 +159,7 @@ def test_equal_settings_share_one_compiled_update():
     assert made[0] != made[1]
 
 
+@pytest.mark.skipif(jax.default_backend() == "cpu", reason="XLA on CPU has no BF16 x BF16 = F32 dot for this gradient (known defect)")
 def test_bf16_model_trains_an_fp32_master_copy(params):
     """An update of 1e-5 would be lost in bf16 weights of about 0.3."""
     cfg = dataclasses.replace(tiny.CONFIG, dtype="bfloat16")
