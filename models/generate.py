@@ -19,11 +19,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from models.config import ModelConfig
 from models.errors import ModelError
 from models.sampling import sample
+from models.sharding import batch_ways, fetch, place_rows
 from models.transformer import KV, KVCache, Params, forward, init_cache, unembed
 
 FINISH_LENGTH, FINISH_STOP_TOKEN, FINISH_STOP_STRING = 0, 1, 2
@@ -251,6 +253,7 @@ def generate(
     tokenizer: Any = None,
     seed: int | Array = 0,
     max_rows: int = 256,
+    mesh: Mesh | None = None,
 ) -> Rollout:
     """Samples `num_samples` completions of each prompt (a list of token ids); rows of one prompt are adjacent.
 
@@ -261,8 +264,10 @@ def generate(
     stop_strings: a completion ends with the token that completes one of them (needs `tokenizer`, anything with
       `decode(list of ids) -> str`).
     seed: an int or a jax random key; the same seed gives the same completions.
-    max_rows: prompts are decoded in batches of at most this many rows (but at least one prompt's samples),
+    max_rows: prompts are decoded in batches of at most this many rows (but at least one prompt's samples a device),
       longest prompts together.
+    mesh: of `models.sharding.make_mesh`, with `params` on it: rows are spread over its batch axes. Every process calls
+      with the same prompts and gets all completions: the same as on one device, up to rounding.
 
     Raises ModelError for an empty prompt, an id outside the vocabulary, a prompt that with max_new_tokens does not
     fit the context, stop strings without a tokenizer, or a sampling argument out of range.
@@ -279,16 +284,17 @@ def generate(
     lengths, reasons = np.zeros(P * G, np.int32), np.zeros(P * G, np.int32)
     knobs, key = (jnp.float32(temperature), jnp.float32(top_p)), as_key(seed)
     order = sorted(range(P), key=lambda i: len(prompts[i]))
-    per_batch = max(max_rows // G, 1)
+    ways = 1 if mesh is None else batch_ways(mesh)
+    per_batch = -(-max(max_rows // G, 1) // ways) * ways
     for start in range(0, P, per_batch):
         chosen = np.asarray(order[start : start + per_batch])
         rows = (chosen[:, None] * G + np.arange(G)).reshape(-1)
-        n_pad = min(bucket(len(chosen)), per_batch) * G
-        row_ids = jnp.asarray(np.pad(rows, (0, n_pad - len(rows))), jnp.int32)
+        n_pad = min(-(-bucket(len(chosen)) // ways) * ways, per_batch)
         width_b = min(bucket(int(prompt_lengths[chosen].max()), 16), cfg.max_position)
-        batch = _pad([prompts[i] for i in chosen], width_b, n_pad // G)
-        out = _run(plan, params, *map(jnp.asarray, batch), (key, row_ids), knobs, stop_strings, tokenizer)
-        tokens[rows], lengths[rows], logps[rows], reasons[rows] = (np.asarray(a)[: len(rows)] for a in out)
+        batch = (*_pad([prompts[i] for i in chosen], width_b, n_pad), np.pad(rows, (0, n_pad * G - len(rows))).astype(np.int32))
+        padded_tokens, padded_lengths, row_ids = (place_rows(a, mesh) for a in batch)
+        out = _run(plan, params, padded_tokens, padded_lengths, (key, row_ids), knobs, stop_strings, tokenizer, mesh)
+        tokens[rows], lengths[rows], logps[rows], reasons[rows] = (a[: len(rows)] for a in fetch(out, mesh))
     return Rollout(
         np.repeat(prompt_tokens, G, axis=0),
         np.repeat(prompt_lengths, G),
@@ -322,7 +328,7 @@ def _pad(prompts, width: int, n: int) -> tuple[np.ndarray, np.ndarray]:
     return tokens, lengths
 
 
-def _run(plan, params, tokens, lengths, noise, knobs, stop_strings, tokenizer) -> Samples:
+def _run(plan, params, tokens, lengths, noise, knobs, stop_strings, tokenizer, mesh) -> Samples:
     """One batch. With stop strings the host looks at the text after each stage and ends the rows that have one."""
     if not stop_strings:
         return _sample_tokens(plan, params, tokens, lengths, noise, knobs)
@@ -330,13 +336,13 @@ def _run(plan, params, tokens, lengths, noise, knobs, stop_strings, tokenizer) -
     cut = np.zeros(state.done_B.shape[0], np.int32)  # a row's length up to its first stop string; 0 = none yet
     for upto in _stages(plan.max_new_tokens):
         state = _jitted_advance(plan, params, prefix, state, lengths, noise, knobs, upto)
-        row_tokens, row_lengths = np.asarray(state.tokens_BT), np.asarray(state.lengths_B)
+        row_tokens, row_lengths, done = fetch((state.tokens_BT, state.lengths_B, state.done_B), mesh)
         for row in np.flatnonzero((cut == 0) & (row_lengths > 0)):
             cut[row] = _stop_string_cut(row_tokens[row, : row_lengths[row]].tolist(), stop_strings, tokenizer)
-        state = state._replace(done_B=state.done_B | (cut > 0))
-        if bool(state.done_B.all()):
+        if np.all(done | (cut > 0)):
             break
-    out = Samples(*(np.array(a) for a in _samples(state)))
+        state = state._replace(done_B=place_rows(done | (cut > 0), mesh))
+    out = Samples(*(np.array(a) for a in fetch(_samples(state), mesh)))
     ended = cut > 0
     lengths_B = np.where(ended, cut, out.lengths_B)
     beyond = np.arange(plan.max_new_tokens) >= lengths_B[:, None]

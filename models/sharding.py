@@ -6,11 +6,15 @@ vocabulary). Axis types are Auto: XLA's partitioner places the collectives (GSPM
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from models.config import ModelConfig
@@ -91,3 +95,28 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 def replicated(mesh: Mesh) -> NamedSharding:
     """The same array on every device."""
     return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_ways(mesh: Mesh) -> int:
+    """Over how many devices the rows of a batch are spread."""
+    return math.prod(mesh.shape[name] for name in BATCH_AXES)
+
+
+def place(array: np.ndarray, where: NamedSharding) -> jax.Array:
+    """A global array of which each process holds its own part; every process has the whole host array."""
+    return jax.make_array_from_callback(array.shape, where, lambda index: array[index])
+
+
+def place_rows(array: np.ndarray, mesh: Mesh | None) -> jax.Array:
+    """A batch on the device, its rows over the batch axes of the mesh where there is one."""
+    return jnp.asarray(array) if mesh is None else place(array, batch_sharding(mesh))
+
+
+def fetch(tree: Any, mesh: Mesh | None) -> Any:
+    """The arrays on the host, whole, on every process."""
+    return jax.device_get(tree if mesh is None else _everywhere(replicated(mesh))(tree))
+
+
+@functools.lru_cache(maxsize=8)
+def _everywhere(where: NamedSharding):
+    return jax.jit(lambda tree: tree, out_shardings=where)

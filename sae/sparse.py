@@ -39,6 +39,8 @@ def row_dots(
 ) -> Float[Array, "B K"]:
     """The dot product of rows[b] with table[indices[b, k]] for every kept latent, a few rows at a time."""
 
+    table_FD = jnp.asarray(table_FD)
+
     def dots(row_and_indices):
         row, indices = row_and_indices
         return jnp.einsum("d,kd->k", row, table_FD[indices])
@@ -77,7 +79,9 @@ def scatter_rows(
     """Sum over (b, k) with indices[b, k] = f of weights[b, k] * rows[b]: the transpose of `weighted_rows`."""
     positions_NC, latent_N = blocks
     weights = jnp.where(positions_NC >= 0, weights_BK.reshape(-1)[positions_NC], 0.0)
-    partial = weighted_rows(rows_BD, jnp.maximum(positions_NC, 0) // weights_BK.shape[1], weights)
+    rows_NC = jnp.maximum(positions_NC, 0) // weights_BK.shape[1]
+    # Behind a barrier, else XLA computes both anew for every one of the D entries that they are used for.
+    partial = weighted_rows(rows_BD, *lax.optimization_barrier((rows_NC, weights)))
     return jnp.zeros((d_sae, rows_BD.shape[1]), jnp.float32).at[latent_N].add(partial, mode="drop", indices_are_sorted=True)
 
 

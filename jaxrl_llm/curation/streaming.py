@@ -290,17 +290,9 @@ def _run_shard(program: Program, pieces: list[Piece], rows: int, batch_tokens: i
 def _placement(mesh: Any):
     if mesh is None:
         return lambda arrays: arrays, 1
-    import jax
+    from models.sharding import batch_ways, place_rows
 
-    from models.sharding import batch_sharding
-
-    sharding = batch_sharding(mesh)
-    ways = mesh.shape["data"] * mesh.shape["fsdp"]
-
-    def place(arrays):  # every process holds the whole batch; each device takes its rows
-        return [jax.make_array_from_callback(a.shape, sharding, lambda index, a=a: a[index]) for a in arrays]
-
-    return place, ways
+    return lambda arrays: [place_rows(a, mesh) for a in arrays], batch_ways(mesh)
 
 
 def _to_host(value: Any, rows: int, is_sparse: bool):

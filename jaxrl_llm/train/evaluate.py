@@ -32,8 +32,7 @@ def evaluate(
     and "by": {field: {value: accuracy}} for each field of `by`, avg@k under "by_avg_at_k". "passed": one entry a prompt, greedy
     (None without a verdict), and with samples "rates", each prompt's share of PASS, so that paired tests can be made from the record.
     """
-
-    how = dict(max_new_tokens=max_new_tokens, batch_rows=batch_rows, stop_strings=stop_strings, seed=seed)
+    how = dict(max_new_tokens=max_new_tokens, batch_rows=batch_rows, stop_strings=stop_strings, seed=seed, mesh=mesh)
     rollout, greedy = sampled_passes(model, params, tokenizer, prompts, reward, samples=1, temperature=0.0, **how)
     greedy = greedy[:, 0]
     record = {
@@ -65,6 +64,7 @@ def sampled_passes(
     batch_rows: int = 256,
     stop_strings: Sequence[str] = (),
     seed: int | jax.Array = 0,
+    mesh=None,
 ) -> tuple[models.Rollout, np.ndarray]:
     """Rolls out `samples` completions a prompt: (rollout, [prompts, samples] 1 for PASS, 0 for not, NaN without a verdict)."""
     rollout = models.generate(
@@ -78,6 +78,7 @@ def sampled_passes(
         tokenizer=tokenizer,
         seed=seed,
         max_rows=batch_rows,
+        mesh=mesh,
     )
     verdicts = judge(reward, prompts, rollout.group_ids_N, decode_completions(tokenizer, rollout))
     passed = np.array([v.status is Status.PASS for v in verdicts], dtype=float)

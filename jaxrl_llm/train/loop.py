@@ -24,10 +24,11 @@ from jaxrl_llm.train.checkpoint import Checkpoints
 from jaxrl_llm.train.config import GRPOConfig, check_grpo, from_mapping
 from jaxrl_llm.train.evaluate import evaluate
 from jaxrl_llm.train.metrics import experience_metrics, samples_record
-from jaxrl_llm.train.rollout import Experience, build_batch, collect, place
+from jaxrl_llm.train.rollout import Experience, build_batch, collect
 from jaxrl_llm.train.signals import Interrupted, stop_on_signal
 from jaxrl_llm.train.state import abstract_state, init_state, policy_params
 from jaxrl_llm.train.step import StepSpec, batch_shardings, compiled_logprobs, compiled_update, step_spec
+from models.sharding import batch_ways, place
 
 WARN_AGAIN_AFTER = 20  # steps between two warnings of the same kind
 
@@ -199,7 +200,7 @@ def _step(run: _Run, state, step: int) -> tuple[dict, dict]:
 
 def _update(run: _Run, state, experience: Experience) -> tuple[dict, dict[str, float]]:
     """`inner_epochs` updates on one rollout. The first is on-policy and yields the old log-probabilities of the later ones."""
-    ways = 1 if run.mesh is None else run.mesh.shape["data"] * run.mesh.shape["fsdp"]
+    ways = 1 if run.mesh is None else batch_ways(run.mesh)
     batch = build_batch(experience, run.config, row_multiple=ways)
     if run.mesh is not None:
         batch = jax.tree.map(lambda x: place(x, batch_shardings(run.mesh)), batch)

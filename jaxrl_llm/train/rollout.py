@@ -1,7 +1,6 @@
 """From prompts to a training batch: sample completions, turn them to text, judge them, lay them out for the update."""
 
 import dataclasses
-import functools
 import time
 from collections.abc import Sequence
 
@@ -13,7 +12,6 @@ from jaxrl_llm.data.prompts import PromptBatch
 from jaxrl_llm.rewards import registry
 from jaxrl_llm.rewards.verdict import Reward, RewardInput, Status, Verdict, reward_values
 from jaxrl_llm.train.config import GRPOConfig
-from models import sharding
 from models.generate import bucket
 
 
@@ -82,84 +80,24 @@ def _gathered(score, reward, inputs):
     return [Verdict(_STATUSES[int(code)], None if np.isnan(s) else float(s)) for code, s in table]
 
 
-def sample_rows(
-    model: models.ModelConfig,
-    params,
-    tokenizer,
-    prompts: PromptBatch,
-    *,
-    num_samples: int,
-    max_new_tokens: int,
-    temperature: float,
-    key: jax.Array,
-    max_rows: int,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    stop_strings: Sequence[str] = (),
-    mesh=None,
-) -> models.Rollout:
-    """`models.generate` of a prompt batch; on a mesh the rows are spread over its batch axes. The completions are the same either
-    way (up to rounding): the randomness belongs to a row."""
-    knobs = dict(num_samples=num_samples, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p)
-    if mesh is None or stop_strings:  # stop strings are looked for on the host, stage by stage
-        lists = prompts.token_lists()
-        return models.generate(
-            model, params, lists, **knobs, stop_strings=stop_strings, tokenizer=tokenizer, seed=key, max_rows=max_rows
-        )
-    rows = sharding.batch_sharding(mesh)
-    ways = mesh.shape["data"] * mesh.shape["fsdp"]
-    size = -(-min(len(prompts), max(max_rows // num_samples, 1)) // ways) * ways
-    width = bucket(int(prompts.lengths_N.max()), 16)
-    parts = []
-    for start in range(0, len(prompts), size):
-        tokens_PT, lengths_P = prompts.tokens_NT[start : start + size, :width], prompts.lengths_N[start : start + size]
-        pad = size - len(lengths_P)
-        # A prompt of length 0 is padding: its rows come back empty.
-        placed = [place(np.pad(x, [(0, pad)] + [(0, 0)] * (x.ndim - 1)), rows) for x in (tokens_PT, lengths_P)]
-        numbers = place(np.arange(start * num_samples, (start + size) * num_samples, dtype=np.int32), rows)
-        out = models.sample_tokens(model, params, *placed, key, row_ids=numbers, **knobs)
-        gathered = _everywhere(sharding.replicated(mesh))(out)
-        parts.append([np.asarray(x)[: len(lengths_P) * num_samples] for x in gathered])
-    tokens, lengths, logps, reasons = (np.concatenate(x) for x in zip(*parts, strict=True))
-    return models.Rollout(
-        np.repeat(prompts.tokens_NT, num_samples, axis=0),
-        np.repeat(prompts.lengths_N, num_samples),
-        tokens,
-        lengths,
-        logps,
-        np.repeat(np.arange(len(prompts), dtype=np.int32), num_samples),
-        reasons,
-    )
-
-
-def place(array: np.ndarray, where) -> jax.Array:
-    """A global array of which each process holds its own part (every process has the whole host array)."""
-    return jax.make_array_from_callback(array.shape, where, lambda index: array[index])
-
-
-@functools.lru_cache(maxsize=8)
-def _everywhere(where):
-    return jax.jit(lambda tree: tree, out_shardings=where)
-
-
 def collect(
     model: models.ModelConfig, params, tokenizer, prompts: PromptBatch, reward: Reward, config: GRPOConfig, key: jax.Array, mesh=None
 ) -> Experience:
     """Samples `config.num_samples` completions of each prompt with `params` and judges them."""
     start = time.perf_counter()
-    rollout = sample_rows(
+    rollout = models.generate(
         model,
         params,
-        tokenizer,
-        prompts,
+        prompts.token_lists(),
         num_samples=config.num_samples,
         max_new_tokens=config.max_new_tokens,
         temperature=config.temperature,
-        key=key,
-        max_rows=config.rollout_rows,
         top_k=config.top_k,
         top_p=config.top_p,
         stop_strings=config.stop_strings,
+        tokenizer=tokenizer,
+        seed=key,
+        max_rows=config.rollout_rows,
         mesh=mesh,
     )
     sampled = time.perf_counter()

@@ -21,10 +21,10 @@ from jaxrl_llm.losses.sft import sft_loss
 from jaxrl_llm.run_dir import RunDir
 from jaxrl_llm.train.checkpoint import Checkpoints
 from jaxrl_llm.train.config import OptimizerConfig, SFTConfig, check_optimizer, from_mapping
-from jaxrl_llm.train.rollout import place
 from jaxrl_llm.train.signals import Interrupted, stop_on_signal
 from jaxrl_llm.train.state import abstract_state, init_state, learning_rate, make_optimizer, policy_params, resolve_decay, state_shardings
 from jaxrl_llm.train.step import batch_shardings
+from models.sharding import batch_ways, place
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,7 +168,7 @@ def _next(batches, step):
 
 
 def _placed(tokens_BT, mask_BT, config, mesh):
-    ways = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
+    ways = 1 if mesh is None else batch_ways(mesh)
     batch = micro_batches(tokens_BT, mask_BT, config.micro_batch_rows, ways)
     if mesh is None:
         return batch

@@ -192,16 +192,17 @@ import sys; sys.path.insert(0, "tests/train")
 import dataclasses, tempfile
 import jax, numpy as np, models.sharding
 import tiny_grpo as tiny
-from jaxrl_llm.train.rollout import sample_rows
 mesh = models.sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
 params = jax.device_put(tiny.params(), models.sharding.param_shardings(tiny.CONFIG, mesh))
-knobs = dict(num_samples=3, max_new_tokens=6, temperature=1.0, key=jax.random.key(4))
-one = sample_rows(tiny.CONFIG, tiny.params(), tiny.Tokenizer(), tiny.prompts(), max_rows=512, **knobs)
-for rows in (512, 12):  # all at once; in three parts
-    many = sample_rows(tiny.CONFIG, params, tiny.Tokenizer(), tiny.prompts().take(range(11)), max_rows=rows, mesh=mesh, **knobs)
-    same = [a == b for a, b in zip(many.completions(), one.completions())]
-    assert len(same) == 33 and np.mean(same) > 0.9, same  # rounding may turn a rare draw
-    np.testing.assert_allclose(many.logps_NT[np.array(same)], one.logps_NT[:33][np.array(same)], atol=1e-4)
+for stop in ((), (" 7 ",)):
+    knobs = dict(num_samples=3, max_new_tokens=6, seed=jax.random.key(4), stop_strings=stop, tokenizer=tiny.Tokenizer())
+    one = models.generate(tiny.CONFIG, tiny.params(), tiny.prompts().token_lists(), **knobs)
+    for rows in (512, 12):  # all at once; in three parts
+        many = models.generate(tiny.CONFIG, params, tiny.prompts().token_lists()[:11], max_rows=rows, mesh=mesh, **knobs)
+        same = [a == b for a, b in zip(many.completions(), one.completions())]
+        assert len(same) == 33 and np.mean(same) > 0.9, same  # rounding may turn a rare draw
+        np.testing.assert_allclose(many.logps_NT[np.array(same)], one.logps_NT[:33][np.array(same)], atol=1e-4)
+    assert (many.finish_reason_N == 2).any() == bool(stop)
 with tempfile.TemporaryDirectory() as folder:
     config = dataclasses.replace(tiny.TINY, steps=2)
     trained, summary = tiny.run(folder + "/mesh", config, mesh=mesh, evals={"held_out": tiny.prompts(5, seed=1)})
