@@ -16,7 +16,7 @@ ifeq ($(strip $(PYTHON)),)
 $(error no python3 found: install Python 3.11 or newer, or say PYTHON=/path/to/python)
 endif
 
-.PHONY: demo test lint bench peers env env-test clean
+.PHONY: demo test lint bench peers peer-hf peer-trl peer-saelens peer-tunix env env-test clean
 
 demo: env
 	@if [ -e $(WORKDIR)/summary.json ]; then echo "$(WORKDIR) holds a finished run; 'rm -r $(WORKDIR)' starts a new one"; fi
@@ -29,15 +29,26 @@ lint: env-test
 	@$(RUN) -m ruff check .
 	@$(RUN) -m pyright
 
-bench: env-test peers
-	@for name in $$(ls benchmarks/*.py | sed -e 's|benchmarks/||' -e 's|\.py$$||' | grep -v -e __init__ -e common); do \
-		echo "== $$name"; $(RUN) -m benchmarks.$$name $(BENCH_ARGS) || exit 1; done
+# A benchmark or peer that fails stops none of the others; the end then says which and is an error.
+bench: env-test
+	@failed=; $(MAKE) --no-print-directory -k peers || failed=" peers"; \
+	for name in $$(ls benchmarks/*.py | sed -e 's|benchmarks/||' -e 's|\.py$$||' | grep -v -x -e __init__ -e common); do \
+		echo "== $$name"; $(RUN) -m benchmarks.$$name $(BENCH_ARGS) || failed="$$failed $$name"; done; \
+	if [ -n "$$failed" ]; then echo "failed:$$failed" >&2; exit 1; fi
 
 # What the peers pin clashes with what we pin and with each other. torch goes in first, so that no later call brings another.
-peers:
+peers: peer-hf peer-trl peer-saelens peer-tunix
+
+peer-hf:
 	@$(PYTHON) .ci/venv.py .venvs/hf torch==2.13.0 -- transformers==5.23.0
+
+peer-trl:
 	@$(PYTHON) .ci/venv.py .venvs/trl torch==2.13.0 -- trl==1.16.0
+
+peer-saelens:
 	@$(PYTHON) .ci/venv.py .venvs/saelens torch==2.13.0 -- sae-lens==6.54.0
+
+peer-tunix:
 	@$(PYTHON) .ci/venv.py .venvs/tunix google-tunix==0.1.7
 
 env:

@@ -1,4 +1,4 @@
-"""What the benchmarks share: timing, peers in environments of their own, one JSON line a figure, the record.
+"""What the benchmarks share: the small model, timing, peers in environments of their own, one JSON line a figure, the record.
 
 A benchmark module has a `main()` that ends in `run_benchmark`:
 
@@ -29,6 +29,21 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "RESULTS.md"
+
+
+def small_qwen2() -> Any:
+    """The model of the speed benchmarks, 6.4 M parameters in the shape of Qwen2; peers/peer_common.py has the same."""
+    import models
+
+    return models.ModelConfig(
+        family="qwen2", vocab_size=2048, d_model=256, n_layers=6, n_heads=4, n_kv_heads=2, head_dim=64, d_ff=1024,
+        tie_embeddings=True, qkv_bias=True, max_position=1024,
+    )  # fmt: skip
+
+
+def progress(text: str) -> None:
+    """What is being measured now, on standard error."""
+    print(f"... {text}", file=sys.stderr, flush=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +97,19 @@ def timed(call: Callable[[], Any], *, repeats: int = 5, warm_up: int = 1) -> tup
     return max(0.0, first - median(seconds)), seconds
 
 
+def timed_in_turns(calls: dict[str, Callable[[], Any]], *, repeats: int = 5) -> dict[str, tuple[float, list[float]]]:
+    """Times several calls that take turns, so that a slow moment of the machine falls on all of them.
+
+    Returns:
+      {name: (compile seconds, seconds of each of the `repeats` calls after the first)}, as of `timed`.
+    """
+    seconds = {name: [] for name in calls}
+    for _ in range(repeats + 1):
+        for name, call in calls.items():
+            seconds[name].append(_seconds(call))
+    return {name: (max(0.0, first - median(rest)), rest) for name, (first, *rest) in seconds.items()}
+
+
 def median(values: Iterable[float]) -> float:
     """The middle value (of an even number, the mean of the two)."""
     ordered = sorted(values)
@@ -98,6 +126,7 @@ def run_peer(environment: str, script: str, arguments: Iterable[Any] = (), *, ti
     python = ROOT / ".venvs" / environment / "bin" / "python"
     if not python.exists():
         return None
+    progress(f"peer {environment}/{script}")
     command = [str(python), str(ROOT / "benchmarks" / "peers" / f"{script}.py"), *map(str, arguments)]
     variables = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     try:
@@ -122,7 +151,11 @@ def run_benchmark(
     description: str | None,
     add_arguments: Callable[[argparse.ArgumentParser], Any] | None = None,
 ) -> None:
-    """The command line of a benchmark: prints each figure as it is measured and, with --record, adds them to RESULTS.md."""
+    """The command line of a benchmark: prints each figure as it is measured and, with --record, adds them to RESULTS.md.
+
+    Beside peers, which run on the CPU, JAX is kept to the CPU too; with --no-peers it takes what the machine has. A benchmark
+    that fails half-way records what it had measured.
+    """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--record", action="store_true", help="add the figures to benchmarks/RESULTS.md")
     parser.add_argument("--no-peers", dest="peers", action="store_false", help="do not run the peers")
@@ -130,12 +163,16 @@ def run_benchmark(
     if add_arguments:
         add_arguments(parser)
     args = parser.parse_args()
+    if args.peers:
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
     figures = []
-    for figure in measure(args):
-        figures.append(figure)
-        print(json.dumps(figure.record()), flush=True)
-    if args.record:
-        append_results(figures)
+    try:
+        for figure in measure(args):
+            figures.append(figure)
+            print(json.dumps(figure.record()), flush=True)
+    finally:
+        if args.record and figures:
+            append_results(figures)
 
 
 def append_results(figures: Iterable[Figure], results: Path = RESULTS) -> None:
@@ -165,11 +202,15 @@ def machine() -> str:
 
 
 def versions() -> str:
-    """Versions of what the figures depend on, and the commit."""
+    """Versions of what the figures depend on, and the commit; "with changes" where the working tree is not that commit."""
     parts = [f"python {platform.python_version()}"]
     parts += [f"{name} {importlib.metadata.version(name)}" for name in ("jax", "flax", "numpy")]
-    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT)
-    return ", ".join(parts + ([f"commit {done.stdout.strip()}"] if done.returncode == 0 else []))
+    git = lambda *words: subprocess.run(["git", *words], capture_output=True, text=True, cwd=ROOT)  # noqa: E731
+    commit = git("rev-parse", "--short", "HEAD")
+    if commit.returncode == 0:
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/RESULTS.md").stdout.strip()
+        parts.append(f"commit {commit.stdout.strip()}{' with changes' if changed else ''}")
+    return ", ".join(parts)
 
 
 def _seconds(call: Callable[[], Any]) -> float:

@@ -5,12 +5,15 @@
 Each size runs in a process of its own: seconds of `jaxrl_llm.curation.pipeline.curate` with its default settings (SAE training,
 features with all controls, clusters, difficulty, quality on prompt + answer, three layouts) and the peak of resident memory. The
 prompts are synthetic, the model is small (2 layers, width 32), so that what is measured is curation and not the model.
-`growth` is the largest size's time over ten times the time of a tenth of it: at most 1.1 is the goal.
+`growth` is the largest size's time over ten times the time of a tenth of it: at most 1.1 is the goal. What a run costs whatever its
+size (SAE training, probes on so many labels) flatters that, so `further` is the time that each prompt beyond the size before adds, with
+the same of one size less as its peer: constant where time grows in proportion.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import resource
 import subprocess
@@ -20,7 +23,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from benchmarks.common import ROOT, Figure, run_benchmark
+from benchmarks.common import ROOT, Figure, progress, run_benchmark
 
 SETTINGS = {
     "difficulty.labels": "level",
@@ -81,16 +84,25 @@ def one(n: int) -> None:
 
 
 def measure(args: argparse.Namespace) -> Iterator[Figure]:
+    """Time and memory of each size, and how they grow."""
     sizes, seconds = [int(size) for size in args.sizes.split(",")], {}
     for n in sizes:
-        done = subprocess.run([sys.executable, "-m", "benchmarks.curation_scale", "--one", str(n)], capture_output=True, text=True, cwd=ROOT)
+        progress(f"curating {n} prompts")
+        command = [sys.executable, "-m", "benchmarks.curation_scale", "--one", str(n)]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)  # its bars and errors go to our standard error
         if done.returncode:
-            sys.exit(f"curation of {n} rows failed:\n{done.stderr[-3000:]}")
+            sys.exit(f"curation of {n} rows failed")
         result = json.loads(done.stdout.strip().splitlines()[-1])
         seconds[n] = result["seconds"]
         stages = ", ".join(f"{name} {value:.0f}" for name, value in result["stages"].items())
         yield Figure(f"curation_seconds_{n}", result["seconds"], "s", shape=f"{n} prompts: {stages}", better="lower")
         yield Figure(f"curation_peak_{n}", result["peak_gib"], "GiB", shape=f"{n} prompts, resident", better="lower")
+    further = None
+    for smaller, larger in itertools.pairwise(sorted(seconds)):
+        cost = 1000 * (seconds[larger] - seconds[smaller]) / (larger - smaller)
+        shape, peer = f"each prompt from {smaller} to {larger}", further and "one size less"
+        yield Figure(f"curation_further_{larger}", cost, "ms/prompt", peer, further, shape=shape, better="lower")
+        further = cost if cost > 0 else None  # below zero at sizes so small that noise decides
     largest = max(sizes)
     if largest // 10 in seconds:
         growth = seconds[largest] / (10 * seconds[largest // 10])
@@ -98,6 +110,7 @@ def measure(args: argparse.Namespace) -> Iterator[Figure]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The benchmark's own flags."""
     parser.add_argument("--sizes", default="1000,10000,100000", help="numbers of prompts, comma-separated")
     parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
 

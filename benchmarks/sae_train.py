@@ -6,6 +6,9 @@ The peer is SAELens's trainer step on the same shape. Both count the best of the
 ours, since a machine that others use too slows both by different amounts at different times.
 """
 
+import argparse
+from collections.abc import Iterator
+
 import numpy as np
 
 from benchmarks.common import Figure, peer_value, run_benchmark, run_peer, timed
@@ -14,7 +17,7 @@ SHAPE = {"d_in": 768, "d_sae": 6144, "k": 32, "batch": 4096}
 PEER = "SAELens 6.54.0"
 
 
-def best_peer(mode, args):
+def best_peer(mode: str, args: argparse.Namespace) -> Iterator[float | None]:
     """The larger of two runs of the peer, one before and one after ours; a generator to be advanced twice."""
     values = []
     for _ in range(2):
@@ -24,7 +27,8 @@ def best_peer(mode, args):
         yield max(found) if found else None
 
 
-def measure(args):
+def measure(args: argparse.Namespace) -> Iterator[Figure]:
+    """Activations a second of our step and the peer's."""
     import jax
 
     import sae
@@ -39,17 +43,18 @@ def measure(args):
     def update():
         nonlocal state
         state, metrics = step(state, jax.numpy.asarray(rows), numbers)
-        return metrics
+        return state, metrics
 
     peer = best_peer("train", args)
     next(peer)
     compile_s, seconds = timed(update, repeats=args.repeats)
-    shape = ", ".join(f"{name} {value}" for name, value in SHAPE.items())
+    shape = ", ".join(f"{name} {value}" for name, value in SHAPE.items()) + "; goal 4 x"
     rate = SHAPE["batch"] / min(seconds)
     yield Figure("sae_train", rate, "activations/s", PEER, next(peer), compile_s, shape)
 
 
-def add_arguments(parser):
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The benchmark's own flags."""
     parser.add_argument("--method", default="auto", help="products of the step: auto, dense or sparse")
 
 

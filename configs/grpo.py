@@ -24,7 +24,7 @@ def get_config(variant: str | None = None) -> ml_collections.ConfigDict:
 
     config.data = ml_collections.ConfigDict()
     config.data.source = ""  # training prompts: file (jsonl, json, csv, parquet), data set folder, hub id or tfds:NAME
-    config.data.curated = ""  # or: folder written by `jaxrl-llm curate` (its kept rows, in its order)
+    config.data.curated = ""  # or: workdir of `jaxrl-llm curate`, or the set in it (its kept rows, in its order)
     config.data.fields = ""  # field map of source and evals, such as "prompt=question,answer=answer"
     config.data.split = "train"  # of a source that has splits
     config.data.limit = placeholder(int)  # at most so many rows; None = all
@@ -42,8 +42,12 @@ def get_config(variant: str | None = None) -> ml_collections.ConfigDict:
 
     config.schedule = ml_collections.ConfigDict()
     config.schedule.batch_prompts = 8  # prompts a step
-    config.schedule.kind = ""  # "shuffled", or with data.curated "order" or a kind of jaxrl_llm.curation.schedule; empty = the natural one
-    config.schedule.options = "{}"  # of that kind as JSON, such as '{"rho": 0.125}'
+    config.schedule.kind = ""  # "shuffled"; with data.curated "order", "band" or a kind of jaxrl_llm.curation.schedule; empty = the natural one
+    config.schedule.options = "{}"  # of a kind of jaxrl_llm.curation.schedule as JSON, such as '{"rho": 0.125}'
+    config.schedule.band = ml_collections.ConfigDict()  # kind "band": prompts that the policy passes about half the time, as it learns
+    config.schedule.band.temperature = 0.5  # how sharply these are preferred: near 0 only they, large hardly
+    config.schedule.band.easy_floor = 0.125  # share of every batch that stays with easy prompts, so that they are not forgotten
+    config.schedule.band.epoch_share = 0.3  # of the prompts that an epoch visits; it passes over the least useful
 
     config.train = ml_collections.ConfigDict()  # see jaxrl_llm.train.config.GRPOConfig
     config.train.steps = 100  # rollouts; each is followed by inner_epochs updates

@@ -12,20 +12,21 @@ from ml_collections import ConfigDict
 VARIANTS = ("demo", "lab", "headline", "qwen2.5-math-1.5b", "qwen2.5-math-7b")
 
 # Every arm: which rows are kept, which features speak, and what orders the rows. Options go to the schedule.
+FULL = dict(filter="sae", schedule="band", strata=True)
 ARMS = {
     "vanilla": dict(about="shuffled pool, no curation", schedule="shuffled"),
     "filter": dict(about="SAE quality filter, shuffled", filter="sae", schedule="shuffled"),
-    "logprob_filter": dict(about="filter by the policy's own log-probabilities alone, shuffled", filter="logprob", schedule="shuffled"),
-    "oracle_filter": dict(about="truly corrupted rows dropped, shuffled", filter="oracle", schedule="shuffled"),
     "curriculum": dict(about="strict easy to hard by the SAE proxy, no filter", schedule="global_sort"),
     "mixing": dict(about="single-cluster batches with moderate mixing, no order inside", schedule="published", within="shuffled"),
     "published": dict(about="filter, clusters, easy to hard inside, alternate, mix", filter="sae", schedule="published"),
-    "full": dict(about="answer-aware filter and a trainability band that moves with the policy, on SAE features", filter="sae", schedule="band"),
-    "full_random_clusters": dict(about="full with clusters dealt at random", filter="sae", schedule="band", clusters="random"),
-    "full_dense": dict(about="full on dense activations", filter="dense", schedule="band", features="dense"),
-    "full_random_sae": dict(about="full on an SAE that was never trained", filter="random_sae", schedule="band", features="random_sae"),
-    "full_tfidf": dict(about="full on length and TF-IDF", filter="tfidf", schedule="band", features="tfidf"),
-    "full_oracle_difficulty": dict(about="full with every row's true pass rate as prior", filter="sae", schedule="band", difficulty="oracle"),
+    "full": dict(about="filter inside strata of SAE cluster x difficulty, then a trainability band that moves with the policy", **FULL),
+    "full_random_clusters": dict(about="full with clusters dealt at random", **FULL, clusters="random"),
+    "full_dense": dict(about="full on dense activations", **FULL | dict(filter="dense", features="dense")),
+    "full_random_sae": dict(about="full on an SAE that was never trained", **FULL | dict(filter="random_sae", features="random_sae")),
+    "full_tfidf": dict(about="full on length and TF-IDF", **FULL | dict(filter="tfidf", features="tfidf")),
+    "full_logprob": dict(about="full with the policy's log-probabilities alone as quality", **FULL | dict(filter="logprob")),
+    "full_oracle_filter": dict(about="full with the truly corrupted rows dropped", **FULL | dict(filter="oracle")),
+    "full_oracle_difficulty": dict(about="full with every row's true pass rate as prior", **FULL, difficulty="oracle"),
 }
 
 
@@ -58,24 +59,31 @@ def _base() -> ConfigDict:
 
     c.arm_table = ConfigDict()  # what each arm keeps, reads and orders by
     for name, arm in ARMS.items():
-        row = dict(filter="none", features="sae", clusters="features", difficulty="proxy", within="easy_to_hard") | arm
+        row = dict(filter="none", strata=False, features="sae", clusters="features", difficulty="proxy", within="easy_to_hard") | arm
         c.arm_table[name] = ConfigDict(row)
 
-    # Share of each level, share of each corruption (of jaxrl_llm.data.lab_world), and of rows that a quality filter drops.
-    mixed = dict(wrong_answer=0.05, missing_clause=0.05, garbled=0.05, near_duplicate=0.05, drop=0.15)
-    wrong = dict(wrong_answer=0.4, missing_clause=0.0, garbled=0.0, near_duplicate=0.0, drop=0.35)
-    even, hard = (0.2,) * 5, (0.05, 0.1, 0.15, 0.3, 0.4)
-    pools = dict(mixed=dict(levels=even, **mixed), wrong=dict(levels=even, **wrong), hard=dict(levels=hard, **mixed))
+    # Share of each level, skew of the topics, share of each corruption (of jaxrl_llm.data.lab_world), and of rows that a quality filter
+    # drops: from the whole pool, or from each stratum.
+    none = dict.fromkeys(("wrong_answer", "missing_clause", "garbled", "near_duplicate"), 0.0)
+    mixed = dict.fromkeys(none, 0.05) | dict(drop=0.15, drop_strata=0.3)
+    wrong = none | dict(wrong_answer=0.4, drop=0.35, drop_strata=0.6)
+    web = dict(wrong_answer=0.05, missing_clause=0.25, garbled=0.25, near_duplicate=0.05, drop=0.5, drop_strata=0.6)
+    even, hard = dict(levels=(0.2,) * 5, topic_skew=0.0), dict(levels=(0.05, 0.1, 0.15, 0.3, 0.4), topic_skew=0.0)
+    scraped = dict(levels=(0.15, 0.15, 0.2, 0.25, 0.25), topic_skew=1.0)
+    pools = dict(mixed=even | mixed, wrong=even | wrong, hard=hard | mixed, web=scraped | web)
     c.pool_table = ConfigDict(pools)  # what each pool is made of
 
     c.data = ConfigDict()  # a real pool instead of the generated world
     c.data.source = ""  # rows (file, HF data set, tfds:NAME); empty = the generated world
     c.data.fields = "prompt=prompt,answer=answer"  # field map
-    c.data.evals = ""  # held-out rows, "NAME=SOURCE" joined by commas
+    c.data.split = "train"  # of a data set that has splits
+    # Held-out sets: a name for each, its rows, its field map (empty = that of the pool) and split.
+    c.data.evals = ConfigDict(dict(test=dict(source="", fields="", split="test")))
     c.data.template = "none"  # "none", "chat" or a format with {prompt}
     c.data.reward = "exact"  # name in jaxrl_llm.rewards.registry
-    c.data.rows = 5120  # rows of the pool (of a real source: at most so many)
-    c.data.test_rows = 1000  # held-out rows of the generated world
+    c.data.rows = 3072  # rows of the pool (of a real source: at most so many)
+    c.data.test_rows = 500  # held-out rows of the generated world
+    c.data.test_seed = 991  # of the generated held-out rows
     c.data.max_prompt_tokens = 24  # longer prompts are dropped and counted
 
     c.policy = ConfigDict()  # the base policy: pre-trained by the run, or loaded
@@ -101,6 +109,7 @@ def _base() -> ConfigDict:
     c.sae.pooling = ("max_log1p", "last")
     c.sae.d_sae = 1024  # latents
     c.sae.k = 16  # latents kept a token
+    c.sae.context = 64  # longest text of the SAE's training, in tokens
     c.sae.steps = 300  # updates
     c.sae.batch = 1024  # activations a step
     c.sae.learning_rate = 2e-3  # peak
@@ -110,17 +119,22 @@ def _base() -> ConfigDict:
     c.curation.remove_length = False  # regress length out of the features; in the lab's world longer truly is harder
     c.curation.labels = 512  # rows whose pass rate is measured by rollouts for the difficulty proxy
     c.curation.label_samples = 8  # rollouts a labelled row
+    c.curation.label_batch = 256  # prompts rolled out at once
     c.curation.clusters = 16  # K of the spherical k-means
     c.curation.dims = 64  # of the truncated SVD under clusters and band
-    c.curation.quality_labels = 400  # rows whose corruption is told to the quality probe; 0 = self-supervised by planted corruption
+    c.curation.quality_labels = 400  # rows whose corruption is told to the quality probe; 0 = it learns from corrupted copies
+    c.curation.copies = 1000  # corrupted copies, where nobody tells
+    c.curation.strata = 4  # parts of a cluster by difficulty, in each of which the worst rows are dropped ("strata" arms)
     c.curation.rho = 0.125  # of a batch, swapped with the next one ("published")
+    c.curation.refilter_every = 60  # steps after which band arms judge the rows' answers anew, by the policy as it is then; 0 = never
     c.curation.band_temperature = 0.5  # sharpness of the trainability band
     c.curation.band_easy_floor = 0.125  # share of every batch that stays with easy prompts
-    c.curation.band_epoch_share = 0.3  # of the pool that one epoch of the band visits
+    c.curation.band_epoch_share = 0.5  # of the kept rows that one epoch of the band visits
+    c.curation.band_balance = "equal"  # clusters in a batch: in proportion to their "items", "equal", by "utility" or "none"
 
     c.grpo = ConfigDict()  # fields of jaxrl_llm.train.config.GRPOConfig
     c.grpo.steps = 240
-    c.grpo.prompts_per_step = 8
+    c.grpo.prompts_per_step = 4  # small, so that the gradient's noise limits learning, as it does for large models (docs/saerl.md)
     c.grpo.num_samples = 8
     c.grpo.max_new_tokens = 8
     c.grpo.learning_rate = 1e-4
@@ -140,14 +154,14 @@ def _demo(c: ConfigDict) -> None:
     c.title = "SAERL, demo"
     c.pools = ("wrong",)
     c.formats = ("parquet", "hf_dataset", "array_record")
-    c.data.test_rows = 500
 
 
 def _lab(c: ConfigDict) -> None:
+    """The matrix. Held-out problems, seeds and base policy are others than those that `full` was chosen on (docs/saerl.md)."""
     c.title = "SAERL, lab"
     c.arms = tuple(ARMS)
-    c.pools = ("mixed", "wrong", "hard")
-    c.seeds = (0, 1, 2, 3, 4)
+    c.pools = ("wrong", "mixed", "hard", "web")
+    c.bases, c.seeds, c.data.test_seed = (1,), (0, 1, 2, 3, 4), 993
     c.workers = 2
 
 
@@ -155,31 +169,31 @@ def _headline(c: ConfigDict) -> None:
     """The claim alone: eight paired seeds on each of three base models that nothing was tuned on."""
     c.title = "SAERL, headline"
     c.arms = ("vanilla", "full", "full_random_clusters", "full_tfidf")
-    c.bases = (1, 2, 3)
-    c.seeds = tuple(range(100, 108))
+    c.pools = ("wrong", "web")
+    c.bases, c.seeds, c.data.test_seed = (1, 2, 3), tuple(range(100, 108)), 993
     c.workers = 2
 
 
 def _qwen(c: ConfigDict, model: str, layers: int, d_model: int, mesh: str) -> None:
-    """The paper's setting, ready for a pod: DeepMath-103K, GRPO, six maths benchmarks where they can be had."""
+    """The paper's setting, ready for a pod: DeepMath-103K, GRPO, maths benchmarks."""
     c.title = f"SAERL, {model}"
     c.arms = ("vanilla", "published", "full")
     c.pools = ("data",)
-    c.pool_table.data = ConfigDict(dict(levels=(), wrong_answer=0.0, missing_clause=0.0, garbled=0.0, near_duplicate=0.0, drop=0.1))
+    c.pool_table.data = ConfigDict(dict(drop=0.1, drop_strata=0.1))
     c.mesh = mesh
     c.policy.model, c.policy.dtype = model, "bfloat16"
     c.policy.d_model, c.policy.n_layers = d_model, layers
     c.data.source = "zwhe99/DeepMath-103K"
     c.data.fields = "prompt=question,answer=final_answer"
-    c.data.evals = "gsm8k=openai/gsm8k,math500=HuggingFaceH4/MATH-500"
+    c.data.evals.gsm8k = ConfigDict(dict(source="openai/gsm8k:main", fields="prompt=question,answer=answer", split="test"))
+    c.data.evals.math500 = ConfigDict(dict(source="HuggingFaceH4/MATH-500", fields="prompt=problem,answer=answer", split="test"))
     c.data.template = "chat"
     c.data.reward = "maths"
     c.data.rows, c.data.max_prompt_tokens = 103_022, 1024
     c.sae.d_sae, c.sae.k, c.sae.steps, c.sae.batch, c.sae.learning_rate = 16_384, 64, 50_000, 4096, 2e-4
+    c.sae.context = 2048
     c.curation.labels, c.curation.clusters, c.curation.dims = 2000, 32, 256
     c.curation.quality_labels, c.curation.remove_length = 0, True
     c.grpo.steps, c.grpo.prompts_per_step, c.grpo.num_samples, c.grpo.max_new_tokens = 300, 128, 8, 3000
     c.grpo.learning_rate, c.grpo.b2, c.grpo.aggregation, c.grpo.advantage_scale = 1e-6, 0.999, "dr_grpo", "none"
     c.grpo.micro_batch_rows, c.grpo.remat = 64, True
-
-

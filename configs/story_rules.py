@@ -14,6 +14,7 @@ def get_config(variant: str | None = None) -> ml_collections.ConfigDict:
     config = ml_collections.ConfigDict()
     config.model = ""  # Hugging Face folder or hub id of the policy before training
     config.dtype = "float32"  # of parameters and activations: float32 or bfloat16
+    config.mesh = ""  # such as "data=4" over the devices there are; empty = one device
     config.stories = ""  # stories: txt, jsonl, json, csv, parquet, data set folder, hub id or tfds:NAME
     config.fields = ""  # field map for tables, such as "prompt=text"
     config.separator = "<|endoftext|>"  # the line between two stories of a txt file

@@ -17,6 +17,7 @@ stopped run left off. Expected figures: docs/saerl.md.
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
 import functools
 import json
@@ -24,12 +25,14 @@ import multiprocessing
 import os
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from scipy import sparse
+from scipy.special import expit
 
+from jaxrl_llm.curation.processes import is_writer
 from jaxrl_llm.data import lab_world
 from jaxrl_llm.errors import UserError, nearest
 from jaxrl_llm.run_dir import RunDir, write_json
@@ -37,6 +40,7 @@ from jaxrl_llm.run_dir import RunDir, write_json
 # Feature kinds an arm may name; "sae" is ours, the others are its controls.
 FEATURES = ("sae", "random_sae", "dense", "tfidf")
 FILTERS = ("none", "oracle", "logprob", *FEATURES)
+BAD = ("wrong_answer", "missing_clause", "garbled")  # a near-duplicate is a sound problem
 
 
 class Cell(NamedTuple):
@@ -52,32 +56,26 @@ class Cell(NamedTuple):
 
 
 @dataclasses.dataclass
-class Policy:
-    """The base policy of a cell."""
+class Bench:
+    """What the arms of a cell share. models are `curation.passes.LanguageModel`s; truth is for scoring and oracle arms only."""
 
-    cfg: Any
-    params: Any
-    tokenizer: Any
-    mesh: Any = None
-
-
-@dataclasses.dataclass
-class Signals:
-    """What curation knows of the N rows of a pool; `truth` is for scoring and for oracle arms only."""
-
-    reduced: dict[str, np.ndarray]  # feature kind -> [N, dims]
-    clusters: dict[str, np.ndarray]  # feature kind -> [N] int
-    difficulty: dict[str, np.ndarray]  # feature kind or "oracle" -> [N] expected fail rate
-    quality: dict[str, np.ndarray]  # filter kind -> [N], higher is better
-    faults: dict[str, np.ndarray]  # name -> [N] bool: rows dropped whatever their quality
+    config: Any
+    cell: Cell
+    folder: Path
+    mesh: Any
+    policy: Any
+    pool: Any
+    evals: dict[str, Any]
+    reward: Any
     truth: dict[str, np.ndarray]
-    report: dict[str, Any]
+    progress: bool
+    quality_probe: Callable[[], Any] | None = None  # made when an arm first asks, then kept
 
 
 def run(config, workdir) -> None:
     """Runs every cell and arm of the config and writes report.html."""
     check(config)
-    run_dir = RunDir(workdir, config, kind="saerl")
+    run_dir = RunDir(workdir, config, kind="saerl", owns=("cells", "policies"))
     cells = [Cell(p, b, s) for p in config.pools for b in config.bases for s in config.seeds]
     started = time.time()
     if config.workers > 1 and len(cells) > 1:
@@ -86,6 +84,8 @@ def run(config, workdir) -> None:
         for i, cell in enumerate(cells):
             print(f"cell {i + 1}/{len(cells)}: {cell.name}", flush=True)
             run_cell(config, run_dir.path, cell)
+    if not run_dir.is_writer:
+        return
     from jaxrl_llm.report import saerl as page
     from jaxrl_llm.report import write_report
 
@@ -97,13 +97,15 @@ def run(config, workdir) -> None:
 
 
 def check(config) -> None:
-    """Raises UserError for an arm, pool or feature kind that is not there, before anything is computed."""
+    """Raises UserError for what would only be noticed after hours, before anything is computed."""
     for what, names, table in (("arm", config.arms, config.arm_table), ("pool", config.pools, config.pool_table)):
         for name in names:
             if name not in table:
                 raise UserError(f"config.{what}s: no {what} {name!r}; {nearest(name, list(table))}")
     if config.main_arm not in config.arms:
         raise UserError(f"config.main_arm is {config.main_arm!r}, which is not in config.arms {tuple(config.arms)}")
+    if config.grpo.eval_samples < 1:
+        raise UserError("config.grpo.eval_samples is 0; arms are compared by avg@k, so give at least 1")
     for name in config.arms:
         arm = config.arm_table[name]
         for key, known in (("features", FEATURES), ("filter", FILTERS), ("clusters", ("features", "random")), ("difficulty", ("proxy", "oracle"))):
@@ -111,6 +113,8 @@ def check(config) -> None:
                 raise UserError(f"config.arm_table.{name}.{key} is {arm[key]!r}; {nearest(arm[key], known)}")
         if config.data.source and "oracle" in (arm.filter, arm.difficulty):
             raise UserError(f"arm {name!r} needs the truth, which only the generated world has; take it out of config.arms")
+    if config.data.source and not any(held_out.source for held_out in config.data.evals.values()):
+        raise UserError("config.data.source is set but no held-out set: give config.data.evals.test.source too, to compare the arms on")
 
 
 def run_parallel(config, root: Path, cells: list[Cell]) -> None:
@@ -119,39 +123,55 @@ def run_parallel(config, root: Path, cells: list[Cell]) -> None:
         make_policy(config, root, base)  # shared by cells, so made before they start
     os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_multi_thread_eigen=false"
     os.environ["OMP_NUM_THREADS"] = "1"
-    context = multiprocessing.get_context("spawn")
-    with context.Pool(config.workers, maxtasksperchild=1) as pool:
-        work = functools.partial(_cell_quietly, config, root)
-        for i, name in enumerate(pool.imap_unordered(work, cells, chunksize=1)):
-            print(f"cell {i + 1}/{len(cells)} done: {name}", flush=True)
+    context = multiprocessing.get_context("spawn")  # a fork of a process with JAX's threads may hang
+    with context.Manager() as manager:
+        free_cores = manager.Queue()
+        cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+        for i in range(config.workers):
+            free_cores.put(cores[i % len(cores)] if cores else None)
+        with concurrent.futures.ProcessPoolExecutor(config.workers, mp_context=context, max_tasks_per_child=1) as pool:
+            work = [pool.submit(_cell_quietly, config, root, cell, free_cores) for cell in cells]
+            for i, done in enumerate(concurrent.futures.as_completed(work)):
+                print(f"cell {i + 1}/{len(cells)} done: {done.result()}", flush=True)
 
 
-def _cell_quietly(config, root: Path, cell: Cell) -> str:
-    cores = sorted(os.sched_getaffinity(0))
-    os.sched_setaffinity(0, {cores[multiprocessing.current_process()._identity[0] % len(cores)]})
-    run_cell(config, root, cell, progress=False)
+def _cell_quietly(config, root: Path, cell: Cell, free_cores) -> str:
+    from jaxrl_llm.runtime import use_compilation_cache
+
+    use_compilation_cache()
+    core = free_cores.get()
+    try:
+        if core is not None:
+            os.sched_setaffinity(0, {core})
+        run_cell(config, root, cell, progress=False)
+    finally:
+        free_cores.put(core)
     return cell.name
 
 
 def run_cell(config, root: Path, cell: Cell, progress: bool = True) -> None:
     """All arms of one cell."""
+    from jaxrl_llm.runtime import parse_mesh
+
     folder = root / "cells" / cell.name
-    if all((folder / arm / "result.json").exists() for arm in config.arms):
+    if all((folder / name).exists() for name in (*(f"{arm}/result.json" for arm in config.arms), "rollouts.json")):
         return
     clock = Clock(folder)
     with clock("base policy"):
-        policy = make_policy(config, root, cell.base, progress)
+        policy, mesh = make_policy(config, root, cell.base, progress), parse_mesh(config.mesh)
     pool, evals, reward = make_data(config, cell, policy)
+    bench = Bench(config, cell, folder, mesh, policy, pool, evals, reward, known_truth(pool), progress)
     with clock("sparse autoencoder"):
-        dictionary, feature_model = make_dictionary(config, folder, cell, policy, pool, progress)
+        dictionary, feature_model = make_dictionary(bench)
     with clock("curation"):
-        signals = measure(config, cell, policy, feature_model, dictionary, pool, reward)
-    write_curated(config, folder, cell, pool, signals)
-    page_material(config, folder, feature_model, dictionary, pool, signals)
+        signals = make_signals(bench, feature_model, dictionary)
+        write_curated(bench, signals)
+        page_material(bench, feature_model, dictionary, signals)
+    bench.quality_probe = functools.cache(functools.partial(make_quality_probe, bench, feature_model, dictionary))
     for arm in config.arms:
         with clock(f"GRPO {arm}"):
-            run_arm(config, folder / arm, cell, arm, policy, pool, evals, reward, signals, progress)
-    compare_answers(config, folder, policy, evals, reward)
+            run_arm(bench, arm, signals)
+    compare_answers(bench)
 
 
 class Clock:
@@ -171,23 +191,22 @@ class Clock:
 
     def __exit__(self, *_):
         self.stages[self.name] = self.stages.get(self.name, 0.0) + time.time() - self.start
-        write_json(self.path, self.stages)
+        if is_writer():
+            write_json(self.path, self.stages)
 
 
 # --- 1. the base policy ----------------------------------------------------------------------------------------------
 
 
-def make_policy(config, root: Path, base: int, progress: bool = True) -> Policy:
+def make_policy(config, root: Path, base: int, progress: bool = True):
     """Loads `config.policy.model`, or pre-trains one on the generated world (kept as a Hugging Face folder)."""
-    import models
+    from jaxrl_llm.curation.passes import LanguageModel
     from jaxrl_llm.runtime import parse_mesh
 
-    mesh = parse_mesh(config.mesh)
-    folder = Path(config.policy.model) if config.policy.model else root / "policies" / f"base{base}"
+    folder = root / "policies" / f"base{base}"
     if not config.policy.model and not (folder / "config.json").exists():
         pretrain(config, folder, base, progress)
-    cfg, params = models.load(config.policy.model or folder, dtype=config.policy.dtype, mesh=mesh)
-    return Policy(cfg, params, models.load_tokenizer(config.policy.model or folder), mesh)
+    return LanguageModel.load(str(config.policy.model or folder), config.policy.dtype, parse_mesh(config.mesh))
 
 
 def pretrain(config, folder: Path, base: int, progress: bool) -> None:
@@ -218,65 +237,77 @@ def pretrain(config, folder: Path, base: int, progress: bool) -> None:
     params = models.init(cfg, jax.random.key(base))
     settings = dict(steps=len(batches), remat=True, log_every=25, optimizer=optimizer)
     params, _ = train_sft(cfg, params, batches, settings, progress=progress)
-    models.save(folder, cfg, params)
-    tokenizer.save_pretrained(folder)
+    models.save(folder, cfg, params, tokenizer_from=tokenizer)
 
 
 # --- data ------------------------------------------------------------------------------------------------------------
 
 
-def make_data(config, cell: Cell, policy: Policy):
+def make_data(config, cell: Cell, policy):
     """(pool, {name: held-out set}, reward)."""
     from jaxrl_llm.data.prompts import tokenise_prompts
     from jaxrl_llm.data.sources import parse_fields, read_rows
     from jaxrl_llm.rewards import registry
 
-    d = config.data
+    d, needed = config.data, ("prompt", "answer")
     if d.source:
-        rows = read_rows(d.source, parse_fields(d.fields), limit=d.rows, required=("prompt", "answer"))
-        named = [entry.split("=", 1) for entry in d.evals.split(",") if entry]
-        held_out = {name: read_rows(source, parse_fields(d.fields), split="test", required=("prompt", "answer")) for name, source in named}
+        rows = read_rows(d.source, parse_fields(d.fields), split=d.split, limit=d.rows, required=needed)
+        held_out = {
+            name: read_rows(e.source, parse_fields(e.fields or d.fields), split=e.split, required=needed)
+            for name, e in d.evals.items() if e.source
+        }  # fmt: skip
     else:
-        test = lab_world.generate_problems(d.test_rows, 991, prefix="test")
-        shares = config.pool_table[cell.pool]
-        clean = lab_world.generate_problems(d.rows, 5000 + cell.seed, shares.levels, exclude={r["prompt"] for r in test})
+        test = lab_world.generate_problems(d.test_rows, d.test_seed, prefix="test")
+        shares, taken = config.pool_table[cell.pool], {r["prompt"] for r in test}
+        clean = lab_world.generate_problems(d.rows, 5000 + cell.seed, shares.levels, topic_skew=shares.topic_skew, exclude=taken)
         rows = lab_world.corrupt(clean, {k: shares[k] for k in lab_world.CORRUPTIONS}, cell.seed)
         held_out = {"test": test}
     tokenise = functools.partial(
         tokenise_prompts, tokenizer=policy.tokenizer, max_length=d.max_prompt_tokens, template=d.template, overflow="drop"
     )
-    return tokenise(rows), {name: tokenise(r) for name, r in held_out.items()}, registry.get_reward(d.reward)
+    pool, evals = tokenise(rows), {name: tokenise(r) for name, r in held_out.items()}
+    for name, batch in {"pool": pool, **evals}.items():
+        if batch.dropped:
+            print(f"  {name}: left out {batch.dropped} prompts longer than data.max_prompt_tokens={d.max_prompt_tokens}", flush=True)
+    return pool, evals, registry.get_reward(d.reward)
+
+
+def known_truth(pool) -> dict[str, np.ndarray]:
+    """Topic, level and corruption of the rows, where the rows tell."""
+    return {k: np.array([row[k] for row in pool.rows]) for k in ("topic", "level", "corruption") if k in pool.rows[0]}
 
 
 # --- 2. the sparse autoencoder ---------------------------------------------------------------------------------------
 
 
-def make_dictionary(config, folder: Path, cell: Cell, policy: Policy, pool, progress: bool):
+def make_dictionary(bench: Bench):
     """(dictionary, feature model): loaded, or trained on the feature model's activations over prompts and answers."""
     import jax
 
-    import models
     import sae
     from jaxrl_llm.curation.features import middle_hook
+    from jaxrl_llm.curation.passes import LanguageModel
+    from jaxrl_llm.curation.texts import answer_tokens
 
-    c, feature_model = config.sae, policy
+    config, c, folder, model = bench.config, bench.config.sae, bench.folder, bench.policy
     if c.model:
-        cfg, params = models.load(c.model, dtype=config.policy.dtype, mesh=policy.mesh)
-        feature_model = Policy(cfg, params, models.load_tokenizer(c.model), policy.mesh)
-    path = c.path or folder / "sae"
-    if c.path or (folder / "sae").exists():
-        return sae.load(path), feature_model
-    hook = c.hook or middle_hook(feature_model.cfg)
-    width, name = feature_model.cfg.d_model, config.policy.model or "lab"
-    cfg = sae.SAEConfig(architecture="topk", d_in=width, d_sae=c.d_sae, k=c.k, hook_name=hook, model_name=name)
-    tokens = answered_tokens(feature_model, pool)[0]
-    source = sae.harvest_activations(feature_model.cfg, feature_model.params, RepeatedRows(tokens, cell.seed), hook, batch_size=256)
-    buffer = sae.ActivationBuffer(source, c.batch, 32 * c.batch, seed=cell.seed)
-    train = sae.SAETrainConfig(steps=c.steps, learning_rate=c.learning_rate, dead_after=50_000, method="dense")
-    dictionary, history = sae.train_sae(cfg, buffer, train, jax.random.key(cell.seed), progress=None if progress else False)
-    sae.save(folder / "sae", dictionary, layout="saelens")
-    write_json(folder / "sae.json", {"history": history})
-    return dictionary, feature_model
+        model = LanguageModel.load(c.model, config.policy.dtype, bench.mesh)
+    if c.path or (folder / "sae.json").exists():
+        return sae.load(c.path or folder / "sae"), model
+    hook = c.hook or middle_hook(model.cfg)
+    cfg = sae.SAEConfig(architecture="topk", d_in=model.cfg.d_model, d_sae=c.d_sae, k=c.k, hook_name=hook, model_name=model.name)
+    tokens = answer_tokens(bench.pool.rows, model.tokenizer)(0, len(bench.pool))[0]
+    source = sae.harvest_activations(
+        model.cfg, model.params, RepeatedRows(tokens, bench.cell.seed), hook, batch_size=256, context_size=c.context, mesh=bench.mesh
+    )
+    buffer = sae.ActivationBuffer(source, c.batch, 32 * c.batch, seed=bench.cell.seed)
+    train = sae.SAETrainConfig(steps=c.steps, learning_rate=c.learning_rate, dead_after=50_000)
+    key = jax.random.key(bench.cell.seed)
+    dictionary, history = sae.train_sae(cfg, buffer, train, key, mesh=bench.mesh, progress=None if bench.progress else False)
+    if is_writer():
+        sae.save(folder / "sae", dictionary, layout="saelens")
+        write_json(folder / "sae.json", {"history": history})  # last: it says that the SAE is whole
+    return dictionary, model
 
 
 class RepeatedRows:
@@ -293,202 +324,191 @@ class RepeatedRows:
             passes += 1
 
 
-def answered_tokens(model: Policy, pool) -> tuple[list[list[int]], list[int]]:
-    """(prompt + answer token lists, positions where the answers begin)."""
-    prompts = pool.token_lists()
-    answers = [model.tokenizer(str(r.get("answer") or ""), add_special_tokens=False).input_ids for r in pool.rows]
-    return [p + a for p, a in zip(prompts, answers, strict=True)], [len(p) for p in prompts]
-
-
 # --- 3. curation -----------------------------------------------------------------------------------------------------
 
 
-def measure(config, cell: Cell, policy: Policy, feature_model: Policy, dictionary, pool, reward) -> Signals:
-    """Clusters, difficulty and quality of every row by each kind of features that an arm of the config names, and their
-    scores against the truth."""
-    from jaxrl_llm.curation import difficulty, diversity, quality, schedule
-    from jaxrl_llm.curation.probes import ArrayDesign, JoinedDesign
+def make_signals(bench: Bench, feature_model, dictionary):
+    """Clusters, difficulty and quality of every row by each kind of features that an arm names, and their scores against the
+    truth (`curation.signals`)."""
+    from jaxrl_llm.curation import diversity
+    from jaxrl_llm.curation.signals import Signals, measure
 
-    c, arms = config.curation, [config.arm_table[name] for name in config.arms]
-    texts = [row["prompt"] for row in pool.rows]
-    answered = [f"{row['prompt']} {row.get('answer') or ''}" for row in pool.rows]
-    tokens, marks = answered_tokens(feature_model, pool)
-    prompt_designs, lengths = designs(config, feature_model, dictionary, pool.token_lists(), texts)
-    answer_designs, _ = designs(config, feature_model, dictionary, tokens, answered) if c.answers else (prompt_designs, lengths)
-    likelihood = policy_likelihood(policy, pool)
-
-    out = Signals({}, {}, {}, {}, {}, lab_truth(pool), {})
-    for kind, design in prompt_designs.items():
-        if kind in FEATURES:
-            out.reduced[kind] = design.reduce(c.dims) if hasattr(design, "reduce") else schedule.reduce_features(design.x, c.dims)
-            out.clusters[kind] = diversity.cluster(out.reduced[kind], c.clusters, n_init=4, seed=cell.seed).labels
-    out.report["clusters"] = {
-        kind: diversity.normalised_mutual_information(labels, out.truth["topic"]) for kind, labels in out.clusters.items() if "topic" in out.truth
-    }
-
-    rows, rates = label_rollouts(config, cell, policy, pool, reward)
-    labels = np.full(len(pool), np.nan)
-    labels[rows] = 1 - rates
-    fit = functools.partial(difficulty.fit_difficulty, labels=labels, models=("ridge",), seed=cell.seed)
-    fitted = fit(prompt_designs, use="sae")
-    out.difficulty["sae"], out.report["difficulty"] = fitted.values, fitted.report
-    for kind in {arm.features for arm in arms} - {"sae"}:
-        out.difficulty[kind] = fit({kind: prompt_designs[kind]}, use=kind, reference=kind, draws=0).values
-    if any(arm.difficulty == "oracle" for arm in arms):
-        out.difficulty["oracle"] = 1 - true_rates(config, cell, policy, pool, reward, np.arange(len(pool)))
-    else:
-        held_out = np.setdiff1d(np.arange(len(pool)), rows)[: config.data.test_rows]
-        out.truth["checked"] = held_out
-        out.truth["fail_rate"] = 1 - true_rates(config, cell, policy, pool, reward, held_out)
-
-    with_likelihood = {k: JoinedDesign(d, ArrayDesign(likelihood)) for k, d in answer_designs.items() if k in ("sae", "random_sae", "dense")}
-    quality_designs = with_likelihood | {"logprob": ArrayDesign(likelihood)} | {k: d for k, d in answer_designs.items() if k not in with_likelihood}
-    told = quality_labels(config, cell, out.truth, len(pool))
-    for kind in sorted({"sae", "logprob"} | {arm.filter for arm in arms} - {"none", "oracle"}):
-        use = quality_designs if kind == "sae" else {kind: quality_designs[kind]}
-        against = dict(reference="length_tfidf", draws=1000) if kind == "sae" else dict(reference=kind, draws=0)
-        found = quality.fit_labelled_quality(use, told, use=kind, seed=cell.seed, **against)
-        out.quality[kind] = found.values
-        if kind == "sae":
-            out.report["quality"] = found.report
-    return out
+    found = Signals.load(bench.folder)
+    if found is not None:
+        bench.truth |= found.truth
+        return found
+    config, c, n = bench.config, bench.config.curation, len(bench.pool)
+    arms = [config.arm_table[name] for name in config.arms]
+    labelled = np.sort(np.random.default_rng([bench.cell.seed, 11]).permutation(n)[: c.labels])
+    fails = fail_rates(bench, labelled, "labels", salt=1)
+    signals = measure(
+        bench.pool.rows, feature_model, bench.policy, dictionary, fails, told_quality(bench), kinds={a.features for a in arms},
+        filters={a.filter for a in arms} - {"none", "oracle"}, options=signal_options(bench), mesh=bench.mesh,
+    )  # fmt: skip
+    if "topic" in bench.truth:
+        nmi = {k: diversity.normalised_mutual_information(v, bench.truth["topic"]) for k, v in signals.clusters.items()}
+        signals.report["clusters"] = nmi
+        # Rows that no probe was told of, for the calibration on the page and for oracle arms.
+        oracle = any(arm.difficulty == "oracle" for arm in arms)
+        checked = np.arange(n) if oracle else np.setdiff1d(np.arange(n), labelled)[: config.data.test_rows]
+        truly = fail_rates(bench, checked, "truth", salt=2)
+        if oracle:
+            signals.difficulty["oracle"] = truly
+        checked = np.setdiff1d(checked, labelled)
+        bench.truth |= {"checked": checked, "fail_rate": truly[checked]}
+    signals.truth = bench.truth
+    if is_writer():
+        signals.save(bench.folder)
+    return signals
 
 
-def designs(config, feature_model: Policy, dictionary, tokens, texts):
-    """({feature kind: probe design}, lengths): the SAE, the same SAE untrained, dense activations, length and TF-IDF."""
-    from jaxrl_llm.curation import baselines
-    from jaxrl_llm.curation.feature_space import FeatureSpace, dense_space
-    from jaxrl_llm.curation.features import extract_features, random_dictionary
-    from jaxrl_llm.curation.probes import ArrayDesign
+def signal_options(bench: Bench):
+    """`curation.signals.SignalOptions` from the config."""
+    from jaxrl_llm.curation.signals import SignalOptions
 
-    dictionaries = {"sae": dictionary, "random_sae": random_dictionary(dictionary.cfg)}
-    lengths = np.array([len(t) for t in tokens])
-    found = [
-        extract_features(
-            feature_model.cfg, feature_model.params, dictionaries, tokens, hook=config.sae.hook or None, pooling=pooling,
-            dense=("dense_mean", "dense_last") if i == 0 else (), mesh=feature_model.mesh,
-        )
-        for i, pooling in enumerate(config.sae.pooling)
-    ]  # fmt: skip
-    views = {}
-    for name in dictionaries:
-        pooled = sparse.hstack([results.csr(name) for results in found], format="csr")
-        views[name] = FeatureSpace.fit(pooled, lengths, remove_length=config.curation.remove_length).view(pooled, lengths)
-    dense = np.concatenate([found[0].dense("dense_mean"), found[0].dense("dense_last")], axis=1)
-    views["dense"] = dense_space(dense, lengths, remove_length=config.curation.remove_length)
-    views["tfidf"] = views["length_tfidf"] = ArrayDesign(baselines.length_tfidf_features(texts))
-    views["length"] = ArrayDesign(baselines.length_features(texts))
-    return views, lengths
-
-
-def policy_likelihood(policy: Policy, pool) -> np.ndarray:
-    """[N, columns] what the policy thinks of each prompt and of its gold answer (curation.likelihood.COLUMNS)."""
-    from jaxrl_llm.curation.likelihood import answer_likelihood
-
-    tokens, marks = answered_tokens(policy, pool)
-    columns, _ = answer_likelihood(policy.cfg, policy.params, lambda a, b: (tokens[a:b], marks[a:b]), len(tokens), mesh=policy.mesh)
-    return columns
-
-
-def label_rollouts(config, cell: Cell, policy: Policy, pool, reward) -> tuple[np.ndarray, np.ndarray]:
-    """(rows, pass rates) of a random subset: the only rollouts that curation pays for."""
-    rows = np.sort(np.random.default_rng([cell.seed, 11]).permutation(len(pool))[: config.curation.labels])
-    return rows, true_rates(config, cell, policy, pool, reward, rows, salt=1)
-
-
-def true_rates(config, cell: Cell, policy: Policy, pool, reward, rows, salt: int = 2) -> np.ndarray:
-    """[rows] pass rates of the base policy over `label_samples` samples."""
-    from jaxrl_llm.train.evaluate import sampled_passes
-
-    passes = sampled_passes(
-        policy.cfg, policy.params, policy.tokenizer, pool.take(rows), reward, samples=config.curation.label_samples,
-        max_new_tokens=config.grpo.max_new_tokens, seed=1000 * cell.seed + salt,
-    )[1]  # fmt: skip
-    return np.nanmean(passes, axis=1)
-
-
-def lab_truth(pool) -> dict[str, np.ndarray]:
-    """Topic, level and corruption of the rows, where the rows tell."""
-    return {k: np.array([row[k] for row in pool.rows]) for k in ("topic", "level", "corruption") if k in pool.rows[0]}
-
-
-def quality_labels(config, cell: Cell, truth, n: int) -> np.ndarray:
-    """[N] 1 fit to train on, 0 not, NaN unknown: a small random subset is told, as an annotator would."""
-    told = np.full(n, np.nan)
-    rows = np.random.default_rng([cell.seed, 12]).permutation(n)[: config.curation.quality_labels]
-    told[rows] = ~np.isin(truth["corruption"][rows], BAD)
-    return told
-
-
-BAD = ("wrong_answer", "missing_clause", "garbled")  # a near-duplicate is a sound problem
-
-
-def keep_rows(config, cell: Cell, arm, signals: Signals, n: int) -> np.ndarray:
-    """[N] bool: the rows an arm trains on."""
-    from jaxrl_llm.curation.quality import filter_rows
-
-    if arm.filter == "none":
-        return np.ones(n, bool)
-    if arm.filter == "oracle":
-        return ~np.isin(signals.truth["corruption"], BAD)
-    return filter_rows(signals.quality[arm.filter], config.pool_table[cell.pool].drop).keep
-
-
-def make_arm_schedule(config, cell: Cell, name: str, signals: Signals, n: int):
-    """The schedule of an arm, over all N rows."""
-    from jaxrl_llm.curation.schedule import TrainabilityBand, make_schedule, random_clusters
-
-    arm, c, size = config.arm_table[name], config.curation, config.grpo.prompts_per_step
-    keep = keep_rows(config, cell, arm, signals, n)
-    clusters = signals.clusters[arm.features] if arm.clusters == "features" else random_clusters(n, c.clusters, cell.seed)
-    hard = signals.difficulty["oracle" if arm.difficulty == "oracle" else arm.features]
-    if arm.schedule != "band":
-        options = dict(rho=c.rho, within=arm.within) if arm.schedule == "published" else {}
-        return make_schedule(arm.schedule, batch_size=size, seed=cell.seed, difficulty=hard, cluster=clusters, keep=keep, **options)
-    return TrainabilityBand(
-        1 - hard, signals.reduced[arm.features], size, seed=cell.seed, cluster=clusters, keep=keep,
-        samples_per_prompt=config.grpo.num_samples, temperature=c.band_temperature, easy_floor=c.band_easy_floor,
-        epoch_share=c.band_epoch_share,
+    s, c = bench.config.sae, bench.config.curation
+    return SignalOptions(
+        hook=s.hook or None, pooling=tuple(s.pooling), remove_length=c.remove_length, dims=c.dims, clusters=c.clusters, answers=c.answers,
+        copies=c.copies, seed=bench.cell.seed,
     )  # fmt: skip
 
 
-def write_curated(config, folder: Path, cell: Cell, pool, signals: Signals) -> None:
-    """The curated set of the main arm (readable by other trainers) and every signal of the cell."""
+def fail_rates(bench: Bench, rows: np.ndarray, name: str, salt: int) -> np.ndarray:
+    """[N] share of failures of the base policy's samples, NaN for rows that are not asked for or could not be judged."""
+    from jaxrl_llm.curation.labels import pass_rates, policy_roll_out
+
+    config, c = bench.config, bench.config.curation
+    roll_out = policy_roll_out(
+        bench.policy.cfg, bench.policy.params, bench.policy.tokenizer, bench.reward, samples=c.label_samples, template=config.data.template,
+        max_prompt_tokens=config.data.max_prompt_tokens, max_new_tokens=config.grpo.max_new_tokens, seed=1000 * bench.cell.seed + 100_000 * salt,
+        mesh=bench.mesh,
+    )  # fmt: skip
+    path = bench.folder / f"pass_rates-{name}.jsonl"
+    return 1 - pass_rates(bench.pool.rows, rows, roll_out, path=path, batch_prompts=c.label_batch)[0]
+
+
+def make_quality_probe(bench: Bench, feature_model, dictionary):
+    """The probe by which arms filter anew as their policy learns."""
+    from jaxrl_llm.curation.signals import QualityProbe, feature_views
+
+    rows, options = bench.pool.rows, signal_options(bench)
+    views = {} if options.answers else feature_views(rows, feature_model, dictionary, options, bench.mesh)
+    return QualityProbe(rows, feature_model, bench.policy, dictionary, told_quality(bench), views, options, bench.mesh)
+
+
+def told_quality(bench: Bench) -> np.ndarray | None:
+    """[N] 1 fit to train on, 0 not, NaN unknown: a small random subset is told, as an annotator would; None where nobody knows."""
+    n, count = len(bench.pool), bench.config.curation.quality_labels
+    if not count or "corruption" not in bench.truth:
+        return None
+    told, rows = np.full(n, np.nan), np.random.default_rng([bench.cell.seed, 12]).permutation(n)[:count]
+    told[rows] = ~np.isin(bench.truth["corruption"][rows], BAD)
+    return told
+
+
+def arm_clusters(bench: Bench, arm, signals, keep: np.ndarray | None = None) -> np.ndarray:
+    """[N] int: clusters by an arm's features (of the whole pool, or of the rows kept), or as many random ones."""
+    from jaxrl_llm.curation import diversity
+    from jaxrl_llm.curation.schedule import random_clusters
+
+    k, seed = bench.config.curation.clusters, bench.cell.seed
+    if arm.clusters == "random":
+        return random_clusters(len(bench.pool), k, seed)
+    if keep is None or keep.all():
+        return signals.clusters[arm.features]
+    return diversity.cluster_kept(signals.reduced[arm.features], keep, k, n_init=4, seed=seed, mesh=bench.mesh)
+
+
+def arm_difficulty(arm, signals) -> np.ndarray:
+    """[N] expected fail rate by an arm's features, or the true one."""
+    return signals.difficulty["oracle" if arm.difficulty == "oracle" else arm.features]
+
+
+def filter_arm(bench: Bench, arm, signals, quality: np.ndarray | None = None):
+    """The rows an arm trains on, and how far each is above its cut (`curation.quality.Filtered`). quality: [N], by default that of the
+    base policy."""
+    from jaxrl_llm.curation.quality import difficulty_strata, filter_rows
+
+    shares, n = bench.config.pool_table[bench.cell.pool], len(bench.pool)
+    if arm.filter == "none":
+        return filter_rows(np.zeros(n), 0.0)
+    if arm.filter == "oracle":
+        return filter_rows(np.zeros(n), 0.0, {"truly corrupted": np.isin(bench.truth["corruption"], BAD)})
+    quality = signals.quality[arm.filter] if quality is None else quality
+    if not arm.strata:
+        return filter_rows(quality, shares.drop)
+    strata = difficulty_strata(arm_clusters(bench, arm, signals), arm_difficulty(arm, signals), bench.config.curation.strata)
+    # The probe is logistic: its score is the log-odds of a sound row.
+    return filter_rows(quality, shares.drop_strata, strata=strata, expected_bad=expit(-quality))
+
+
+def keep_rows(bench: Bench, arm, signals) -> np.ndarray:
+    """[N] bool: the rows an arm trains on."""
+    return filter_arm(bench, arm, signals).keep
+
+
+def make_arm_schedule(bench: Bench, name: str, signals):
+    """The schedule of an arm, over all N rows."""
+    from jaxrl_llm.curation.schedule import TrainabilityBand, make_schedule
+
+    config, arm, seed = bench.config, bench.config.arm_table[name], bench.cell.seed
+    c, size, keep = config.curation, config.grpo.prompts_per_step, keep_rows(bench, arm, signals)
+    clusters, hard = arm_clusters(bench, arm, signals, keep), arm_difficulty(arm, signals)
+    if arm.schedule != "band":
+        options = dict(rho=c.rho, within=arm.within) if arm.schedule == "published" else {}
+        return make_schedule(arm.schedule, batch_size=size, seed=seed, difficulty=hard, cluster=clusters, keep=keep, **options)
+    probed = c.refilter_every and arm.filter not in ("none", "oracle", "tfidf")  # the others do not ask the policy
+
+    def refilter(params) -> np.ndarray:
+        return filter_arm(bench, arm, signals, bench.quality_probe().fit(arm.filter, params)).keep
+
+    return TrainabilityBand(
+        1 - hard, signals.reduced[arm.features], size, seed=seed, cluster=clusters, keep=keep, samples_per_prompt=config.grpo.num_samples,
+        temperature=c.band_temperature, easy_floor=c.band_easy_floor, epoch_share=c.band_epoch_share, balance=c.band_balance,
+        refilter=refilter if probed else None, refilter_every=c.refilter_every,
+    )  # fmt: skip
+
+
+def write_curated(bench: Bench, signals) -> None:
+    """The curated set of the main arm, readable by other trainers, ordered as the published method orders."""
     from jaxrl_llm.curation.curated_set import CuratedSet
     from jaxrl_llm.curation.schedule import make_schedule
 
-    arm, n = config.arm_table[config.main_arm], len(pool)
-    keep = keep_rows(config, cell, arm, signals, n)
-    hard, clusters = signals.difficulty[arm.features], signals.clusters[arm.features]
-    size = config.grpo.prompts_per_step
-    published = make_schedule("published", batch_size=size, seed=cell.seed, difficulty=hard, cluster=clusters, keep=keep, rho=config.curation.rho)
-    steps = -(-int(keep.sum()) // size)
-    drawn = np.concatenate([published.batch(step) for step in range(steps)])[: int(keep.sum())]
+    config, n = bench.config, len(bench.pool)
+    if (bench.folder / "curated" / "manifest.json").exists():
+        return
+    arm = config.arm_table[config.main_arm]
+    keep, hard = keep_rows(bench, arm, signals), arm_difficulty(arm, signals)
+    clusters = arm_clusters(bench, arm, signals, keep)
+    size, kept = config.grpo.prompts_per_step, int(keep.sum())
+    options = dict(seed=bench.cell.seed, difficulty=hard, cluster=clusters, keep=keep, rho=config.curation.rho)
+    published = make_schedule("published", batch_size=size, **options)
+    drawn = np.concatenate([published.batch(step) for step in range(-(-kept // size))])[:kept]
     order = np.full(n, -1)
-    order[drawn] = np.arange(len(drawn))
+    order[drawn] = np.arange(kept)
     quality = signals.quality.get(arm.filter, np.zeros(n))
-    manifest = {"experiment": "saerl", "cell": cell.name, "arm": config.main_arm, "report": signals.report}
-    rows = [{k: v for k, v in row.items() if k not in ("clauses", "operands")} for row in pool.rows]
-    CuratedSet(rows, clusters, np.clip(hard, 0, 1), quality, keep, order, manifest).write(folder / "curated", tuple(config.formats))
-    arrays = {f"{group}/{name}": value for group in ("clusters", "difficulty", "quality", "truth") for name, value in getattr(signals, group).items()}
-    np.savez_compressed(folder / "signals.npz", **arrays, **{"keep": keep})
-    write_json(folder / "signals.json", signals.report)
+    manifest = {"experiment": "saerl", "cell": bench.cell.name, "arm": config.main_arm, "report": signals.report}
+    rows = [{k: v for k, v in row.items() if k not in ("clauses", "operands")} for row in bench.pool.rows]
+    curated = CuratedSet(rows, clusters, np.clip(hard, 0, 1), quality, keep, order, manifest)
+    curated.write(bench.folder / "curated", tuple(config.formats))
 
 
-def page_material(config, folder: Path, feature_model: Policy, dictionary, pool, signals: Signals) -> None:
+def page_material(bench: Bench, feature_model, dictionary, signals) -> None:
     """What the page shows of the SAE: the map of prompts, and the latents that drive each signal with their top contexts."""
     from jaxrl_llm.curation import interpret
+    from jaxrl_llm.curation.texts import prompt_tokens
 
-    if (folder / "page.json").exists():
+    if (bench.folder / "page.json").exists():
         return
-    rows = np.sort(np.random.default_rng(0).permutation(len(pool))[: config.map_prompts])
-    targets = {"difficulty": signals.difficulty["sae"][rows]}
-    if "sae" in signals.quality:
-        targets["quality"] = signals.quality["sae"][rows]
-    latents = interpret.telling_latents(
-        feature_model.cfg, feature_model.params, dictionary, pool.take(rows).token_lists(), targets, feature_model.tokenizer
-    )
-    write_json(folder / "page.json", {"rows": rows, "map": interpret.plane(signals.reduced["sae"][rows]), "features": latents})
+    rows = np.sort(np.random.default_rng(0).permutation(len(bench.pool))[: bench.config.map_prompts])
+    targets = {name: getattr(signals, name)["sae"][rows] for name in ("difficulty", "quality")}
+    chosen = [bench.pool.rows[i] for i in rows]
+    tokens = prompt_tokens(chosen, feature_model.tokenizer)(0, len(chosen))
+    latents = interpret.telling_latents(feature_model.cfg, feature_model.params, dictionary, tokens, targets, feature_model.tokenizer)
+    margin = filter_arm(bench, bench.config.arm_table[bench.config.main_arm], signals).margin
+    page = {"rows": rows, "map": interpret.plane(signals.reduced["sae"][rows]), "features": latents, "margin": np.nan_to_num(margin)}
+    if is_writer():
+        write_json(bench.folder / "page.json", page)
 
 
 # --- 4. GRPO ---------------------------------------------------------------------------------------------------------
@@ -505,42 +525,47 @@ def grpo_settings(config, cell: Cell) -> dict[str, Any]:
     )  # fmt: skip
 
 
-def run_arm(config, folder: Path, cell: Cell, name: str, policy: Policy, pool, evals, reward, signals: Signals, progress: bool) -> None:
+def run_arm(bench: Bench, name: str, signals) -> None:
     """Trains one arm; leaves its run directory, the trained policy as a Hugging Face folder, and result.json."""
     import models
     from jaxrl_llm.train.loop import train_grpo
 
+    config, folder, policy = bench.config, bench.folder / name, bench.policy
     if (folder / "result.json").exists():
         return
-    if progress:
+    if bench.progress:
         print(f"  {name}: {config.arm_table[name].about}", flush=True)
-    settings = grpo_settings(config, cell)
-    schedule = make_arm_schedule(config, cell, name, signals, len(pool))
-    run_dir = RunDir(folder, {**settings, "arm": name, "cell": cell.name, "overwrite": config.overwrite}, kind="grpo")
+    settings = grpo_settings(config, bench.cell)
+    schedule = make_arm_schedule(bench, name, signals)
+    run_dir = RunDir(folder, {**settings, "arm": name, "cell": bench.cell.name, "overwrite": config.overwrite}, kind="grpo", owns=("policy",))
     params, summary = train_grpo(
-        policy.cfg, policy.params, policy.tokenizer, pool, reward, schedule, settings, run_dir, evals, mesh=policy.mesh, progress=progress
-    )
-    models.save(folder / "policy", policy.cfg, params)
-    policy.tokenizer.save_pretrained(folder / "policy")
-    shutil.rmtree(run_dir.checkpoints, ignore_errors=True)  # the exported policy stays; lab runs have hundreds of arms
-    write_json(folder / "result.json", summary)
+        policy.cfg, policy.params, policy.tokenizer, bench.pool, bench.reward, schedule, settings, run_dir, bench.evals, mesh=bench.mesh,
+        progress=bench.progress,
+    )  # fmt: skip
+    models.save(folder / "policy", policy.cfg, params, tokenizer_from=policy.tokenizer)
+    if is_writer():
+        shutil.rmtree(run_dir.checkpoints, ignore_errors=True)  # the exported policy stays; lab runs have hundreds of arms
+        write_json(folder / "result.json", summary)
 
 
-
-def compare_answers(config, folder: Path, policy: Policy, evals, reward, prompts: int = 24) -> None:
+def compare_answers(bench: Bench, prompts: int = 24) -> None:
     """rollouts.json: greedy answers of the base policy and of every arm to the same held-out prompts, with verdicts."""
     import models
     from jaxrl_llm.train.rollout import decode_completions, judge
 
-    batch = next(iter(evals.values()))
+    config, policy, mesh = bench.config, bench.policy, bench.mesh
+    batch = next(iter(bench.evals.values()))
     batch = batch.take(np.random.default_rng(0).permutation(len(batch))[:prompts])
     tags = [{k: r[k] for k in ("topic", "level") if k in r} for r in batch.rows]
-    items = [{"prompt": r["prompt"], "answer": r["answer"], "tags": t, "responses": []} for r, t in zip(batch.rows, tags, strict=True)]
+    items = [{"prompt": r["prompt"], "answer": str(r["answer"]), "tags": t, "responses": []} for r, t in zip(batch.rows, tags, strict=True)]
+    how = dict(max_new_tokens=config.grpo.max_new_tokens, temperature=0.0, mesh=mesh)
     for name in ("base", *config.arms):
-        params = policy.params if name == "base" else models.load(folder / name / "policy", dtype=config.policy.dtype, mesh=policy.mesh)[1]
-        rollout = models.generate(policy.cfg, params, batch.token_lists(), max_new_tokens=config.grpo.max_new_tokens, temperature=0.0)
+        trained = bench.folder / name / "policy"
+        params = policy.params if name == "base" else models.load(trained, dtype=config.policy.dtype, mesh=mesh)[1]
+        rollout = models.generate(policy.cfg, params, batch.token_lists(), **how)
         texts = decode_completions(policy.tokenizer, rollout)
-        for i, verdict in enumerate(judge(reward, batch, rollout.group_ids_N, texts)):
+        for i, verdict in enumerate(judge(bench.reward, batch, rollout.group_ids_N, texts)):
             answer = {"arm": name, "text": texts[i], "status": str(verdict.status), "reason": verdict.reason}
             items[rollout.group_ids_N[i]]["responses"].append(answer)
-    write_json(folder / "rollouts.json", items)
+    if is_writer():
+        write_json(bench.folder / "rollouts.json", items)

@@ -28,10 +28,12 @@ from jaxrl_llm.rewards import registry
 from jaxrl_llm.rewards.constraints import check, read_constraints
 from jaxrl_llm.rewards.verdict import Reward, Status, Verdict
 from jaxrl_llm.run_dir import RunDir
+from jaxrl_llm.runtime import parse_mesh
 from jaxrl_llm.train.config import GRPOConfig, from_mapping
 from jaxrl_llm.train.loop import train_grpo
 from jaxrl_llm.train.rollout import decode_completions, judge
 
+POLICY = "policy"  # folder of the trained policy, inside the workdir
 RULE_NAMES = {
     "keywords:words": "takes the opening's word up",
     "punctuation:no_comma": "no comma",
@@ -45,8 +47,9 @@ RULE_NAMES = {
 class Judged:
     """Continuations of the held-out openings, several an opening: texts, verdicts, and the figures made of them.
 
-    reward_P, passed_P: mean reward and share of PASS of each opening. rules: share of continuations that keep each rule.
-    health: the guards of `evals.degeneration`.
+    reward_P, passed_P: mean reward and share of PASS of each opening, over its continuations that have a verdict; NaN where none has.
+    without_verdict: the others, which no figure counts for or against. rules: share of continuations that keep each rule, of those
+    where that could be said. health: the guards of `evals.degeneration`.
     """
 
     texts: list[str]
@@ -54,6 +57,7 @@ class Judged:
     group_ids: np.ndarray
     reward_P: np.ndarray
     passed_P: np.ndarray
+    without_verdict: int
     rules: dict[str, float]
     health: dict[str, float]
 
@@ -66,7 +70,7 @@ def run(config: Any, workdir: str) -> None:
     for name in ("model", "stories"):
         if not config[name]:
             raise UserError(f"no {name}: give --config.{name}=...")
-    run_dir = RunDir(workdir, config, kind="story_rules")
+    run_dir = RunDir(workdir, config, kind="story_rules", owns=(POLICY,))
 
     # ---------------------------------------------------------------------------------------------- openings and their rules
     stories = read_stories(config.stories, parse_fields(config.fields), config.separator or None)
@@ -82,31 +86,34 @@ def run(config: Any, workdir: str) -> None:
     print(f"{len(stories)} stories: {len(train_rows)} openings to train on, {len(held_rows)} held out")
 
     # ---------------------------------------------------------------------------------------------------- the policy before
-    cfg, params = models.load(config.model, dtype=config.dtype)
+    mesh = parse_mesh(config.mesh)
+    cfg, params = models.load(config.model, dtype=config.dtype, mesh=mesh)
     tokenizer = models.load_tokenizer(config.model)
     cfg = _with_story_end(cfg, tokenizer, config.story_end)
     train, held_out = (tokenise_prompts(rows, tokenizer, max_length=config.max_prompt_tokens) for rows in (train_rows, held_rows))
     grpo = dataclasses.replace(from_mapping(GRPOConfig, config.grpo.to_dict(), "grpo."), seed=config.seed)
-    judged = lambda policy: judge_policy(cfg, policy, params, tokenizer, held_out, reward, grpo, config.judge_samples, stories)  # noqa: E731
+    judged = lambda policy: judge_policy(cfg, policy, params, tokenizer, held_out, reward, grpo, config.judge_samples, stories, mesh)  # noqa: E731
     before = judged(params)
 
     # ---------------------------------------------------------------------------------------------------------------- GRPO
     schedule = ShuffledSchedule(len(train), config.batch_prompts, config.seed)
-    trained, summary = train_grpo(cfg, params, tokenizer, train, reward, schedule, grpo, run_dir, {"held_out": held_out})
+    trained, summary = train_grpo(cfg, params, tokenizer, train, reward, schedule, grpo, run_dir, {"held_out": held_out}, mesh=mesh)
 
     # ----------------------------------------------------------------------------------------------------- the policy after
     after = judged(trained)
     real = judge_real(cfg, params, tokenizer, held_out, reward, stories)
     figures = compare(before, after, real)
-    models.save(run_dir.path / "policy", cfg, trained, tokenizer_from=config.model)
-    run_dir.summary({**summary, "story_rules": figures, "policy": "policy"})
+    models.save(run_dir.path / POLICY, cfg, trained, tokenizer_from=config.model)
+    run_dir.summary({**summary, "story_rules": figures, "policy": POLICY})
 
     # -------------------------------------------------------------------------------------------------------------- report
+    if not run_dir.is_writer:
+        return
     (run_dir.path / DATA_FILE).unlink(missing_ok=True)  # of an earlier end of this run: the curves are read anew
     data = report_data(report.run_report(run_dir.path), held_out, before, after, figures, config.shown)
     report.save_data(run_dir.path, data)
     report.write_report(run_dir.path / "report.html", data)
-    print(f"{data['headline']}\npolicy: {run_dir.path / 'model'}\nreport: {run_dir.path / 'report.html'}")
+    print(f"{data['headline']}\npolicy: {run_dir.path / POLICY}\nreport: {run_dir.path / 'report.html'}")
 
 
 def _with_story_end(cfg: models.ModelConfig, tokenizer: Any, token: str) -> models.ModelConfig:
@@ -129,6 +136,7 @@ def judge_policy(
     grpo: GRPOConfig,
     samples: int,
     stories: Sequence[str],
+    mesh: Any = None,
 ) -> Judged:
     """Samples `samples` continuations of each prompt from `policy`, as in training, and judges them; NLL is under `original`."""
     rollout = models.generate(
@@ -142,6 +150,7 @@ def judge_policy(
         tokenizer=tokenizer,
         seed=grpo.seed + 1,
         max_rows=grpo.eval_batch,
+        mesh=mesh,
     )
     texts = decode_completions(tokenizer, rollout)
     return _judged(cfg, original, prompts, reward, texts, rollout.completions(), rollout.group_ids_N, stories)
@@ -161,19 +170,17 @@ def judge_real(
 
 def _judged(cfg, original, prompts: PromptBatch, reward, texts, completions, group_ids, stories) -> Judged:
     verdicts = judge(reward, prompts, group_ids, texts)
-    kept: dict[str, list[bool]] = {}
-    for group, text in zip(group_ids, texts, strict=True):
-        for name, kwargs in read_constraints(prompts.rows[group]):
-            rule = RULE_NAMES.get(f"{name} {kwargs.get('relation', '')}".strip(), name)
-            kept.setdefault(rule, []).append(check(name, text, **kwargs).status is Status.PASS)
-    by_prompt = lambda values: np.array([np.mean(np.asarray(values)[group_ids == p]) for p in range(len(prompts))])  # noqa: E731
+    scored = np.array([verdict.value is not None for verdict in verdicts])
+    if not scored.any():
+        raise UserError(f"no continuation of the held-out openings got a verdict; the first: {verdicts[0].status} ({verdicts[0].reason})")
     return Judged(
         texts=list(texts),
         verdicts=verdicts,
         group_ids=np.asarray(group_ids),
-        reward_P=by_prompt([verdict.value for verdict in verdicts]),
-        passed_P=by_prompt([verdict.status is Status.PASS for verdict in verdicts]),
-        rules={rule: float(np.mean(values)) for rule, values in kept.items()},
+        reward_P=_mean_by_prompt([verdict.value for verdict in verdicts], scored, group_ids, len(prompts)),
+        passed_P=_mean_by_prompt([verdict.status is Status.PASS for verdict in verdicts], scored, group_ids, len(prompts)),
+        without_verdict=int((~scored).sum()),
+        rules=_rules_kept(prompts, group_ids, texts),
         health={
             "nll": degeneration.mean_nll(cfg, original, prompts, group_ids, completions),
             "distinct_2": degeneration.distinct_n(_first_each(texts, group_ids), 2),
@@ -185,6 +192,24 @@ def _judged(cfg, original, prompts: PromptBatch, reward, texts, completions, gro
     )
 
 
+def _mean_by_prompt(values: Sequence[Any], scored: np.ndarray, group_ids: np.ndarray, prompts: int) -> np.ndarray:
+    """[P] means of each prompt's scored rows; NaN where it has none: an error is no score."""
+    numbers, rows = np.array(values, dtype=float)[scored], np.asarray(group_ids)[scored]
+    count = np.bincount(rows, minlength=prompts)
+    return np.where(count > 0, np.bincount(rows, numbers, minlength=prompts) / np.maximum(count, 1), np.nan)
+
+
+def _rules_kept(prompts: PromptBatch, group_ids: np.ndarray, texts: Sequence[str]) -> dict[str, float]:
+    """The share of texts that keep each rule, of those where that could be said; NaN where it never could."""
+    kept: dict[str, list[bool]] = {}
+    for group, text in zip(group_ids, texts, strict=True):
+        for name, kwargs in read_constraints(prompts.rows[group]):
+            verdict = check(name, text, **kwargs)
+            known = kept.setdefault(RULE_NAMES.get(f"{name} {kwargs.get('relation', '')}".strip(), name), [])
+            known += [] if verdict.value is None else [verdict.status is Status.PASS]
+    return {rule: float(np.mean(values)) if values else float("nan") for rule, values in kept.items()}
+
+
 def _first_each(texts: Sequence[str], group_ids: np.ndarray) -> list[str]:
     """One text a prompt, so that distinct-n is of as many texts for policies as for the real stories."""
     first = {int(group): text for group, text in zip(group_ids[::-1], texts[::-1], strict=True)}
@@ -192,16 +217,24 @@ def _first_each(texts: Sequence[str], group_ids: np.ndarray) -> list[str]:
 
 
 def compare(before: Judged, after: Judged, real: Judged) -> dict[str, Any]:
-    """The figures of the summary: reward and pass rate with their paired differences, rules, and guards."""
+    """The figures of the summary: reward and pass rate with their paired differences, rules, and guards.
+
+    Differences are over the openings that have a verdict both times.
+    """
 
     def difference(name: str) -> dict[str, float]:
-        interval = paired_bootstrap(getattr(after, name), getattr(before, name))
+        new, old = getattr(after, name), getattr(before, name)
+        both = np.isfinite(new) & np.isfinite(old)
+        if not both.any():
+            return dict.fromkeys(("value", "low", "high"), float("nan"))
+        interval = paired_bootstrap(new[both], old[both])
         return {"value": interval.estimate, "low": interval.low, "high": interval.high}
 
     figures: dict[str, Any] = {
         label: {
-            "reward": float(judged.reward_P.mean()),
-            "passed": float(judged.passed_P.mean()),
+            "reward": float(np.nanmean(judged.reward_P)),
+            "passed": float(np.nanmean(judged.passed_P)),
+            "without_verdict": judged.without_verdict,
             "rules": judged.rules,
             "health": judged.health,
         }
@@ -231,7 +264,10 @@ def report_data(
     points = [f"{100 * passed[key]:+.1f}" for key in ("value", "low", "high")]
     rules = list(old["rules"])
     kept = _table("Rules kept", "share of continuations of held-out openings", [*rules, "all rules"])
-    kept["note"] = "Real stories were not written to these rules."
+    unsaid = [figures[key]["without_verdict"] for key in ("before", "after", "real")]
+    kept["note"] = "Real stories were not written to these rules." + (
+        " Left out, since no verdict could be reached: {} continuations before, {} after, {} real.".format(*unsaid) if any(unsaid) else ""
+    )
     guards = _table("Stories still?", "guards against degeneration", list(HEALTH.values()))
     guards["note"] = "Read them together and against both other rows: none of them is to be made as large or as small as it can be."
     for key, name, kind in (
@@ -240,9 +276,8 @@ def report_data(
         ("real", "real stories", "bound"),
     ):
         shares = [*(figures[key]["rules"][rule] for rule in rules), figures[key]["passed"]]
-        kept["rows"].append({"name": name, "kind": kind, "cells": [{"value": value} for value in shares]})
-        cells = [{"value": figures[key]["health"][guard]} for guard in HEALTH]
-        guards["rows"].append({"name": name, "kind": kind, "cells": cells})
+        kept["rows"].append({"name": name, "kind": kind, "cells": _cells(shares)})
+        guards["rows"].append({"name": name, "kind": kind, "cells": _cells([figures[key]["health"][guard] for guard in HEALTH])})
     return {
         **page,
         "kind": "run",
@@ -265,6 +300,11 @@ def report_data(
 
 def _table(title: str, metric: str, columns: list[str]) -> dict[str, Any]:
     return {"title": title, "metric": metric, "columns": columns, "rows": []}
+
+
+def _cells(values: Sequence[float]) -> list[dict[str, float] | None]:
+    """Cells of a table: None, a dash, where there is no number."""
+    return [{"value": value} if np.isfinite(value) else None for value in values]
 
 
 def _side_by_side(prompts: PromptBatch, group: int, before: Judged, after: Judged) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import shutil
 import sys
 from collections.abc import Mapping
@@ -21,25 +22,33 @@ from jaxrl_llm import __version__
 from jaxrl_llm.config import config_hash, first_difference, to_dict
 from jaxrl_llm.errors import UserError, from_os_error
 
-OWN_FILES = ("config.json", "metrics.jsonl", "samples.jsonl", "summary.json", "report.html", "checkpoints")
+HEAD = "config.json"
+OWN_FILES = ("metrics.jsonl", "samples.jsonl", "summary.json", "report.html", "report.json", "checkpoints")
 
 
 class RunDir:
     """Opens or makes the directory of a run.
 
     Args:
-      path: the directory (--workdir).
+      path: the directory (--workdir), on a file system that every host of the job mounts.
       config: the run's config; `config.overwrite = True` clears the directory of another run first.
       kind: what sort of run this is, such as "grpo".
+      owns: names of the files and folders that such a run makes in the directory beside those made here; * stands for anything
+        ("pass_rates-*.jsonl"). Overwriting clears them too, since a run takes for its own what it finds there. What neither this
+        run nor the one that it replaces owns stays.
 
     Raises:
-      UserError: the directory holds another run (another kind, or a config that differs: the key is named), holds files that
-        are no run at all, or cannot be written.
+      UserError: the directory is a URL, holds another run (another kind, or a config that differs: the key is named), holds the
+        config.json of something else, or cannot be written. ValueError: a name in `owns` that is not directly in the directory.
     """
 
-    def __init__(self, path: str | os.PathLike[str], config: ConfigDict | Mapping[str, Any], *, kind: str):
+    def __init__(self, path: str | os.PathLike[str], config: ConfigDict | Mapping[str, Any], *, kind: str, owns: tuple[str, ...] = ()):
+        refuse_url(path)
+        if not all(map(_is_name, owns)):
+            raise ValueError(f"owns={owns}: names of files and folders in the run directory, without slashes")
         self.path = Path(path)
         self.kind = kind
+        self.owns = tuple(owns)
         self.checkpoints = self.path / "checkpoints"
         self.is_writer = _process_index() == 0
         self.resumed = False
@@ -57,44 +66,53 @@ class RunDir:
                 for name in ("metrics.jsonl", "samples.jsonl"):
                     _repair_last_line(self.path / name)
             else:
-                head = {"kind": kind, "hash": config_hash(plain), "version": __version__, "config": plain}
-                write_json(self.path / "config.json", head)
+                head = {"kind": kind, "hash": config_hash(plain), "version": __version__, "owns": self.owns, "config": plain}
+                write_json(self.path / HEAD, head)
         except OSError as error:
             raise from_os_error(error, self.path, "write the run directory") from error
         self.resumed = found
 
     def _find(self, plain: dict[str, Any]) -> bool:
-        """Whether the directory already holds this very run; raises when it holds another one."""
-        try:
-            text = (self.path / "config.json").read_text()
-        except FileNotFoundError:
+        """Whether the directory already holds this very run; raises when it holds another one that is not to be overwritten."""
+        head = self._head()
+        if head is None:
             return False
-        except OSError as error:
-            raise from_os_error(error, self.path, "open the run directory") from error
-        way_out = "choose another --workdir, or set --config.overwrite=True to clear this one"
-        try:
-            head = json.loads(text)
-            there, kind = head["config"], head["kind"]
-        except (ValueError, KeyError, TypeError):
-            if plain.get("overwrite"):
-                return False
-            raise UserError(f"{self.path}/config.json is not the config of a run of ours: {way_out}") from None
-        if kind == self.kind and head.get("hash") == config_hash(plain):
+        if head["kind"] == self.kind and head.get("hash") == config_hash(plain):
             return True
         if plain.get("overwrite"):
             return False
-        if kind != self.kind:
-            raise UserError(f"{self.path} holds a run of '{kind}', this is '{self.kind}': {way_out}")
-        key, old, new = first_difference(there, plain) or ("(unknown)", "?", "?")
+        way_out = "choose another --workdir, or set --config.overwrite=True to clear this one"
+        if head["kind"] != self.kind:
+            raise UserError(f"{self.path} holds a run of '{head['kind']}', this is '{self.kind}': {way_out}")
+        key, old, new = first_difference(head["config"], plain) or ("(unknown)", "?", "?")
         raise UserError(f"{self.path} holds another run: config key '{key}' is {_short(old)} there and {_short(new)} here; {way_out}")
 
+    def _head(self) -> dict[str, Any] | None:
+        """What config.json says of the run that is there; None where there is none, UserError where it is something else's."""
+        try:
+            head = json.loads((self.path / HEAD).read_text())
+            if isinstance(head["config"], dict) and isinstance(head["kind"], str):
+                return head
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise from_os_error(error, self.path, "open the run directory") from error
+        except (ValueError, KeyError, TypeError):
+            pass
+        raise UserError(f"{self.path}/{HEAD} is not the config of a run of ours: choose another --workdir, or move that file away")
+
     def _clear(self) -> None:
-        for name in OWN_FILES:
-            target = self.path / name
-            if target.is_dir():
-                shutil.rmtree(target)
-            else:
-                target.unlink(missing_ok=True)
+        """Removes what the run that is there and this one own. config.json goes last: until then the folder is that run's."""
+        head = self._head()
+        if head is None:
+            return
+        theirs = [name for name in head.get("owns") or () if isinstance(name, str) and _is_name(name)]
+        for name in dict.fromkeys((*OWN_FILES, *self.owns, *theirs, HEAD)):
+            for target in self.path.glob(name):
+                if target.is_dir() and not target.is_symlink():
+                    shutil.rmtree(target)
+                else:
+                    target.unlink(missing_ok=True)
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Appends one line to metrics.jsonl."""
@@ -145,6 +163,19 @@ class RunDir:
             with contextlib.suppress(OSError):
                 os.truncate(path, before)
             raise from_os_error(error, path, "write") from error
+
+
+# Two letters at least, so that a Windows drive is none; one slash, as pathlib leaves of two.
+_URL = re.compile(r"[A-Za-z][\w+.-]+:/")
+
+
+def refuse_url(path: str | os.PathLike[str]) -> None:
+    """Raises UserError for "gs://bucket/run" and its like, of which pathlib would make a local folder "gs:"."""
+    if _URL.match(str(path)):
+        raise UserError(
+            f"workdir '{path}' is a URL, and a run directory is a folder: give --workdir a path that every host mounts "
+            "(NFS, or the bucket mounted as a file system), such as --workdir=/mnt/shared/run"
+        )
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
@@ -222,6 +253,11 @@ def _is_record(line: bytes) -> bool:
         return isinstance(json.loads(line), dict)
     except ValueError:
         return False
+
+
+def _is_name(name: str) -> bool:
+    """Whether a name, or a pattern of names, stays inside its folder and does not stand for the whole of it."""
+    return Path(name).name == name and name.strip("*?.") != ""
 
 
 def _process_index() -> int:

@@ -26,7 +26,7 @@ from models.config import ModelConfig
 from models.errors import ModelError
 from models.sampling import sample
 from models.sharding import batch_ways, fetch, place_rows
-from models.transformer import KV, KVCache, Params, forward, init_cache, unembed
+from models.transformer import KV, KVCache, Params, forward, init_cache, unembed, unstacked
 
 FINISH_LENGTH, FINISH_STOP_TOKEN, FINISH_STOP_STRING = 0, 1, 2
 STAGE = 32  # the cache of a row's own tokens grows by this many slots at first, then doubles
@@ -94,10 +94,11 @@ def _stages(max_new_tokens: int) -> list[int]:
 
 
 def _grow(cache: KVCache, slots: int) -> KVCache:
-    more = slots - cache.positions.shape[1]
-    pad = lambda a: jnp.pad(a, ((0, 0), (0, more), (0, 0), (0, 0)))  # noqa: E731
-    positions = jnp.pad(cache.positions, ((0, 0), (0, more)), constant_values=-1)
-    return KVCache(jax.tree.map(pad, cache.k), jax.tree.map(pad, cache.v), positions, cache.next)
+    """The cache with empty slots added at the end: keys lie [B, K, H, slots], values [B, K, slots, H]."""
+    none, more = (0, 0), (0, slots - cache.positions.shape[1])
+    k = jax.tree.map(lambda a: jnp.pad(a, (none, none, none, more)), cache.k)
+    v = jax.tree.map(lambda a: jnp.pad(a, (none, none, more, none)), cache.v)
+    return KVCache(k, v, jnp.pad(cache.positions, (none, more), constant_values=-1), cache.next)
 
 
 def _uniforms(key: Array, row_ids_B: Array, step: Array) -> Float[Array, "B 2"]:
@@ -148,14 +149,14 @@ def _start(plan: _Plan, params: Params, prompt_tokens_PT, prompt_lengths_P, nois
 
 
 def _advance(plan: _Plan, params: Params, prefix: KV, state: _State, prompt_lengths_P, noise, knobs, upto: int) -> _State:
-    """Decodes until `upto` tokens are decided or every row has finished."""
+    """Decodes until `upto` tokens, the cache's slots, are decided or every row has finished."""
     prompt_lengths_B = jnp.repeat(prompt_lengths_P, plan.num_samples)
-    state = state._replace(cache=_grow(state.cache, upto))
+    layers = unstacked(params)  # outside the loop, which would cut them out of the stack for every token
 
     def step(state: _State) -> _State:
         token_B1 = lax.dynamic_slice_in_dim(state.tokens_BT, state.step - 1, 1, axis=1)
         positions_B1 = (prompt_lengths_B + state.step - 1)[:, None]
-        out = forward(plan.cfg, params, token_B1, positions=positions_B1, prefix=prefix, cache=state.cache, unroll=True)
+        out = forward(plan.cfg, layers, token_B1, positions=positions_B1, prefix=prefix, cache=state.cache, unroll=True)
         logits_BV = unembed(plan.cfg, params, out.hidden[:, 0])
         return _record(plan, state._replace(cache=out.cache), logits_BV, noise, knobs)
 
@@ -166,6 +167,7 @@ def _advance(plan: _Plan, params: Params, prefix: KV, state: _State, prompt_leng
 def _sample_tokens(plan: _Plan, params, prompt_tokens_PT, prompt_lengths_P, noise, knobs) -> Samples:
     prefix, state = _start(plan, params, prompt_tokens_PT, prompt_lengths_P, noise, knobs)
     for upto in _stages(plan.max_new_tokens):
+        state = state._replace(cache=_grow(state.cache, upto))
         state = _advance(plan, params, prefix, state, prompt_lengths_P, noise, knobs, upto)
     return _samples(state)
 
@@ -176,6 +178,7 @@ def _samples(state: _State) -> Samples:
 
 
 _jitted_start = jax.jit(_start, static_argnums=0)
+_jitted_grow = jax.jit(_grow, static_argnums=1)  # apart from _advance, which takes over buffers of the size it returns
 _jitted_advance = jax.jit(_advance, static_argnums=(0, 7), donate_argnums=3)
 
 
@@ -221,7 +224,12 @@ def sample_tokens(
     Raises ModelError where an argument is out of range or prompt width + max_new_tokens exceeds the context.
     """
     plan = _plan_of(cfg, num_samples, max_new_tokens, temperature, top_k, top_p, stop_tokens)
-    P = prompt_tokens.shape[0]
+    P, width = prompt_tokens.shape
+    if width + max_new_tokens > cfg.max_position:
+        raise ModelError(
+            f"the prompts are {width} tokens wide and max_new_tokens is {max_new_tokens}, but the model's context is "
+            f"{cfg.max_position}; shorten one of them"
+        )
     row_ids = jnp.arange(P * num_samples, dtype=jnp.int32) if row_ids is None else row_ids
     return _sample_tokens(plan, params, prompt_tokens, prompt_lengths, (key, row_ids), (jnp.float32(temperature), jnp.float32(top_p)))
 
@@ -335,6 +343,7 @@ def _run(plan, params, tokens, lengths, noise, knobs, stop_strings, tokenizer, m
     prefix, state = _jitted_start(plan, params, tokens, lengths, noise, knobs)
     cut = np.zeros(state.done_B.shape[0], np.int32)  # a row's length up to its first stop string; 0 = none yet
     for upto in _stages(plan.max_new_tokens):
+        state = state._replace(cache=_jitted_grow(state.cache, upto))
         state = _jitted_advance(plan, params, prefix, state, lengths, noise, knobs, upto)
         row_tokens, row_lengths, done = fetch((state.tokens_BT, state.lengths_B, state.done_B), mesh)
         for row in np.flatnonzero((cut == 0) & (row_lengths > 0)):

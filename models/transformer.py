@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int
 
 from models.config import ModelConfig
 from models.errors import ModelError
-from models.layers import Block, attention_mask, embed, rms_norm, rope_table
+from models.layers import Block, attention_mask, embed, fuse_qkv, rms_norm, rope_table
 from models.taps import BLOCK_TAPS, Hooks, Interventions
 
 __all__ = [
@@ -135,9 +135,15 @@ def logical_axes(cfg: ModelConfig) -> Params:
 
 
 def unstacked(params: Params) -> Params:
-    """The same parameters with the layers as a tuple, for `forward(unroll=True)`: no layer is cut out at each call."""
-    layers = range(len(params["blocks"]["attn_norm"]))
-    return params | {"blocks": tuple(jax.tree.map(lambda a, i=i: a[i], params["blocks"]) for i in layers)}
+    """A copy of the parameters laid out for sampling with `forward(unroll=True)`.
+
+    The layers are a tuple, so that no layer is cut out of the stack at each step, and queries, keys and values share
+    one kernel (not on a mesh, where their heads are sharded apart).
+    """
+    blocks = params["blocks"]
+    layers = [jax.tree.map(lambda a, i=i: a[i], blocks) for i in range(len(blocks["attn_norm"]))]
+    on_mesh = not jax.typeof(blocks["q"]).sharding.mesh.empty
+    return params | {"blocks": tuple(layers if on_mesh else map(fuse_qkv, layers))}
 
 
 def init_cache(cfg: ModelConfig, batch: int, slots: int, *, unrolled: bool = False) -> KVCache:
@@ -262,7 +268,7 @@ def forward(
         """One layer: (x and tap buffers, what to keep of its keys and values)."""
         x, buffers = carry[0], dict(carry[1])
         segments_of = functools.partial(memory.segments, layer, prefix_kv, cache_kv)
-        x, kept = Block(cfg).apply({"params": p}, x, rope, segments_of, hooks.at(layer, buffers))
+        x, kept = Block(cfg, "qkv" in p).apply({"params": p}, x, rope, segments_of, hooks.at(layer, buffers))
         return (x, buffers), kept if return_kv or cache is not None else None
 
     run = _unrolled if unroll else _scanned

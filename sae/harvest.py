@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import models
+from models.sharding import batch_ways, fetch, place_rows
 from sae.errors import SAEError
 
 TokenRows = Iterable[Sequence[int]]
@@ -76,11 +77,14 @@ def harvest_activations(
     batch_size: int = 32,
     context_size: int | None = None,
     skip_bos: bool = True,
+    mesh: jax.sharding.Mesh | None = None,
 ) -> Iterator[np.ndarray]:
     """Runs the model over rows of token ids and yields fp32 arrays [n, D], one a batch, padding left out.
 
     Rows longer than context_size (default: the model's) are cut into pieces, so no token is lost. skip_bos drops the
     first position of a row where it holds the BOS token: its huge norm would dominate a dictionary.
+    mesh: of `models.sharding.make_mesh`, with `params` on it: the rows of a batch, rounded up to a multiple of the
+    devices that share them, are spread over its batch axes. Every process calls with the same rows and gets them all.
     Raises SAEError on a token id outside the vocabulary, a tap that is no vector a token, and NaN activations.
     """
     context_size = min(context_size or cfg.max_position, cfg.max_position)
@@ -88,14 +92,15 @@ def harvest_activations(
         raise SAEError(f"harvest: there is no {hook_name}: the model has {cfg.n_layers} blocks")
     if hook_name.endswith("attn_probs"):
         raise SAEError(f"harvest: {hook_name} is no vector a token; choose another tap")
-    for tokens, lengths, opens in token_batches(token_rows, batch_size, context_size):
+    ways = 1 if mesh is None else batch_ways(mesh)
+    for tokens, lengths, opens in token_batches(token_rows, -(-batch_size // ways) * ways, context_size):
         if tokens.min() < 0 or tokens.max() >= cfg.vocab_size:
             bad = int(tokens.max() if tokens.max() >= cfg.vocab_size else tokens.min())
             raise SAEError(f"harvest: token id {bad} is outside the model's vocabulary of {cfg.vocab_size}")
         keep = np.arange(tokens.shape[1]) < lengths[:, None]
         if skip_bos and cfg.bos_token_id is not None:
             keep[:, 0] &= ~(opens & (tokens[:, 0] == cfg.bos_token_id))
-        rows = np.asarray(tap(cfg, params, tokens, lengths, hook_name))[keep]
+        rows = fetch(tap(cfg, params, place_rows(tokens, mesh), place_rows(lengths, mesh), hook_name), mesh)[keep]
         if not np.isfinite(rows).all():
             raise SAEError(f"harvest: {hook_name} gives NaN or infinite activations; check the model's weights and dtype")
         yield rows

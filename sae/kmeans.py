@@ -48,7 +48,7 @@ def kmeans(
     squared shift is at most tol times the mean variance of a feature. spherical: rows and centres on the unit sphere,
     so that inertia is twice the sum of (1 - cosine). chunk: rows at a time. stream: keep the points in host memory
     and send chunks to the device in every pass; by default only for sparse or very large input. mesh: spread each
-    chunk's rows over the mesh's first axis.
+    chunk's rows over its batch axes ("data" and "fsdp"); every process calls with the same points and gets the result.
     Raises SAEError for k > N, a NaN, or initial centres of another shape.
     """
     points = Points(x, chunk=chunk, spherical=spherical, stream=stream, mesh=mesh)
@@ -101,20 +101,21 @@ STARTS = {"k-means++": plus_plus_start, "random": random_start}
 
 def lloyd(points: Points, start: np.ndarray, max_iter: int, tol: float) -> KMeans:
     """Lloyd's iterations from `start` until no label changes, the centres stand still, or max_iter."""
-    centers, labels, settled = jnp.asarray(start), None, False
+    centers, labels, settled = start.astype(np.float32), None, False
     for _ in range(max_iter):
         found = points.assign(centers, labels)
-        if not np.asarray(found.counts).all():
+        counts, changed = points.fetch((found.counts, found.changed))
+        if not counts.all():
             found = relocate_empty(points, centers, found)
         centers, shift = next_centers(found.sums, found.counts, centers, points.spherical)
         labels = found.labels
-        settled = int(found.changed) == 0
-        if settled or float(shift) <= tol * points.variance:
+        settled = int(changed) == 0
+        if settled or float(points.fetch(shift)) <= tol * points.variance:
             break
     if not settled:
         labels = points.assign(centers, labels).labels
     inertia = float(points.distances(centers, labels).sum(dtype=np.float64))
-    return KMeans(np.asarray(centers) + points.mean, points.gather(labels), inertia)
+    return KMeans(points.fetch(centers) + points.mean, points.gather(labels), inertia)
 
 
 def next_centers_impl(
@@ -142,7 +143,7 @@ def unit_rows(rows: np.ndarray) -> np.ndarray:
 def relocate_empty(points: Points, centers: Array, found: Pass) -> Pass:
     """Gives every empty cluster one of the points farthest from their own centres, taken out of its old cluster's
     sum; the labels change in the next pass. Nothing is moved when every point sits on its centre."""
-    sums, counts = np.array(found.sums), np.array(found.counts)
+    sums, counts = map(np.array, points.fetch((found.sums, found.counts)))
     empty = np.flatnonzero(counts == 0)
     distances = points.distances(centers, found.labels)
     if distances.max() == 0:
@@ -155,4 +156,4 @@ def relocate_empty(points: Points, centers: Array, found: Pass) -> Pass:
         counts[old] -= 1
         sums[cluster] = row
         counts[cluster] = 1
-    return found._replace(sums=jnp.asarray(sums), counts=jnp.asarray(counts))
+    return found._replace(sums=sums, counts=counts)

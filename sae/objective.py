@@ -5,9 +5,7 @@ Letters: B rows, D d_in, F d_sae, K kept latents, A dead latents looked at.
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -44,8 +42,11 @@ def loss(
     """
     arch = architecture(cfg)
     if arch.encode_sparse is not None:
-        reconstruct: Callable[..., Any] = reconstruct_sparse if method == "sparse" else functools.partial(reconstruct_dense, shards=shards)
-        x_hat, values, indices = reconstruct(params, x_BD, cfg.k, cfg.apply_b_dec_to_input)
+        if method == "sparse":
+            found: Any = reconstruct_sparse(params, x_BD, cfg.k, cfg.apply_b_dec_to_input)
+        else:
+            found = reconstruct_dense(params, x_BD, cfg.k, cfg.apply_b_dec_to_input, shards)
+        x_hat, values, indices = found
         fired = jnp.zeros(cfg.d_sae, bool).at[indices].max(values > 0)
         active = jnp.sum(values > 0)
         penalty = jnp.float32(0.0)

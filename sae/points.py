@@ -6,6 +6,7 @@ Letters: N points, D features, K clusters, n points a chunk.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from models.sharding import BATCH_AXES, fetch, place
 from sae.errors import SAEError
 
 CHUNK_BYTES = 32 << 20  # of dense fp32 rows a chunk
@@ -103,7 +105,8 @@ class Points:
     """Rows to cluster and the passes that k-means makes over them.
 
     Attributes: count N, width D, mean [D], variance (mean over features). Dense rows are centred on their mean, as
-    scikit-learn does for accuracy; `mean` is zero for sparse and for spherical input.
+    scikit-learn does for accuracy; `mean` is zero for sparse and for spherical input. mesh: rows of a chunk are
+    spread over those of the axes "data" and "fsdp" that it has; every process makes the same points and passes.
     """
 
     def __init__(self, x: Any, *, chunk: int | None, spherical: bool, stream: bool | None, mesh: Any):
@@ -115,6 +118,7 @@ class Points:
             raise SAEError(f"kmeans: chunk is {chunk}; give a positive number of rows")
         self.count, self.width = x.shape
         self.source, self.spherical, self.mesh = x, spherical, mesh
+        self.axes = () if mesh is None else tuple(name for name in BATCH_AXES if name in mesh.shape)
         self.chunk = self._chunk_rows(chunk)
         self.one_hot = (jax.devices()[0] if mesh is None else mesh.devices.flat[0]).platform != "cpu"
         large = 4 * self.count * self.width > RESIDENT_BYTES
@@ -127,7 +131,7 @@ class Points:
         """Rows a chunk: at most those asked for, nearly equal, a multiple of the devices that share them."""
         rows = min(chunk or max(1, CHUNK_BYTES // (4 * self.width)), self.count)
         rows = -(-self.count // -(-self.count // rows))
-        shards = 1 if self.mesh is None else self.mesh.shape[self.mesh.axis_names[0]]
+        shards = math.prod(self.mesh.shape[name] for name in self.axes)
         return -(-rows // shards) * shards
 
     def _raw(self, index: slice | np.ndarray) -> np.ndarray:
@@ -147,9 +151,9 @@ class Points:
         total, squares = np.zeros(self.width), np.zeros(self.width)
         for number, (rows, valid) in enumerate(chunks):
             rows = prepared(rows, np.zeros(self.width, np.float32), spherical=True) if self.spherical else rows
-            part, part_squares = jax.device_get(chunk_moments(rows, valid, origin))
+            part, part_squares = self.fetch(chunk_moments(rows, valid, origin))
             if not np.isfinite(part_squares).all():
-                bad = int(np.argmin(np.isfinite(np.asarray(rows)).all(axis=1))) + number * self.chunk
+                bad = int(np.argmin(np.isfinite(self.fetch(rows)).all(axis=1))) + number * self.chunk
                 raise SAEError(f"kmeans: row {bad} of x holds a NaN or an infinity; remove or repair it")
             total += part
             squares += part_squares
@@ -169,7 +173,11 @@ class Points:
     def _put(self, array: np.ndarray) -> Array:
         if self.mesh is None:
             return jnp.asarray(array)
-        return jax.device_put(array, NamedSharding(self.mesh, PartitionSpec(self.mesh.axis_names[0])))
+        return place(array, NamedSharding(self.mesh, PartitionSpec(self.axes or None)))
+
+    def fetch(self, tree: Any) -> Any:
+        """Arrays on the host, whole, on every process."""
+        return fetch(tree, self.mesh)
 
     def chunks(self) -> Iterator[tuple[Array, int]]:
         """(rows as they are clustered, how many are real), from the device where they are kept there."""
@@ -181,7 +189,7 @@ class Points:
         """Nearest centre of every point, with the sums that the next centres are made of."""
         labels, totals = [], None
         for i, (rows, valid) in enumerate(self.chunks()):
-            before = old[i] if old is not None else jnp.full((self.chunk,), -1, jnp.int32)
+            before = old[i] if old is not None else np.full((self.chunk,), -1, np.int32)
             chunk_labels, *part = assign_chunk(rows, valid, centers, before, one_hot=self.one_hot)
             labels.append(chunk_labels)
             totals = part if totals is None else jax.tree.map(jnp.add, totals, part)
@@ -196,8 +204,8 @@ class Points:
         """[L, N] each point's squared distance to its nearest centre, candidate l included; `nearest` [N] without."""
         padded = np.pad(nearest, (0, -self.count % self.chunk)).reshape(-1, self.chunk)
         parts = [chunk_candidates(rows, padded[i], candidates) for i, (rows, _) in enumerate(self.chunks())]
-        return np.concatenate([np.asarray(p) for p in parts], axis=1)[:, : self.count]
+        return np.concatenate([self.fetch(part) for part in parts], axis=1)[:, : self.count]
 
     def gather(self, parts: list[Array]) -> np.ndarray:
         """Chunk results joined into one host array of N entries."""
-        return np.concatenate([np.asarray(part) for part in parts])[: self.count]
+        return np.concatenate([self.fetch(part) for part in parts])[: self.count]

@@ -20,18 +20,34 @@ from sae.select import sharded_top_k
 
 BLOCK = 8  # entries of one latent that are summed together: see `rows_by_latent`
 UNROLL = 32  # gathers fused into one loop nest
+LOOP_ROWS = 512  # rows that are summed at a time, in one loop nest: see `weighted_rows`
 DOT_ROWS = 8  # rows whose decoder rows are gathered at a time: they stay in the cache
 
 
 def weighted_rows(
     table_FD: Float[Array, "F D"], indices_BK: Int[Array, "B K"], weights_BK: Float[Array, "B K"]
 ) -> Float[Array, "B D"]:
-    """Sum over k of weights[b, k] * table[indices[b, k]], without a [B, K, D] array in between."""
-    total = jnp.zeros((indices_BK.shape[0], table_FD.shape[1]), jnp.float32)
-    for start in range(0, indices_BK.shape[1], UNROLL):
-        columns = range(start, min(start + UNROLL, indices_BK.shape[1]))
-        total = total + sum(weights_BK[:, j, None] * table_FD[indices_BK[:, j]] for j in columns)
-    return total
+    """Sum over k of weights[b, k] * table[indices[b, k]], without a [B, K, D] array in between.
+
+    In a loop of at least two turns, since what XLA can fuse with the gathers (whatever makes the table, the indices or
+    the weights) it computes anew for each entry that they read: steps of up to 20 times the length, compiled for minutes.
+    """
+    n, width = indices_BK.shape
+    table_FD, number = jnp.asarray(table_FD), max(2, -(-n // LOOP_ROWS))
+    height = -(-n // number)
+
+    def in_blocks(x_BK):
+        return jnp.pad(x_BK, ((0, number * height - n), (0, 0))).reshape(number, height, width)
+
+    def block(indices_and_weights):
+        indices, weights = indices_and_weights
+        total = jnp.zeros((height, table_FD.shape[1]), jnp.float32)
+        for start in range(0, width, UNROLL):
+            columns = range(start, min(start + UNROLL, width))
+            total = total + sum(weights[:, j, None] * table_FD[indices[:, j]] for j in columns)
+        return total
+
+    return lax.map(block, (in_blocks(indices_BK), in_blocks(weights_BK))).reshape(number * height, -1)[:n]
 
 
 def row_dots(
@@ -80,8 +96,7 @@ def scatter_rows(
     positions_NC, latent_N = blocks
     weights = jnp.where(positions_NC >= 0, weights_BK.reshape(-1)[positions_NC], 0.0)
     rows_NC = jnp.maximum(positions_NC, 0) // weights_BK.shape[1]
-    # Behind a barrier, else XLA computes both anew for every one of the D entries that they are used for.
-    partial = weighted_rows(rows_BD, *lax.optimization_barrier((rows_NC, weights)))
+    partial = weighted_rows(rows_BD, rows_NC, weights)
     return jnp.zeros((d_sae, rows_BD.shape[1]), jnp.float32).at[latent_N].add(partial, mode="drop", indices_are_sorted=True)
 
 

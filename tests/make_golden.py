@@ -1,7 +1,7 @@
-"""Writes tests/golden/logits.npz: what `transformers` (torch, fp32, CPU) computes for every parity case.
+"""Writes tests/golden/: logits and greedy completions by `transformers` (torch, fp32, CPU) for every parity case.
 
 Run `python tests/make_golden.py` where torch and transformers are installed. The checkpoints themselves are not
-stored: tests/models/parity_cases.py makes them from seeds. The versions used are stored beside the logits.
+stored: tests/models/parity_cases.py makes them from seeds. The versions used are stored beside the numbers.
 """
 
 import hashlib
@@ -59,6 +59,55 @@ def case_logits(name: str) -> dict[str, np.ndarray]:
         return {f"{name}/padded": padded_logits(name, Path(folder)), f"{name}/far": far}
 
 
+# Where the first prompts that come to hand all end early, these give completions past the cache's first stage.
+PROMPT_SEEDS = {"llama_yarn": 10, "mistral": 5}
+
+
+def prompts(name: str) -> list[list[int]]:
+    """Three prompts of different lengths; the longest is longer than the sliding window of 7."""
+    rng = np.random.default_rng(cases.case_seed(name) + 2 + PROMPT_SEEDS.get(name, 0))
+    lengths = (2, 4, 6) if "dynamic" in name else (3, 20, 11)
+    return [rng.integers(3, cases.SMALL["vocab_size"], n).tolist() for n in lengths]
+
+
+def new_tokens(name: str) -> int:
+    """Past the first stage of the sampler's cache (32), but the case of dynamic scaling has only 16 positions."""
+    return 10 if "dynamic" in name else 40
+
+
+def reference_completions(folder: Path, prompts, max_new_tokens: int) -> tuple[np.ndarray, np.ndarray, float]:
+    """Greedy completions by transformers, each prompt alone: tokens [P, T], -1 past the end-of-text token; their
+    log-probabilities [P, T]; and the smallest lead of a chosen token's logit over the next."""
+    import torch
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    settings = {"do_sample": False, "pad_token_id": 0, "output_logits": True, "return_dict_in_generate": True}
+    tokens = np.full((len(prompts), max_new_tokens), -1, np.int16)
+    logps, lead = np.zeros(tokens.shape, np.float32), np.inf
+    for row, prompt in enumerate(prompts):
+        ids = torch.tensor([prompt])
+        out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, **settings)
+        logits, chosen = torch.stack(out.logits)[:, 0], out.sequences[0, len(prompt) :]
+        tokens[row, : len(chosen)] = chosen.numpy()
+        logps[row, : len(chosen)] = logits.log_softmax(-1).gather(-1, chosen[:, None])[:, 0].numpy()
+        best = logits.topk(2).values
+        lead = min(lead, float((best[:, 0] - best[:, 1]).min()))
+    return tokens, logps, lead
+
+
+def case_completions(name: str) -> dict[str, np.ndarray]:
+    """The greedy completions of one case's prompts, at least one of them longer than the cache's first stage."""
+    with tempfile.TemporaryDirectory() as folder:
+        cases.write_checkpoint(Path(folder), cases.CASES[name], cases.case_seed(name))
+        tokens, logps, lead = reference_completions(Path(folder), prompts(name), new_tokens(name))
+    assert lead > 1e-4, f"{name}: a lead of {lead} leaves the choice to rounding; take another seed"
+    assert (tokens[:, min(32, new_tokens(name) - 1)] >= 0).any(), f"{name}: every completion ends early; take another seed"
+    return {f"{name}/tokens": tokens, f"{name}/logps": logps}
+
+
 def check_options_matter(name: str, logits: np.ndarray) -> None:
     """Without its window or its scaling the case must give other logits, or it would test neither."""
     config = cases.CASES[name]
@@ -88,16 +137,18 @@ def main() -> None:
     import torch
     import transformers
 
-    logits = {}
+    logits, completions = {}, {}
     for name in cases.CASES:
         logits |= case_logits(name)
         check_options_matter(name, logits[f"{name}/padded"])
+        completions |= case_completions(name)
     GOLDEN.mkdir(exist_ok=True)
     np.savez_compressed(GOLDEN / "logits.npz", **logits)
+    np.savez_compressed(GOLDEN / "completions.npz", **completions)
     versions = {"torch": torch.__version__, "transformers": transformers.__version__, "numpy": np.__version__}
     versions["weights_sha256"] = weights_digest()
     (GOLDEN / "versions.json").write_text(json.dumps(versions, indent=2) + "\n")
-    print(f"{len(logits)} arrays, {(GOLDEN / 'logits.npz').stat().st_size:,} bytes, {versions}")
+    print(f"{len(logits) + len(completions)} arrays, {sum(path.stat().st_size for path in GOLDEN.iterdir()):,} bytes, {versions}")
 
 
 if __name__ == "__main__":

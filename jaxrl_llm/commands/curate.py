@@ -21,9 +21,11 @@ def run(config: Any, workdir: str) -> None:
     data = config.data
     rows = read_rows(data.source, parse_fields(data.fields), split=data.split, limit=data.limit, on_bad=data.on_bad)
     from jaxrl_llm.curation.pipeline import curate
+    from jaxrl_llm.curation.processes import is_writer
 
     curated, signals = curate(rows, config, workdir)
-    print("\n".join([*summary_lines(signals), f"written: {workdir}/curated ({len(curated)} rows), {workdir}/signals.json"]))
+    if is_writer():
+        print("\n".join([*summary_lines(signals), f"written: {workdir}/curated ({len(curated)} rows), {workdir}/signals.json"]))
 
 
 def summary_lines(signals: dict[str, Any]) -> list[str]:

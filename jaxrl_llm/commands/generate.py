@@ -3,6 +3,7 @@
 import zlib
 from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
 from jaxrl_llm.data.prompts import PromptBatch, tokenise_prompts
@@ -21,27 +22,30 @@ def run(config: Any, workdir: str | None = None) -> None:
       UserError: no model or no prompt named; and what reading, tokenising and loading raise.
     """
     import models
+    from jaxrl_llm.curation.processes import from_first, is_writer
 
     if not config.model:
         raise UserError("no model: name a Hugging Face folder or hub id with --config.model=...")
     rows = _rows(config)
     run_dir = RunDir(workdir, config, kind="generate") if workdir else None
-    cfg, params = models.load(config.model, dtype=config.dtype, mesh=parse_mesh(config.mesh))
+    mesh = parse_mesh(config.mesh)
+    cfg, params = models.load(config.model, dtype=config.dtype, mesh=mesh)
     tokenizer = models.load_tokenizer(config.model)
     prompts = tokenise_prompts(
         rows, tokenizer, max_length=config.max_prompt_tokens, template=config.template, overflow=config.overflow
     )
-    done = {sample["id"] for sample in run_dir.samples()} if run_dir else set()
-    left = prompts.take([i for i, name in enumerate(prompts.ids) if name not in done])
+    done = {sample["id"] for sample in run_dir.samples()} if run_dir and is_writer() else set()
+    # All processes must sample the same batches, so what the first one finds written goes.
+    left = prompts.take(np.flatnonzero(from_first([name not in done for name in prompts.ids])))
     starts = range(0, len(left), config.batch_prompts)
     for start in tqdm(starts, desc="generate", unit="batch", disable=None if run_dir else True, mininterval=0.5):
         batch = left.take(range(start, min(start + config.batch_prompts, len(left))))
-        for record in _samples(models, cfg, params, tokenizer, batch, config):
+        for record in _samples(models, cfg, params, tokenizer, batch, config, mesh):
             if run_dir:
                 run_dir.sample(record)
-            else:
+            elif is_writer():
                 _show(record)
-    if run_dir:
+    if run_dir and is_writer():
         counts = {"prompts": len(prompts), "samples": len(prompts) * config.num_samples, "dropped": prompts.dropped}
         run_dir.summary(counts)
         print(f"{counts['samples']} samples of {counts['prompts']} prompts in {run_dir.path / 'samples.jsonl'}")
@@ -58,7 +62,7 @@ def _rows(config: Any) -> list[dict[str, Any]]:
     return read_rows(data.source, parse_fields(data.fields), split=data.split, limit=data.limit, on_bad=data.on_bad)
 
 
-def _samples(models: Any, cfg: Any, params: Any, tokenizer: Any, batch: PromptBatch, config: Any) -> list[dict[str, Any]]:
+def _samples(models: Any, cfg: Any, params: Any, tokenizer: Any, batch: PromptBatch, config: Any, mesh: Any) -> list[dict[str, Any]]:
     """One record a completion, the completions of a prompt together."""
     rollout = models.generate(
         cfg,
@@ -72,6 +76,7 @@ def _samples(models: Any, cfg: Any, params: Any, tokenizer: Any, batch: PromptBa
         stop_strings=tuple(config.stop_strings),
         tokenizer=tokenizer,
         seed=_batch_seed(config.seed, batch.ids),
+        mesh=mesh,
     )
     prompts = batch.token_lists()
     before = tokenizer.batch_decode(prompts, skip_special_tokens=True)

@@ -1,20 +1,33 @@
 """`jaxrl-llm plan`: what generation and a GRPO step need on a mesh that need not be here, by compiling them without data."""
 
+import contextlib
+import importlib
 import json
 import math
 import os
 import sys
+import time
 from collections.abc import Mapping
 from typing import Any
 
 from jaxrl_llm.commands.doctor import memory_gib
-from jaxrl_llm.commands.plan_target import resolve_model, target_sizes
+from jaxrl_llm.commands.plan_target import choose_layout, resolve_model, target_sizes
 from jaxrl_llm.errors import UserError, nearest
 
 GIB = 2**30
 
 # TPU generation -> (GiB of memory a chip, dense bf16 FLOP/s a chip), as Google publishes them.
 TPUS = {"v4": (32, 275e12), "v5e": (16, 197e12), "v5p": (95, 459e12), "v6e": (32, 918e12)}
+
+# The compiler runs where no TPU is: it must not ask for the machine that one is in, nor complain that it cannot.
+TPU_ENVIRONMENT = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_MIN_LOG_LEVEL": "3",
+    "TPU_STDERR_LOG_LEVEL": "3",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-8",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
 
 
 def run(config: Any, workdir: str | None = None) -> None:
@@ -38,13 +51,14 @@ def plan(sizes: Mapping[str, Any]) -> dict[str, Any]:
     from jaxrl_llm.runtime import parse_axes
     from models.sharding import make_mesh
 
-    mesh = make_mesh(parse_axes(sizes["layout"]), devices)
+    mesh = make_mesh(parse_axes(choose_layout(sizes, len(devices))), devices)
     model = resolve_model(sizes["model"], sizes["dtype"])
     kind = getattr(devices[0], "device_kind", "device")
     programs = {}
     for name, compile_program in (("generate", _plan_generate), ("train_step", _plan_train)):
         print(f"compiling {name} for {len(devices)} x {kind} ...", file=sys.stderr, flush=True)
-        programs[name] = compile_program(model, sizes, mesh)
+        began = time.perf_counter()
+        programs[name] = compile_program(model, sizes, mesh) | {"compile_seconds": time.perf_counter() - began}
     for program in programs.values():
         program["fits"] = None if room is None else program["total_bytes"] <= room * GIB
         program["seconds_at_peak"] = None if peak is None else program["flops"] / (peak * len(devices))
@@ -110,7 +124,7 @@ def _tpu_devices(name: str) -> list[Any]:
 
     if importlib.util.find_spec("libtpu") is None:
         raise UserError(f"mesh '{name}' needs the TPU compiler, which runs on any machine: pip install 'jaxrl-llm[tpu]'")
-    for variable, value in {"TPU_SKIP_MDS_QUERY": "1", "TPU_MIN_LOG_LEVEL": "3", "TPU_STDERR_LOG_LEVEL": "3"}.items():
+    for variable, value in TPU_ENVIRONMENT.items():
         os.environ.setdefault(variable, value)
     _plan_on_cpu()
     from jax.experimental import topologies
@@ -161,11 +175,29 @@ def _plan_generate(model: Any, sizes: Mapping[str, Any], mesh: Any) -> dict[str,
     lengths = jax.ShapeDtypeStruct((prompts,), jnp.int32, sharding=rows)
     key = jax.eval_shape(lambda: jax.random.key(0))
     sample = functools.partial(models.sample_tokens, model, num_samples=samples, max_new_tokens=new)
-    compiled = jax.jit(sample).lower(params, tokens, lengths, key).compile()
+    with _largest_caches(new) as caches:
+        compiled = jax.jit(sample).lower(params, tokens, lengths, key).compile()
     # Each prompt is read once, each new token once by each sample; the mean context of a new token is the prompt and half of the rest.
     per_prompt = sizes["prompt_tokens"] * model.flops_per_token(sizes["prompt_tokens"] // 2)
     per_prompt += samples * new * model.flops_per_token(sizes["prompt_tokens"] + new // 2)
-    return {"rows": prompts * samples, "batches": batches, "flops": sizes["prompts"] * per_prompt, **_memory(compiled)}
+    flops = sizes["prompts"] * per_prompt
+    return {"rows": prompts * samples, "batches": batches, "flops": flops, "caches": caches, **_memory(compiled)}
+
+
+@contextlib.contextmanager
+def _largest_caches(new: int):
+    """Inside, sampling starts with the cache that it would have last but one; yields the sizes of all that it would have.
+
+    Sampling grows its cache in stages, and each is a loop over all layers to compile. Memory peaks where the last but one grows to the
+    last: the stages before add to the compiler's work, not to its answer.
+    """
+    module = importlib.import_module("models.generate")
+    first, sizes = module.STAGE, module._stages(new)
+    module.STAGE = sizes[-2] if len(sizes) > 2 else first
+    try:
+        yield sizes
+    finally:
+        module.STAGE = first
 
 
 def _plan_train(model: Any, sizes: Mapping[str, Any], mesh: Any) -> dict[str, Any]:
@@ -244,5 +276,10 @@ def table(found: Mapping[str, Any]) -> str:
         program = found[name]
         at_peak = "" if program["seconds_at_peak"] is None else f", {program['seconds_at_peak']:.2f} s at the mesh's peak"
         split = f"{program[what]} x {program['rows']} rows"
-        lines.append(f"{name:<16}{program['flops'] / 1e12:.1f} TFLOP a step in {split}{at_peak}")
+        compiled = f"compiled in {program['compile_seconds']:.0f} s"
+        lines.append(f"{name:<16}{program['flops'] / 1e12:.1f} TFLOP a step in {split}{at_peak}; {compiled}")
+    caches = found["generate"]["caches"]
+    if len(caches) > 2:
+        two = f"{caches[-2]} and {caches[-1]}"
+        lines.append(f"generate was compiled with its two largest caches only, of {two} tokens a row; smaller ones need less")
     return "\n".join(lines)

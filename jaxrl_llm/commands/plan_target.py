@@ -1,6 +1,7 @@
 """What `plan` is asked about: the sizes of a config, its own or another run's, and the shape of a model without its weights."""
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from ml_collections import ConfigDict
 
 from jaxrl_llm.config import field_names, load_config
 from jaxrl_llm.errors import UserError, nearest
+from jaxrl_llm.runtime import parse_axes
 
 _QWEN = {"model_type": "qwen2", "rms_norm_eps": 1e-6, "rope_theta": 1e6, "max_position_embeddings": 32768, "eos_token_id": 151645}
 _QWEN_05 = {"hidden_size": 896, "num_hidden_layers": 24, "num_attention_heads": 14, "num_key_value_heads": 2, "intermediate_size": 4864}
@@ -27,11 +29,25 @@ PRESETS: dict[str, dict[str, Any]] = {
     "qwen2.5-math-7b": {**_QWEN, **_QWEN_7, **_UNTIED, **_MATH},
 }
 
+# What a size is where neither the command line nor a target gives it; "" is fitted to the devices.
+DEFAULTS: dict[str, Any] = {
+    "dtype": "bfloat16",
+    "layout": "",
+    "target_layout": "",
+    "prompts": 16,
+    "num_samples": 8,
+    "prompt_tokens": 256,
+    "max_new_tokens": 512,
+    "rollout_rows": 512,
+    "micro_batch_rows": 0,
+    "remat": True,
+}
+
 # Our field -> the names it goes by in the configs of runs, most telling first; a path matches where it ends in one of them.
 NAMES: dict[str, tuple[str, ...]] = {
     "model": ("policy.model", "model.path", "model.source", "model", "policy"),
     "dtype": ("policy.dtype", "model.dtype", "dtype"),
-    "layout": ("mesh",),
+    "target_layout": ("mesh",),
     "prompts": ("grpo.prompts_per_step", "prompts_per_step", "batch_prompts", "batch_size"),
     "num_samples": ("grpo.num_samples", "num_samples"),
     "prompt_tokens": ("grpo.max_prompt_tokens", "max_prompt_tokens", "prompt_tokens"),
@@ -43,23 +59,39 @@ NAMES: dict[str, tuple[str, ...]] = {
 
 
 def target_sizes(config: Any) -> dict[str, Any]:
-    """The fields of configs/plan.py, with those of the target config in their place where it has them.
+    """The fields of configs/plan.py: as given, else the target config's, else `DEFAULTS`; and the target's mesh as target_layout.
 
     Raises:
       UserError: neither names a model.
     """
-    sizes = {name: config[name] for name in config}
-    if config.target:
-        target = load_config(config.target)
-        paths = field_names(target)
-        for ours, names in NAMES.items():
-            value = _first(target, paths, names)
-            if value not in (None, "") and type(value) is type(sizes[ours]):
-                sizes[ours] = value
+    given = {name: config[name] for name in config if config[name] is not None}
+    sizes = DEFAULTS | given
+    target = load_config(config.target) if config.target else ConfigDict()
+    paths = field_names(target)
+    for ours, names in NAMES.items():
+        value = _first(target, paths, names)
+        if value not in (None, "") and type(value) is type(sizes[ours]) and given.get(ours, "") == "":
+            sizes[ours] = value
     if not sizes["model"]:
         whose = f"{config.target} names no model to load" if config.target else "no model"
         raise UserError(f"{whose}: give --config.model=..., a preset ({', '.join(PRESETS)}), a folder or a hub id")
     return sizes
+
+
+def choose_layout(sizes: Mapping[str, Any], devices: int) -> str:
+    """The mesh to plan for: the layout given, else the target's where it is of so many devices, else one that fits them.
+
+    Fitted is fsdp over as many devices as a step has prompts, since a prompt's samples stay together; tensor takes the others.
+    """
+    if sizes["layout"]:
+        return sizes["layout"]
+    target = parse_axes(sizes["target_layout"]) if sizes["target_layout"] else {}
+    if target and (-1 in target.values() or math.prod(target.values()) == devices):
+        return sizes["target_layout"]
+    tensor = 1
+    while devices % (2 * tensor) == 0 and devices // tensor > sizes["prompts"]:
+        tensor *= 2
+    return f"fsdp={devices // tensor},tensor={tensor}"
 
 
 def _first(target: ConfigDict, paths: list[str], names: tuple[str, ...]) -> Any:

@@ -29,12 +29,14 @@ def run(config: Any, workdir: str) -> None:
 
     import models
     import sae
+    from jaxrl_llm.curation.processes import from_first, on_this_process
 
-    run_dir = RunDir(workdir, config, kind="train_sae")
+    run_dir = RunDir(workdir, config, kind="train_sae", owns=(FOLDER,))
     folder = run_dir.path / FOLDER
     finished = run_dir.path / "summary.json"
-    if run_dir.resumed and finished.exists():
-        _report(folder, json.loads(finished.read_text()))
+    if from_first(run_dir.resumed and finished.exists()):
+        if run_dir.is_writer:
+            _report(folder, json.loads(finished.read_text()))
         return
     run_dir.truncate_after(0)  # a run that was stopped starts anew
     mesh = parse_mesh(config.mesh)
@@ -47,7 +49,7 @@ def run(config: Any, workdir: str) -> None:
 
     def activations(rows: list[list[int]]) -> Any:
         return sae.harvest_activations(
-            model_cfg, params, rows, hook, harvest.batch_rows, harvest.context_size, skip_bos=harvest.skip_bos
+            model_cfg, params, rows, hook, harvest.batch_rows, harvest.context_size, skip_bos=harvest.skip_bos, mesh=mesh
         )
 
     width = next(iter(activations(eval_rows))).shape[1]
@@ -68,12 +70,13 @@ def run(config: Any, workdir: str) -> None:
     dictionary, _ = sae.train_sae(
         cfg, buffer, settings, jax.random.key(config.seed), mesh=mesh, on_log=lambda record: run_dir.log({"kind": "train", **record})
     )
+    dictionary = on_this_process(dictionary, mesh)
     metrics = sae.evaluate(dictionary, activations(eval_rows), lm=(model_cfg, params, eval_rows))
+    summary = {"hook": hook, "d_in": cfg.d_in, "d_sae": cfg.d_sae, "train_rows": len(train_rows), "eval_rows": held_out, **metrics}
     if run_dir.is_writer:
         sae.save(folder, dictionary, layout=config.sae.layout)
-    summary = {"hook": hook, "d_in": cfg.d_in, "d_sae": cfg.d_sae, "train_rows": len(train_rows), "eval_rows": held_out, **metrics}
-    run_dir.summary(summary)
-    _report(folder, summary)
+        run_dir.summary(summary)
+        _report(folder, summary)
 
 
 def _texts(data: Any) -> list[str]:

@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxrl_llm.curation.processes import is_writer
 from jaxrl_llm.errors import UserError, from_os_error
 from jaxrl_llm.run_dir import to_plain, write_json
 
@@ -81,11 +82,14 @@ class CuratedSet:
         ]
 
     def write(self, folder: str | os.PathLike[str], formats: Sequence[str] = FORMATS) -> Path:
-        """Write the layouts asked for and the manifest; each appears whole or not at all. Returns the folder."""
+        """Write the layouts asked for and the manifest; each appears whole or not at all. Returns the folder. Of several processes
+        the first one writes; the others return at once."""
         unknown = [f for f in formats if f not in FORMATS]
         if unknown:
             raise UserError(f"curated set: no format {unknown[0]!r}; one of {', '.join(FORMATS)}")
         folder = Path(folder)
+        if not is_writer():
+            return folder
         try:
             folder.mkdir(parents=True, exist_ok=True)
             columns = _Columns.of(self.records())

@@ -34,6 +34,15 @@ def cluster(vectors: np.ndarray, k: int, *, n_init: int = 10, seed: int = 0, max
     return Clusters(rank[np.asarray(labels)], np.asarray(centers)[by_size], float(inertia))
 
 
+def cluster_kept(vectors: np.ndarray, keep: np.ndarray, k: int, **options) -> np.ndarray:
+    """[N] labels: clusters of the kept rows [N] bool alone, the others with the nearest of them. SAERL filters before it clusters:
+    clusters of the whole pool may be made of nothing but broken rows."""
+    found = cluster(vectors[keep], min(k, int(keep.sum())), **options)
+    labels = np.argmax(np.asarray(vectors, np.float32) @ found.centers.T, axis=1)
+    labels[keep] = found.labels
+    return labels
+
+
 def normalised_mutual_information(labels: np.ndarray, truth: np.ndarray) -> float:
     """NMI (arithmetic mean of the entropies) of two labellings [N]; 1 for equal partitions, 0 for independent ones."""
     from sklearn.metrics import normalized_mutual_info_score

@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from jaxrl_llm.curation.processes import from_first, is_writer
 from jaxrl_llm.errors import UserError, from_os_error, nearest
-from jaxrl_llm.run_dir import read_jsonl
+from jaxrl_llm.run_dir import _repair_last_line, read_jsonl
 
 STEP = re.compile(r"<<[^<>]*>>")  # one calculation of a GSM8K solution
 
@@ -55,10 +56,10 @@ def pass_rates(
     """([N] share of passes, NaN where not rolled out or nothing could be judged; verdicts that were errors).
 
     roll_out(rows, batch number) gives the verdicts of each row's samples. path: a jsonl file of what is done, one line a row, so
-    that a stopped run goes on.
+    that a stopped run goes on. Several processes call with the same rows; the first one reads and writes the file.
     """
     rates, errors = np.full(len(rows), np.nan), 0
-    done = {entry["id"]: entry for entry in (read_jsonl(path) if path else [])}
+    done = _done_before(path, [rows[i]["id"] for i in indices]) if path else {}
     for number, start in enumerate(range(0, len(indices), batch_prompts)):
         batch = indices[start : start + batch_prompts]
         missing = [i for i in batch if rows[i]["id"] not in done]
@@ -67,7 +68,7 @@ def pass_rates(
             judged = [v.value for v in found if v.value is not None]
             entry = {"id": rows[i]["id"], "rate": float(np.mean(judged)) if judged else None, "errors": len(found) - len(judged)}
             done[entry["id"]] = entry
-            if path:
+            if path and is_writer():
                 _append(path, entry)
         for i in batch:
             entry = done[rows[i]["id"]]
@@ -75,6 +76,23 @@ def pass_rates(
             errors += entry["errors"]
         progress(len(batch))
     return rates, errors
+
+
+def _done_before(path: Path, ids: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """The entries of `ids` that the file holds: all processes must leave out the same rows, so the first one's word goes."""
+    found = {}
+    if is_writer():
+        try:
+            _repair_last_line(path)
+        except OSError as error:
+            raise from_os_error(error, path, "write pass rates to") from error
+        found = {entry["id"]: entry for entry in read_jsonl(path)}
+    table = np.full((len(ids), 2), np.nan)  # rate (NaN = none), errors (NaN = the row is not done)
+    for line, entry in zip(table, map(found.get, ids), strict=True):
+        if entry is not None:
+            line[:] = np.nan if entry["rate"] is None else entry["rate"], entry["errors"]
+    lines = zip(ids, from_first(table), strict=True)
+    return {i: {"id": i, "rate": None if np.isnan(r) else float(r), "errors": int(n)} for i, (r, n) in lines if np.isfinite(n)}
 
 
 def _append(path: Path, entry: dict[str, Any]) -> None:
@@ -98,10 +116,9 @@ def policy_roll_out(
     **generation: Any,
 ) -> Callable[[list[Mapping[str, Any]], int], list[list[Any]]]:
     """A `roll_out` for `pass_rates`: `samples` completions a prompt by models.generate, judged by `reward`. Prompts longer than
-    `max_prompt_tokens` keep their end."""
+    `max_prompt_tokens` keep their end. generation: its arguments; `mesh` where `params` are on one."""
     import models
     from jaxrl_llm.data.prompts import tokenise_prompts
-    from jaxrl_llm.rewards import registry
     from jaxrl_llm.rewards.verdict import RewardInput
 
     def roll_out(rows: list[Mapping[str, Any]], number: int) -> list[list[Any]]:
@@ -113,8 +130,31 @@ def policy_roll_out(
             for group, text in zip(rollout.group_ids_N, texts, strict=True)
         ]
         verdicts: list[list[Any]] = [[] for _ in rows]
-        for group, verdict in zip(rollout.group_ids_N, registry.score(reward, inputs), strict=True):
+        for group, verdict in zip(rollout.group_ids_N, _judged(reward, inputs), strict=True):
             verdicts[group].append(verdict)
         return verdicts
 
     return roll_out
+
+
+def _judged(reward: Any, inputs: list[Any]) -> list[Any]:
+    """A Verdict for each input. Of several processes each judges an equal share, since a judge that is asked twice may answer
+    differently; all get all verdicts, without reasons."""
+    import jax
+
+    from jaxrl_llm.rewards import registry
+    from jaxrl_llm.rewards.verdict import Status, Verdict
+
+    if jax.process_count() == 1:
+        return registry.score(reward, inputs)
+    from jax.experimental import multihost_utils
+
+    statuses, share = tuple(Status), -(-len(inputs) // jax.process_count())
+    first = share * jax.process_index()
+    table = np.full((share, 2), np.nan)  # status, score (NaN = none)
+    for line, verdict in zip(table, registry.score(reward, inputs[first : first + share]), strict=False):
+        line[:] = statuses.index(verdict.status), np.nan if verdict.score is None else verdict.score
+    # As halves: sent as they are, float64 would be rounded to float32.
+    halves = multihost_utils.process_allgather(table.view(np.uint32), tiled=True)
+    lines = np.ascontiguousarray(halves).view(np.float64)[: len(inputs)]
+    return [Verdict(statuses[int(status)], None if np.isnan(score) else float(score)) for status, score in lines]

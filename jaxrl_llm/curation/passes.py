@@ -17,8 +17,10 @@ import models
 import sae
 from jaxrl_llm.curation.feature_space import FeatureSpace, SpaceView, dense_space
 from jaxrl_llm.curation.features import extract_features, middle_hook, random_dictionary
+from jaxrl_llm.curation.processes import on_this_process
 from jaxrl_llm.curation.streaming import Results
 from jaxrl_llm.curation.texts import with_bos
+from models.sharding import place, replicated
 
 Rows = Sequence[dict[str, Any]]
 
@@ -66,7 +68,7 @@ def train_dictionary(model: LanguageModel, rows: Rows, config: Any, mesh: Any) -
                 yield from with_bos(model.tokenizer, [rows[i]["prompt"] for i in chosen[start : start + 512]])
 
         batch_rows = max(1, config.features.batch_tokens // context)
-        return sae.harvest_activations(model.cfg, model.params, texts(), hook, batch_rows, context)
+        return sae.harvest_activations(model.cfg, model.params, texts(), hook, batch_rows, context, mesh=mesh)
 
     train, test = (order[held_out:] if len(rows) > 1 else order), order[:held_out]
     cfg = sae.SAEConfig(
@@ -80,6 +82,7 @@ def train_dictionary(model: LanguageModel, rows: Rows, config: Any, mesh: Any) -
     buffer = sae.ActivationBuffer(lambda: activations(train), settings.batch_size, settings.buffer_rows, config.seed)
     options = sae.SAETrainConfig(steps=settings.steps, dead_after=settings.batch_size * 100)
     dictionary, _ = sae.train_sae(cfg, buffer, options, jax.random.key(config.seed), mesh=mesh)
+    dictionary = on_this_process(dictionary, mesh)
     return dictionary, sae.evaluate(dictionary, activations(test))
 
 
@@ -115,6 +118,8 @@ def extract(model: LanguageModel, dictionary: sae.Dictionary, tokens: Any, n: in
     dictionaries = {"sae": dictionary}
     if config.controls:
         dictionaries["random_sae"] = random_dictionary(dictionary.cfg, config.seed)
+    if mesh is not None:  # beside the model once, not with every batch
+        dictionaries = jax.tree.map(lambda array: place(np.asarray(array), replicated(mesh)), dictionaries)
     options = config.features
     return extract_features(
         model.cfg,

@@ -31,6 +31,7 @@ from jaxrl_llm.curation.judging import Judge, quality_stage
 from jaxrl_llm.curation.labels import labels_from_rows, pass_rates, policy_roll_out
 from jaxrl_llm.curation.passes import LanguageModel, Rows, Stages, Views, extract, pooled_views, train_dictionary
 from jaxrl_llm.curation.probes import ArrayDesign, JoinedDesign, spearman
+from jaxrl_llm.curation.processes import from_first
 from jaxrl_llm.curation.quality import filter_rows
 from jaxrl_llm.curation.schedule import make_schedule
 from jaxrl_llm.curation.streaming import Results, write_npz
@@ -38,6 +39,7 @@ from jaxrl_llm.curation.texts import prompt_tokens
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.run_dir import RunDir, to_plain, write_json
 
+OWNS = ("sae", "features", "pass_rates-*.jsonl", "curated", "vectors.npz", "signals.json")  # what a run makes in its workdir
 PACKAGES = ("jax", "flax", "numpy", "scipy", "scikit-learn", "transformers")
 
 
@@ -66,7 +68,9 @@ def cluster_stage(views: Views, rows: Rows, config: Any, mesh: Any, tick) -> tup
     return clusters, vectors, report
 
 
-def difficulty_labels(rows: Rows, policy: Callable[[], LanguageModel], config: Any, workdir: Path | None, stages: Stages) -> np.ndarray | None:
+def difficulty_labels(
+    rows: Rows, policy: Callable[[], LanguageModel], config: Any, mesh: Any, workdir: Path | None, stages: Stages
+) -> np.ndarray | None:
     """[N] labels, NaN where there are none; None for a label-free proxy."""
     options = config.difficulty
     if not options.labels:
@@ -82,8 +86,10 @@ def difficulty_labels(rows: Rows, policy: Callable[[], LanguageModel], config: A
     roll_out = policy_roll_out(
         model.cfg, model.params, model.tokenizer, reward, samples=options.samples, template=options.template,
         max_prompt_tokens=options.max_prompt_tokens, temperature=options.temperature, max_new_tokens=options.max_new_tokens, seed=config.seed,
+        mesh=mesh,
     )  # fmt: skip
-    made_of = [tree_fingerprint(model.params), {k: v for k, v in to_dict(options).items() if k not in ("use", "models", "folds")}, config.seed]
+    rolled_out = {k: v for k, v in to_dict(options).items() if k not in ("use", "models", "folds")}
+    made_of = [data_hash(rows), tree_fingerprint(model.params), rolled_out, config.seed]
     path = None if workdir is None else workdir / f"pass_rates-{short_hash(made_of)}.jsonl"
     with stages.stage("rollouts", len(chosen), "prompt") as tick:
         rates, _ = pass_rates(rows, chosen, roll_out, path=path, batch_prompts=options.batch_prompts, progress=tick)
@@ -187,7 +193,7 @@ def curate(rows: Rows, config: Any, workdir: str | Path) -> tuple[CuratedSet, di
     """Curate `rows` (from data.sources.read_rows) and write everything under `workdir`: (the set, the figures of signals.json)."""
     from jaxrl_llm.runtime import parse_mesh
 
-    run_dir = RunDir(workdir, config, kind="curate")
+    run_dir = RunDir(workdir, config, kind="curate", owns=OWNS)
     path, mesh, stages = run_dir.path, parse_mesh(config.mesh), Stages()
     with stages.stage("load"):
         model = LanguageModel.load(config.model, config.dtype, mesh)
@@ -207,7 +213,7 @@ def curate(rows: Rows, config: Any, workdir: str | Path) -> tuple[CuratedSet, di
 
     with stages.stage("clusters", len(views.designs) + 1, "fit") as tick:
         clusters, vectors, diversity_report = cluster_stage(views, rows, config, mesh, tick)
-    labels = difficulty_labels(rows, policy, config, path, stages)
+    labels = difficulty_labels(rows, policy, config, mesh, path, stages)
     fits = (len(views.designs) + 2) * len(config.difficulty.models) * (config.difficulty.folds + 1)
     with stages.stage("difficulty", fits if labels is not None else 1, "fit") as tick:
         difficulty = difficulty_stage(views, rows, labels, config, tick)
@@ -231,9 +237,9 @@ def curate(rows: Rows, config: Any, workdir: str | Path) -> tuple[CuratedSet, di
         "filter": {"kept": int(filtered.keep.sum()), "dropped": filtered.reasons, "cut": filtered.cut},
         "schedule": schedule_report,
     }
+    with stages.stage("write"):
+        curated.write(path / "curated", tuple(config.formats))
     if run_dir.is_writer:
-        with stages.stage("write"):
-            curated.write(path / "curated", tuple(config.formats))
         write_npz(path / "vectors.npz", {"ids": np.array([row["id"] for row in rows]), "vectors": vectors})
         write_json(path / "signals.json", {**signals, "seconds": stages.seconds})
     run_dir.summary({"kept": int(filtered.keep.sum()), "rows": len(rows), "seconds": stages.seconds})
@@ -248,8 +254,9 @@ def dictionary_stage(model: LanguageModel, rows: Rows, config: Any, mesh: Any, r
     if config.sae:
         dictionary = sae.load(config.sae)
         return dictionary, {"trained": False, "d_sae": dictionary.cfg.d_sae, "hook": dictionary.cfg.hook_name}
-    if report.exists() and (figures := json.loads(report.read_text())).get("key") == key:
-        return sae.load(folder), figures
+    found = json.loads(report.read_text()) if run_dir.is_writer and report.exists() else {}
+    if from_first(found.get("key") == key):  # all processes train, or none
+        return sae.load(folder), json.loads(report.read_text())
     with stages.stage("train SAE"):
         dictionary, metrics = train_dictionary(model, rows, config, mesh)
     shape = {"d_sae": dictionary.cfg.d_sae, "k": dictionary.cfg.k, "hook": dictionary.cfg.hook_name}

@@ -91,6 +91,25 @@ class StackedDesign:
         return column_scales(self.first)
 
 
+@dataclass(frozen=True)
+class SliceDesign:
+    """Rows start .. stop - 1 of a design."""
+
+    whole: Design
+    start: int
+    stop: int
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def rows(self, indices: np.ndarray) -> np.ndarray | sparse.csr_matrix:
+        return self.whole.rows(np.asarray(indices, int) + self.start)
+
+    @property
+    def scales(self) -> np.ndarray:
+        return column_scales(self.whole)
+
+
 def column_scales(design: Design) -> np.ndarray:
     """[D] a design's own column scales, or ones."""
     scales = getattr(design, "scales", None)

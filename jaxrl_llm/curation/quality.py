@@ -120,16 +120,29 @@ def fit_labelled_quality(
 @dataclass(frozen=True)
 class Filtered:
     """keep: [N] bool. reasons: why rows were dropped -> how many; a row counts under the first reason that hit it. cut: the
-    quality below which rows went, or None."""
+    quality below which rows went; None where none went for it, or each stratum has its own. margin: [N] quality less the cut
+    of the row's stratum, at least 0 for kept rows; NaN for rows with a fault."""
 
     keep: np.ndarray
     reasons: dict[str, int]
     cut: float | None
+    margin: np.ndarray
 
 
-def filter_rows(quality: np.ndarray, drop_fraction: float, faults: Mapping[str, np.ndarray] | None = None) -> Filtered:
+def filter_rows(
+    quality: np.ndarray,
+    drop_fraction: float,
+    faults: Mapping[str, np.ndarray] | None = None,
+    strata: np.ndarray | None = None,
+    expected_bad: np.ndarray | None = None,
+) -> Filtered:
     """Drop rows with a fault (name -> [N] bool: duplicates, empty answers, ...), then the `drop_fraction` of lowest quality among
-    the rest. Of rows of equal quality at the cut, later ones go first. Raises UserError when nothing is left."""
+    the rest. Of rows of equal quality at the cut, later ones go first.
+
+    strata: [N] int, for a score that also depends on what a row is about or how hard it is: rows then compete inside their stratum
+    only. expected_bad: [N] probability that a row is unfit; each stratum loses rows in proportion to its mean (at most all of
+    them), without it the same share. Raises UserError when nothing is left.
+    """
     if not 0 <= drop_fraction < 1:
         raise UserError(f"quality: drop_fraction is {drop_fraction}; give a share from 0 up to below 1")
     keep, reasons = np.ones(len(quality), bool), {}
@@ -137,13 +150,47 @@ def filter_rows(quality: np.ndarray, drop_fraction: float, faults: Mapping[str, 
         reasons[name] = int((keep & hit).sum())
         keep &= ~hit
     rows = np.flatnonzero(keep)
-    count = int(round(drop_fraction * len(rows)))
-    worst = rows[np.lexsort((-rows, quality[rows]))[:count]]
-    keep[worst] = False
-    reasons["low_quality"] = count
+    stratum = np.zeros(len(rows), int) if strata is None else np.unique(np.asarray(strata)[rows], return_inverse=True)[1]
+    by_quality = rows[np.lexsort((-rows, quality[rows], stratum))]
+    sizes = np.bincount(stratum)
+    bad = np.ones(len(rows)) if expected_bad is None else np.asarray(expected_bad, float)[rows]
+    counts = _drop_counts(sizes, np.bincount(stratum, bad) / np.maximum(sizes, 1), drop_fraction)
+    margin, cut, dropped = np.full(len(quality), np.nan), None, 0
+    for members, count in zip(np.split(by_quality, np.cumsum(sizes)[:-1]) if len(sizes) else [], counts, strict=True):
+        worst, best = members[:count], members[count:]
+        keep[worst] = False
+        dropped += count
+        cut = quality[worst].max() if count else None
+        edge = [quality[group[at]] for group, at in ((worst, -1), (best, 0)) if len(group)]
+        margin[members] = quality[members] - (np.mean(edge) if count else min(edge, default=0.0))
+    reasons["low_quality"] = int(dropped)
     if not keep.any():
         raise UserError("quality: no row is left: " + ", ".join(f"{n} {name}" for name, n in reasons.items()))
-    return Filtered(keep, reasons, float(quality[worst].max()) if count else None)
+    return Filtered(keep, reasons, float(cut) if cut is not None and strata is None else None, margin)
+
+
+def _drop_counts(sizes: np.ndarray, bad: np.ndarray, drop_fraction: float) -> np.ndarray:
+    """[S] rows to drop of each stratum of `sizes` [S]: shares proportional to `bad` [S], none above 1, that add up to
+    `drop_fraction` of all rows. Rounded on the running sum, so that what is dropped adds up too."""
+    total, share = int(round(drop_fraction * sizes.sum())), np.zeros(len(sizes))
+    bad = np.maximum(bad, 1e-9)
+    for _ in range(len(sizes)):  # each round fills up at least one stratum, or ends
+        open_ = share < 1
+        share[open_] = (total - sizes[~open_].sum()) * bad[open_] / max((sizes * bad)[open_].sum(), 1e-12)
+        if (share <= 1).all():
+            break
+        share = np.minimum(share, 1.0)
+    return np.diff(np.round(np.cumsum(sizes * share) + 1e-9).astype(int), prepend=0)
+
+
+def difficulty_strata(cluster: np.ndarray, difficulty: np.ndarray, bins: int) -> np.ndarray:
+    """[N] int: rows alike in what they are about and how hard they are: each cluster [N] in `bins` equal parts by difficulty [N]."""
+    stratum = np.zeros(len(cluster), int)
+    for number, name in enumerate(np.unique(cluster)):
+        rows = np.flatnonzero(cluster == name)
+        rank = np.argsort(np.argsort(difficulty[rows], kind="stable"), kind="stable")
+        stratum[rows] = number * bins + rank * bins // len(rows)
+    return stratum
 
 
 def answer_length_columns(answers: Sequence[str | None]) -> np.ndarray:

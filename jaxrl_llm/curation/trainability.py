@@ -15,6 +15,9 @@ a one-dimensional filter of the same form, so that a prompt seen before is judge
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 from scipy import sparse
 from scipy.special import expit, logit
@@ -61,6 +64,9 @@ class TrainabilityBand:
     Call `batch(step)`, roll out, `observe(step, indices, pass_rates)`, then `batch(step + 1)`: each step once, in order.
     NaN pass rates (prompts whose rewards failed) count as drawn and teach nothing. `state()` after `observe` holds
     everything that the next batch depends on; restoring it continues bit for bit.
+
+    refilter: policy parameters -> keep [N] bool. A policy that has learnt tells sound answers from wrong ones better than the
+    one that training began with, so `see_policy` asks for the rows to keep anew before every `refilter_every`-th step.
     """
 
     def __init__(
@@ -85,6 +91,8 @@ class TrainabilityBand:
         ridge: float = 1.0,
         item_scale: float = 0.5,
         learn: bool = True,
+        refilter: Callable[[Any], np.ndarray] | None = None,
+        refilter_every: int = 40,
     ):
         prior = np.asarray(prior_pass, dtype=np.float64)
         n = len(prior)
@@ -102,13 +110,14 @@ class TrainabilityBand:
         self.easy_floor, self.easy_above = easy_floor, easy_above
         self.balance, self.utility, self.learn = balance, utility, learn
         self.forgetting, self.ridge, self.item_scale = forgetting, ridge, item_scale
+        self._refilter, self.refilter_every = refilter, refilter_every
 
-        self._kept = np.ones(n, bool) if keep is None else np.asarray(keep, bool)
-        self._epoch_length = max(int(round(epoch_share * self._kept.sum())), 0)
+        kept = np.ones(n, bool) if keep is None else np.array(keep, bool)
+        self._epoch_length = max(int(round(epoch_share * kept.sum())), 0)
         if not 1 <= self.batch_size <= self._epoch_length:
             raise UserError(
                 f"TrainabilityBand: batch_size is {batch_size} but an epoch has {self._epoch_length} prompts "
-                f"({self._kept.sum()} kept x epoch_share {epoch_share:g})"
+                f"({kept.sum()} kept x epoch_share {epoch_share:g})"
             )
         self._cluster = np.zeros(n, int) if cluster is None else np.unique(np.asarray(cluster), return_inverse=True)[1]
         self._n_clusters = int(self._cluster.max()) + 1
@@ -124,6 +133,7 @@ class TrainabilityBand:
             "step": np.zeros((), np.int64),
             "drawn": np.zeros((), np.int64),  # prompts drawn in the current epoch
             "used": np.zeros(n, bool),
+            "kept": kept,
             "weights": np.zeros(dims, np.float64),
             "precision": ridge * np.eye(dims, dtype=np.float64),
             "item_offset": np.zeros(n, np.float64),
@@ -165,13 +175,13 @@ class TrainabilityBand:
             with self._blas.limit(limits=1, user_api="blas"):
                 p = self.pass_probability()
             used, drawn = state["used"].copy(), int(state["drawn"])
-            first = self._pick(rng, p, self._kept & ~used, min(self.batch_size, self._epoch_length - drawn))
+            first = self._pick(rng, p, state["kept"] & ~used, min(self.batch_size, self._epoch_length - drawn))
             used[first] = True
             drawn += len(first)
             rows = first
             if len(rows) < self.batch_size:
                 used = np.zeros(self.n, bool)
-                open_rows = self._kept.copy()
+                open_rows = state["kept"].copy()
                 open_rows[first] = False
                 second = self._pick(rng, p, open_rows, self.batch_size - len(first))
                 used[second] = True
@@ -228,6 +238,15 @@ class TrainabilityBand:
         return quota
 
     # ---------------------------------------------------------------------------------------------------- learning
+
+    def see_policy(self, step: int, params: Any) -> None:
+        """Shown the policy that `step` will sample from, before `batch(step)`: the rows to keep are chosen anew where it is time."""
+        if self._refilter is None or step == 0 or step % self.refilter_every:
+            return
+        kept = np.asarray(self._refilter(params), bool)
+        if kept.shape != (self.n,) or kept.sum() < self.batch_size:
+            raise UserError(f"TrainabilityBand: refilter kept {kept.sum()} of {kept.size} prompts; a batch of {self.batch_size} needs more")
+        self._state["kept"], self._cached = kept, None
 
     def observe(self, step: int, indices: np.ndarray, pass_rates: np.ndarray) -> None:
         """Tell the pass rates [K] in [0, 1] (NaN: unknown) of the rows `indices` [K] that were rolled out at `step`."""

@@ -14,6 +14,8 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
+from jaxrl_llm.errors import UserError, nearest
+
 LEVELS = (1, 2, 3, 4, 5)
 CORRUPTIONS = ("wrong_answer", "missing_clause", "garbled", "near_duplicate")
 NAMES = ("tom", "ana", "li", "sam", "eva", "bo")
@@ -155,15 +157,30 @@ def make_row(rng: np.random.Generator, topic: str, level: int, template: int | N
 
 
 def generate_problems(
-    n: int, seed: int, level_shares: Sequence[float] = (0.2,) * 5, *, exclude: frozenset[str] | set[str] = frozenset(), prefix: str = "p"
+    n: int,
+    seed: int,
+    level_shares: Sequence[float] = (0.2,) * 5,
+    *,
+    topic_skew: float = 0.0,
+    exclude: frozenset[str] | set[str] = frozenset(),
+    prefix: str = "p",
 ) -> list[dict]:
-    """`n` distinct clean rows, topics equally likely, levels by `level_shares`; no prompt in `exclude` or twice."""
+    """`n` distinct clean rows, levels by `level_shares`; no prompt in `exclude` or twice.
+
+    topic_skew: 0 = topics equally likely; else the r-th topic of an order drawn from the seed has a share that falls with
+    r^-topic_skew (Zipf), as in pools scraped from the web. A topic that has too few distinct problems at a level has less.
+    """
     rng, rows, seen = np.random.default_rng(seed), [], set(exclude)
     topics, shares, misses = list(TOPICS), np.asarray(level_shares, float) / np.sum(level_shares), 0
+    if topic_skew:
+        topics = [topics[i] for i in np.random.default_rng([seed, 0x21F]).permutation(len(topics))]
+    topic_shares = np.arange(1, len(topics) + 1) ** -float(topic_skew)
+    topic_shares /= topic_shares.sum()
     while len(rows) < n:
         if misses == 2000:
-            raise ValueError(f"the world has no {n} distinct problems at level shares {tuple(level_shares)}; ask for fewer")
-        row = make_row(rng, topics[int(rng.integers(len(topics)))], int(rng.choice(LEVELS, p=shares)))
+            raise UserError(f"the world has no {n} distinct problems at level shares {tuple(level_shares)}, {len(rows)} were found; ask for fewer")
+        topic = topics[int(rng.choice(len(topics), p=topic_shares) if topic_skew else rng.integers(len(topics)))]
+        row = make_row(rng, topic, int(rng.choice(LEVELS, p=shares)))
         if row["prompt"] in seen:
             misses += 1
             continue
@@ -182,7 +199,7 @@ def corrupt(rows: Sequence[dict], shares: Mapping[str, float], seed: int) -> lis
     """
     unknown = set(shares) - set(CORRUPTIONS)
     if unknown:
-        raise ValueError(f"unknown corruption {sorted(unknown)}; known: {', '.join(CORRUPTIONS)}")
+        raise UserError(f"unknown corruption {', '.join(sorted(unknown))}: {nearest(min(unknown), CORRUPTIONS)}")
     # A stream of its own: with the bare seed, a schedule that shuffles by the same seed would meet the corrupted rows first.
     rng, out = np.random.default_rng([seed, 0xBAD]), [dict(r) for r in rows]
     order, start = rng.permutation(len(out)), 0

@@ -75,14 +75,15 @@ def tokenise_prompts(
     if max_length < 1:
         raise UserError(f"max_length {max_length}: a prompt needs room for at least one token")
     token_lists = _tokenise(rows, tokenizer, template)
+    places = getattr(rows, "places", {})  # rows that `read_rows` read know where they stand
     kept_rows, kept_tokens, dropped, truncated = [], [], 0, 0
     for row, tokens in zip(rows, token_lists, strict=True):
         if not tokens:
-            raise UserError(f"prompt '{row['id']}' has no token under this tokenizer: give it text, or leave it out")
+            raise UserError(f"{_name(row, places)} has no token under this tokenizer: give it text, or leave it out")
         if len(tokens) > max_length:
             if overflow == "error":
                 raise UserError(
-                    f"prompt '{row['id']}' has {len(tokens)} tokens, longer than the {max_length} there is room for: "
+                    f"{_name(row, places)} has {len(tokens)} tokens, longer than the {max_length} there is room for: "
                     "raise the prompt length, or set overflow to 'drop' or 'truncate'"
                 )
             if overflow == "drop":
@@ -96,6 +97,12 @@ def tokenise_prompts(
     if not kept_rows:
         raise UserError(f"no prompt is left: all {dropped} are longer than {max_length} tokens; raise the prompt length")
     return _pad(kept_rows, kept_tokens, tokenizer, pad_to, dropped, truncated)
+
+
+def _name(row: Mapping[str, Any], places: Mapping[str, str]) -> str:
+    """A row as a message names it: by file and line where these are known, since an id may be a hash that stands in no file."""
+    place = places.get(row["id"])
+    return f"{place}: prompt '{row['id']}'" if place else f"prompt '{row['id']}'"
 
 
 def _tokenise(rows: Sequence[Mapping[str, Any]], tokenizer: Any, template: str) -> list[list[int]]:

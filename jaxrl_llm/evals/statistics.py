@@ -29,21 +29,26 @@ def paired_bootstrap(
 ) -> Interval:
     """Mean of a - b with a two-level percentile bootstrap: seeds are resampled, then items inside each drawn seed.
 
-    a_SI, b_SI: [seeds, items], paired entry by entry. With one seed only items are resampled, and the interval then says
-    nothing about other seeds. Raises ValueError for unequal shapes or an empty comparison.
+    a_SI, b_SI: [seeds, items], paired entry by entry. An item without a value (NaN) in either arm counts in neither. With one seed only
+    items are resampled, and the interval then says nothing about other seeds. Raises ValueError for unequal shapes or an
+    empty comparison.
     """
     a, b = np.atleast_2d(np.asarray(a_SI, float)), np.atleast_2d(np.asarray(b_SI, float))
     if a.shape != b.shape or a.size == 0:
         raise ValueError(f"paired arms need equal, non-empty shapes; got {a.shape} and {b.shape}")
     d, rng = a - b, np.random.default_rng(seed)
+    d = d[:, ~np.isnan(d).all(axis=0)]
+    d = d[~np.isnan(d).all(axis=1)]
+    if d.size == 0:
+        raise ValueError("paired arms have no item with a value in both")
     n_seeds, n_items = d.shape
     means = np.empty(draws)
     for i in range(draws):
         rows = rng.integers(0, n_seeds, n_seeds)
-        means[i] = d[rows[:, None], rng.integers(0, n_items, (n_seeds, n_items))].mean()
+        means[i] = np.nanmean(d[rows[:, None], rng.integers(0, n_items, (n_seeds, n_items))])
     tail = (1 - confidence) / 2
     low, high = np.quantile(means, [tail, 1 - tail])
-    return Interval(float(d.mean()), float(low), float(high))
+    return Interval(float(np.nanmean(d)), float(low), float(high))
 
 
 def paired_t(a_S: np.ndarray, b_S: np.ndarray, *, confidence: float = 0.95) -> Interval:

@@ -84,20 +84,29 @@ def _arm_info(config, name: str) -> dict[str, str]:
 
 
 def _difference(arm: ArmRuns, baseline: ArmRuns) -> Interval:
-    """Accuracy difference: Student's t over cells, wherever there are two; over items alone for a single cell."""
+    """Accuracy difference: Student's t over cells, wherever there are two; over items alone for a single cell. An item that has no
+    verdict in one arm counts in neither."""
     if len(arm.items) > 1:
-        return paired_t(np.nanmean(arm.items, axis=1), np.nanmean(baseline.items, axis=1))
+        both = np.where(np.isnan(arm.items) | np.isnan(baseline.items), np.nan, 1.0)
+        return paired_t(np.nanmean(arm.items * both, axis=1), np.nanmean(baseline.items * both, axis=1))
     return paired_bootstrap(arm.items, baseline.items)
+
+
+def _steps_saved(arm: ArmRuns, baseline: ArmRuns, target: np.ndarray) -> Interval | None:
+    """Share of the baseline's steps that the arm does not need to get to `target` [cells]. None where the baseline itself ends no
+    higher than it began in some cell: then nothing was to be reached. A cell in which the arm never gets there counts as the
+    whole run: the saving is understated, never overstated."""
+    if not (target > baseline.curve[:, 0] + 1e-9).all():
+        return None
+    own, its = np.minimum(arm.to_target(target), float(arm.steps[-1])), baseline.to_target(target)
+    return paired_t(1 - own / np.maximum(its, 1e-9), np.zeros(len(own)))
 
 
 def _arm_row(arm: ArmRuns, baseline: ArmRuns) -> dict[str, Any]:
     """One row of the table. Steps saved compares like with like: the baseline's own smoothed curve to its own final value."""
     target = baseline.curve[:, -SMOOTH:].mean(axis=1)
-    own, its = arm.to_target(target), baseline.to_target(target)
-    last = float(arm.steps[-1])
-    reached = float(np.mean(own)) if np.isfinite(own).all() else None
-    # A cell that never gets there counts as the whole run: the saving is understated, never overstated.
-    saved = paired_t(1 - np.minimum(own, last) / np.maximum(its, 1e-9), np.zeros(len(own)))
+    own, saved = arm.to_target(target), _steps_saved(arm, baseline, target)
+    reached = float(np.mean(own)) if np.isfinite(own).all() and saved is not None else None
     row = {
         "arm": arm.arm,
         "accuracy": {"value": float(np.nanmean(arm.items))},
@@ -109,7 +118,7 @@ def _arm_row(arm: ArmRuns, baseline: ArmRuns) -> dict[str, Any]:
     if arm is not baseline:
         d, both = _difference(arm, baseline), paired_bootstrap(arm.items, baseline.items, draws=2000)
         row["difference"] = _estimate(d)
-        row["steps_saved"] = _estimate(saved)
+        row["steps_saved"] = None if saved is None else _estimate(saved)
         row["bootstrap"] = [both.low, both.high]
     return row
 
@@ -166,9 +175,12 @@ def _headline(config, summary, cells: int) -> str:
 
 
 def _verdict(row, main: str, baseline: str, pool: str) -> str:
-    d, steps = row["difference"], row["steps_saved"]["value"]
+    d, steps = row["difference"], row["steps_saved"]
     where = f"On “{pool}”, " if pool else ""
-    saved = f"{abs(steps):.0%} {'fewer' if steps >= 0 else 'more'} steps to {baseline}’s final accuracy"
+    if steps is None:
+        saved = f"no saving of steps to speak of, since {baseline} did not improve"
+    else:
+        saved = f"{abs(steps['value']):.0%} {'fewer' if steps['value'] >= 0 else 'more'} steps to {baseline}’s final accuracy"
     spread = "" if d["low"] is None else f" (95% {100 * d['low']:+.1f} to {100 * d['high']:+.1f})"
     if d["low"] is not None and d["low"] <= 0 <= d["high"]:
         return f"{where}{main} and {baseline} end within the noise of each other: {100 * d['value']:+.1f} points{spread}, {saved}."
@@ -194,9 +206,12 @@ def _facts(rows, main: str, baseline: str) -> list[dict[str, str]]:
         return []
     d, s = row["difference"], row["steps_saved"]
     mixed = f"{row['mixed_groups']:.0%}"
+    steps = {"value": "–", "detail": f"{baseline} did not improve"}
+    if s is not None:
+        steps = {"value": f"{-100 * s['value']:+.0f}%", "detail": _limits(s, -100)}
     return [
         {"label": f"{main} − {baseline}, final accuracy", "value": f"{100 * d['value']:+.1f} points", "detail": _limits(d, 100)},
-        {"label": f"steps to {baseline}’s final accuracy", "value": f"{-100 * s['value']:+.0f}%", "detail": _limits(s, -100)},
+        {"label": f"steps to {baseline}’s final accuracy", **steps},
         {"label": "groups with mixed rewards", "value": mixed, "detail": f"{baseline} {rows[baseline]['mixed_groups']:.0%}"},
     ]
 
@@ -229,11 +244,12 @@ def _cell_sections(config, folder: Path, cell) -> dict[str, Any]:
         out["calibration"] = summarise.calibration({"SAE proxy": difficulty[checked]}, fail)
     if "quality/sae" in signals and "truth/corruption" in signals:
         kinds = signals["truth/corruption"].astype(str)
-        scores = {("clean" if k == "none" else k): signals["quality/sae"][kinds == k] for k in sorted(set(kinds), key=lambda k: k != "none")}
-        kept = signals["keep"]
+        margin, kept = np.asarray(page["margin"]), curated.keep
+        scores = {("clean" if k == "none" else k): margin[kinds == k] for k in sorted(set(kinds), key=lambda k: k != "none")}
         out["quality"] = {
             "scores": scores,
-            "cut": float(signals["quality/sae"][kept].min()),
+            "cut": 0.0,
+            "label": "quality above the cut of its cluster and difficulty",
             "note": f"{int((~kept).sum())} of {len(kept)} rows dropped by the main arm",
         }
     return out
@@ -243,7 +259,7 @@ def _map(signals, page, curated: CuratedSet, rows: np.ndarray) -> dict[str, Any]
     fields = [
         {"name": "cluster", "kind": "category", "values": [str(c) for c in signals["clusters/sae"][rows]]},
         {"name": "difficulty", "kind": "number", "percent": True, "values": signals["difficulty/sae"][rows]},
-        {"name": "kept", "kind": "category", "values": ["kept" if k else "dropped" for k in signals["keep"][rows]]},
+        {"name": "kept", "kind": "category", "values": ["kept" if k else "dropped" for k in curated.keep[rows]]},
     ]
     for name in ("topic", "level", "corruption"):
         if f"truth/{name}" in signals:

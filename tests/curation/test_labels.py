@@ -51,3 +51,21 @@ def test_pass_rates_mask_errors_and_go_on_after_a_stop(tmp_path):
     again, errors = pass_rates(ROWS, np.array([0, 1, 2, 3]), roll_out, path=path, batch_prompts=2)
     np.testing.assert_allclose(again, rates)
     assert calls[2:] == [["c"]] and errors == 6, "only what is missing is rolled out"
+
+
+@pytest.mark.parametrize("cut", [5, 1])
+def test_a_last_line_that_a_full_disk_cut_is_rolled_out_again(tmp_path, cut):
+    path, calls = tmp_path / "rates.jsonl", []
+
+    def roll_out(rows, number):
+        calls.append([row["id"] for row in rows])
+        return [judged(row["id"]) for row in rows]
+
+    expected, errors = pass_rates(ROWS, np.arange(4), roll_out, path=path, batch_prompts=2)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-cut])
+    for missing in ([["d"]] if cut > 1 else [], []):  # where only the newline is missing the line counts
+        calls.clear()
+        rates, again = pass_rates(ROWS, np.arange(4), roll_out, path=path, batch_prompts=2)
+        np.testing.assert_array_equal(rates, expected)
+        assert calls == missing and again == errors and path.read_bytes() == whole

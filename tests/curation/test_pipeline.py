@@ -6,64 +6,27 @@ import shutil
 import jax
 import numpy as np
 import pytest
+from tiny_curation import ROLLOUTS, N, config_of, save_model, save_world
+from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers import models as token_models
+from transformers import PreTrainedTokenizerFast
 
 import models
 from jaxrl_llm.commands import curate as command
+from jaxrl_llm.commands import grpo
 from jaxrl_llm.config import load_config
-from jaxrl_llm.curation import pipeline
+from jaxrl_llm.curation import judging, pipeline
 from jaxrl_llm.curation.curated_set import FORMATS, CuratedSet
-from jaxrl_llm.data.lab_world import build_tokenizer, generate_problems
+from jaxrl_llm.curation.trainability import TrainabilityBand
+from jaxrl_llm.data.lab_world import build_tokenizer
 from jaxrl_llm.errors import UserError
-
-N = 90
+from jaxrl_llm.run_dir import RunDir
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     """A folder with a random model and its tokenizer, and a file of problems with faults in known places."""
-    folder = tmp_path_factory.mktemp("world")
-    tokenizer = build_tokenizer()
-    hf = dict(model_type="llama", vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=2, num_attention_heads=2)
-    hf |= dict(intermediate_size=24, max_position_embeddings=24, bos_token_id=1, eos_token_id=2, tie_word_embeddings=True)
-    cfg = models.ModelConfig.from_hf(hf)
-    models.save(folder / "model", cfg, models.init(cfg, jax.random.key(0)))
-    tokenizer.save_pretrained(folder / "model")
-    rows = [{k: r[k] for k in ("id", "prompt", "answer", "topic", "level")} for r in generate_problems(N, seed=0)]
-    rows[5]["prompt"] = rows[4]["prompt"]
-    rows[7]["answer"] = ""
-    rows[9]["prompt"] = " ".join(["count red in"] + ["red blue"] * 20 + ["="])
-    lines = [json.dumps(row) for row in rows]
-    (folder / "rows.jsonl").write_text("\n".join([*lines, "{broken", json.dumps({"id": "blank", "prompt": " "})]) + "\n")
-    return folder
-
-
-SMALL = {
-    "data.on_bad": "skip",
-    "data.topic": "topic",
-    "features.min_rows": "2",
-    "features.max_share": "1.0",
-    "features.batch_tokens": "512",
-    "features.shard_rows": "40",
-    "train_sae.steps": "4",
-    "train_sae.batch_size": "64",
-    "train_sae.buffer_rows": "256",
-    "train_sae.expansion": "3",
-    "train_sae.k": "4",
-    "clusters.k": "6",
-    "clusters.dims": "8",
-    "clusters.restarts": "1",
-    "difficulty.labels": "level",
-    "difficulty.models": "ridge",
-    "difficulty.folds": "2",
-    "quality.samples": "40",
-    "schedule.batch_size": "8",
-    "bootstrap": "20",
-}
-
-
-def config_of(world, **changes):
-    overrides = {"model": str(world / "model"), "data.source": str(world / "rows.jsonl"), **SMALL, **changes}
-    return load_config("configs/curate.py", overrides)
+    return save_world(tmp_path_factory.mktemp("world"))
 
 
 @pytest.fixture(scope="module")
@@ -159,6 +122,98 @@ def test_rollout_labels(world, curated, tmp_path):
     (file,) = tmp_path.glob("pass_rates-*.jsonl")
     rates = [json.loads(line)["rate"] for line in file.read_text().splitlines()]
     assert len(rates) == 20 and set(rates) <= {0.0, None}
+
+
+def test_another_model_as_policy_reads_with_its_own_tokenizer(world, curated, tmp_path, monkeypatch):
+    """Its likelihoods and rollouts are used; features stay those of the feature model."""
+    workdir, before = curated
+    words = sorted(build_tokenizer().get_vocab())
+    core = Tokenizer(token_models.WordLevel({word: i for i, word in enumerate([*words, "<more>"])}, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    own = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", unk_token="<unk>")
+    save_model(tmp_path / "policy", seed=5, d_model=8, layers=1, tokenizer=own)
+    generated, scored = [], []
+
+    def generate(cfg, params, prompts, **options):
+        generated.append((cfg, prompts))
+        return sampled(cfg, params, prompts, **options)
+
+    def answer_likelihood(cfg, params, tokens_of, n, **options):
+        scored.append((cfg, tokens_of(0, 1)[0][0]))
+        return likelihood(cfg, params, tokens_of, n, **options)
+
+    sampled, likelihood = models.generate, judging.answer_likelihood
+    monkeypatch.setattr(models, "generate", generate)
+    monkeypatch.setattr(judging, "answer_likelihood", answer_likelihood)
+    changes = {"sae": str(workdir / "sae"), "controls": "False", "formats": "parquet", "quality.samples": "10", "data.on_bad": "skip"}
+    command.run(config_of(world, policy=str(tmp_path / "policy"), **changes, **ROLLOUTS), str(tmp_path / "out"))
+
+    row = json.loads((world / "rows.jsonl").read_text().splitlines()[0])
+    assert {cfg for cfg, _ in (*generated, *scored)} == {models.load(tmp_path / "policy")[0]} and len(generated) == 3
+    assert scored[0][1] == [own.bos_token_id, *own(f"{row['prompt']} {row['answer']}")["input_ids"]]
+    known = {tuple(own(line["prompt"])["input_ids"]) for line in map(json.loads, (world / "rows.jsonl").read_text().splitlines()[:N])}
+    assert all(tuple(prompt) in known or len(prompt) == 16 for _, prompts in generated for prompt in prompts)
+    signals = json.loads((tmp_path / "out" / "signals.json").read_text())
+    (rates,) = (tmp_path / "out").glob("pass_rates-*.jsonl")
+    assert len({json.loads(line)["rate"] for line in rates.read_text().splitlines()}) > 1
+    assert signals["features"] == before["features"] and signals["difficulty"]["labels"]["count"] == 40
+    assert signals["quality"]["probes"]["logp"]["value"] != before["quality"]["probes"]["logp"]["value"]
+
+
+@pytest.fixture
+def quick_compilation():
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
+def test_grpo_follows_the_policy_over_a_curated_set_and_goes_on(world, curated, tmp_path, monkeypatch, quick_compilation):
+    workdir, _ = curated
+    settings = {"model": str(world / "model"), "data.curated": str(workdir), "reward.name": "short_words", "max_prompt_tokens": "16"}
+    settings |= {"overflow": "drop", "schedule.kind": "band", "schedule.batch_prompts": "4", "train.steps": "4", "train.num_samples": "4"}
+    settings |= {"train.max_new_tokens": "3", "train.checkpoint_every": "1", "train.optimizer.learning_rate": "1e-3"}
+    config = load_config("configs/grpo.py", settings)
+    drawn = lambda name: [record["rows"] for record in RunDir(tmp_path / name, config, kind="grpo").metrics()]  # noqa: E731
+    final = lambda name: jax.tree.leaves(models.load(tmp_path / name / grpo.FOLDER)[1])  # noqa: E731
+    grpo.run(config, str(tmp_path / "whole"))
+
+    log = RunDir.log
+
+    def full_at_step_3(self, record):
+        if record["step"] == 3:
+            raise UserError("the disk is full")
+        log(self, record)
+
+    monkeypatch.setattr(RunDir, "log", full_at_step_3)
+    with pytest.raises(UserError, match="disk is full"):
+        grpo.run(config, str(tmp_path / "stopped"))
+    monkeypatch.setattr(RunDir, "log", log)
+    restored, restore = [], TrainabilityBand.restore
+    monkeypatch.setattr(TrainabilityBand, "restore", lambda self, state: restored.append(int(state["step"])) or restore(self, state))
+    grpo.run(config, str(tmp_path / "stopped"))
+    assert restored == [2] and drawn("stopped") == drawn("whole")
+    assert all((a == b).all() for a, b in zip(final("stopped"), final("whole"), strict=True))
+
+    found = CuratedSet.read(workdir / "curated")
+    kept = [row["id"] for row in found.curriculum() if len(build_tokenizer()(row["prompt"])["input_ids"]) <= 16]
+    vectors = np.load(workdir / "vectors.npz")
+    at = [vectors["ids"].tolist().index(name) for name in kept]
+    band = TrainabilityBand(
+        1 - found.difficulty[at], vectors["vectors"][at], 4, cluster=found.cluster[at], samples_per_prompt=4,
+        temperature=0.5, easy_floor=0.125, epoch_share=0.3,
+    )  # fmt: skip
+    assert drawn("whole")[0] == band.batch(0).tolist()
+
+
+def test_pass_rates_of_other_rows_are_not_taken(world, tmp_path, monkeypatch):
+    """Rows of another file often have the same ids."""
+    policy, paths = pipeline.LanguageModel(None, {}, None, "policy"), []
+    monkeypatch.setattr(pipeline, "pass_rates", lambda rows, *_, path, **__: paths.append(path) or (np.zeros(len(rows)), 0))
+    for prompt in ("one", "one", "another"):
+        rows = [{"id": "0", "prompt": prompt, "answer": "1"}]
+        pipeline.difficulty_labels(rows, lambda: policy, config_of(world, **ROLLOUTS), None, tmp_path, pipeline.Stages())
+    assert paths[0] == paths[1] != paths[2]
 
 
 @pytest.mark.parametrize(

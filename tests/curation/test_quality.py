@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from jaxrl_llm.curation.corruptions import CORRUPTIONS, corrupt_rows
-from jaxrl_llm.curation.quality import answer_length_columns, filter_rows, fit_labelled_quality, fit_quality
+from jaxrl_llm.curation.diversity import cluster_kept
+from jaxrl_llm.curation.quality import answer_length_columns, difficulty_strata, filter_rows, fit_labelled_quality, fit_quality
 from jaxrl_llm.errors import UserError
 
 PROMPTS = [f"Anna has {i} red apples, and Tom gave her {2 * i + 1} more. How many apples are there in all?" for i in range(12)]
@@ -129,6 +130,50 @@ def test_filter_counts_each_row_once():
         filter_rows(quality, 1.0)
     with pytest.raises(UserError, match="no features 'sea'"):
         fit_quality({}, np.array([0]), np.array(["x"]), use="sea")
+
+
+def test_rows_compete_inside_their_stratum():
+    quality = np.array([0.1, 0.2, 0.3, 0.4, 5.0, 6.0, 7.0, 8.0])
+    strata = np.array([3, 3, 3, 3, 9, 9, 9, 9])
+    assert np.flatnonzero(~filter_rows(quality, 0.5).keep).tolist() == [0, 1, 2, 3]
+    inside = filter_rows(quality, 0.5, strata=strata)
+    assert np.flatnonzero(~inside.keep).tolist() == [0, 1, 4, 5] and inside.cut is None
+    np.testing.assert_allclose(inside.margin, [-0.15, -0.05, 0.05, 0.15, -1.5, -0.5, 0.5, 1.5])
+    assert ((inside.margin >= 0) == inside.keep).all()
+
+
+def test_a_stratum_loses_what_it_is_expected_to_hold_of_bad_rows():
+    """Two strata of 10 rows, a quarter and three quarters of them bad: of 8 rows to drop, 2 and 6 go; where shares above 1 would
+    come out, the whole stratum goes and the rest is taken elsewhere."""
+    quality, strata = np.arange(20.0), np.repeat([0, 1], 10)
+    filtered = filter_rows(quality, 0.4, strata=strata, expected_bad=np.repeat([0.25, 0.75], 10))
+    assert np.flatnonzero(~filtered.keep).tolist() == [0, 1, 10, 11, 12, 13, 14, 15]
+    most = filter_rows(quality, 0.7, strata=strata, expected_bad=np.repeat([0.1, 0.9], 10))
+    assert (~most.keep[:10]).sum() == 4 and not most.keep[10:].any()
+
+
+@pytest.mark.parametrize("drop", [0.0, 0.13, 0.5, 0.97])
+def test_shares_add_up_whatever_the_strata(drop):
+    rng = np.random.default_rng(0)
+    quality, strata, bad = rng.standard_normal(301), rng.integers(0, 40, 301), rng.random(301) ** 4
+    for expected in (None, bad):
+        assert (~filter_rows(quality, drop, strata=strata, expected_bad=expected).keep).sum() == round(drop * 301)
+
+
+def test_strata_are_equal_parts_of_a_cluster_by_difficulty():
+    cluster, difficulty = np.array([7, 7, 7, 7, 2, 2]), np.array([0.9, 0.1, 0.5, 0.2, 0.3, 0.1])
+    assert difficulty_strata(cluster, difficulty, 2).tolist() == [3, 2, 3, 2, 1, 0]
+    assert difficulty_strata(cluster, difficulty, 1).tolist() == [1, 1, 1, 1, 0, 0]
+
+
+def test_dropped_rows_make_no_cluster_of_their_own():
+    rng = np.random.default_rng(0)
+    centres = np.eye(3)
+    vectors = np.concatenate([c + 0.05 * rng.standard_normal((20, 3)) for c in centres]).astype(np.float32)
+    keep = np.arange(60) < 40  # the third group is dropped
+    labels = cluster_kept(vectors, keep, 2)
+    assert len(set(labels[:20])) == len(set(labels[20:40])) == 1 and labels[0] != labels[20]
+    assert set(labels) == {0, 1}
 
 
 def test_columns():

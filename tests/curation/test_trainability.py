@@ -222,6 +222,38 @@ def test_unknown_rates_count_as_drawn_and_teach_nothing():
     assert band.pass_probability()[second[0]] > before[second[0]]
 
 
+def test_rows_are_kept_anew_by_the_policy_at_its_steps_only():
+    features, truth, cluster = world(40)
+    asked = []
+
+    def refilter(params):
+        asked.append(params)
+        return np.arange(40) % 2 == len(asked) % 2
+
+    band = TrainabilityBand(truth, features, 4, cluster=cluster, refilter=refilter, refilter_every=3)
+    rows = []
+    for step in range(8):
+        band.see_policy(step, f"policy {step}")
+        rows.append(band.batch(step))
+        band.observe(step, rows[-1], truth[rows[-1]])
+    assert asked == ["policy 3", "policy 6"]
+    assert (np.concatenate(rows[3:6]) % 2 == 1).all() and (np.concatenate(rows[6:]) % 2 == 0).all()
+    assert len(set(np.concatenate(rows[:3]) % 2)) == 2
+    # The rows kept are part of the state: a run that goes on between two of its steps draws the same.
+    again = TrainabilityBand(truth, features, 4, cluster=cluster, refilter=refilter, refilter_every=3)
+    again.restore(band.state())
+    again.see_policy(8, None)
+    band.see_policy(8, None)
+    assert again.batch(8).tolist() == band.batch(8).tolist() and len(asked) == 2
+
+
+def test_too_few_kept_rows_are_named():
+    band = TrainabilityBand(np.full(9, 0.5), None, 4, refilter=lambda params: np.arange(9) < 3, refilter_every=1)
+    band.observe(0, band.batch(0), np.full(4, 0.5))
+    with pytest.raises(UserError, match="kept 3 of 9"):
+        band.see_policy(1, None)
+
+
 def test_ridge_holds_the_weights_back():
     features, truth, _ = world(200)
     loose, tight = (TrainabilityBand(np.full(200, 0.5), features, 32, ridge=r) for r in (0.1, 100.0))

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from jaxrl_llm.data import lab_world as world
+from jaxrl_llm.errors import UserError
 
 
 def number(text: str) -> int:
@@ -60,7 +61,7 @@ def test_level_shares_are_kept():
 
 
 def test_asking_for_too_many_problems_says_so():
-    with pytest.raises(ValueError, match="no 100000 distinct problems"):
+    with pytest.raises(UserError, match="no 100000 distinct problems.*ask for fewer"):
         world.generate_problems(100000, 0, (1.0, 0, 0, 0, 0))
 
 
@@ -92,7 +93,7 @@ def test_corruption_plants_what_it_says(rows):
 
 
 def test_unknown_corruption_is_named(rows):
-    with pytest.raises(ValueError, match="unknown corruption.*typo"):
+    with pytest.raises(UserError, match="unknown corruption typo"):
         world.corrupt(rows, {"typo": 0.1}, 0)
 
 
@@ -134,3 +135,16 @@ def test_corruption_is_independent_of_a_shuffle_with_the_same_seed(rows, seed):
     schedule = make_schedule("shuffled", batch_size=40, seed=seed, difficulty=np.zeros(len(rows)))
     early = bad[np.concatenate([schedule.batch(step) for step in range(10)])].mean()
     assert 0.1 < early < 0.3
+
+
+def test_skewed_topics_follow_the_seed():
+    """With a skew some topics rule, and which ones depends on the seed; without, shares are even and nothing else has changed."""
+    shares = {}
+    for seed in (0, 1):
+        topics = [r["topic"] for r in world.generate_problems(600, seed, topic_skew=1.0)]
+        shares[seed] = {t: topics.count(t) / 600 for t in world.TOPICS}
+        assert max(shares[seed].values()) > 0.2 and min(shares[seed].values()) < 0.07
+    assert max(shares[0], key=shares[0].get) != max(shares[1], key=shares[1].get)
+    even = [r["topic"] for r in world.generate_problems(600, 0)]
+    assert max(even.count(t) for t in world.TOPICS) < 0.16 * 600
+    assert world.generate_problems(50, 3) == world.generate_problems(50, 3, topic_skew=0.0)

@@ -70,9 +70,22 @@ def test_an_end_token_added_by_the_tokenizer_is_taken_off():
     assert batch.token_lists() == [[1, 5, 6]]
 
 
+def test_a_row_that_was_read_is_named_by_its_place_too():
+    class Placed(list):
+        places = {"r0": "train.jsonl:7"}
+
+    rows = Placed(rows_of("one two three four", "one two three"))
+    with pytest.raises(UserError, match="^train.jsonl:7: prompt 'r0' has 5 tokens, longer than the 3"):
+        tokenise_prompts(rows, make_tokenizer(), max_length=3)
+    with pytest.raises(UserError, match="^train.jsonl:7: prompt 'r0' has no token"):
+        tokenise_prompts(Placed(rows_of("")), make_tokenizer(bos=False), max_length=3)
+    with pytest.raises(UserError, match="^prompt 'r1' has 4 tokens"):  # one that was made has no place
+        tokenise_prompts(rows[1:], make_tokenizer(), max_length=3)
+
+
 def test_overflow_policies():
     rows = rows_of("one two three four", "one")
-    with pytest.raises(UserError, match="prompt 'r0' has 5 tokens, longer than the 3"):
+    with pytest.raises(UserError, match="^prompt 'r0' has 5 tokens, longer than the 3"):
         tokenise_prompts(rows, make_tokenizer(), max_length=3)
     dropped = tokenise_prompts(rows, make_tokenizer(), max_length=3, overflow="drop")
     assert dropped.ids == ["r1"] and (dropped.dropped, dropped.truncated) == (1, 0)

@@ -35,6 +35,14 @@ def test_paired_bootstrap_covers_seed_spread():
     assert one.low < one.estimate < one.high
 
 
+def test_items_without_a_verdict_count_in_neither_arm():
+    a, b = np.array([[1.0, np.nan, 0.5, 0.0]]), np.array([[0.0, 1.0, 0.5, np.nan]])
+    found = st.paired_bootstrap(a, b)
+    assert found.estimate == pytest.approx(0.5) and 0 <= found.low <= found.high <= 1
+    with pytest.raises(ValueError, match="no item"):
+        st.paired_bootstrap([[np.nan]], [[1.0]])
+
+
 def test_paired_bootstrap_rejects_unpaired():
     with pytest.raises(ValueError, match=r"\(2, 3\) and \(2, 4\)"):
         st.paired_bootstrap(np.zeros((2, 3)), np.zeros((2, 4)))

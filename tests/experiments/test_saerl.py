@@ -1,12 +1,20 @@
 """The SAERL experiment end to end at toy size: every stage runs, a stopped run goes on, and arms differ only as stated."""
 
+import dataclasses
 import json
+import shutil
 
+import jax
 import numpy as np
 import pytest
 
+import models
+import sae
 from experiments import saerl
 from jaxrl_llm.config import load_config
+from jaxrl_llm.curation.curated_set import CuratedSet
+from jaxrl_llm.curation.signals import Signals
+from jaxrl_llm.data import lab_world
 from jaxrl_llm.errors import UserError
 
 TINY = {
@@ -14,6 +22,7 @@ TINY = {
     "policy.n_heads": 2, "sae.steps": 6, "sae.d_sae": 64, "sae.k": 8, "sae.batch": 128, "grpo.steps": 3, "grpo.eval_every": 1,
     "grpo.prompts_per_step": 8, "grpo.num_samples": 4, "grpo.max_new_tokens": 4, "data.test_rows": 24, "data.rows": 240,
     "curation.labels": 120, "curation.quality_labels": 60, "curation.clusters": 4, "curation.dims": 8, "map_prompts": 60,
+    "curation.refilter_every": 2,
 }  # fmt: skip
 
 
@@ -50,8 +59,97 @@ def test_arms_start_from_one_policy_and_one_pool(workdir):
     assert first["vanilla"]["rates"] == first["full"]["rates"] and first["vanilla"]["step"] == 0
     rows = {arm: [r["rows"] for r in lines if r["kind"] == "train"] for arm, lines in records.items()}
     assert rows["vanilla"] != rows["full"]
-    kept = np.load(cell / "signals.npz")["keep"]
-    assert kept[np.concatenate(rows["full"])].all() and not kept.all()
+    kept = CuratedSet.read(cell / "curated", "parquet").keep
+    assert kept[np.concatenate(rows["full"][:2])].all() and not kept.all()  # up to the step that filters anew
+
+
+def test_a_killed_stage_is_made_again_and_finished_ones_are_not(workdir, tmp_path):
+    """Signals, SAE and curated set come back as they were; what was cut off (here: rollouts and one arm's end) is made."""
+    copy = tmp_path / "run"
+    shutil.copytree(workdir, copy)
+    cell = copy / "cells" / "wrong-base0-seed0"
+    (cell / "rollouts.json").unlink()
+    (cell / "full" / "result.json").unlink()
+    shutil.rmtree(cell / "full" / "policy")
+    kept = {name: (cell / name).stat().st_mtime_ns for name in ("signals.npz", "sae.json", "page.json", "vanilla/result.json")}
+    saerl.run(tiny(), copy)
+    assert kept == {name: (cell / name).stat().st_mtime_ns for name in kept}
+    assert (cell / "rollouts.json").read_text() == (workdir / "cells" / cell.name / "rollouts.json").read_text()
+    for name in ("final", "seconds"):
+        assert (cell / "full" / "result.json").exists(), name
+
+
+def test_overwrite_starts_over(workdir, tmp_path):
+    copy = tmp_path / "run"
+    shutil.copytree(workdir, copy)
+    config = tiny(**{"grpo.steps": 2, "arms": ("vanilla", "full"), "overwrite": True})
+    saerl.run(config, copy)
+    lines = [json.loads(line) for line in (copy / "cells" / "wrong-base0-seed0" / "full" / "metrics.jsonl").open()]
+    assert max(r["step"] for r in lines) == 2
+
+
+@pytest.fixture(scope="module")
+def real_run(workdir, tmp_path_factory):
+    """The same experiment on rows of a file, with a policy from a folder and an SAE of another model with another tokenizer."""
+    root = tmp_path_factory.mktemp("real")
+    rows = lab_world.generate_problems(160, 5)
+    plain = [{"question": r["prompt"], "gold": r["answer"]} for r in rows]
+    (root / "pool.jsonl").write_text("".join(json.dumps(r) + "\n" for r in plain[:120]))
+    (root / "one.jsonl").write_text("".join(json.dumps(r) + "\n" for r in plain[120:140]))
+    (root / "two.jsonl").write_text("".join(json.dumps({"q": r["question"], "a": r["gold"]}) + "\n" for r in plain[140:]))
+    policy = workdir / "policies" / "base0"
+    other_words = sorted({w for r in rows for w in r["prompt"].split()} | set("0123456789"), reverse=True)
+    tokenizer = word_tokenizer(["<unk>", "<bos>", *other_words])
+    cfg = models.ModelConfig(
+        family="llama", vocab_size=len(tokenizer), d_model=24, n_layers=2, n_heads=2, n_kv_heads=2, head_dim=12, d_ff=48, max_position=64,
+        bos_token_id=1,
+    )  # fmt: skip
+    models.save(root / "feature_model", cfg, models.init(cfg, jax.random.key(3)), tokenizer_from=tokenizer)
+    changes = {
+        "data.source": str(root / "pool.jsonl"), "data.fields": "prompt=question,answer=gold", "policy.model": str(policy),
+        "sae.model": str(root / "feature_model"), "curation.quality_labels": 0, "curation.copies": 60, "curation.labels": 60,
+        "data.evals.test.source": str(root / "one.jsonl"), "data.rows": 120,
+    }  # fmt: skip
+    config = tiny(**changes)
+    with config.unlocked():
+        config.data.evals.other = {"source": str(root / "two.jsonl"), "fields": "prompt=q,answer=a", "split": "test"}
+    saerl.run(config, root / "run")
+    return root
+
+
+def word_tokenizer(words):
+    from tokenizers import Tokenizer, pre_tokenizers
+    from tokenizers import models as kinds
+    from transformers import PreTrainedTokenizerFast
+
+    core = Tokenizer(kinds.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>", bos_token="<bos>")
+
+
+def test_real_rows_run_without_any_truth(real_run):
+    """Quality from corrupted copies, two held-out sets with field maps of their own, a report."""
+    cell = real_run / "run" / "cells" / "wrong-base0-seed0"
+    report = json.loads((cell / "signals.json").read_text())
+    assert report["quality"]["told"] is False and report["quality"]["counts"]["copies"] > 0 and "clusters" not in report
+    sets = {json.loads(line).get("set") for line in (cell / "full" / "metrics.jsonl").open()}
+    assert {"test", "other"} <= sets
+    assert "Held-out accuracy" in (real_run / "run" / "report.html").read_text()
+
+
+def test_the_feature_model_reads_its_own_tokens(real_run):
+    """Features of the run equal those of the prompts in the feature model's tokenizer, not in the policy's."""
+    from jaxrl_llm.curation.passes import LanguageModel
+    from jaxrl_llm.curation.signals import SignalOptions, feature_views
+
+    cell = real_run / "run" / "cells" / "wrong-base0-seed0"
+    rows = [{"prompt": r["prompt"], "answer": r["answer"]} for r in CuratedSet.read(cell / "curated", "parquet").rows]
+    model = LanguageModel.load(str(real_run / "feature_model"), "float32", None)
+    options = SignalOptions(pooling=("max_log1p", "last"), remove_length=False, dims=8, clusters=4)
+    views = feature_views(rows, model, sae.load(cell / "sae"), options)
+    found = Signals.load(cell).reduced["dense"]
+    np.testing.assert_allclose(views["dense"].reduce(8), found, rtol=1e-4, atol=1e-4)
+    assert sae.load(cell / "sae").cfg.d_in == 24
 
 
 def test_finished_run_is_not_trained_again(workdir, capsys):
@@ -74,33 +172,83 @@ def test_unknown_arm_names_the_nearest():
         saerl.check(config)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"grpo.eval_samples": 0}, "eval_samples"),
+        ({"data.source": "rows.jsonl"}, "data.evals.test.source"),
+        ({"data.source": "r", "data.evals.test.source": "t", "arms": ("vanilla", "full_oracle_filter"), "main_arm": "vanilla"}, "truth"),
+        ({"arm_table.full.filter": "sea"}, "filter is 'sea'.*sae"),
+        ({"main_arm": "published"}, "main_arm"),
+    ],
+)
+def test_what_would_be_noticed_after_hours_is_refused_at_once(changes, message):
+    with pytest.raises(UserError, match=message):
+        saerl.check(tiny(**changes))
+
+
+def bench_of(config, n=64):
+    """A Bench with a pool of n nameless rows, every fourth with a wrong answer."""
+    kinds = np.where(np.arange(n) % 4 == 0, "wrong_answer", "none")
+    return saerl.Bench(config, saerl.Cell("mixed", 0, 0), None, None, None, range(n), {}, None, {"corruption": kinds}, False, lambda: None)
+
+
 @pytest.fixture(scope="module")
 def signals():
     rng, n = np.random.default_rng(0), 64
-    kinds = np.where(np.arange(n) % 4 == 0, "wrong_answer", "none")
-    quality = np.where(kinds == "none", 1.0, 0.0) + 0.01 * rng.random(n)
+    good = np.arange(n) % 4 > 0
+    quality = {k: good + 0.01 * rng.random(n) for k in ("logprob", *saerl.FEATURES)}
     reduced = {k: rng.normal(size=(n, 4)).astype(np.float32) for k in saerl.FEATURES}
     clusters = {k: rng.integers(0, 4, n) for k in saerl.FEATURES}
     difficulty = {k: rng.random(n) for k in (*saerl.FEATURES, "oracle")}
-    return saerl.Signals(reduced, clusters, difficulty, dict.fromkeys(("logprob", *saerl.FEATURES), quality), {}, {"corruption": kinds}, {})
+    return Signals(reduced, clusters, difficulty, quality)
 
 
 def test_every_arm_of_the_table_makes_its_own_schedule(signals):
-    config, cell = tiny(), saerl.Cell("mixed", 0, 0)
+    config = tiny()
     batches = {}
     for name in config.arm_table:
-        schedule = saerl.make_arm_schedule(config, cell, name, signals, 64)
+        schedule = saerl.make_arm_schedule(bench_of(config), name, signals)
         batches[name] = tuple(schedule.batch(0))
         assert len(set(batches[name])) == config.grpo.prompts_per_step
-    # quality is the same for all features here, so filters with other features coincide; all other arms differ
-    assert len(set(batches.values())) >= len(batches) - 1
+    assert len(set(batches.values())) == len(batches)
 
 
 def test_filters_drop_what_they_should(signals):
-    config, cell = tiny(), saerl.Cell("mixed", 0, 0)
-    bad = signals.truth["corruption"] != "none"
-    oracle = saerl.keep_rows(config, cell, config.arm_table.oracle_filter, signals, 64)
+    config = tiny()
+    bench = bench_of(config)
+    bad = bench.truth["corruption"] != "none"
+    oracle = saerl.keep_rows(bench, config.arm_table.full_oracle_filter, signals)
     assert not oracle[bad].any() and oracle[~bad].all()
-    kept = saerl.keep_rows(config, cell, config.arm_table.filter, signals, 64)
+    kept = saerl.keep_rows(bench, config.arm_table.filter, signals)
     assert (~kept).sum() == round(config.pool_table.mixed.drop * 64) and bad[~kept].all()
-    assert saerl.keep_rows(config, cell, config.arm_table.vanilla, signals, 64).all()
+    assert saerl.keep_rows(bench, config.arm_table.vanilla, signals).all()
+    inside = saerl.keep_rows(bench, config.arm_table.full, signals)
+    assert (~inside).sum() == round(config.pool_table.mixed.drop_strata * 64)
+    sizes = np.bincount(signals.clusters["sae"])
+    lost = np.bincount(signals.clusters["sae"][~inside], minlength=4)
+    assert np.abs(lost - config.pool_table.mixed.drop_strata * sizes).max() <= 2
+
+
+@pytest.mark.parametrize(("name", "asks"), [("full", True), ("full_logprob", True), ("full_tfidf", False), ("full_oracle_filter", False)])
+def test_band_arms_filter_anew_by_the_policy_as_it_is(signals, name, asks):
+    """`full` asks the probe again at every `refilter_every`-th step; arms whose quality knows no policy do not."""
+    config, asked = tiny(**{"curation.refilter_every": 3}), []
+
+    class Probe:
+        def fit(self, kind, params):
+            asked.append((kind, params))
+            return np.random.default_rng(len(asked)).random(64)
+
+    bench = dataclasses.replace(bench_of(config), quality_probe=lambda: Probe())
+    schedule = saerl.make_arm_schedule(bench, name, signals)
+    seen = []
+    for step in range(7):
+        schedule.see_policy(step, f"policy {step}")
+        seen.append(schedule.state()["kept"])
+        rows = schedule.batch(step)
+        assert seen[-1][rows].all()
+        schedule.observe(step, rows, np.full(len(rows), 0.5))
+    kind = config.arm_table[name].filter
+    assert asked == ([(kind, "policy 3"), (kind, "policy 6")] if asks else [])
+    assert ((seen[2] != seen[3]).any() and (seen[3] != seen[6]).any()) == asks

@@ -1,6 +1,7 @@
 """What the benchmarks share: the JSON line, the ratio's direction, peers that are there, absent or broken, the record."""
 
 import json
+import os
 import sys
 
 import pytest
@@ -30,6 +31,23 @@ def test_timed_waits_and_keeps_the_first_call_apart():
     compile_s, seconds = common.timed(lambda: calls.append(1), repeats=3, warm_up=2)
     assert len(calls) == 6 and len(seconds) == 3 and compile_s >= 0
     assert common.median([3, 1, 2]) == 2 and common.median([4, 1, 2, 3]) == 2.5
+
+
+def test_calls_that_take_turns_each_keep_their_first_apart():
+    order = []
+    found = common.timed_in_turns({"ours": lambda: order.append("ours"), "peer": lambda: order.append("peer")}, repeats=2)
+    assert order == ["ours", "peer"] * 3
+    assert {name: len(seconds) for name, (_, seconds) in found.items()} == {"ours": 2, "peer": 2}
+    assert all(compile_s >= 0 for compile_s, _ in found.values())
+
+
+def test_the_peers_run_the_model_that_we_run(repo, run_python):
+    code = "import json, peer_common; print(json.dumps(vars(peer_common), default=str))"
+    constants = json.loads(run_python(code, env={"PYTHONPATH": f"{repo}/benchmarks/peers"}))
+    cfg = common.small_qwen2()
+    ours = (cfg.d_model, cfg.n_layers, cfg.n_heads, cfg.n_kv_heads, cfg.d_ff, cfg.vocab_size)
+    assert ours == tuple(constants[name] for name in ("HIDDEN", "LAYERS", "HEADS", "KV_HEADS", "MLP", "VOCAB"))
+    assert cfg.dtype == "float32" and cfg.head_dim == cfg.d_model // cfg.n_heads and cfg.tie_embeddings
 
 
 @pytest.fixture
@@ -90,3 +108,26 @@ def test_without_record_nothing_is_written(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["benchmarks/generation.py"])
     common.run_benchmark(lambda args: [Figure("x", 1.0, "s")], "A benchmark.")
     assert not (tmp_path / "RESULTS.md").exists()
+
+
+def test_a_benchmark_that_fails_records_what_it_had(tmp_path, monkeypatch):
+    results = tmp_path / "RESULTS.md"
+    monkeypatch.setattr(common.append_results, "__defaults__", (results,))
+    monkeypatch.setattr(sys, "argv", ["benchmarks/generation.py", "--record"])
+
+    def measure(args):
+        yield Figure("done", 1.0, "s")
+        raise ValueError("half-way")
+
+    with pytest.raises(ValueError, match="half-way"):
+        common.run_benchmark(measure, "A benchmark.")
+    assert results.read_text().count("| done | 1.0 | s |") == 1
+
+
+@pytest.mark.parametrize(("flags", "platforms"), [([], "cpu"), (["--no-peers"], None)])
+def test_beside_peers_jax_keeps_to_the_cpu(monkeypatch, flags, platforms):
+    monkeypatch.delenv("JAX_PLATFORMS")
+    monkeypatch.setattr(sys, "argv", ["benchmarks/generation.py", *flags])
+    seen = []
+    common.run_benchmark(lambda args: seen.append(os.environ.get("JAX_PLATFORMS")) or [], "A benchmark.")
+    assert seen == [platforms]

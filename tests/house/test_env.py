@@ -1,6 +1,8 @@
 """The script behind make: too old a Python, no venv, a failing pip, and nothing to do the second time."""
 
+import ast
 import importlib.util
+import re
 import sys
 
 import pytest
@@ -68,6 +70,33 @@ def test_the_second_call_does_nothing_until_setup_changes(script, tmp_path, monk
     (tmp_path / "setup.py").write_text("two")
     call("-e", ".")
     assert len(calls) == 4
+
+
+# Import name -> the name to install, where they differ by more than - for _.
+DISTRIBUTIONS = {"absl": "absl-py", "orbax": "orbax-checkpoint", "sklearn": "scikit-learn"}
+
+
+def imported(path):
+    """The top-level packages that a file imports, also those it looks up by name."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            names = [node.module]
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module") and isinstance(node.args[0], ast.Constant):
+            names = [node.args[0].value]
+        yield from (name.partition(".")[0] for name in names)
+
+
+def test_what_the_packages_import_is_what_setup_installs(repo):
+    declared = {name.lower().replace("_", "-") for name in re.findall(r'"([A-Za-z][\w.-]*)[^"\s]*[<>]=?', (repo / "setup.py").read_text())}
+    ours, wanted = {"models", "sae", "jaxrl_llm", "configs", "experiments"}, {}
+    for file in (file for folder in ours for file in (repo / folder).rglob("*.py")):
+        for name in set(imported(file)) - ours - set(sys.stdlib_module_names):
+            wanted[DISTRIBUTIONS.get(name, name.replace("_", "-"))] = str(file)
+    declared |= {"jax"}  # its bound is a variable there
+    assert not set(wanted) - declared, {name: wanted[name] for name in set(wanted) - declared}
 
 
 def test_ci_calls_the_readmes_test_command(repo):

@@ -75,7 +75,7 @@ def test_sae_uses_models_only_to_harvest(repo):
         path.stem
         for path in (repo / "sae").glob("*.py")
         for _, other in imported(path)
-        if inside(other, "models") and not inside(other, "models.errors") and not inside(other, "models.hub")
+        if inside(other, "models") and not any(inside(other, f"models.{room}") for room in ("errors", "hub", "sharding"))
     }
     # Metrics splice a dictionary into the model to measure the cross-entropy that it recovers.
     assert users <= {"harvest", "metrics"}

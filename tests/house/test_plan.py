@@ -1,15 +1,19 @@
 """Planning: model shapes by name, target configs, meshes, and numbers that follow the sizes."""
 
+import contextlib
+import dataclasses
 import importlib.util
 import json
+import math
 
 import pytest
 
 from jaxrl_llm import cli
 from jaxrl_llm.commands import plan as plan_command
-from jaxrl_llm.commands.plan_target import PRESETS, resolve_model, target_sizes
+from jaxrl_llm.commands.plan_target import DEFAULTS, PRESETS, choose_layout, resolve_model, target_sizes
 from jaxrl_llm.config import load_config
 from jaxrl_llm.errors import UserError
+from jaxrl_llm.runtime import parse_axes
 
 TINY = {
     "model_type": "qwen2",
@@ -93,22 +97,75 @@ def test_batches_and_length_change_the_plan(plans):
     assert split["generate"]["flops"] > 1.2 * one["generate"]["flops"]
 
 
-def test_target_config_gives_the_sizes(tmp_path, tiny):
+def test_the_largest_caches_alone_need_what_all_need_together(tiny, monkeypatch):
+    import jax
+
+    from models.sharding import make_mesh
+
+    model, mesh = dataclasses.replace(resolve_model(tiny, "float32"), n_layers=2), make_mesh({}, jax.devices()[:1])
+    sizes = DEFAULTS | {"prompts": 4, "num_samples": 2, "prompt_tokens": 16, "max_new_tokens": 150}
+    two = plan_command._plan_generate(model, sizes, mesh)
+    module = importlib.import_module("models.generate")
+    assert two["caches"] == [32, 64, 128, 150] and module.STAGE == 32
+    monkeypatch.setattr(plan_command, "_largest_caches", lambda new: contextlib.nullcontext(module._stages(new)))
+    module._sample_tokens.clear_cache()  # it does not know that the stages differ
+    every = plan_command._plan_generate(model, sizes, mesh)
+    assert every["argument_bytes"] == two["argument_bytes"] and every["total_bytes"] == pytest.approx(two["total_bytes"], rel=0.05)
+
+
+@pytest.fixture
+def target(tmp_path, tiny):
+    """A config of a run, on a mesh of its own."""
     (tmp_path / "run.py").write_text(f"""
 import ml_collections
 def get_config(variant=None):
     config = ml_collections.ConfigDict()
-    config.model = {tiny!r}
-    config.grpo = ml_collections.ConfigDict(dict(num_samples=16, max_new_tokens=99, rollout_rows=64))
+    config.model, config.dtype, config.mesh = {tiny!r}, "float32", "fsdp=4,tensor=2"
+    config.grpo = ml_collections.ConfigDict(dict(prompts_per_step=12, num_samples=16, max_new_tokens=99, rollout_rows=64, remat=False))
+    config.grpo.micro_batch_rows = 32
     return config
 """)
-    config = load_config("configs/plan.py", {"target": str(tmp_path / "run.py")})
-    sizes = target_sizes(config)
-    assert (sizes["model"], sizes["num_samples"], sizes["max_new_tokens"], sizes["rollout_rows"]) == (tiny, 16, 99, 64)
-    assert sizes["prompt_tokens"] == config.prompt_tokens
+    return str(tmp_path / "run.py")
+
+
+def test_target_config_gives_the_sizes(tmp_path, tiny, target):
+    sizes = target_sizes(load_config("configs/plan.py", {"target": target}))
+    wanted = {"model": tiny, "dtype": "float32", "prompts": 12, "num_samples": 16, "max_new_tokens": 99, "rollout_rows": 64}
+    wanted |= {"remat": False, "micro_batch_rows": 32, "prompt_tokens": DEFAULTS["prompt_tokens"], "mesh": "here"}
+    assert {name: sizes[name] for name in wanted} == wanted
     (tmp_path / "none.py").write_text("import ml_collections\ndef get_config(v=None): return ml_collections.ConfigDict()\n")
     with pytest.raises(UserError, match="names no model to load"):
         target_sizes(load_config("configs/plan.py", {"target": str(tmp_path / "none.py")}))
+
+
+def test_what_is_given_wins_over_the_target(target):
+    given = {"prompts": 16, "num_samples": 2, "max_new_tokens": 512, "rollout_rows": 512, "micro_batch_rows": 0, "remat": True}
+    given |= {"model": "qwen2.5-0.5b", "dtype": "bfloat16", "prompt_tokens": 256, "layout": "fsdp=-1"}
+    sizes = target_sizes(load_config("configs/plan.py", {"target": target, **{name: str(value) for name, value in given.items()}}))
+    assert {name: sizes[name] for name in given} == given
+    assert choose_layout(sizes, 4) == "fsdp=-1"
+
+
+def test_the_targets_mesh_is_used_where_it_has_as_many_devices(target):
+    sizes = target_sizes(load_config("configs/plan.py", {"target": target}))
+    assert choose_layout(sizes, 8) == "fsdp=4,tensor=2"
+    # Else as many devices as there are prompts (12) share the batch, and the others the heads.
+    layouts = {count: choose_layout(sizes, count) for count in (1, 4, 12, 16, 64, 7, 26)}
+    assert layouts[4] == "fsdp=4,tensor=1" and layouts[16] == "fsdp=8,tensor=2" and layouts[64] == "fsdp=8,tensor=8"
+    assert layouts[7] == "fsdp=7,tensor=1" and layouts[26] == "fsdp=13,tensor=2" and layouts[1] == "fsdp=1,tensor=1"
+    assert layouts[12] == "fsdp=12,tensor=1"
+
+
+@pytest.mark.parametrize("variant", ["qwen2.5-math-1.5b", "qwen2.5-math-7b"])
+@pytest.mark.parametrize(("name", "devices"), [("v5e:2x4", 8), ("v5e:16x16", 256), ("v6e:2x4", 8), ("v5p:4x4x4", 64)])
+def test_the_large_configs_have_a_layout_on_each_slice(variant, name, devices):
+    config = load_config("configs/plan.py", {"target": f"configs/saerl.py:{variant}", "mesh": name})
+    sizes = target_sizes(config)
+    axes = parse_axes(choose_layout(sizes, devices))
+    assert math.prod(axes.values()) == devices and axes["fsdp"] <= sizes["prompts"] == 128
+    model = resolve_model(sizes["model"], sizes["dtype"])
+    assert model.d_model % axes["fsdp"] == 0 and model.n_kv_heads % axes.get("tensor", 1) == 0  # nothing is kept whole
+    assert sizes["prompt_tokens"] + sizes["max_new_tokens"] <= model.max_position
 
 
 @pytest.mark.parametrize(
@@ -149,14 +206,16 @@ def test_a_tpu_slice_is_planned_on_this_machine(run_python, tiny):
 
 
 def test_table_says_what_does_not_fit():
-    program = {"rows": 8, "argument_bytes": 2**30, "output_bytes": 0, "temporary_bytes": 2**31, "total_bytes": 3 * 2**30, "flops": 1e12}
+    program = {"compile_seconds": 7.0}
+    program |= {"rows": 8, "argument_bytes": 2**30, "output_bytes": 0, "temporary_bytes": 2**31, "total_bytes": 3 * 2**30, "flops": 1e12}
     found = {
         "model": "m", "parameters": 10**9, "dtype": "bfloat16", "mesh": "v5e:2x4", "devices": 8, "device_kind": "TPU", "memory_gib": 2,
         "layout": {"fsdp": 8},
-        "generate": {**program, "batches": 2, "fits": True, "seconds_at_peak": 0.5},
+        "generate": {**program, "batches": 2, "fits": True, "seconds_at_peak": 0.5, "caches": [256, 512, 800]},
         "train_step": {**program, "micro_batches": 3, "fits": False, "seconds_at_peak": None},
     }  # fmt: skip
     text = plan_command.table(found)
     assert "1.000 B parameters" in text and "2 GiB each" in text
     lines = {line.split()[0]: line for line in text.splitlines() if line.startswith(("generate ", "train_step "))}
+    assert "compiled in 7 s" in lines["generate"] and "two largest caches only, of 512 and 800 tokens a row" in text
     assert lines["train_step"].startswith("train_step") and "NO" in text and "2 x 8 rows, 0.50 s at the mesh's peak" in text

@@ -2,6 +2,7 @@
 
 import json
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -53,11 +54,84 @@ def test_overwrite_clears_our_files_only_and_never_its_own_run(tmp_path):
     assert RunDir(tmp_path, {**CONFIG, "steps": 4}, kind="grpo").resumed
 
 
-def test_a_config_json_of_something_else_is_not_overwritten(tmp_path):
-    (tmp_path / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')
-    with pytest.raises(UserError, match="is not the config of a run of ours"):
-        RunDir(tmp_path, CONFIG, kind="grpo")
-    assert "Llama" in (tmp_path / "config.json").read_text()
+def make(folder, *names):
+    """A file at each name, with the folders it takes."""
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("old")
+
+
+def files(folder):
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+def test_overwrite_clears_what_a_run_owns_and_nothing_else(tmp_path):
+    owns = {"kind": "lab", "owns": ("cells", "rates-*.jsonl")}
+    RunDir(tmp_path, CONFIG, **owns)
+    make(tmp_path, "cells/a/result.json", "rates-1.jsonl", "rates-2.jsonl", "report.json", "mine/cells/x", "rates.txt")
+    assert RunDir(tmp_path, {**CONFIG, "overwrite": True}, **owns).resumed and (tmp_path / "cells/a/result.json").exists()
+    assert not RunDir(tmp_path, {**CONFIG, "steps": 4, "overwrite": True}, **owns).resumed
+    assert files(tmp_path) == {"config.json", "mine/cells/x", "rates.txt"}
+    # A run of another kind clears what the one before owned, as config.json tells.
+    make(tmp_path, "cells/b/result.json", "policy/config.json")
+    RunDir(tmp_path, {**CONFIG, "overwrite": True}, kind="grpo", owns=("policy",))
+    assert files(tmp_path) == {"config.json", "mine/cells/x", "rates.txt"}
+
+
+def test_overwrite_in_a_folder_without_a_run_clears_nothing(tmp_path):
+    make(tmp_path, "policy/weights", "report.html")
+    RunDir(tmp_path, {**CONFIG, "overwrite": True}, kind="grpo", owns=("policy",))
+    assert files(tmp_path) == {"config.json", "policy/weights", "report.html"}
+
+
+def test_a_link_is_cleared_and_what_it_points_to_stays(tmp_path):
+    make(tmp_path, "elsewhere/weights")
+    RunDir(tmp_path / "run", CONFIG, kind="lab", owns=("policies",))
+    (tmp_path / "run" / "policies").symlink_to(tmp_path / "elsewhere")
+    RunDir(tmp_path / "run", {**CONFIG, "steps": 4, "overwrite": True}, kind="lab", owns=("policies",))
+    assert not (tmp_path / "run" / "policies").exists() and (tmp_path / "elsewhere" / "weights").exists()
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "*", "a/b", "/a", "../x", "cells/"])
+def test_owned_names_stay_inside_the_folder(tmp_path, name):
+    with pytest.raises(ValueError, match="without slashes"):
+        RunDir(tmp_path / "run", CONFIG, kind="lab", owns=(name,))
+    # Nor does a config.json from elsewhere make us leave it.
+    make(tmp_path, "outside", "run/inside")
+    write_json(tmp_path / "run" / "config.json", {"kind": "lab", "config": {}, "owns": [name, 3]})
+    RunDir(tmp_path / "run", {**CONFIG, "overwrite": True}, kind="lab")
+    assert files(tmp_path) == {"outside", "run/inside", "run/config.json"}
+
+
+def test_a_kill_while_clearing_leaves_no_rest_that_looks_new(tmp_path, monkeypatch):
+    RunDir(tmp_path, CONFIG, kind="grpo").log({"step": 1})
+    monkeypatch.setattr(module.shutil, "rmtree", lambda path: (_ for _ in ()).throw(KeyboardInterrupt))
+    new = {**CONFIG, "steps": 4}
+    with pytest.raises(KeyboardInterrupt):
+        RunDir(tmp_path, {**new, "overwrite": True}, kind="grpo")
+    monkeypatch.undo()
+    with pytest.raises(UserError, match="holds another run"):
+        RunDir(tmp_path, new, kind="grpo")
+    assert not RunDir(tmp_path, {**new, "overwrite": True}, kind="grpo").resumed
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("text", ['{"architectures": ["LlamaForCausalLM"]}', "[1]", "{", '{"kind": 1, "config": {}}'])
+def test_a_config_json_of_something_else_is_never_overwritten(tmp_path, text, overwrite):
+    (tmp_path / "config.json").write_text(text)
+    make(tmp_path, "policy/weights")
+    with pytest.raises(UserError, match="is not the config of a run of ours: choose another --workdir"):
+        RunDir(tmp_path, {**CONFIG, "overwrite": overwrite}, kind="grpo", owns=("policy",))
+    assert (tmp_path / "config.json").read_text() == text and (tmp_path / "policy" / "weights").exists()
+
+
+@pytest.mark.parametrize("make_path", [str, Path])
+@pytest.mark.parametrize("url", ["gs://bucket/run", "s3://bucket/run", "file:///x/run"])
+def test_a_url_is_refused_before_anything_is_made(tmp_path, monkeypatch, url, make_path):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="is a URL.*give --workdir a path that every host mounts"):
+        RunDir(make_path(url), CONFIG, kind="grpo")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("cut", range(1, 24))

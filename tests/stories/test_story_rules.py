@@ -1,6 +1,7 @@
 """The story experiment on a tiny random model: its files, its figures, its errors, and that a second start changes nothing."""
 
 import json
+import sys
 
 import jax
 import numpy as np
@@ -10,9 +11,13 @@ from tokenizers import models as token_models
 from transformers import PreTrainedTokenizerFast
 
 import models
+import models.errors
 from experiments import story_rules
 from jaxrl_llm.config import load_config
+from jaxrl_llm.data.prompts import PromptBatch
 from jaxrl_llm.errors import UserError
+from jaxrl_llm.report.schema import validate
+from jaxrl_llm.rewards.verdict import Status, Verdict
 
 NAMES = ["Ann", "Ben", "Cid", "Dot", "Eve", "Fay", "Gus", "Hal"]
 THINGS = ["needle", "pumpkin", "wagon", "lantern"]
@@ -65,9 +70,11 @@ def test_a_whole_run_and_a_second_start(inputs, tmp_path, capsys):
     story_rules.run(config(inputs), str(workdir))
     said = capsys.readouterr().out
     assert "32 stories: 26 openings to train on, 6 held out" in said and "report.html" in said
+    assert f"policy: {workdir / 'policy'}\n" in said and (workdir / "policy" / "config.json").exists()
     summary = json.loads((workdir / "summary.json").read_text())
     figures = summary["story_rules"]
     for label in ("before", "after", "real"):
+        assert figures[label]["without_verdict"] == 0
         assert set(figures[label]["rules"]) == set(story_rules.RULE_NAMES.values())
         assert set(figures[label]["health"]) == set(story_rules.HEALTH)
     # The real first paragraphs are "Ann hid the needle.": the word, no comma, a whole sentence, short, but not 10 words long.
@@ -108,6 +115,72 @@ def test_mistakes_are_said_in_one_line(inputs, tmp_path, overrides, message):
     with pytest.raises(UserError) as error:
         story_rules.run(config(inputs, **overrides), str(tmp_path / "run"))
     assert message in str(error.value)
+
+
+def batch(*rules):
+    """A prompt for each list of rule names."""
+    constraints = [[{"name": rule, "kwargs": {}} for rule in names] for names in rules]
+    rows = [{"id": f"r{i}", "prompt": "One day.", "words": [], "constraints": given} for i, given in enumerate(constraints)]
+    return PromptBatch(np.ones((len(rows), 2), np.int32), np.full(len(rows), 2, np.int32), [row["id"] for row in rows], rows)
+
+
+def broken_at_times(inputs):
+    """No comma is right; a question mark breaks the checker."""
+    word = {True: Status.FAIL, False: Status.PASS}
+    return [Verdict(Status.ERROR, reason="broken") if "?" in item.response else Verdict(word["," in item.response]) for item in inputs]
+
+
+@pytest.fixture
+def by_hand(monkeypatch):
+    """Judges two given texts a prompt, without a model."""
+    monkeypatch.setattr(story_rules.degeneration, "mean_nll", lambda *args: 1.0)
+    monkeypatch.setitem(sys.modules, "langdetect", None)
+
+    def judged(prompts, texts, reward=broken_at_times):
+        return story_rules._judged(None, None, prompts, reward, texts, [[1]] * len(texts), np.repeat(np.arange(len(prompts)), 2), STORIES)
+
+    return judged
+
+
+def test_an_error_is_no_score_and_is_counted(by_hand):
+    prompts = batch(["punctuation:no_comma"], ["punctuation:no_comma"], ["language:response_language"])
+    prompts.rows[2]["constraints"][0]["kwargs"] = {"language": "en"}
+    before = by_hand(prompts, ["a.", "b, c.", "a.", "b?", "c?", "d?"])
+    np.testing.assert_equal(before.passed_P, [0.5, 1.0, np.nan])
+    np.testing.assert_equal(before.reward_P, [0.5, 1.0, np.nan])
+    assert before.without_verdict == 3 and before.rules["no comma"] == 0.75
+    assert np.isnan(before.rules["language:response_language"])  # its package is not there: it is not said to be broken
+
+    after = by_hand(prompts, ["a.", "b.", "a?", "b?", "c.", "d."])
+    figures = story_rules.compare(before, after, before)
+    assert figures["before"]["passed"] == 0.75 and figures["after"]["passed"] == 1.0 and figures["after"]["without_verdict"] == 2
+    assert figures["passed_gain"]["value"] == 0.5  # of the one opening that has verdicts both times
+    page = story_rules.report_data({}, prompts, before, after, figures, 3)
+    assert "3 continuations before, 2 after, 3 real" in page["signals"][0]["note"]
+    assert page["signals"][0]["rows"][0]["cells"] == [{"value": 0.75}, None, {"value": 0.75}]
+    assert [response["score"] for response in page["rollouts"][1]["responses"]] == [1.0, None, None, None]
+    validate(page)
+
+
+def test_no_verdict_at_all_stops_before_training(by_hand):
+    with pytest.raises(UserError, match=r"no continuation of the held-out openings got a verdict; the first: error \(broken\)"):
+        by_hand(batch(["punctuation:no_comma"]), ["a?", "b?"])
+
+
+def test_the_mesh_is_used(inputs, tmp_path, run_python):
+    with pytest.raises(models.errors.ModelError, match="needs 3 devices"):
+        story_rules.run(config(inputs, mesh="data=3"), str(tmp_path / "three"))
+    run_python(ON_A_MESH, (json.dumps({**inputs, **SMALL, "mesh": "data=2"}), str(tmp_path / "two")), devices=2)
+    figures = json.loads((tmp_path / "two" / "summary.json").read_text())["story_rules"]
+    assert figures["real"]["reward"] == pytest.approx(0.8) and np.isfinite(figures["after"]["health"]["nll"])
+
+
+ON_A_MESH = """
+import json, sys
+from experiments import story_rules
+from jaxrl_llm.config import load_config
+story_rules.run(load_config("configs/story_rules.py", json.loads(sys.argv[1])), sys.argv[2])
+"""
 
 
 def test_the_export_is_read_back_by_transformers_with_equal_greedy_output(inputs, tmp_path):

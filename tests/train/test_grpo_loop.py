@@ -147,14 +147,42 @@ def test_not_finite_stops_with_the_step_and_keeps_the_last_good_checkpoint(tmp_p
     assert saved[-1] == step - 1 and records(tmp_path / "run")[-1]["step"] == step - 1
 
 
+def constant(inputs):
+    return [Verdict(Status.PASS)] * len(inputs)
+
+
+def mixed(inputs):
+    """Every group (its rows are adjacent) has both rewards."""
+    return [Verdict(Status.PASS if i % 2 else Status.FAIL) for i in range(len(inputs))]
+
+
+def spread_warnings(caplog):
+    return [m for m in caplog.messages if "have equal rewards" in m]
+
+
 def test_constant_reward_is_warned_of(tmp_path, caplog):
-    constant = lambda inputs: [Verdict(Status.PASS)] * len(inputs)  # noqa: E731
-    tiny.run(tmp_path / "run", dataclasses.replace(tiny.TINY, steps=2), reward=constant)
+    """A step of 64 groups is enough to be warned at once, and once."""
+    large = {"data": tiny.prompts(64), "schedule": ShuffledSchedule(64, 64, seed=3), "reward": constant}
+    tiny.run(tmp_path / "run", dataclasses.replace(tiny.TINY, steps=2), **large)
     assert [r["zero_spread"] for r in records(tmp_path / "run")] == [1.0, 1.0]
-    assert len([m for m in caplog.messages if "100% of the groups have equal rewards" in m]) == 1
+    (warning,) = spread_warnings(caplog)
+    assert "step 1: 100% of the groups of the last 1 step(s) have" in warning
     caplog.clear()
-    tiny.run(tmp_path / "quiet", dataclasses.replace(tiny.TINY, steps=1, zero_spread_warning=1.0), reward=constant)
-    assert not [m for m in caplog.messages if "equal rewards" in m]
+    tiny.run(tmp_path / "quiet", dataclasses.replace(tiny.TINY, steps=1, zero_spread_warning=1.0), **large)
+    assert not spread_warnings(caplog)
+
+
+def test_one_noisy_step_is_not_warned_of_but_a_steady_state_is(tmp_path, caplog):
+    """Steps of 4 groups: equal rewards in one step say nothing, in 16 steps (64 groups) they do."""
+    short = dataclasses.replace(tiny.TINY, steps=18, checkpoint_every=0, sample_every=0)
+    for noisy in (1, 18):  # before and after enough groups were seen
+        rewards = iter([constant if step == noisy else mixed for step in range(1, 19)])
+        tiny.run(tmp_path / f"noisy{noisy}", short, reward=lambda inputs, rewards=rewards: next(rewards)(inputs))
+        assert [r["step"] for r in records(tmp_path / f"noisy{noisy}") if r["zero_spread"] == 1.0] == [noisy]
+    assert not spread_warnings(caplog)
+    tiny.run(tmp_path / "steady", short, reward=constant)
+    (warning,) = spread_warnings(caplog)
+    assert "step 16: 100% of the groups of the last 16 step(s) have" in warning
 
 
 def test_policy_learns_and_evaluations_show_it(tmp_path):

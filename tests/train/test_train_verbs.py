@@ -13,6 +13,7 @@ import models
 from jaxrl_llm.commands import grpo, sft
 from jaxrl_llm.config import load_config
 from jaxrl_llm.curation.curated_set import CuratedSet
+from jaxrl_llm.curation.trainability import TrainabilityBand
 from jaxrl_llm.errors import UserError
 
 WORDS = ["<pad>", "</s>", *"0123456789", "+", "="]
@@ -118,6 +119,91 @@ def test_curated_set_gives_rows_order_and_signals(model, sums, tmp_path):
         grpo._schedule(config_of("grpo", model, "", data__curated=str(folder), schedule__options='{"rho": 1}', **GRPO), prompts, found)
 
 
+def band_set(folder, count=120):
+    """A curated set from easy to hard, in curate's workdir with the vectors of its rows, which stand in another order there."""
+    rows = [{"id": f"r{i}", "prompt": f"{i % 10} + 1 =", "answer": "1"} for i in range(count)]
+    keep = np.arange(count) % 6 > 0
+    order = np.full(count, -1)
+    order[keep] = np.arange(keep.sum())
+    curated = CuratedSet(rows, np.arange(count) % 2, np.linspace(0.01, 0.99, count), np.ones(count), keep, order)
+    curated.write(folder / "curated", formats=("parquet",))
+    vectors = np.random.default_rng(0).standard_normal((count, 3)).astype(np.float32) / 2
+    shuffled = np.random.default_rng(1).permutation(count)
+    np.savez(folder / grpo.VECTORS, ids=np.array([row["id"] for row in rows])[shuffled], vectors=vectors[shuffled])
+    return curated, vectors
+
+
+def band_of(model, folder, **overrides):
+    config = config_of("grpo", model, "", data__curated=str(folder), **{**GRPO, "schedule__kind": "band", "schedule__batch_prompts": 20, **overrides})
+    rows, found = grpo._training_rows(config)
+    return grpo._schedule(config, grpo.tokenise_prompts(rows, models.load_tokenizer(model), max_length=16), found), rows
+
+
+def test_band_starts_from_the_sets_difficulties_vectors_and_clusters(model, tmp_path):
+    curated, vectors = band_set(tmp_path)
+    band, rows = band_of(model, tmp_path)
+    kept = np.flatnonzero(curated.keep)
+    assert [row["id"] for row in rows] == [f"r{i}" for i in kept]
+    expected = TrainabilityBand(
+        1 - curated.difficulty[kept], vectors[kept], 20, cluster=curated.cluster[kept], samples_per_prompt=4,
+        temperature=0.5, easy_floor=0.125, epoch_share=0.3,
+    )  # fmt: skip
+    for step in range(4):
+        assert band.batch(step).tolist() == expected.batch(step).tolist()
+        for each in (band, expected):  # what decides whether a prompt passes is its vector
+            each.observe(step, each.batch(step), (vectors[kept][each.batch(step), 0] > 0).astype(float))
+    np.testing.assert_allclose(band.pass_probability(), expected.pass_probability())
+    assert np.corrcoef(band.pass_probability(), vectors[kept, 0])[0, 1] > 0.3
+
+
+def test_every_field_of_the_band_changes_its_batches(model, tmp_path):
+    curated, _ = band_set(tmp_path)
+    hardness = curated.difficulty[curated.keep]
+
+    def first(**overrides):
+        return hardness[band_of(model, tmp_path / "curated", schedule__band__easy_floor=0.0, **overrides)[0].batch(0)]
+
+    spread = [np.abs(first(schedule__band__temperature=t) - 0.5).mean() for t in (0.05, 0.5, 50.0)]
+    assert spread[0] < spread[1] < spread[2]
+    easy = band_of(model, tmp_path, schedule__band__easy_floor=0.5, schedule__band__temperature=0.05)[0].batch(0)
+    assert (hardness[easy] <= 0.25).sum() == 10 and (first(schedule__band__temperature=0.05) > 0.25).all()
+
+    def steps_an_epoch(share):
+        band, seen = band_of(model, tmp_path, schedule__band__epoch_share=share)[0], set()
+        for step in range(6):
+            rows = set(band.batch(step).tolist())
+            if rows & seen:
+                return step
+            band.observe(step, band.batch(step), np.full(20, np.nan))
+            seen |= rows
+        return 6
+
+    assert [steps_an_epoch(share) for share in (0.2, 0.6, 1.0)] == [1, 3, 5]
+    few, many = (band_of(model, tmp_path, train__num_samples=n)[0] for n in (2, 64))
+    for band in (few, many):
+        band.observe(0, band.batch(0), np.ones(20))
+    assert many.pass_probability().mean() > few.pass_probability().mean(), "more samples say more"
+
+
+def test_band_without_the_vectors_of_its_set_is_refused(model, tmp_path):
+    band_set(tmp_path)
+    path = tmp_path / grpo.VECTORS
+    with pytest.raises(UserError, match="takes no schedule.options"):
+        band_of(model, tmp_path, schedule__options='{"temperature": 1}')
+    with pytest.raises(UserError, match="epoch has 20 prompts"):
+        band_of(model, tmp_path, schedule__band__epoch_share=0.2, schedule__batch_prompts=21)
+    np.savez(path, ids=np.array(["r1", "x"]), vectors=np.zeros((2, 3)))
+    with pytest.raises(UserError, match="no vector of 99 of the 100 prompts, such as 'r2'.*another curated set"):
+        band_of(model, tmp_path)
+    for contents in (b"", b"PK broken", b"text"):
+        path.write_bytes(contents)
+        with pytest.raises(UserError, match="vectors.npz holds no ids and vectors"):
+            band_of(model, tmp_path)
+    path.unlink()
+    with pytest.raises(UserError, match="needs vectors.npz of the curate run"):
+        band_of(model, tmp_path)
+
+
 @pytest.mark.parametrize(
     "overrides,message",
     [
@@ -131,6 +217,7 @@ def test_curated_set_gives_rows_order_and_signals(model, sums, tmp_path):
         (dict(evals="a=x,a=y"), "'a' comes twice"),
         (dict(train__top_p=0.9), "allow_truncated_sampling"),
         (dict(schedule__kind="published"), "data.curated"),
+        (dict(schedule__kind="band"), "data.curated"),
         (dict(schedule__batch_prompts=500), "larger than the 20 rows"),
     ],
 )
