@@ -16,15 +16,14 @@ def get_config(variant: str | None = None) -> ml_collections.ConfigDict:
     config.target = ""  # a grpo or saerl config: its sizes, and its model if it names one, are taken where none is given below
     config.model = ""  # a preset such as "qwen2.5-0.5b", a Hugging Face folder or a hub id (only its config.json is read)
     config.mesh = "here"  # "here" (the devices of this machine), "cpu:4", or a TPU slice such as "v5e:2x4" or "v5p:4x4x4"
-    # Left at None, each of these is the target's, or without one what its comment says.
-    config.layout = placeholder(str)  # how the mesh is used: data=, fsdp= and tensor=, one of them -1 for all remaining devices; or fitted
-    config.dtype = placeholder(str)  # of parameters and activations; the trained copy and AdamW's moments are float32; or bfloat16
-    config.prompts = placeholder(int)  # prompts a step; or 16
-    config.num_samples = placeholder(int)  # completions a prompt; or 8
-    config.prompt_tokens = placeholder(int)  # width of the prompts; or 256
-    config.max_new_tokens = placeholder(int)  # width of the completions; or 512
-    config.rollout_rows = placeholder(int)  # completions sampled at once; or 512
-    config.micro_batch_rows = placeholder(int)  # completions a micro-batch of the update, 0 = all at once; or 0
-    config.remat = placeholder(bool)  # recompute each layer in the backward pass; or True
+    config.layout = placeholder(str)  # how the mesh is used: data=, fsdp= and tensor=, one of them -1 for all remaining devices; None = the target's if it fits, or a fitting one
+    config.dtype = placeholder(str)  # of parameters and activations; the trained copy and AdamW's moments are float32; None = the target's, or bfloat16
+    config.prompts = placeholder(int)  # prompts a step; None = the target's, or 16
+    config.num_samples = placeholder(int)  # completions a prompt; None = the target's, or 8
+    config.prompt_tokens = placeholder(int)  # width of the prompts; None = the target's, or 256
+    config.max_new_tokens = placeholder(int)  # width of the completions; None = the target's, or 512
+    config.rollout_rows = placeholder(int)  # completions sampled at once; None = the target's, or 512
+    config.micro_batch_rows = placeholder(int)  # completions a micro-batch of the update, 0 = all at once; None = the target's, or 0
+    config.remat = placeholder(bool)  # recompute each layer in the backward pass; None = the target's, or True
     config.json = False  # print one JSON object instead of a table
     return config

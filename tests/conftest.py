@@ -42,7 +42,9 @@ def run_python():
     def run(code: str, args: tuple[str, ...] = (), env: dict[str, str] | None = None, devices: int | None = None) -> str:
         variables = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), **(env or {})}
         if devices:
-            variables["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
+            # Many devices on few cores: a device may wait for the others longer than XLA's 40 s before all have come to a collective.
+            patience = "--xla_cpu_collective_call_terminate_timeout_seconds=500"
+            variables["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices} {patience}"
         done = subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True, env=variables, cwd=ROOT, timeout=600)
         assert done.returncode == 0, done.stderr[-4000:]
         return done.stdout

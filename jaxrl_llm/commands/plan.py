@@ -5,6 +5,7 @@ import importlib
 import json
 import math
 import os
+import re
 import sys
 import time
 from collections.abc import Mapping
@@ -60,7 +61,7 @@ def plan(sizes: Mapping[str, Any]) -> dict[str, Any]:
         began = time.perf_counter()
         programs[name] = compile_program(model, sizes, mesh) | {"compile_seconds": time.perf_counter() - began}
     for program in programs.values():
-        program["fits"] = None if room is None else program["total_bytes"] <= room * GIB
+        program["fits"] = False if program["refused"] else None if room is None else program["total_bytes"] <= room * GIB
         program["seconds_at_peak"] = None if peak is None else program["flops"] / (peak * len(devices))
     return {
         "model": sizes["model"],
@@ -176,12 +177,12 @@ def _plan_generate(model: Any, sizes: Mapping[str, Any], mesh: Any) -> dict[str,
     key = jax.eval_shape(lambda: jax.random.key(0))
     sample = functools.partial(models.sample_tokens, model, num_samples=samples, max_new_tokens=new)
     with _largest_caches(new) as caches:
-        compiled = jax.jit(sample).lower(params, tokens, lengths, key).compile()
+        memory = _memory(jax.jit(sample), params, tokens, lengths, key)
     # Each prompt is read once, each new token once by each sample; the mean context of a new token is the prompt and half of the rest.
     per_prompt = sizes["prompt_tokens"] * model.flops_per_token(sizes["prompt_tokens"] // 2)
     per_prompt += samples * new * model.flops_per_token(sizes["prompt_tokens"] + new // 2)
     flops = sizes["prompts"] * per_prompt
-    return {"rows": prompts * samples, "batches": batches, "flops": flops, "caches": caches, **_memory(compiled)}
+    return {"rows": prompts * samples, "batches": batches, "flops": flops, "caches": caches, **memory}
 
 
 @contextlib.contextmanager
@@ -232,24 +233,47 @@ def _plan_train(model: Any, sizes: Mapping[str, Any], mesh: Any) -> dict[str, An
         "valid": array((rows,), jnp.bool_),
         "group_ids": array((rows,), jnp.int32),
     }
-    compiled = compiled_update(spec, mesh).lower(abstract_state(model, spec.optimizer, mesh), batch).compile()
+    memory = _memory(compiled_update(spec, mesh), abstract_state(model, spec.optimizer, mesh), batch)
     forward = width * model.flops_per_token(width // 2) + samples * new * model.flops_per_token(width + new // 2)
     # Backward costs two forwards; recomputing each layer one more.
     flops = sizes["prompts"] * forward * (4 if sizes["remat"] else 3)
-    return {"rows": rows, "micro_batches": micros, "flops": flops, **_memory(compiled)}
+    return {"rows": rows, "micro_batches": micros, "flops": flops, **memory}
 
 
-def _memory(compiled: Any) -> dict[str, int | None]:
-    """Bytes a device; the donated state is counted once."""
-    found = compiled.memory_analysis()
-    arguments, temporaries = int(found.argument_size_in_bytes), int(found.temp_size_in_bytes)
+def _memory(program: Any, *arguments: Any) -> dict[str, Any]:
+    """Bytes a device of a jitted program, compiled for arguments that are shapes; the donated state is counted once.
+
+    A TPU's compiler refuses a program that does not fit: `refused` is then its message, and the working memory what that tells.
+    """
+    import jax
+
+    try:
+        found = program.lower(*arguments).compile().memory_analysis()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        refused, own = " ".join(str(error).split())[:400], _bytes_a_device(arguments)
+        working = _bytes_named(refused)
+        total = None if working is None else own + working
+        return {"argument_bytes": own, "output_bytes": None, "temporary_bytes": working, "total_bytes": total, "refused": refused}
+    own, working = int(found.argument_size_in_bytes), int(found.temp_size_in_bytes)
     outputs = int(found.output_size_in_bytes) - int(found.alias_size_in_bytes)
-    return {
-        "argument_bytes": arguments,
-        "output_bytes": outputs,
-        "temporary_bytes": temporaries,
-        "total_bytes": arguments + outputs + temporaries,
-    }
+    total = own + outputs + working
+    return {"argument_bytes": own, "output_bytes": outputs, "temporary_bytes": working, "total_bytes": total, "refused": ""}
+
+
+def _bytes_a_device(arguments: Any) -> int:
+    """What one device holds of arrays that are shapes with shardings; those without one are small (a random key)."""
+    import jax
+
+    placed = [leaf for leaf in jax.tree.leaves(arguments) if getattr(leaf, "sharding", None) is not None]
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in placed)
+
+
+def _bytes_named(message: str) -> int | None:
+    """The working memory that a compiler's refusal names: "... HLO temporaries (20.82G) exceeds ..."; None where it names none."""
+    found = re.search(r"temporaries \(([\d.]+)([KMGT])", message)
+    return int(float(found.group(1)) * 1024 ** (" KMGT".index(found.group(2)))) if found else None
 
 
 def _round_up(count: int, multiple: int) -> int:
@@ -268,7 +292,8 @@ def table(found: Mapping[str, Any]) -> str:
     ]
     for name in ("generate", "train_step"):
         program = found[name]
-        cells = [f"{program[key] / GIB:.2f}" for key in ("argument_bytes", "output_bytes", "temporary_bytes", "total_bytes")]
+        sizes = [program[key] for key in ("argument_bytes", "output_bytes", "temporary_bytes", "total_bytes")]
+        cells = ["-" if size is None else f"{size / GIB:.2f}" for size in sizes]
         fits = {True: "yes", False: "NO", None: "(memory not known)"}[program["fits"]]
         lines.append(f"{name:<16}{cells[0]:>10}{cells[1]:>9}{cells[2]:>9}{cells[3]:>8}  {fits}")
     lines.append("")
@@ -278,6 +303,7 @@ def table(found: Mapping[str, Any]) -> str:
         split = f"{program[what]} x {program['rows']} rows"
         compiled = f"compiled in {program['compile_seconds']:.0f} s"
         lines.append(f"{name:<16}{program['flops'] / 1e12:.1f} TFLOP a step in {split}{at_peak}; {compiled}")
+    lines += [f"{name} was refused: {found[name]['refused']}" for name in ("generate", "train_step") if found[name]["refused"]]
     caches = found["generate"]["caches"]
     if len(caches) > 2:
         two = f"{caches[-2]} and {caches[-1]}"

@@ -205,9 +205,37 @@ def test_a_tpu_slice_is_planned_on_this_machine(run_python, tiny):
     assert found["train_step"]["fits"] and found["train_step"]["seconds_at_peak"] > 0
 
 
+def test_what_the_compiler_refuses_is_an_answer_not_a_failure(monkeypatch, tiny):
+    import jax
+
+    class Refusing:
+        words = "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (20.82G) exceeds available HBM"
+
+        def lower(self, *arguments):
+            return self
+
+        def compile(self):
+            raise jax.errors.JaxRuntimeError(self.words)
+
+    refusing, place = Refusing(), jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    found = plan_command._memory(refusing, {"x": jax.ShapeDtypeStruct((3, 5), "float32", sharding=place)})
+    assert found["argument_bytes"] == 60 and found["temporary_bytes"] == int(20.82 * 2**30) == found["total_bytes"] - 60
+    assert "exceeds available HBM" in found["refused"]
+    program = found | {"rows": 8, "batches": 1, "micro_batches": 1, "flops": 1.0, "caches": [8]}
+    for name in ("_plan_generate", "_plan_train"):
+        monkeypatch.setattr(plan_command, name, lambda model, sizes, mesh: dict(program))
+    planned = plan_command.plan(target_sizes(load_config("configs/plan.py", {"model": tiny, "mesh": "cpu:1"})))
+    text = plan_command.table(planned)
+    assert planned["generate"]["fits"] is False and "20.82" in text and "NO" in text and "generate was refused: RESOURCE_EXHAUSTED" in text
+    refusing.words = "INTERNAL: something else"
+    with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
+        plan_command._memory(refusing)
+    assert plan_command._bytes_named("no figure") is None
+
+
 def test_table_says_what_does_not_fit():
-    program = {"compile_seconds": 7.0}
-    program |= {"rows": 8, "argument_bytes": 2**30, "output_bytes": 0, "temporary_bytes": 2**31, "total_bytes": 3 * 2**30, "flops": 1e12}
+    program = {"compile_seconds": 7.0, "flops": 1e12}
+    program |= {"rows": 8, "argument_bytes": 2**30, "output_bytes": 0, "temporary_bytes": 2**31, "total_bytes": 3 * 2**30, "refused": ""}
     found = {
         "model": "m", "parameters": 10**9, "dtype": "bfloat16", "mesh": "v5e:2x4", "devices": 8, "device_kind": "TPU", "memory_gib": 2,
         "layout": {"fsdp": 8},
@@ -216,6 +244,6 @@ def test_table_says_what_does_not_fit():
     }  # fmt: skip
     text = plan_command.table(found)
     assert "1.000 B parameters" in text and "2 GiB each" in text
-    lines = {line.split()[0]: line for line in text.splitlines() if line.startswith(("generate ", "train_step "))}
+    lines = {line.split()[0]: line for line in text.splitlines() if "TFLOP" in line}
     assert "compiled in 7 s" in lines["generate"] and "two largest caches only, of 512 and 800 tokens a row" in text
     assert lines["train_step"].startswith("train_step") and "NO" in text and "2 x 8 rows, 0.50 s at the mesh's peak" in text

@@ -16,7 +16,7 @@ from jaxrl_llm.run_dir import RunDir
 from jaxrl_llm.train.config import LossConfig, OptimizerConfig
 from jaxrl_llm.train.signals import Interrupted
 
-TIMES = ("seconds_rollout", "seconds_reward", "seconds_update", "tokens_per_s", "seconds")
+TIMES = ("seconds_schedule", "seconds_rollout", "seconds_reward", "seconds_update", "tokens_per_s", "seconds")
 ISSUE_METRICS = (
     "reward", "pass_rate", "zero_spread", "entropy", "kl", "clip_share", "logp_diff_mean", "logp_diff_max", "completion_length",
     "tokens_per_s", "seconds_rollout", "seconds_reward", "seconds_update", "grad_norm", "loss", "errors",
