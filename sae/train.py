@@ -26,6 +26,7 @@ from sae.config import SAEConfig, choice
 from sae.dictionary import Dictionary, architecture, fold_decoder_norm, init, normalise
 from sae.errors import SAEError
 from sae.objective import default_learning_rate, loss
+from sae.sparse import sparse_pays
 
 MESH_AXES = {"d_sae": "tensor", "d_in": None}  # logical axis of a parameter -> mesh axis
 BATCH_AXES = ("data", "fsdp")  # mesh axes over which rows are spread
@@ -50,7 +51,7 @@ class SAETrainConfig:
     decoder_norm: str = "unit"  # "unit": rows kept at norm 1; "free": unconstrained, norms folded into the encoder last
     b_dec_init: str = "geometric_median"  # of the first rows; or "mean", "zero"
     init_rows: int = 32_768  # rows read ahead for b_dec, the input scale and the variance (they are trained on too)
-    method: str = "auto"  # "dense" or "sparse" products; auto: sparse on one CPU device
+    method: str = "auto"  # "dense" or "sparse" products; auto: the faster one (sae.sparse.sparse_pays)
     log_every: int = 50  # steps between records of the history
 
     def __post_init__(self):
@@ -203,9 +204,9 @@ def step_for(cfg: SAEConfig, train: SAETrainConfig, mesh: Mesh | None = None) ->
     """`train_step` with its static settings: (state, batch, numbers) -> (state, metrics)."""
     aux_k = (train.aux_k or max(1, cfg.d_in // 2)) if train.aux_coefficient else 0
     method = train.method
-    if method == "auto":  # what is fastest where the step will run (see sae.sparse)
+    if method == "auto":
         one_cpu = jax.default_backend() == "cpu" and (mesh is None or mesh.size == 1)
-        method = "sparse" if one_cpu else "dense"
+        method = "sparse" if one_cpu and architecture(cfg).needs_k and sparse_pays(cfg.d_sae, cfg.k) else "dense"
     shards = 1 if mesh is None else dict(mesh.shape).get(MESH_AXES["d_sae"], 1)
     unit = train.decoder_norm == "unit"
     return functools.partial(train_step, cfg=cfg, aux_k=aux_k, unit=unit, method=method, shards=shards)

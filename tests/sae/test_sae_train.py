@@ -52,6 +52,25 @@ def test_methods_train_to_the_same_dictionary():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), dense.params, sparse.params)
 
 
+@pytest.mark.parametrize(
+    "d_sae,k,method", [(1024, 16, "sparse"), (6144, 32, "sparse"), (256, 16, "sparse"), (512, 64, "dense"), (1024, 128, "dense"), (64, 8, "dense")]
+)
+def test_auto_picks_the_faster_products(monkeypatch, d_sae, k, method):
+    """As timed on one CPU (sae.sparse.sparse_pays); dense on accelerators and meshes, and where no latent count is fixed."""
+
+    def picked(mesh=None, **changes):
+        cfg = sae.SAEConfig(**({"d_in": 96, "d_sae": d_sae, "k": k} | changes))
+        return step_for(cfg, sae.SAETrainConfig(), mesh).keywords["method"]
+
+    monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
+    one, two = (jax.sharding.AbstractMesh((n,), ("data",)) for n in (1, 2))
+    assert picked() == picked(one) == method
+    assert picked(two) == picked(architecture="relu", k=None) == "dense"
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    assert picked() == "dense"
+    assert step_for(config(), sae.SAETrainConfig(method="sparse")).keywords["method"] == "sparse"
+
+
 def test_same_seed_same_dictionary_and_other_seed_other():
     a, b, c = run()[0], run()[0], run(seed=1)[0]
     jax.tree.map(np.testing.assert_array_equal, a.params, b.params)
