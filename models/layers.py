@@ -43,33 +43,34 @@ def dense(equation: str, x: Array, kernel: Array) -> Array:
     return y.astype(x.dtype).reshape(*rows, *width)
 
 
-def batched_einsum(equation: str, a: Array, b: Array) -> Array:
-    """Einsum of arrays that share batch dimensions, with fp32 accumulation and result.
+def batched_matmul(a: Float[Array, "... M C"], b: Float[Array, "... C N"]) -> Float[Array, "... M N"]:
+    """Matmul of arrays that share their leading dimensions, with fp32 accumulation and result.
 
-    XLA's CPU backend counts on a library for products of narrower types, then finds that the library takes no batched
-    product whose first operand lies transposed, and fails at run time. So there, and only there, they are widened.
+    The operands lie as the product reads them: XLA's CPU backend takes an einsum that leaves it to transpose them three
+    to seven times longer. It also counts on a library for products of narrower types, then finds that the library takes
+    no batched product whose first operand lies transposed, and fails at run time. So there, and only there, they are
+    widened.
     """
-    if a.dtype == b.dtype == jnp.float32:
-        return _accumulated(equation, a, b)
-    return _narrow_einsum(equation, a, b)
+    return _accumulated(a, b) if a.dtype == b.dtype == jnp.float32 else _narrow_matmul(a, b)
 
 
-def _accumulated(equation, a, b):
-    return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)
+def _accumulated(a, b):
+    return jnp.matmul(a, b, preferred_element_type=jnp.float32)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _narrow_einsum(equation, a, b):
-    plain = functools.partial(_accumulated, equation)
-    return lax.platform_dependent(a, b, cpu=lambda a, b: plain(a.astype(jnp.float32), b.astype(jnp.float32)), default=plain)
+@jax.custom_jvp
+def _narrow_matmul(a, b):
+    return lax.platform_dependent(
+        a, b, cpu=lambda a, b: _accumulated(a.astype(jnp.float32), b.astype(jnp.float32)), default=_accumulated
+    )
 
 
-@_narrow_einsum.defjvp
-def _narrow_einsum_jvp(equation, primals, tangents):
-    """The plain einsum's: its gradient's products have one fp32 operand, which CPUs take, and it keeps a and b as they
+@_narrow_matmul.defjvp
+def _narrow_matmul_jvp(primals, tangents):
+    """The plain product's: its gradient's products have one fp32 operand, which CPUs take, and it keeps a and b as they
     are for them, where differentiating the choice of platform would keep the wide copies too."""
     (a, b), (da, db) = primals, tangents
-    return _narrow_einsum(equation, a, b), _accumulated(equation, da, b) + _accumulated(equation, a, db)
+    return _narrow_matmul(a, b), _accumulated(da, b) + _accumulated(a, db)
 
 
 def rms_norm(x: Array, scale: Array, eps: float) -> Array:
@@ -119,8 +120,8 @@ def attention_scores(q_BTNH: Array, k_PKHS: Array) -> Float[Array, "B K R T S"]:
     """
     B, T, N, H = q_BTNH.shape
     P, K, _, S = k_PKHS.shape
-    q = q_BTNH.reshape(P, B // P, T, K, N // K, H)
-    scores = batched_einsum("PGTKRH,PKHS->PKGRTS", q, k_PKHS)
+    q = q_BTNH.reshape(P, B // P, T, K, N // K, H).transpose(0, 3, 1, 4, 2, 5)
+    scores = batched_matmul(q.reshape(P, K, -1, H), k_PKHS).reshape(P, K, B // P, N // K, T, S)
     return scores.transpose(0, 2, 1, 3, 4, 5).reshape(B, K, N // K, T, S) * (H**-0.5)
 
 
@@ -128,9 +129,9 @@ def attention_values(probs_BKRTS: Array, v_PKSH: Array) -> Float[Array, "B T N H
     """The probability-weighted values; P may divide B as in `attention_scores`."""
     B, K, R, T, S = probs_BKRTS.shape
     P, H = v_PKSH.shape[0], v_PKSH.shape[-1]
-    probs = probs_BKRTS.reshape(P, B // P, K, R, T, S).astype(v_PKSH.dtype)
-    out = batched_einsum("PGKRTS,PKSH->PGTKRH", probs, v_PKSH)
-    return out.reshape(B, T, K * R, H).astype(v_PKSH.dtype)
+    probs = probs_BKRTS.reshape(P, B // P, K, R, T, S).transpose(0, 2, 1, 3, 4, 5).astype(v_PKSH.dtype)
+    out = batched_matmul(probs.reshape(P, K, -1, S), v_PKSH).reshape(P, K, B // P, R, T, H)
+    return out.transpose(0, 2, 4, 1, 3, 5).reshape(B, T, K * R, H).astype(v_PKSH.dtype)
 
 
 def constrain(x: Array, like: Array, *axes: tuple[str, ...]) -> Array:
