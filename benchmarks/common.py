@@ -27,6 +27,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from jaxrl_llm.runtime import use_huge_pages
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "RESULTS.md"
 
@@ -163,6 +165,7 @@ def run_benchmark(
     if add_arguments:
         add_arguments(parser)
     args = parser.parse_args()
+    use_huge_pages()  # as the command line does; the peers inherit it
     if args.peers:
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
     figures = []

@@ -43,6 +43,10 @@ def main(argv: list[str] | None = None) -> int:
     """Runs one command; returns the exit code: 0, 2 for a user's mistake, 130 when interrupted."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
+        if argv is None and arguments and arguments[0] in VERBS:
+            from jaxrl_llm.runtime import use_huge_pages
+
+            use_huge_pages()
         problem = foreign_packages()
         if problem:
             raise UserError(problem)

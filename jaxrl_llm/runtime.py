@@ -1,4 +1,4 @@
-"""What must be settled before JAX is first used: the persistent compilation cache, and the processes of a multi-host job."""
+"""What must be settled before JAX is first used: memory pages, the persistent compilation cache, the processes of a multi-host job."""
 
 import hashlib
 import os
@@ -9,6 +9,27 @@ from pathlib import Path
 from typing import Any
 
 from jaxrl_llm.errors import UserError
+
+
+def use_huge_pages(setting: str = "/sys/kernel/mm/transparent_hugepage/enabled") -> None:
+    """Starts this program anew, once, with memory in huge pages where Linux gives them to those who ask ("madvise").
+
+    XLA takes gigabytes for the temporaries of each step and gives them back; in pages of 4 KiB their first touch is a fifth of a
+    training step on CPU (benchmarks/RESULTS.md). Only the C library can ask, and only as it starts: hence the restart, under the
+    same process id. GLIBC_TUNABLES that already say something of it are left alone, and JAXRL_LLM_HUGE_PAGES=0 leaves all as it is.
+    """
+    tunables = os.environ.get("GLIBC_TUNABLES", "")
+    if "glibc.malloc.hugetlb" in tunables or os.environ.get("JAXRL_LLM_HUGE_PAGES") == "0" or "jax" in sys.modules:
+        return
+    try:
+        asked_for = "[madvise]" in Path(setting).read_text()
+        version = (os.confstr("CS_GNU_LIBC_VERSION") or "").removeprefix("glibc ").split(".")
+    except (OSError, ValueError):
+        return
+    if asked_for and [int(part) for part in version if part.isdigit()] >= [2, 35]:
+        os.environ["GLIBC_TUNABLES"] = ":".join(filter(None, [tunables, "glibc.malloc.hugetlb=1"]))
+        sys.stdout.flush()
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def use_compilation_cache() -> Path | None:

@@ -1,8 +1,9 @@
 """Sampling completions: each prompt is prefilled once for all its samples, then one jitted loop decodes every row.
 
 `generate` takes lists of token ids and returns a `Rollout`; `sample_tokens` is its jitted core on device arrays. The
-keys and values of the P prompts are kept once and read by the G samples of each; a row's own tokens go to a cache that
-grows in stages, so that early steps do not attend to slots that are still empty. Randomness belongs to a row (key,
+keys and values of the P prompts are kept once and read by the G samples of each; a row's own tokens go to caches that
+follow each other in stages, so that early steps do not attend to slots that are still empty and a full one is never
+copied. Randomness belongs to a row (key,
 row number, step): the same seed gives the same completions however rows are padded or split into batches.
 Letters: P prompts, G samples a prompt, B = P * G rows, T tokens, V vocabulary.
 """
@@ -29,7 +30,7 @@ from models.sharding import batch_ways, fetch, place_rows
 from models.transformer import KV, KVCache, Params, forward, init_cache, unembed, unstacked
 
 FINISH_LENGTH, FINISH_STOP_TOKEN, FINISH_STOP_STRING = 0, 1, 2
-STAGE = 32  # the cache of a row's own tokens grows by this many slots at first, then doubles
+STAGE = 32  # tokens of the first stage; the second has as many, and each later one as many as all before it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +77,7 @@ class _Plan(NamedTuple):
 
 
 class _State(NamedTuple):
-    """The decode loop's carry. `step` tokens of every row are decided; the cache holds the first step - 1 of them."""
+    """The decode loop's carry beside the stage's cache. `step` tokens of every row are decided, all but the last cached."""
 
     step: Int[Array, ""]
     tokens_BT: Int[Array, "B T"]
@@ -84,21 +85,12 @@ class _State(NamedTuple):
     lengths_B: Int[Array, " B"]
     stopped_B: Bool[Array, " B"]
     done_B: Bool[Array, " B"]
-    cache: KVCache
 
 
-def _stages(max_new_tokens: int) -> list[int]:
-    """Cache sizes: STAGE, twice that, ..., the last one max_new_tokens."""
-    sizes = list(itertools.takewhile(lambda n: n < max_new_tokens, (STAGE * 2**i for i in itertools.count())))
-    return [*sizes, max_new_tokens]
-
-
-def _grow(cache: KVCache, slots: int) -> KVCache:
-    """The cache with empty slots added at the end: keys lie [B, K, H, slots], values [B, K, slots, H]."""
-    none, more = (0, 0), (0, slots - cache.positions.shape[1])
-    k = jax.tree.map(lambda a: jnp.pad(a, (none, none, none, more)), cache.k)
-    v = jax.tree.map(lambda a: jnp.pad(a, (none, none, more, none)), cache.v)
-    return KVCache(k, v, jnp.pad(cache.positions, (none, more), constant_values=-1), cache.next)
+def _stages(max_new_tokens: int) -> list[tuple[int, int]]:
+    """(slots of the cache, tokens decided at the end) of each stage: up to STAGE tokens, twice that, ..., max_new_tokens."""
+    ends = [*itertools.takewhile(lambda n: n < max_new_tokens, (STAGE * 2**i for i in itertools.count())), max_new_tokens]
+    return [(end - start, end) for start, end in zip([0, *ends], ends, strict=False)]
 
 
 def _uniforms(key: Array, row_ids_B: Array, step: Array) -> Float[Array, "B 2"]:
@@ -143,32 +135,36 @@ def _start(plan: _Plan, params: Params, prompt_tokens_PT, prompt_lengths_P, nois
         lengths_B=jnp.zeros(B, jnp.int32),
         stopped_B=jnp.zeros(B, bool),
         done_B=jnp.repeat(prompt_lengths_P == 0, G),
-        cache=init_cache(cfg, B, _stages(T)[0], unrolled=True),
     )
     return out.kv, _record(plan, state, logits_BV, noise, knobs)
 
 
-def _advance(plan: _Plan, params: Params, prefix: KV, state: _State, prompt_lengths_P, noise, knobs, upto: int) -> _State:
-    """Decodes until `upto` tokens, the cache's slots, are decided or every row has finished."""
+def _advance(plan: _Plan, params: Params, earlier: tuple[KV, ...], state: _State, prompt_lengths_P, noise, knobs, stage):
+    """One stage: decodes until it has decided its tokens or every row has finished. (keys and values written, state)."""
+    slots, upto = stage
     prompt_lengths_B = jnp.repeat(prompt_lengths_P, plan.num_samples)
     layers = unstacked(params)  # outside the loop, which would cut them out of the stack for every token
 
-    def step(state: _State) -> _State:
+    def step(carry: tuple[KVCache, _State]) -> tuple[KVCache, _State]:
+        cache, state = carry
         token_B1 = lax.dynamic_slice_in_dim(state.tokens_BT, state.step - 1, 1, axis=1)
         positions_B1 = (prompt_lengths_B + state.step - 1)[:, None]
-        out = forward(plan.cfg, layers, token_B1, positions=positions_B1, prefix=prefix, cache=state.cache, unroll=True)
+        out = forward(plan.cfg, layers, token_B1, positions=positions_B1, prefix=earlier, cache=cache, unroll=True)
         logits_BV = unembed(plan.cfg, params, out.hidden[:, 0])
-        return _record(plan, state._replace(cache=out.cache), logits_BV, noise, knobs)
+        return out.cache, _record(plan, state, logits_BV, noise, knobs)
 
-    return lax.while_loop(lambda s: (s.step < upto) & ~s.done_B.all(), step, state)
+    cache = init_cache(plan.cfg, state.done_B.shape[0], slots, unrolled=True)
+    cache, state = lax.while_loop(lambda carry: (carry[1].step < upto) & ~carry[1].done_B.all(), step, (cache, state))
+    return KV(cache.k, cache.v, cache.positions), state
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _sample_tokens(plan: _Plan, params, prompt_tokens_PT, prompt_lengths_P, noise, knobs) -> Samples:
-    prefix, state = _start(plan, params, prompt_tokens_PT, prompt_lengths_P, noise, knobs)
-    for upto in _stages(plan.max_new_tokens):
-        state = state._replace(cache=_grow(state.cache, upto))
-        state = _advance(plan, params, prefix, state, prompt_lengths_P, noise, knobs, upto)
+    prompt, state = _start(plan, params, prompt_tokens_PT, prompt_lengths_P, noise, knobs)
+    earlier = (prompt,)
+    for stage in _stages(plan.max_new_tokens):
+        kv, state = _advance(plan, params, earlier, state, prompt_lengths_P, noise, knobs, stage)
+        earlier += (kv,)
     return _samples(state)
 
 
@@ -178,7 +174,6 @@ def _samples(state: _State) -> Samples:
 
 
 _jitted_start = jax.jit(_start, static_argnums=0)
-_jitted_grow = jax.jit(_grow, static_argnums=1)  # apart from _advance, which takes over buffers of the size it returns
 _jitted_advance = jax.jit(_advance, static_argnums=(0, 7), donate_argnums=3)
 
 
@@ -340,11 +335,12 @@ def _run(plan, params, tokens, lengths, noise, knobs, stop_strings, tokenizer, m
     """One batch. With stop strings the host looks at the text after each stage and ends the rows that have one."""
     if not stop_strings:
         return _sample_tokens(plan, params, tokens, lengths, noise, knobs)
-    prefix, state = _jitted_start(plan, params, tokens, lengths, noise, knobs)
+    prompt, state = _jitted_start(plan, params, tokens, lengths, noise, knobs)
+    earlier = (prompt,)
     cut = np.zeros(state.done_B.shape[0], np.int32)  # a row's length up to its first stop string; 0 = none yet
-    for upto in _stages(plan.max_new_tokens):
-        state = state._replace(cache=_jitted_grow(state.cache, upto))
-        state = _jitted_advance(plan, params, prefix, state, lengths, noise, knobs, upto)
+    for stage in _stages(plan.max_new_tokens):
+        kv, state = _jitted_advance(plan, params, earlier, state, lengths, noise, knobs, stage)
+        earlier += (kv,)
         row_tokens, row_lengths, done = fetch((state.tokens_BT, state.lengths_B, state.done_B), mesh)
         for row in np.flatnonzero((cut == 0) & (row_lengths > 0)):
             cut[row] = _stop_string_cut(row_tokens[row, : row_lengths[row]].tolist(), stop_strings, tokenizer)

@@ -9,6 +9,7 @@ P distinct prompts.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -173,28 +174,30 @@ def _layer_masks(cfg: ModelConfig, q_pos: Array, k_pos: Array):
 
 
 class _Memory:
-    """What the queries of a layer attend to: the prefix if any, then the cache or just this call's own tokens."""
+    """What the queries of a layer attend to: the prefixes if any, then the cache or just this call's own tokens."""
 
-    def __init__(self, cfg: ModelConfig, positions: Array, prefix: KV | None, cache: KVCache | None):
-        self.prefix, self.cache, self.slots = prefix, cache, positions
+    def __init__(self, cfg: ModelConfig, positions: Array, prefix: KV | Sequence[KV] | None, cache: KVCache | None):
+        self.prefixes = () if prefix is None else (prefix,) if isinstance(prefix, KV) else tuple(prefix)
+        self.cache, self.slots = cache, positions
         if cache is not None:
             self.slots = lax.dynamic_update_slice(cache.positions, positions, (0, cache.next))
         self.mask = _layer_masks(cfg, positions, self.slots)
         self.n_slots = self.slots.shape[1]
-        if prefix is not None:
-            G = positions.shape[0] // prefix.positions.shape[0]
-            self.prefix_mask = _layer_masks(cfg, positions, jnp.repeat(prefix.positions, G, axis=0))
-            self.n_slots += prefix.positions.shape[1]
+        self.prefix_masks = []
+        for part in self.prefixes:
+            G = positions.shape[0] // part.positions.shape[0]
+            self.prefix_masks.append(_layer_masks(cfg, positions, jnp.repeat(part.positions, G, axis=0)))
+            self.n_slots += part.positions.shape[1]
 
     def layers(self) -> tuple[Any, Any]:
-        """(prefix keys and values, cache keys and values), each stacked or a tuple over layers; None where absent."""
-        return tuple(None if m is None else (m.k, m.v) for m in (self.prefix, self.cache))
+        """(keys and values of each prefix, those of the cache or None), all stacked or a tuple over layers."""
+        return tuple((part.k, part.v) for part in self.prefixes), None if self.cache is None else (self.cache.k, self.cache.v)
 
-    def segments(self, layer, prefix_kv, cache_kv, k, v):
+    def segments(self, layer, prefix_kvs, cache_kv, k, v):
         """([(k, v, mask)] to attend to, this layer's (k, v) to keep) for new keys and values k, v."""
         (k, v), kept = ((k, v), (k, v)) if cache_kv is None else self._written(layer, cache_kv, k, v)
         own = (k, v, self.mask(layer))
-        return ([own] if prefix_kv is None else [(*prefix_kv, self.prefix_mask(layer)), own]), kept
+        return [*((*kv, mask(layer)) for kv, mask in zip(prefix_kvs, self.prefix_masks, strict=True)), own], kept
 
     def _written(self, layer, cache_kv, k, v):
         """(this layer's keys and values, the cache) with k and v written; the cache is of this layer or of all."""
@@ -228,7 +231,7 @@ def forward(
     *,
     lengths: Int[Array, " B"] | None = None,
     positions: Int[Array, "B T"] | None = None,
-    prefix: KV | None = None,
+    prefix: KV | Sequence[KV] | None = None,
     cache: KVCache | None = None,
     taps: tuple[str, ...] = (),
     interventions: Interventions | None = None,
@@ -243,6 +246,7 @@ def forward(
       never from a token's value. positions default to 0, 1, 2, ...
     prefix: keys and values of earlier tokens (see KV), attended to before the new ones and not changed; gradients
       flow into it. With P prefix rows and B = P * G, rows are grouped: row r reads prefix r // G. Needs positions.
+      Several, each with its own number of rows, may follow each other.
     cache: written at [cache.next, cache.next + T) and attended to (sampling). Needs positions.
     taps: names of activations to return: "embed", "final_norm", "blocks.{i}.KIND" with KIND in BLOCK_TAPS.
       Asking for none costs nothing.
@@ -264,10 +268,10 @@ def forward(
     shapes = dict.fromkeys(BLOCK_TAPS, (B, T, D)) | dict.fromkeys(("mlp_pre", "mlp_act"), (B, T, cfg.d_ff))
     buffers = hooks.buffers(shapes | {"attn_probs": (B, cfg.n_heads, T, memory.n_slots)}, x.dtype)
 
-    def block(carry, layer, p, prefix_kv, cache_kv):
+    def block(carry, layer, p, prefix_kvs, cache_kv):
         """One layer: (x and tap buffers, what to keep of its keys and values)."""
         x, buffers = carry[0], dict(carry[1])
-        segments_of = functools.partial(memory.segments, layer, prefix_kv, cache_kv)
+        segments_of = functools.partial(memory.segments, layer, prefix_kvs, cache_kv)
         x, kept = Block(cfg, "qkv" in p).apply({"params": p}, x, rope, segments_of, hooks.at(layer, buffers))
         return (x, buffers), kept if return_kv or cache is not None else None
 
@@ -305,13 +309,13 @@ def _scanned(block, carry, layers, n_layers, total_layers, remat):
 
 def _unrolled(block, carry, layers, n_layers, total_layers, remat):
     """Layers as a Python loop: no slicing of a stacked cache while sampling."""
-    blocks, prefix, cache = layers
+    blocks, prefixes, cache = layers
     at = lambda kv, i: None if kv is None else (kv[0][i], kv[1][i])  # noqa: E731  (stacked, or a tuple over layers)
     kept = []
     for i in range(n_layers):
         run = jax.checkpoint(functools.partial(_call, block, i)) if remat else functools.partial(_call, block, i)
         p = blocks[i] if isinstance(blocks, tuple) else jax.tree.map(lambda a, i=i: a[i], blocks)
-        carry, keep = run(carry, p, at(prefix, i), at(cache, i))
+        carry, keep = run(carry, p, tuple(at(prefix, i) for prefix in prefixes), at(cache, i))
         kept.append(keep)
     return carry, tuple(zip(*kept, strict=True)) if kept and kept[0] is not None else None
 

@@ -176,27 +176,27 @@ def _plan_generate(model: Any, sizes: Mapping[str, Any], mesh: Any) -> dict[str,
     lengths = jax.ShapeDtypeStruct((prompts,), jnp.int32, sharding=rows)
     key = jax.eval_shape(lambda: jax.random.key(0))
     sample = functools.partial(models.sample_tokens, model, num_samples=samples, max_new_tokens=new)
-    with _largest_caches(new) as caches:
+    with _one_stage(new) as stages:
         memory = _memory(jax.jit(sample), params, tokens, lengths, key)
     # Each prompt is read once, each new token once by each sample; the mean context of a new token is the prompt and half of the rest.
     per_prompt = sizes["prompt_tokens"] * model.flops_per_token(sizes["prompt_tokens"] // 2)
     per_prompt += samples * new * model.flops_per_token(sizes["prompt_tokens"] + new // 2)
     flops = sizes["prompts"] * per_prompt
-    return {"rows": prompts * samples, "batches": batches, "flops": flops, "caches": caches, **memory}
+    return {"rows": prompts * samples, "batches": batches, "flops": flops, "stages": stages, **memory}
 
 
 @contextlib.contextmanager
-def _largest_caches(new: int):
-    """Inside, sampling starts with the cache that it would have last but one; yields the sizes of all that it would have.
+def _one_stage(new: int):
+    """Inside, sampling has one stage of `new` tokens; yields how many it would have.
 
-    Sampling grows its cache in stages, and each is a loop over all layers to compile. Memory peaks where the last but one grows to the
-    last: the stages before add to the compiler's work, not to its answer.
+    Sampling adds caches in stages, and each is a loop over all layers to compile. The last stage reads the caches of all, which are
+    together as large as the one of a single stage: the others add to the compiler's work, not to its answer.
     """
     module = importlib.import_module("models.generate")
-    first, sizes = module.STAGE, module._stages(new)
-    module.STAGE = sizes[-2] if len(sizes) > 2 else first
+    first, stages = module.STAGE, len(module._stages(new))
+    module.STAGE = new
     try:
-        yield sizes
+        yield stages
     finally:
         module.STAGE = first
 
@@ -304,8 +304,7 @@ def table(found: Mapping[str, Any]) -> str:
         compiled = f"compiled in {program['compile_seconds']:.0f} s"
         lines.append(f"{name:<16}{program['flops'] / 1e12:.1f} TFLOP a step in {split}{at_peak}; {compiled}")
     lines += [f"{name} was refused: {found[name]['refused']}" for name in ("generate", "train_step") if found[name]["refused"]]
-    caches = found["generate"]["caches"]
-    if len(caches) > 2:
-        two = f"{caches[-2]} and {caches[-1]}"
-        lines.append(f"generate was compiled with its two largest caches only, of {two} tokens a row; smaller ones need less")
+    stages = found["generate"]["stages"]
+    if stages > 1:
+        lines.append(f"generate was compiled with one cache for all new tokens; a run's {stages} stages compile for longer, and need no more")
     return "\n".join(lines)

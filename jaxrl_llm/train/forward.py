@@ -10,6 +10,8 @@ from jaxtyping import Array, Float, Int
 import models
 from jaxrl_llm.losses.logprobs import token_logprobs
 
+UNROLLED_LAYERS = 8  # up to so many, a Python loop: the scan over more layers compiles sooner, but copies what it keeps for the gradient
+
 
 def completion_logprobs(
     cfg: models.ModelConfig,
@@ -37,6 +39,10 @@ def completion_logprobs(
     return token_logprobs(hidden_NCD, unembed_DV, completions_NC, temperature=temperature, chunk=chunk, with_entropy=with_entropy)
 
 
+def _forward(cfg: models.ModelConfig, params, tokens, *, remat: bool, **options) -> models.ForwardOutput:
+    return models.forward(cfg, params, tokens, remat=remat, unroll=cfg.n_layers <= UNROLLED_LAYERS and not remat, **options)
+
+
 def _plain_hidden(cfg, params, prompts_GP, prompt_lengths_G, completions_NC, completion_lengths_N, remat):
     """Hidden states that predict each completion token, by one forward over rows of prompt + completion: the reference."""
     (G, P), (N, C) = prompts_GP.shape, completions_NC.shape
@@ -47,7 +53,7 @@ def _plain_hidden(cfg, params, prompts_GP, prompt_lengths_G, completions_NC, com
     from_completion_NT = jnp.take_along_axis(completions_NC, jnp.clip(index_T - prompt_lengths_N1, 0, C - 1), axis=1)
     tokens_NT = jnp.where(index_T < prompt_lengths_N1, from_prompt_NT, from_completion_NT)
     lengths_N = prompt_lengths_N1[:, 0] + completion_lengths_N
-    hidden_NTD = models.forward(cfg, params, tokens_NT, lengths=lengths_N, remat=remat).hidden
+    hidden_NTD = _forward(cfg, params, tokens_NT, lengths=lengths_N, remat=remat).hidden
     return jnp.take_along_axis(hidden_NTD, (prompt_lengths_N1 - 1 + jnp.arange(C))[..., None], axis=1)
 
 
@@ -56,7 +62,7 @@ def _shared_hidden(cfg, params, prompts_GP, prompt_lengths_G, completions_NC, co
     completion's own forward needs its tokens 0 .. C-2 only."""
     N, C = completions_NC.shape
     S = N // prompts_GP.shape[0]
-    prompt = models.forward(cfg, params, prompts_GP, lengths=prompt_lengths_G, remat=remat, return_kv=True)
+    prompt = _forward(cfg, params, prompts_GP, lengths=prompt_lengths_G, remat=remat, return_kv=True)
     last_G1D = jnp.take_along_axis(prompt.hidden, jnp.maximum(prompt_lengths_G - 1, 0)[:, None, None], axis=1)
     first_N1D = jnp.repeat(last_G1D, S, axis=0)
     if C == 1:
@@ -64,5 +70,5 @@ def _shared_hidden(cfg, params, prompts_GP, prompt_lengths_G, completions_NC, co
     index_C = jnp.arange(C - 1)
     positions_NC = jnp.repeat(prompt_lengths_G, S)[:, None] + index_C
     positions_NC = jnp.where(index_C < completion_lengths_N[:, None], positions_NC, -1)
-    rest = models.forward(cfg, params, completions_NC[:, :-1], positions=positions_NC, prefix=prompt.kv, remat=remat)
+    rest = _forward(cfg, params, completions_NC[:, :-1], positions=positions_NC, prefix=prompt.kv, remat=remat)
     return jnp.concatenate([first_N1D, rest.hidden], axis=1)

@@ -97,20 +97,20 @@ def test_batches_and_length_change_the_plan(plans):
     assert split["generate"]["flops"] > 1.2 * one["generate"]["flops"]
 
 
-def test_the_largest_caches_alone_need_what_all_need_together(tiny, monkeypatch):
+def test_one_stage_needs_what_all_need_together(tiny, monkeypatch):
     import jax
 
     from models.sharding import make_mesh
 
     model, mesh = dataclasses.replace(resolve_model(tiny, "float32"), n_layers=2), make_mesh({}, jax.devices()[:1])
     sizes = DEFAULTS | {"prompts": 4, "num_samples": 2, "prompt_tokens": 16, "max_new_tokens": 150}
-    two = plan_command._plan_generate(model, sizes, mesh)
+    one = plan_command._plan_generate(model, sizes, mesh)
     module = importlib.import_module("models.generate")
-    assert two["caches"] == [32, 64, 128, 150] and module.STAGE == 32
-    monkeypatch.setattr(plan_command, "_largest_caches", lambda new: contextlib.nullcontext(module._stages(new)))
+    assert one["stages"] == 4 and module.STAGE == 32
+    monkeypatch.setattr(plan_command, "_one_stage", lambda new: contextlib.nullcontext(4))
     module._sample_tokens.clear_cache()  # it does not know that the stages differ
     every = plan_command._plan_generate(model, sizes, mesh)
-    assert every["argument_bytes"] == two["argument_bytes"] and every["total_bytes"] == pytest.approx(two["total_bytes"], rel=0.05)
+    assert every["argument_bytes"] == one["argument_bytes"] and every["total_bytes"] == pytest.approx(one["total_bytes"], rel=0.05)
 
 
 @pytest.fixture
@@ -221,7 +221,7 @@ def test_what_the_compiler_refuses_is_an_answer_not_a_failure(monkeypatch, tiny)
     found = plan_command._memory(refusing, {"x": jax.ShapeDtypeStruct((3, 5), "float32", sharding=place)})
     assert found["argument_bytes"] == 60 and found["temporary_bytes"] == int(20.82 * 2**30) == found["total_bytes"] - 60
     assert "exceeds available HBM" in found["refused"]
-    program = found | {"rows": 8, "batches": 1, "micro_batches": 1, "flops": 1.0, "caches": [8]}
+    program = found | {"rows": 8, "batches": 1, "micro_batches": 1, "flops": 1.0, "stages": 1}
     for name in ("_plan_generate", "_plan_train"):
         monkeypatch.setattr(plan_command, name, lambda model, sizes, mesh: dict(program))
     planned = plan_command.plan(target_sizes(load_config("configs/plan.py", {"model": tiny, "mesh": "cpu:1"})))
@@ -239,11 +239,11 @@ def test_table_says_what_does_not_fit():
     found = {
         "model": "m", "parameters": 10**9, "dtype": "bfloat16", "mesh": "v5e:2x4", "devices": 8, "device_kind": "TPU", "memory_gib": 2,
         "layout": {"fsdp": 8},
-        "generate": {**program, "batches": 2, "fits": True, "seconds_at_peak": 0.5, "caches": [256, 512, 800]},
+        "generate": {**program, "batches": 2, "fits": True, "seconds_at_peak": 0.5, "stages": 6},
         "train_step": {**program, "micro_batches": 3, "fits": False, "seconds_at_peak": None},
     }  # fmt: skip
     text = plan_command.table(found)
     assert "1.000 B parameters" in text and "2 GiB each" in text
     lines = {line.split()[0]: line for line in text.splitlines() if "TFLOP" in line}
-    assert "compiled in 7 s" in lines["generate"] and "two largest caches only, of 512 and 800 tokens a row" in text
+    assert "compiled in 7 s" in lines["generate"] and "one cache for all new tokens; a run's 6 stages" in text
     assert lines["train_step"].startswith("train_step") and "NO" in text and "2 x 8 rows, 0.50 s at the mesh's peak" in text

@@ -153,3 +153,32 @@ def test_cache_name_tells_cpus_apart(monkeypatch):
     mine = runtime._cpu_features()
     monkeypatch.setattr(Path, "read_text", lambda self: "flags : sse2\n")
     assert runtime._cpu_features() != mine and len(mine) == 8
+
+
+def test_huge_pages_are_asked_for_once_by_a_restart(tmp_path):
+    """Under the same process id, beside other tunables, only where the system gives them on request, and not twice."""
+
+    def ran(setting, **environment):
+        (tmp_path / "enabled").write_text(setting)
+        code = f"""
+import os, sys
+from jaxrl_llm.runtime import use_huge_pages
+open({str(tmp_path / "pids")!r}, "a").write(f"{{os.getpid()}} ")
+use_huge_pages({str(tmp_path / "enabled")!r})
+print(os.environ.get("GLIBC_TUNABLES"), *sys.argv[1:])
+"""
+        (tmp_path / "pids").write_text("")
+        clean = {key: value for key, value in os.environ.items() if key not in ("GLIBC_TUNABLES", "JAXRL_LLM_HUGE_PAGES")}
+        done = subprocess.run([sys.executable, "-c", code, "a b"], capture_output=True, text=True, check=True, env=clean | environment)
+        return done.stdout.strip(), (tmp_path / "pids").read_text().split()
+
+    on = "glibc.malloc.hugetlb=1"
+    if (os.confstr("CS_GNU_LIBC_VERSION") or "") >= "glibc 2.35":
+        output, pids = ran("always [madvise] never")
+        assert output == f"{on} a b" and len(pids) == 2 and len(set(pids)) == 1
+        other = "glibc.malloc.check=0"
+        assert ran("always [madvise] never", GLIBC_TUNABLES=other)[0] == f"{other}:{on} a b"
+    for setting in ("[always] madvise never", "always madvise [never]"):
+        assert ran(setting)[0] == "None a b"
+    assert ran("always [madvise] never", JAXRL_LLM_HUGE_PAGES="0")[0] == "None a b"
+    assert ran("always [madvise] never", GLIBC_TUNABLES="glibc.malloc.hugetlb=0")[0] == "glibc.malloc.hugetlb=0 a b"

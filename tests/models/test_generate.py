@@ -5,6 +5,7 @@ import functools
 import importlib
 import importlib.util
 import itertools
+import re
 import sys
 import warnings
 
@@ -178,7 +179,8 @@ def test_the_prompt_is_computed_and_kept_once_for_its_samples(params):
     prefix, state = jax.eval_shape(functools.partial(module._start, plan), *arguments)
     K, H = CFG.n_kv_heads, CFG.head_dim
     assert [k.shape for k in prefix.k] == [(4, K, H, 24)] * CFG.n_layers
-    assert [k.shape for k in state.cache.k] == [(8, K, H, STAGE)] * CFG.n_layers
+    stage = jax.eval_shape(lambda *a: module._advance(plan, *a, (STAGE, STAGE)), params, (prefix,), state, *arguments[2:])[0]
+    assert [k.shape for k in stage.k] == [(8, K, H, STAGE)] * CFG.n_layers
     text = str(jax.make_jaxpr(functools.partial(module._start, plan))(*arguments))
     assert "f32[4,24," in text and "f32[8,24," not in text
 
@@ -360,9 +362,9 @@ def test_stop_strings_end_decoding_with_the_stage(call, free, monkeypatch):
     ran, advance = [], module._jitted_advance
 
     def watched(*arguments):
-        state = advance(*arguments)
+        kv, state = advance(*arguments)
         ran.append(int(state.step))
-        return state
+        return kv, state
 
     monkeypatch.setattr(module, "_jitted_advance", watched)
     strings = [Letters().decode(row[3:5].tolist()) for row in free.completion_tokens_NT]
@@ -397,8 +399,8 @@ def test_decoding_stops_when_every_row_has(call, free, monkeypatch):
 
 
 def test_stages_and_buckets():
-    assert [module._stages(n) for n in (1, STAGE, STAGE + 1)] == [[1], [STAGE], [STAGE, STAGE + 1]]
-    assert module._stages(200) == [32, 64, 128, 200]
+    assert [module._stages(n) for n in (1, STAGE)] == [[(1, 1)], [(STAGE, STAGE)]]
+    assert module._stages(200) == [(32, 32), (32, 64), (64, 128), (72, 200)]
     assert [bucket(n) for n in (0, 1, 2, 3, 4, 5, 7, 9, 13, 17, 25)] == [1, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32]
     assert bucket(3, 16) == 16 and bucket(17, 16) == 24
     assert all(n <= bucket(n) <= max(1.5 * n, 1) for n in range(1, 300))
@@ -416,20 +418,26 @@ def test_many_prompt_lengths_and_knobs_need_few_programs(params):
     assert module._sample_tokens._cache_size() - before == 2 + 2
 
 
-def test_decoding_writes_the_cache_in_place(params):
-    """Every buffer of the loop's state, the cache's first of all, is given to each compiled stage and used by it."""
+def test_decoding_copies_no_cache(params):
+    """A stage's loop writes its cache in place, reads the earlier ones as they are, and takes over the state's buffers."""
     plan, (_, tokens, lengths, *rest) = program(params)
-    prefix, state = module._jitted_start(plan, params, tokens, lengths, *rest)
-    for upto in module._stages(T):
-        state = state._replace(cache=module._jitted_grow(state.cache, upto))
-        given = jax.tree.leaves((state.cache, state.tokens_BT, state.logps_BT))
-        arguments = (plan, params, prefix, state, lengths, *rest, upto)
+    prompt, state = module._jitted_start(plan, params, tokens, lengths, *rest)
+    earlier = (prompt,)
+    for stage in module._stages(T):
+        given = jax.tree.leaves((state.tokens_BT, state.logps_BT))
+        arguments = (plan, params, earlier, state, lengths, *rest, stage)
         with warnings.catch_warnings():
             warnings.simplefilter("error")  # JAX warns of donated buffers that cannot be used
             lowered = module._jitted_advance.lower(*arguments)
         assert lowered.as_text().count("tf.aliasing_output") == len(jax.tree.leaves(state))
-        state = module._jitted_advance(*arguments)
+        caches = {f"f32[{','.join(map(str, array.shape))}]" for kv in earlier for array in (kv.k[0], kv.v[0])}
+        K, H = CFG.n_kv_heads, CFG.head_dim
+        caches |= {f"f32[8,{K},{H},{stage[0]}]", f"f32[8,{K},{stage[0]},{H}]"}
+        inside = lowered.compile().as_text().split("\nENTRY ")[0]  # the loop's body, and the outside last
+        assert "dynamic-update-slice" in inside and not caches & set(re.findall(r"= (f32\[[\d,]+\])\S* copy\(", inside))
+        kv, state = module._jitted_advance(*arguments)
         assert all(array.is_deleted() for array in given)
+        earlier += (kv,)
 
 
 # --- edges and errors ------------------------------------------------------------------------------------------------------

@@ -188,7 +188,7 @@ def test_products_of_attention_are_widened_only_where_the_platform_needs_it(plat
 def test_widened_products_keep_their_operands_for_the_backward_pass_as_they_are():
     q, k = jnp.ones((2, 3, 5, 8), jnp.bfloat16), jnp.ones((2, 3, 8, 7), jnp.bfloat16)
     residuals = jax.eval_shape(lambda *args: jax.vjp(batched_matmul, *args)[1], q, k)
-    assert sorted((leaf.size, leaf.dtype) for leaf in jax.tree.leaves(residuals)) == [(k.size, k.dtype), (q.size, q.dtype)]
+    assert sorted((leaf.size, leaf.dtype) for leaf in jax.tree.leaves(residuals)) == [(q.size, q.dtype), (k.size, k.dtype)]
 
 
 def test_init(model):
