@@ -39,7 +39,7 @@ from jaxrl_llm.run_dir import RunDir, write_json
 
 # Feature kinds an arm may name; "sae" is ours, the others are its controls.
 FEATURES = ("sae", "random_sae", "dense", "tfidf")
-FILTERS = ("none", "oracle", "logprob", *FEATURES)
+FILTERS = ("none", "oracle", "logprob", "tuned", *FEATURES)
 BAD = ("wrong_answer", "missing_clause", "garbled")  # a near-duplicate is a sound problem
 
 
@@ -369,7 +369,7 @@ def signal_options(bench: Bench):
     s, c = bench.config.sae, bench.config.curation
     return SignalOptions(
         hook=s.hook or None, pooling=tuple(s.pooling), remove_length=c.remove_length, dims=c.dims, clusters=c.clusters, answers=c.answers,
-        copies=c.copies, seed=bench.cell.seed,
+        tuned=c.tuned, copies=c.copies, seed=bench.cell.seed,
     )  # fmt: skip
 
 

@@ -23,7 +23,7 @@ from jaxrl_llm.curation.baselines import length_features, length_tfidf_features
 from jaxrl_llm.curation.corruptions import CORRUPTIONS, corrupt_rows
 from jaxrl_llm.curation.feature_space import FeatureSpace, dense_space
 from jaxrl_llm.curation.features import extract_features, random_dictionary
-from jaxrl_llm.curation.likelihood import answer_likelihood
+from jaxrl_llm.curation.likelihood import answer_likelihood, tuned_gain
 from jaxrl_llm.curation.passes import LanguageModel, Rows
 from jaxrl_llm.curation.probes import ArrayDesign, Design, JoinedDesign, SliceDesign
 from jaxrl_llm.curation.streaming import write_npz
@@ -31,7 +31,8 @@ from jaxrl_llm.curation.texts import answer_tokens, prompt_tokens
 from jaxrl_llm.run_dir import to_plain, write_json
 
 KINDS = ("sae", "random_sae", "dense", "tfidf")
-MODEL_KINDS = ("sae", "random_sae", "dense")  # those whose quality probe reads the policy's log-probabilities too
+MODEL_KINDS = ("sae", "random_sae", "dense")  # those whose quality probe reads what the policy thinks of the answers too
+POLICY_KINDS = ("logprob", "tuned")  # qualities by the policy alone: its log-probabilities; these and their gain from tuning
 JOINED_DIMS = 32  # of a model's features beside the log-probabilities: with few labels fewer dimensions separate better
 GROUPS = ("reduced", "clusters", "difficulty", "quality", "truth")
 
@@ -43,7 +44,7 @@ class Signals:
     reduced: dict[str, np.ndarray]  # kind of features -> [N, dims], rows of mean squared norm 1
     clusters: dict[str, np.ndarray]  # kind -> [N] int
     difficulty: dict[str, np.ndarray]  # kind -> [N] expected fail rate
-    quality: dict[str, np.ndarray]  # kind, or "logprob" -> [N], higher is better
+    quality: dict[str, np.ndarray]  # kind, or one of POLICY_KINDS -> [N], higher is better
     report: dict[str, Any] = dataclasses.field(default_factory=dict)
     truth: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)  # of generated rows, to score the rest by
 
@@ -78,6 +79,7 @@ class SignalOptions:
     clusters: int = 32  # K of the spherical k-means
     restarts: int = 4  # of the k-means
     answers: bool = True  # the quality probe reads prompt + answer and the policy's log-probabilities, not the prompt alone
+    tuned: bool = True  # and their gain in policies tuned on the rows told to be sound, where rows were told
     separator: str = " "  # between prompt and answer
     copies: int = 1000  # corrupted copies that the quality probe learns from where nobody labelled rows
     models: tuple[str, ...] = ("ridge",)  # probes of difficulty
@@ -102,7 +104,7 @@ def measure(
 
     model: what the dictionary reads; it tokenises the texts itself and need not be the policy. fail_rates: [N] measured on a few
     rows, NaN elsewhere. told: [N] 1 for rows fit to train on, 0 for others, NaN unknown; None learns quality from corrupted
-    copies of the rows. kinds: those that get a difficulty of their own. filters: kinds, or "logprob", that get a quality.
+    copies of the rows. kinds: those that get a difficulty of their own. filters: kinds, or POLICY_KINDS, that get a quality.
     """
     options = options or SignalOptions()
     views = feature_views(rows, model, dictionary, options, mesh)
@@ -169,17 +171,22 @@ class QualityProbe:
             self.views |= {kind: ArrayDesign(views[kind].reduce(JOINED_DIMS)) for kind in MODEL_KINDS}
 
     def designs(self, params: Any) -> dict[str, Design]:
-        """A Design over rows and copies for each of KINDS, and for "logprob", "length_tfidf" and "length"."""
-        likelihood = ArrayDesign(policy_likelihood(self.everything, self.policy, params, self.options, self.mesh))
+        """A Design over rows and copies for each of KINDS and POLICY_KINDS, and for "length_tfidf" and "length"."""
+        cfg, tokens = self.policy.cfg, answer_tokens(self.everything, self.policy.tokenizer, self.options.separator)
+        columns = answer_likelihood(cfg, params, tokens, len(self.everything), mesh=self.mesh)[0]
+        logprob = tuned = ArrayDesign(columns)
+        if self.options.tuned and self.options.answers and self.told is not None:
+            gain = tuned_gain(cfg, params, tokens, self.told, columns, seed=self.options.seed, mesh=self.mesh)
+            tuned = ArrayDesign(np.concatenate([columns, gain], axis=1))
         joined = MODEL_KINDS if self.options.answers else ()
-        out = {kind: JoinedDesign(self.views[kind], likelihood) if kind in joined else self.views[kind] for kind in KINDS}
-        return out | {"logprob": likelihood, "length_tfidf": self.views["length_tfidf"], "length": self.views["length"]}
+        out = {kind: JoinedDesign(self.views[kind], tuned) if kind in joined else self.views[kind] for kind in KINDS}
+        return out | {"logprob": logprob, "tuned": tuned} | {name: self.views[name] for name in ("length_tfidf", "length")}
 
     def table(self, params: Any, kinds: Sequence[str]) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-        """({kind: [N] quality} of "sae", "logprob" and `kinds`, the report of all probes beside "sae")."""
+        """({kind: [N] quality} of "sae", POLICY_KINDS and `kinds`, the report of all probes beside "sae")."""
         designs = self.designs(params)
         first = self._fit("sae", designs, self.options.draws)
-        rest = sorted({"logprob", *kinds} - {"sae"})
+        rest = sorted({*POLICY_KINDS, *kinds} - {"sae"})
         values = {"sae": first.values} | {kind: self._fit(kind, {kind: designs[kind]}, 0).values for kind in rest}
         return values, first.report | {"told": self.told is not None}
 
@@ -195,8 +202,3 @@ class QualityProbe:
         pairs = {name: (SliceDesign(d, 0, n), SliceDesign(d, n, stop)) for name, d in used.items()}
         return quality.fit_quality(pairs, self.sources, self.kind_of, **common)
 
-
-def policy_likelihood(rows: Rows, policy: LanguageModel, params: Any, options: SignalOptions, mesh: Any = None) -> np.ndarray:
-    """[N, columns] what the policy with `params` thinks of each prompt and of its gold answer (curation.likelihood.COLUMNS)."""
-    tokens = answer_tokens(rows, policy.tokenizer, options.separator)
-    return answer_likelihood(policy.cfg, params, tokens, len(rows), mesh=mesh)[0]

@@ -5,7 +5,9 @@ import numpy as np
 import pytest
 
 import models
-from jaxrl_llm.curation.likelihood import CHUNK_TOKENS, COLUMNS, answer_likelihood
+from jaxrl_llm.curation.likelihood import CHUNK_TOKENS, COLUMNS, TunedOptions, answer_likelihood, tuned_gain
+from jaxrl_llm.curation.probes import auroc
+from jaxrl_llm.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -72,3 +74,61 @@ def test_a_long_row_keeps_its_answer(model):
     cut = [1, *rows[4][-15:]]
     np.testing.assert_allclose(columns[4], plain(model, cut, 1), atol=2e-4)
     np.testing.assert_allclose(columns[0], plain(model, rows[0], 1), atol=2e-4)
+
+
+# --- the gain from tuning --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def told_world():
+    """120 rows "a b -> a b" or, where unsound, "a b -> b a"; a third are told. (rows, marks, sound, told)"""
+    rng = np.random.default_rng(0)
+    pairs = [(a, b) for a in range(3, 18) for b in range(3, 18) if a != b]
+    chosen, sound = [pairs[i] for i in rng.permutation(len(pairs))[:120]], rng.random(120) < 0.6
+    rows = [[1, a, b, *((a, b) if good else (b, a))] for (a, b), good in zip(chosen, sound, strict=True)]
+    told = np.where(np.arange(120) < 60, sound.astype(float), np.nan)
+    return rows, [3] * 120, sound, told
+
+
+def gain(model, rows, marks, told, options, before=None):
+    tokens_of = lambda a, b: (rows[a:b], marks[a:b])  # noqa: E731
+    before = answer_likelihood(*model, tokens_of, len(rows))[0] if before is None else before
+    return tuned_gain(*model, tokens_of, told, before, options)
+
+
+def test_tuning_on_sound_rows_tells_others_of_the_same_procedure(model, told_world):
+    """Rows that nobody told of: the gain separates the two procedures, which the policy itself does not."""
+    rows, marks, sound, told = told_world
+    options = TunedOptions(folds=2, epochs=40, batch=16, learning_rate=1e-2)
+    before = run(model, rows, marks)[0]
+    found = gain(model, rows, marks, told, options, before)
+    rest = np.isnan(told)
+    assert found.shape == (120, 3) and np.isfinite(found).all()
+    assert auroc(found[rest, 0], sound[rest]) > 0.8 > 0.65 > auroc(before[rest, 0], sound[rest])
+    np.testing.assert_allclose(found[:, 1], 2 * found[:, 0], atol=1e-4)  # answers of two tokens: the sum is twice the mean
+
+
+def test_a_told_row_is_judged_by_a_policy_that_has_not_seen_it(model, told_world):
+    """What is told of a row changes the gain of others and not its own."""
+    rows, marks, sound, told = told_world
+    options = TunedOptions(folds=3, epochs=3, batch=8, learning_rate=1e-2)
+    row = int(np.flatnonzero(told == 1)[0])
+    other = told.copy()
+    other[row] = 0.0
+    first, second = (gain(model, rows, marks, t, options) for t in (told, other))
+    np.testing.assert_array_equal(first[row], second[row])
+    assert np.abs(first - second).max() > 1e-4
+
+
+def test_every_setting_of_the_tuning_counts(model, told_world):
+    rows, marks, sound, told = told_world
+    before = run(model, rows, marks)[0]
+    base = dict(folds=2, epochs=2, batch=16, learning_rate=1e-3)
+    found = gain(model, rows, marks, told, TunedOptions(**base), before)
+    for change in (dict(folds=3), dict(epochs=3), dict(batch=8), dict(learning_rate=2e-3)):
+        assert np.abs(gain(model, rows, marks, told, TunedOptions(**base | change), before) - found).max() > 1e-5, change
+    still = gain(model, rows, marks, told, TunedOptions(**base | dict(learning_rate=0.0)), before)
+    np.testing.assert_allclose(still, 0.0, atol=1e-5)
+    few = np.where(np.arange(120) < 3, 1.0, np.nan)
+    with pytest.raises(UserError, match="3 rows are told to be sound; tuning in 4 folds"):
+        gain(model, rows, marks, few, TunedOptions(), before)

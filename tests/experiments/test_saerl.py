@@ -197,7 +197,7 @@ def bench_of(config, n=64):
 def signals():
     rng, n = np.random.default_rng(0), 64
     good = np.arange(n) % 4 > 0
-    quality = {k: good + 0.01 * rng.random(n) for k in ("logprob", *saerl.FEATURES)}
+    quality = {k: good + 0.01 * rng.random(n) for k in ("logprob", "tuned", *saerl.FEATURES)}
     reduced = {k: rng.normal(size=(n, 4)).astype(np.float32) for k in saerl.FEATURES}
     clusters = {k: rng.integers(0, 4, n) for k in saerl.FEATURES}
     difficulty = {k: rng.random(n) for k in (*saerl.FEATURES, "oracle")}
