@@ -25,7 +25,7 @@ ARMS = {
     "full_random_sae": dict(about="full on an SAE that was never trained", **FULL | dict(filter="random_sae", features="random_sae")),
     "full_tfidf": dict(about="full on length and TF-IDF", **FULL | dict(filter="tfidf", features="tfidf")),
     "full_logprob": dict(about="full with the policy's log-probabilities alone as quality", **FULL | dict(filter="logprob")),
-    "full_tuned": dict(about="full with these and their gain from tuning as quality, without features", **FULL | dict(filter="tuned")),
+    "full_tuned": dict(about="full with the log-probabilities and their gain in tuned policies as quality, without features", **FULL | dict(filter="tuned")),
     "full_oracle_filter": dict(about="full with the truly corrupted rows dropped", **FULL | dict(filter="oracle")),
     "full_oracle_difficulty": dict(about="full with every row's true pass rate as prior", **FULL, difficulty="oracle"),
 }
@@ -124,7 +124,7 @@ def _base() -> ConfigDict:
     c.curation.clusters = 16  # K of the spherical k-means
     c.curation.dims = 64  # of the truncated SVD under clusters and band
     c.curation.quality_labels = 400  # rows whose corruption is told to the quality probe; 0 = it learns from corrupted copies
-    c.curation.tuned = True  # and their gain in copies of the policy that are fine-tuned on the rows told to be sound
+    c.curation.tuned = True  # the probe also reads the answers' gain in policies fine-tuned on the rows told to be sound
     c.curation.copies = 1000  # corrupted copies, where nobody tells
     c.curation.strata = 4  # parts of a cluster by difficulty, in each of which the worst rows are dropped ("strata" arms)
     c.curation.rho = 0.125  # of a batch, swapped with the next one ("published")

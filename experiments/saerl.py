@@ -111,6 +111,12 @@ def check(config) -> None:
         for key, known in (("features", FEATURES), ("filter", FILTERS), ("clusters", ("features", "random")), ("difficulty", ("proxy", "oracle"))):
             if arm[key] not in known:
                 raise UserError(f"config.arm_table.{name}.{key} is {arm[key]!r}; {nearest(arm[key], known)}")
+        c = config.curation
+        if arm.filter == "tuned" and (config.data.source or not (c.tuned and c.answers and c.quality_labels)):
+            raise UserError(
+                f"arm {name!r} filters by policies tuned on rows told to be sound: it needs the generated world, config.curation.tuned, "
+                "config.curation.answers and config.curation.quality_labels"
+            )
         if config.data.source and "oracle" in (arm.filter, arm.difficulty):
             raise UserError(f"arm {name!r} needs the truth, which only the generated world has; take it out of config.arms")
     if config.data.source and not any(held_out.source for held_out in config.data.evals.values()):

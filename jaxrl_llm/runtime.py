@@ -1,5 +1,6 @@
 """What must be settled before JAX is first used: memory pages, the persistent compilation cache, the processes of a multi-host job."""
 
+import contextlib
 import hashlib
 import os
 import platform
@@ -15,11 +16,12 @@ def use_huge_pages(setting: str = "/sys/kernel/mm/transparent_hugepage/enabled")
     """Starts this program anew, once, with memory in huge pages where Linux gives them to those who ask ("madvise").
 
     XLA takes gigabytes for the temporaries of each step and gives them back; in pages of 4 KiB their first touch is a fifth of a
-    training step on CPU (benchmarks/RESULTS.md). Only the C library can ask, and only as it starts: hence the restart, under the
+    training step on CPU (docs/architecture.md). Only the C library can ask, and only as it starts: hence the restart, under the
     same process id. GLIBC_TUNABLES that already say something of it are left alone, and JAXRL_LLM_HUGE_PAGES=0 leaves all as it is.
     """
     tunables = os.environ.get("GLIBC_TUNABLES", "")
-    if "glibc.malloc.hugetlb" in tunables or os.environ.get("JAXRL_LLM_HUGE_PAGES") == "0" or "jax" in sys.modules:
+    from_stdin = sys.orig_argv[1:2] in ([], ["-"])  # the program itself was read from there, and is gone
+    if "glibc.malloc.hugetlb" in tunables or os.environ.get("JAXRL_LLM_HUGE_PAGES") == "0" or "jax" in sys.modules or from_stdin:
         return
     try:
         asked_for = "[madvise]" in Path(setting).read_text()
@@ -28,8 +30,10 @@ def use_huge_pages(setting: str = "/sys/kernel/mm/transparent_hugepage/enabled")
         return
     if asked_for and [int(part) for part in version if part.isdigit()] >= [2, 35]:
         os.environ["GLIBC_TUNABLES"] = ":".join(filter(None, [tunables, "glibc.malloc.hugetlb=1"]))
+        os.environ["JAXRL_LLM_HUGE_PAGES"] = "0"  # asked for: never again, should something clear the tunables
         sys.stdout.flush()
-        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+        with contextlib.suppress(OSError):
+            os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def use_compilation_cache() -> Path | None:

@@ -126,12 +126,12 @@ def attention_scores(q_BTNH: Array, k_PKHS: Array) -> Float[Array, "B K R T S"]:
 
 
 def attention_values(probs_BKRTS: Array, v_PKSH: Array) -> Float[Array, "B T N H"]:
-    """The probability-weighted values; P may divide B as in `attention_scores`."""
+    """The probability-weighted values in fp32; P may divide B as in `attention_scores`."""
     B, K, R, T, S = probs_BKRTS.shape
     P, H = v_PKSH.shape[0], v_PKSH.shape[-1]
     probs = probs_BKRTS.reshape(P, B // P, K, R, T, S).transpose(0, 2, 1, 3, 4, 5).astype(v_PKSH.dtype)
     out = batched_matmul(probs.reshape(P, K, -1, S), v_PKSH).reshape(P, K, B // P, R, T, H)
-    return out.transpose(0, 2, 4, 1, 3, 5).reshape(B, T, K * R, H).astype(v_PKSH.dtype)
+    return out.transpose(0, 2, 4, 1, 3, 5).reshape(B, T, K * R, H)
 
 
 def constrain(x: Array, like: Array, *axes: tuple[str, ...]) -> Array:
@@ -229,7 +229,8 @@ class Block(nn.Module):
         for k, v, _ in segments:
             out += attention_values(probs[..., start : start + k.shape[-1]], v)
             start += k.shape[-1]
-        out = dense("BTNH,NHD->BTD", out, self.o)
+        # Rounded once, so that a row's values do not depend on how many segments they lie in.
+        out = dense("BTNH,NHD->BTD", out.astype(q.dtype), self.o)
         return out + self.o_bias if self.cfg.o_bias else out
 
     def mlp(self, x, hook):

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAXRL_LLM_HUGE_PAGES", "0")  # asking for them restarts the program, which here is pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -195,10 +195,12 @@ def _one_stage(new: int):
     module = importlib.import_module("models.generate")
     first, stages = module.STAGE, len(module._stages(new))
     module.STAGE = new
+    module._sample_tokens.clear_cache()  # its traces do not know that the stages differ
     try:
         yield stages
     finally:
         module.STAGE = first
+        module._sample_tokens.clear_cache()
 
 
 def _plan_train(model: Any, sizes: Mapping[str, Any], mesh: Any) -> dict[str, Any]:

@@ -155,22 +155,26 @@ def tuned_gain(
     """[N, 3] gain of each gold answer's log-probability, nats (mean, sum and least token, as COLUMNS[:3]), when the policy has been
     fine-tuned on the rows that are told to be sound.
 
-    This is the cross-entropy difference of Moore and Lewis (2010), the reducible loss of Mindermann et al. (2022), with the policy itself
-    as the model: fine-tuning moves it from wrong procedures to right ones, so an answer that a wrong procedure gave loses, however
-    likely the policy thinks it.
+    This is the reducible loss of Mindermann et al. (2022; minus the cross-entropy difference of Moore and Lewis 2010) with the policy
+    itself as the model: fine-tuning moves it from wrong procedures to right ones, so answers that a wrong procedure gave lose. An answer
+    that was certain before cannot gain: read it beside `before`.
 
     tokens_of: as for `answer_likelihood`. told: [N] 1 for sound rows, 0 for others, NaN unknown. before: what `answer_likelihood` gave
-    under `params`. Told rows are judged out of fold, the others by the mean over folds. Raises UserError with fewer sound rows than folds.
+    under `params`. Told rows are judged out of fold, the others by the mean over folds. Of rows longer than the context the end is tuned
+    on. Raises UserError where too few rows are told to be sound.
     """
     from jaxrl_llm.train.sft import train_sft
 
     options, n = options or TunedOptions(), len(told)
     sound, known = np.flatnonzero(told == 1), np.flatnonzero(np.isfinite(told))
-    if len(sound) < options.folds:
-        raise UserError(f"quality: {len(sound)} rows are told to be sound; tuning in {options.folds} folds needs at least as many")
-    tokens, begins = tokens_of(0, n)
     fold_of = np.full(n, -1)
     fold_of[known] = np.random.default_rng([seed, 0x70E]).permutation(len(known)) % options.folds
+    if min(np.sum(fold_of[sound] != fold) for fold in range(options.folds)) == 0 or len(sound) < 2 * options.folds:
+        raise UserError(
+            f"quality: {len(sound)} rows are told to be sound; tuning in {options.folds} folds needs {2 * options.folds}: "
+            "tell more, or set config.curation.tuned=False"
+        )
+    tokens, begins = _within_context(cfg, *tokens_of(0, n))
     gains = np.zeros((options.folds, n, 3), np.float32)
     width = max(len(tokens[i]) for i in sound)  # one for all folds: one compilation
     for fold in range(options.folds):
@@ -185,6 +189,16 @@ def tuned_gain(
     out = gains.mean(axis=0)
     out[known] = gains[fold_of[known], known]
     return out
+
+
+def _within_context(cfg: models.ModelConfig, tokens, begins) -> tuple[list[list[int]], list[int]]:
+    """Rows and where their answers begin, of longer rows the end (behind the beginning-of-text token), as `answer_likelihood` reads them."""
+    cut = []
+    for row, begin in zip(tokens, begins, strict=True):
+        head = 1 if len(row) and row[0] == cfg.bos_token_id else 0
+        gone = max(len(row) - cfg.max_position, 0)
+        cut.append(([*row[:head], *row[head + gone :]], max(begin - gone, head)))
+    return [row for row, _ in cut], [begin for _, begin in cut]
 
 
 def _padded_rows(tokens, begins, rows: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:

@@ -170,29 +170,39 @@ class QualityProbe:
         if options.answers:
             self.views |= {kind: ArrayDesign(views[kind].reduce(JOINED_DIMS)) for kind in MODEL_KINDS}
 
-    def designs(self, params: Any) -> dict[str, Design]:
-        """A Design over rows and copies for each of KINDS and POLICY_KINDS, and for "length_tfidf" and "length"."""
+    @property
+    def tuned(self) -> bool:
+        """Whether policies are tuned on the rows told to be sound."""
+        return self.options.tuned and self.options.answers and self.told is not None
+
+    def designs(self, params: Any, tune: bool = True) -> dict[str, Design]:
+        """A Design over rows and copies for each of KINDS and for "logprob", "length_tfidf" and "length"; for "tuned" where it is.
+
+        tune: False leaves the tuning out, for a quality that does not read it.
+        """
         cfg, tokens = self.policy.cfg, answer_tokens(self.everything, self.policy.tokenizer, self.options.separator)
         columns = answer_likelihood(cfg, params, tokens, len(self.everything), mesh=self.mesh)[0]
-        logprob = tuned = ArrayDesign(columns)
-        if self.options.tuned and self.options.answers and self.told is not None:
+        policy = {"logprob": ArrayDesign(columns)}
+        if self.tuned and tune:
             gain = tuned_gain(cfg, params, tokens, self.told, columns, seed=self.options.seed, mesh=self.mesh)
-            tuned = ArrayDesign(np.concatenate([columns, gain], axis=1))
+            policy["tuned"] = ArrayDesign(np.concatenate([columns, gain], axis=1))
         joined = MODEL_KINDS if self.options.answers else ()
-        out = {kind: JoinedDesign(self.views[kind], tuned) if kind in joined else self.views[kind] for kind in KINDS}
-        return out | {"logprob": logprob, "tuned": tuned} | {name: self.views[name] for name in ("length_tfidf", "length")}
+        best = policy.get("tuned", policy["logprob"])
+        out = {kind: JoinedDesign(self.views[kind], best) if kind in joined else self.views[kind] for kind in KINDS}
+        return out | policy | {name: self.views[name] for name in ("length_tfidf", "length")}
 
     def table(self, params: Any, kinds: Sequence[str]) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-        """({kind: [N] quality} of "sae", POLICY_KINDS and `kinds`, the report of all probes beside "sae")."""
+        """({kind: [N] quality} of "sae", of the policy alone and of `kinds`, the report of all probes beside "sae")."""
         designs = self.designs(params)
         first = self._fit("sae", designs, self.options.draws)
-        rest = sorted({*POLICY_KINDS, *kinds} - {"sae"})
+        rest = sorted({*(kind for kind in POLICY_KINDS if kind in designs), *kinds} - {"sae"})
         values = {"sae": first.values} | {kind: self._fit(kind, {kind: designs[kind]}, 0).values for kind in rest}
         return values, first.report | {"told": self.told is not None}
 
     def fit(self, kind: str, params: Any) -> np.ndarray:
         """[N] quality by one kind under the policy's current parameters."""
-        return self._fit(kind, {kind: self.designs(params)[kind]}, 0).values
+        designs = self.designs(params, tune=kind == "tuned" or kind in MODEL_KINDS)
+        return self._fit(kind, {kind: designs[kind]}, 0).values
 
     def _fit(self, kind: str, used: dict[str, Design], draws: int) -> quality.Quality:
         n, stop = self.n, len(self.everything)
@@ -201,4 +211,3 @@ class QualityProbe:
             return quality.fit_labelled_quality({name: SliceDesign(d, 0, n) for name, d in used.items()}, self.told, **common)
         pairs = {name: (SliceDesign(d, 0, n), SliceDesign(d, n, stop)) for name, d in used.items()}
         return quality.fit_quality(pairs, self.sources, self.kind_of, **common)
-

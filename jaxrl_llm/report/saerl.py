@@ -311,8 +311,9 @@ def _quality_table(signals, report) -> dict[str, Any]:
         "metric": "AUROC, clean against corrupted",
         "columns": [k.replace("_", " ") for k in bad],
         "rows": rows,
-        "note": f"{labels} rows told. logprob is what the policy thinks of the answer, tuned adds what it thinks once it is tuned on the "
-        "rows told to be sound; sae, random sae and dense join these with features of prompt + answer, tfidf has none of them",
+        "note": f"{labels} rows told. logprob is what the policy thinks of the answer"
+        + (", tuned adds what it gains in policies tuned on the rows told to be sound" if "tuned" in names else "")
+        + "; sae, random sae and dense join this with features of prompt + answer, tfidf has none of it",
     }
 
 

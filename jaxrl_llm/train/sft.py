@@ -1,5 +1,6 @@
 """Supervised fine-tuning, and language-model training from scratch when every token counts."""
 
+import contextlib
 import dataclasses
 import functools
 import time
@@ -21,7 +22,7 @@ from jaxrl_llm.losses.sft import sft_loss
 from jaxrl_llm.run_dir import RunDir
 from jaxrl_llm.train.checkpoint import Checkpoints
 from jaxrl_llm.train.config import OptimizerConfig, SFTConfig, check_optimizer, from_mapping
-from jaxrl_llm.train.signals import Interrupted, stop_on_signal
+from jaxrl_llm.train.signals import Interrupted, StopRequest, stop_on_signal
 from jaxrl_llm.train.state import abstract_state, init_state, learning_rate, make_optimizer, policy_params, resolve_decay, state_shardings
 from jaxrl_llm.train.step import batch_shardings
 from models.sharding import batch_ways, place
@@ -135,7 +136,8 @@ def _train(spec, state, start, batches, config, run_dir, checkpoints, mesh, prog
         _next(batches, 0)
     bar = tqdm(total=config.steps, initial=start, desc="sft", unit="step", mininterval=0.5, disable=None if progress else True, leave=False)
     pending, since = [], time.perf_counter()
-    with bar, stop_on_signal() as stop:
+    # Without a run directory there is nothing to save: a signal is the caller's affair.
+    with bar, contextlib.nullcontext(StopRequest()) if run_dir is None else stop_on_signal() as stop:
         for step in range(start, config.steps):
             state, metrics = update(state, _placed(*_next(batches, step), config, mesh))
             pending.append(metrics)
@@ -154,7 +156,7 @@ def _train(spec, state, start, batches, config, run_dir, checkpoints, mesh, prog
             if save:
                 checkpoints.save(done, state, {})
             if stop.signum and not last:
-                saved = "the same command goes on from there" if checkpoints else "nothing was saved: there is no run directory"
+                saved = "the same command goes on from there"
                 logging.warning("stopped by signal %d after step %d; %s", stop.signum, done, saved)
                 raise Interrupted(stop.signum, f"stopped by signal {stop.signum} after step {done}; {saved}")
     return state, history

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 import models
-from jaxrl_llm.curation.likelihood import CHUNK_TOKENS, COLUMNS, TunedOptions, answer_likelihood, tuned_gain
+from jaxrl_llm.curation.likelihood import CHUNK_TOKENS, COLUMNS, TunedOptions, _within_context, answer_likelihood, tuned_gain
 from jaxrl_llm.curation.probes import auroc
 from jaxrl_llm.errors import UserError
 
@@ -81,13 +81,13 @@ def test_a_long_row_keeps_its_answer(model):
 
 @pytest.fixture(scope="module")
 def told_world():
-    """120 rows "a b -> a b" or, where unsound, "a b -> b a"; a third are told. (rows, marks, sound, told)"""
+    """200 rows "a b -> a b" or, where unsound, "a b -> b a"; 140 are told. (rows, marks, sound, told)"""
     rng = np.random.default_rng(0)
     pairs = [(a, b) for a in range(3, 18) for b in range(3, 18) if a != b]
-    chosen, sound = [pairs[i] for i in rng.permutation(len(pairs))[:120]], rng.random(120) < 0.6
+    chosen, sound = [pairs[i] for i in rng.permutation(len(pairs))[:200]], rng.random(200) < 0.6
     rows = [[1, a, b, *((a, b) if good else (b, a))] for (a, b), good in zip(chosen, sound, strict=True)]
-    told = np.where(np.arange(120) < 60, sound.astype(float), np.nan)
-    return rows, [3] * 120, sound, told
+    told = np.where(np.arange(200) < 140, sound.astype(float), np.nan)
+    return rows, [3] * 200, sound, told
 
 
 def gain(model, rows, marks, told, options, before=None):
@@ -103,7 +103,7 @@ def test_tuning_on_sound_rows_tells_others_of_the_same_procedure(model, told_wor
     before = run(model, rows, marks)[0]
     found = gain(model, rows, marks, told, options, before)
     rest = np.isnan(told)
-    assert found.shape == (120, 3) and np.isfinite(found).all()
+    assert found.shape == (200, 3) and np.isfinite(found).all()
     assert auroc(found[rest, 0], sound[rest]) > 0.8 > 0.65 > auroc(before[rest, 0], sound[rest])
     np.testing.assert_allclose(found[:, 1], 2 * found[:, 0], atol=1e-4)  # answers of two tokens: the sum is twice the mean
 
@@ -129,6 +129,19 @@ def test_every_setting_of_the_tuning_counts(model, told_world):
         assert np.abs(gain(model, rows, marks, told, TunedOptions(**base | change), before) - found).max() > 1e-5, change
     still = gain(model, rows, marks, told, TunedOptions(**base | dict(learning_rate=0.0)), before)
     np.testing.assert_allclose(still, 0.0, atol=1e-5)
-    few = np.where(np.arange(120) < 3, 1.0, np.nan)
-    with pytest.raises(UserError, match="3 rows are told to be sound; tuning in 4 folds"):
+    few = np.where(np.arange(200) < 3, 1.0, np.nan)
+    with pytest.raises(UserError, match="3 rows are told to be sound; tuning in 4 folds needs 8"):
         gain(model, rows, marks, few, TunedOptions(), before)
+
+
+def test_of_a_long_row_the_end_is_tuned_on(model, told_world):
+    """A row past the model's context is cut as `answer_likelihood` cuts it, behind its beginning-of-text token."""
+    cfg, _ = model
+    assert _within_context(cfg, [[1, *range(3, 29)] * 6, [1, 5, 6], [5] * 130], [161, 2, 4]) == (
+        [[1, *([1, *range(3, 29)] * 6)[-127:]], [1, 5, 6], [5] * 128],
+        [161 - (162 - 128), 2, 2],
+    )
+    rows, marks, _, told = told_world
+    longer = [[1, *([7] * 150), *row[1:]] if i < 8 else row for i, row in enumerate(rows)]
+    found = gain(model, longer, [153 if i < 8 else 3 for i in range(200)], told, TunedOptions(folds=2, epochs=1, learning_rate=1e-3))
+    assert np.isfinite(found).all() and np.abs(found[:8]).min() > 0

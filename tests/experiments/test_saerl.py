@@ -180,6 +180,7 @@ def test_unknown_arm_names_the_nearest():
         ({"data.source": "r", "data.evals.test.source": "t", "arms": ("vanilla", "full_oracle_filter"), "main_arm": "vanilla"}, "truth"),
         ({"arm_table.full.filter": "sea"}, "filter is 'sea'.*sae"),
         ({"main_arm": "published"}, "main_arm"),
+        ({"arms": ("vanilla", "full_tuned"), "main_arm": "vanilla", "curation.quality_labels": 0}, "'full_tuned' .* told to be sound"),
     ],
 )
 def test_what_would_be_noticed_after_hours_is_refused_at_once(changes, message):
@@ -230,7 +231,10 @@ def test_filters_drop_what_they_should(signals):
     assert np.abs(lost - config.pool_table.mixed.drop_strata * sizes).max() <= 2
 
 
-@pytest.mark.parametrize(("name", "asks"), [("full", True), ("full_logprob", True), ("full_tfidf", False), ("full_oracle_filter", False)])
+BAND_ARMS = [("full", True), ("full_logprob", True), ("full_tuned", True), ("full_tfidf", False), ("full_oracle_filter", False)]
+
+
+@pytest.mark.parametrize(("name", "asks"), BAND_ARMS)
 def test_band_arms_filter_anew_by_the_policy_as_it_is(signals, name, asks):
     """`full` asks the probe again at every `refilter_every`-th step; arms whose quality knows no policy do not."""
     config, asked = tiny(**{"curation.refilter_every": 3}), []

@@ -398,6 +398,19 @@ def test_decoding_stops_when_every_row_has(call, free, monkeypatch):
     assert len(runs) == lengths.max() <= 6
 
 
+def test_many_stages_give_what_two_give(call, free, monkeypatch):
+    """Up to four earlier caches beside the prompt's, in layers with and without a window, and with the host's look after each stage."""
+    text = Letters().decode(free.completion_tokens_NT[1].tolist())
+    strings = dict(stop_strings=[text[40:46]], tokenizer=Letters())
+    expected = call(**strings)
+    monkeypatch.setattr(module, "STAGE", 4)
+    module._sample_tokens.clear_cache()  # it does not know that the stages differ
+    assert [end for _, end in module._stages(T)] == [4, 8, 16, 32, 40]
+    check_same(call(), free)
+    check_same(call(**strings), expected)
+    module._sample_tokens.clear_cache()
+
+
 def test_stages_and_buckets():
     assert [module._stages(n) for n in (1, STAGE)] == [[(1, 1)], [(STAGE, STAGE)]]
     assert module._stages(200) == [(32, 32), (32, 64), (64, 128), (72, 200)]

@@ -12,6 +12,7 @@ import pytest
 import tiny_grpo as tiny
 
 import models
+from jaxrl_llm.train import forward as train_forward
 from jaxrl_llm.train.config import GRPOConfig, LossConfig, OptimizerConfig
 from jaxrl_llm.train.forward import completion_logprobs
 from jaxrl_llm.train.state import init_state
@@ -95,14 +96,16 @@ def test_logprobs_equal_the_models_own_logits(params, shared):
 
 
 @pytest.mark.parametrize(
-    "how,groups",
+    "how,groups,unrolled",
     [
-        (spec(), G),  # each prompt forwarded once
-        (spec(), 1),  # ... and four micro-batches
-        (spec(shared_prefix=False, remat=True, logprob_chunk=2 * N), G),
+        (spec(), G, 8),  # each prompt forwarded once
+        (spec(), 1, 8),  # ... and four micro-batches
+        (spec(logprob_chunk=N), G, 0),  # ... the layers in a scan, as deep models train
+        (spec(shared_prefix=False, remat=True, logprob_chunk=2 * N), G, 8),
     ],
 )
-def test_every_fast_or_lean_path_equals_the_plain_loss_and_gradient(params, reference, how, groups):
+def test_every_fast_or_lean_path_equals_the_plain_loss_and_gradient(params, reference, how, groups, unrolled, monkeypatch):
+    monkeypatch.setattr(train_forward, "UNROLLED_LAYERS", unrolled)
     got = grads_of(how, params, in_micro_batches(make_batch(), groups))
     np.testing.assert_allclose(got[0], reference[0], rtol=1e-5, atol=1e-7)
     assert_same(got[1], reference[1])
