@@ -349,7 +349,7 @@ def make_signals(bench: Bench, feature_model, dictionary):
     fails = fail_rates(bench, labelled, "labels", salt=1)
     signals = measure(
         bench.pool.rows, feature_model, bench.policy, dictionary, fails, told_quality(bench), kinds={a.features for a in arms},
-        filters={a.filter for a in arms} - {"none", "oracle"}, options=signal_options(bench), mesh=bench.mesh,
+        filters={a.filter for a in arms} - {"none", "oracle"}, options=signal_options(bench), tune=tuner(bench), mesh=bench.mesh,
     )  # fmt: skip
     if "topic" in bench.truth:
         nmi = {k: diversity.normalised_mutual_information(v, bench.truth["topic"]) for k, v in signals.clusters.items()}
@@ -375,8 +375,19 @@ def signal_options(bench: Bench):
     s, c = bench.config.sae, bench.config.curation
     return SignalOptions(
         hook=s.hook or None, pooling=tuple(s.pooling), remove_length=c.remove_length, dims=c.dims, clusters=c.clusters, answers=c.answers,
-        tuned=c.tuned, copies=c.copies, seed=bench.cell.seed,
+        copies=c.copies, seed=bench.cell.seed,
     )  # fmt: skip
+
+
+def tuner(bench: Bench):
+    """Plain supervised fine-tuning of the policy (`curation.likelihood.Tuner`); None where the config leaves it out."""
+    from jaxrl_llm.train.sft import train_sft
+
+    def tune(params, batches, learning_rate):
+        settings = dict(steps=len(batches), checkpoint_every=0, optimizer=dict(learning_rate=learning_rate))
+        return train_sft(bench.policy.cfg, params, batches, settings, mesh=bench.mesh, progress=False)[0]
+
+    return tune if bench.config.curation.tuned else None
 
 
 def fail_rates(bench: Bench, rows: np.ndarray, name: str, salt: int) -> np.ndarray:
@@ -399,7 +410,7 @@ def make_quality_probe(bench: Bench, feature_model, dictionary):
 
     rows, options = bench.pool.rows, signal_options(bench)
     views = {} if options.answers else feature_views(rows, feature_model, dictionary, options, bench.mesh)
-    return QualityProbe(rows, feature_model, bench.policy, dictionary, told_quality(bench), views, options, bench.mesh)
+    return QualityProbe(rows, feature_model, bench.policy, dictionary, told_quality(bench), views, options, tuner(bench), bench.mesh)
 
 
 def told_quality(bench: Bench) -> np.ndarray | None:

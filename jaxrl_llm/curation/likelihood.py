@@ -131,6 +131,10 @@ def answer_likelihood(
     return results.dense("likelihood"), results
 
 
+# (parameters, batches of (tokens [B, T], mask [B, T] of what is to be predicted), learning rate) -> fine-tuned parameters
+Tuner = Callable[[Any, list[tuple[np.ndarray, np.ndarray]], float], Any]
+
+
 @dataclass(frozen=True)
 class TunedOptions:
     """How `tuned_gain` fine-tunes: a few steps, from which the procedures of the answers are learnt and not the answers."""
@@ -147,6 +151,7 @@ def tuned_gain(
     tokens_of: Callable[[int, int], tuple[list[Sequence[int]], Sequence[int]]],
     told: np.ndarray,
     before: np.ndarray,
+    tune: Tuner,
     options: TunedOptions | None = None,
     *,
     seed: int = 0,
@@ -160,11 +165,9 @@ def tuned_gain(
     that was certain before cannot gain: read it beside `before`.
 
     tokens_of: as for `answer_likelihood`. told: [N] 1 for sound rows, 0 for others, NaN unknown. before: what `answer_likelihood` gave
-    under `params`. Told rows are judged out of fold, the others by the mean over folds. Of rows longer than the context the end is tuned
-    on. Raises UserError where too few rows are told to be sound.
+    under `params`. tune: fine-tunes a copy of `params`. Told rows are judged out of fold, the others by the mean over folds. Of rows
+    longer than the context the end is tuned on. Raises UserError where too few rows are told to be sound.
     """
-    from jaxrl_llm.train.sft import train_sft
-
     options, n = options or TunedOptions(), len(told)
     sound, known = np.flatnonzero(told == 1), np.flatnonzero(np.isfinite(told))
     fold_of = np.full(n, -1)
@@ -183,8 +186,7 @@ def tuned_gain(
         rng = np.random.default_rng([seed, 0x70E, fold])
         order = np.concatenate([rng.permutation(used) for _ in range(options.epochs)])
         batches = [_padded_rows(tokens, begins, order[i : i + size], width) for i in range(0, len(order) - size + 1, size)]
-        settings = dict(steps=len(batches), checkpoint_every=0, optimizer=dict(learning_rate=options.learning_rate))
-        tuned, _ = train_sft(cfg, params, batches, settings, mesh=mesh, progress=False)
+        tuned = tune(params, batches, options.learning_rate)
         gains[fold] = answer_likelihood(cfg, tuned, tokens_of, n, mesh=mesh)[0][:, :3] - before[:, :3]
     out = gains.mean(axis=0)
     out[known] = gains[fold_of[known], known]

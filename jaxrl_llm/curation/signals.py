@@ -23,7 +23,7 @@ from jaxrl_llm.curation.baselines import length_features, length_tfidf_features
 from jaxrl_llm.curation.corruptions import CORRUPTIONS, corrupt_rows
 from jaxrl_llm.curation.feature_space import FeatureSpace, dense_space
 from jaxrl_llm.curation.features import extract_features, random_dictionary
-from jaxrl_llm.curation.likelihood import answer_likelihood, tuned_gain
+from jaxrl_llm.curation.likelihood import Tuner, answer_likelihood, tuned_gain
 from jaxrl_llm.curation.passes import LanguageModel, Rows
 from jaxrl_llm.curation.probes import ArrayDesign, Design, JoinedDesign, SliceDesign
 from jaxrl_llm.curation.streaming import write_npz
@@ -79,7 +79,6 @@ class SignalOptions:
     clusters: int = 32  # K of the spherical k-means
     restarts: int = 4  # of the k-means
     answers: bool = True  # the quality probe reads prompt + answer and the policy's log-probabilities, not the prompt alone
-    tuned: bool = True  # and their gain in policies tuned on the rows told to be sound, where rows were told
     separator: str = " "  # between prompt and answer
     copies: int = 1000  # corrupted copies that the quality probe learns from where nobody labelled rows
     models: tuple[str, ...] = ("ridge",)  # probes of difficulty
@@ -98,6 +97,7 @@ def measure(
     kinds: Sequence[str] = KINDS,
     filters: Sequence[str] = ("sae",),
     options: SignalOptions | None = None,
+    tune: Tuner | None = None,
     mesh: Any = None,
 ) -> Signals:
     """Clusters, difficulty and quality of `rows` by each kind of features.
@@ -105,6 +105,7 @@ def measure(
     model: what the dictionary reads; it tokenises the texts itself and need not be the policy. fail_rates: [N] measured on a few
     rows, NaN elsewhere. told: [N] 1 for rows fit to train on, 0 for others, NaN unknown; None learns quality from corrupted
     copies of the rows. kinds: those that get a difficulty of their own. filters: kinds, or POLICY_KINDS, that get a quality.
+    tune: fine-tunes the policy, so that the quality probe can read what answers gain by it where rows are told; None = it does not.
     """
     options = options or SignalOptions()
     views = feature_views(rows, model, dictionary, options, mesh)
@@ -119,7 +120,7 @@ def measure(
     out.difficulty["sae"], out.report["difficulty"] = fitted.values, fitted.report
     for kind in sorted({*kinds} - {"sae"}):
         out.difficulty[kind] = fit({kind: views[kind]}, use=kind, reference=kind, draws=0).values
-    probe = QualityProbe(rows, model, policy, dictionary, told, views, options, mesh)
+    probe = QualityProbe(rows, model, policy, dictionary, told, views, options, tune, mesh)
     out.quality, out.report["quality"] = probe.table(policy.params, filters)
     return out
 
@@ -157,23 +158,21 @@ class QualityProbe:
     learnt tells better. Arguments as for `measure`; views: `feature_views` of the prompts.
     """
 
-    def __init__(self, rows: Rows, model, policy, dictionary, told: np.ndarray | None, views, options: SignalOptions, mesh: Any = None):
+    def __init__(
+        self, rows: Rows, model, policy, dictionary, told: np.ndarray | None, views, options: SignalOptions, tune: Tuner | None = None,
+        mesh: Any = None,
+    ):  # fmt: skip
         copies: list[dict[str, Any]] = []
         if told is None:
             chosen = np.sort(np.random.default_rng([options.seed, 3]).permutation(len(rows))[: options.copies])
             copies, self.sources, self.kind_of = corrupt_rows(rows, chosen, list(CORRUPTIONS), options.seed)
-        self.n, self.told, self.policy, self.options, self.mesh = len(rows), told, policy, options, mesh
+        self.n, self.told, self.policy, self.options, self.tune, self.mesh = len(rows), told, policy, options, tune, mesh
         self.everything = [*rows, *copies]
         if options.answers or copies:
             views = feature_views(self.everything, model, dictionary, options, mesh, answers=options.answers)
         self.views = dict(views)
         if options.answers:
             self.views |= {kind: ArrayDesign(views[kind].reduce(JOINED_DIMS)) for kind in MODEL_KINDS}
-
-    @property
-    def tuned(self) -> bool:
-        """Whether policies are tuned on the rows told to be sound."""
-        return self.options.tuned and self.options.answers and self.told is not None
 
     def designs(self, params: Any, tune: bool = True) -> dict[str, Design]:
         """A Design over rows and copies for each of KINDS and for "logprob", "length_tfidf" and "length"; for "tuned" where it is.
@@ -183,8 +182,8 @@ class QualityProbe:
         cfg, tokens = self.policy.cfg, answer_tokens(self.everything, self.policy.tokenizer, self.options.separator)
         columns = answer_likelihood(cfg, params, tokens, len(self.everything), mesh=self.mesh)[0]
         policy = {"logprob": ArrayDesign(columns)}
-        if self.tuned and tune:
-            gain = tuned_gain(cfg, params, tokens, self.told, columns, seed=self.options.seed, mesh=self.mesh)
+        if self.tune and self.options.answers and self.told is not None and tune:
+            gain = tuned_gain(cfg, params, tokens, self.told, columns, self.tune, seed=self.options.seed, mesh=self.mesh)
             policy["tuned"] = ArrayDesign(np.concatenate([columns, gain], axis=1))
         joined = MODEL_KINDS if self.options.answers else ()
         best = policy.get("tuned", policy["logprob"])

@@ -8,6 +8,7 @@ import models
 from jaxrl_llm.curation.likelihood import CHUNK_TOKENS, COLUMNS, TunedOptions, _within_context, answer_likelihood, tuned_gain
 from jaxrl_llm.curation.probes import auroc
 from jaxrl_llm.errors import UserError
+from jaxrl_llm.train.sft import train_sft
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +94,12 @@ def told_world():
 def gain(model, rows, marks, told, options, before=None):
     tokens_of = lambda a, b: (rows[a:b], marks[a:b])  # noqa: E731
     before = answer_likelihood(*model, tokens_of, len(rows))[0] if before is None else before
-    return tuned_gain(*model, tokens_of, told, before, options)
+
+    def tune(params, batches, learning_rate):
+        settings = dict(steps=len(batches), checkpoint_every=0, optimizer=dict(learning_rate=learning_rate))
+        return train_sft(model[0], params, batches, settings, progress=False)[0]
+
+    return tuned_gain(*model, tokens_of, told, before, tune, options)
 
 
 def test_tuning_on_sound_rows_tells_others_of_the_same_procedure(model, told_world):
