@@ -198,6 +198,8 @@ def machine() -> str:
     text = f"{cores} cores, {_cpu_name()}"
     if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
         text += f", {os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 2**30:.0f} GiB"
+    if "glibc.malloc.hugetlb=1" in os.environ.get("GLIBC_TUNABLES", ""):
+        text += ", huge pages"
     jax = sys.modules.get("jax")
     if jax is not None and jax.default_backend() != "cpu":
         text += f", {jax.device_count()} x {jax.devices()[0].device_kind}"

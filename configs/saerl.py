@@ -26,6 +26,8 @@ ARMS = {
     "full_tfidf": dict(about="full on length and TF-IDF", **FULL | dict(filter="tfidf", features="tfidf")),
     "full_logprob": dict(about="full with the policy's log-probabilities alone as quality", **FULL | dict(filter="logprob")),
     "full_tuned": dict(about="full with the log-probabilities and their gain in tuned policies as quality, without features", **FULL | dict(filter="tuned")),
+    "vanilla_told": dict(about="vanilla from the policy fine-tuned on the rows told to be sound", schedule="shuffled", start="told"),
+    "full_told": dict(about="full from the policy fine-tuned on the rows told to be sound, judged once by the base policy", **FULL, start="told"),
     "full_oracle_filter": dict(about="full with the truly corrupted rows dropped", **FULL | dict(filter="oracle")),
     "full_oracle_difficulty": dict(about="full with every row's true pass rate as prior", **FULL, difficulty="oracle"),
 }
@@ -60,7 +62,7 @@ def _base() -> ConfigDict:
 
     c.arm_table = ConfigDict()  # what each arm keeps, reads and orders by
     for name, arm in ARMS.items():
-        row = dict(filter="none", strata=False, features="sae", clusters="features", difficulty="proxy", within="easy_to_hard") | arm
+        row = dict(filter="none", strata=False, features="sae", clusters="features", difficulty="proxy", within="easy_to_hard", start="base") | arm
         c.arm_table[name] = ConfigDict(row)
 
     # Share of each level, skew of the topics, share of each corruption (of jaxrl_llm.data.lab_world), and of rows that a quality filter
@@ -125,6 +127,7 @@ def _base() -> ConfigDict:
     c.curation.dims = 64  # of the truncated SVD under clusters and band
     c.curation.quality_labels = 400  # rows whose corruption is told to the quality probe; 0 = it learns from corrupted copies
     c.curation.tuned = True  # the probe also reads the answers' gain in policies fine-tuned on the rows told to be sound
+    c.curation.told_epochs = 15  # of fine-tuning on those rows before the reinforcement learning ("told" arms)
     c.curation.copies = 1000  # corrupted copies, where nobody tells
     c.curation.strata = 4  # parts of a cluster by difficulty, in each of which the worst rows are dropped ("strata" arms)
     c.curation.rho = 0.125  # of a batch, swapped with the next one ("published")

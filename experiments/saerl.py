@@ -107,20 +107,26 @@ def check(config) -> None:
     if config.grpo.eval_samples < 1:
         raise UserError("config.grpo.eval_samples is 0; arms are compared by avg@k, so give at least 1")
     for name in config.arms:
-        arm = config.arm_table[name]
-        for key, known in (("features", FEATURES), ("filter", FILTERS), ("clusters", ("features", "random")), ("difficulty", ("proxy", "oracle"))):
-            if arm[key] not in known:
-                raise UserError(f"config.arm_table.{name}.{key} is {arm[key]!r}; {nearest(arm[key], known)}")
-        c = config.curation
-        if arm.filter == "tuned" and (config.data.source or not (c.tuned and c.answers and c.quality_labels)):
-            raise UserError(
-                f"arm {name!r} filters by policies tuned on rows told to be sound: it needs the generated world, config.curation.tuned, "
-                "config.curation.answers and config.curation.quality_labels"
-            )
-        if config.data.source and "oracle" in (arm.filter, arm.difficulty):
-            raise UserError(f"arm {name!r} needs the truth, which only the generated world has; take it out of config.arms")
+        check_arm(config, name)
     if config.data.source and not any(held_out.source for held_out in config.data.evals.values()):
         raise UserError("config.data.source is set but no held-out set: give config.data.evals.test.source too, to compare the arms on")
+
+
+def check_arm(config, name: str) -> None:
+    """Raises UserError for an arm that names what there is not, or needs what the run does not have."""
+    arm = config.arm_table[name]
+    choices = dict(features=FEATURES, filter=FILTERS, clusters=("features", "random"), difficulty=("proxy", "oracle"), start=("base", "told"))
+    for key, known in choices.items():
+        if arm[key] not in known:
+            raise UserError(f"config.arm_table.{name}.{key} is {arm[key]!r}; {nearest(arm[key], known)}")
+    c = config.curation
+    told = bool(c.quality_labels) and not config.data.source
+    if not told and (arm.start == "told" or arm.filter == "tuned"):
+        raise UserError(f"arm {name!r} needs rows told to be sound: the generated world and config.curation.quality_labels")
+    if arm.filter == "tuned" and not (c.tuned and c.answers):
+        raise UserError(f"arm {name!r} filters by tuned policies: it needs config.curation.tuned and config.curation.answers")
+    if config.data.source and "oracle" in (arm.filter, arm.difficulty):
+        raise UserError(f"arm {name!r} needs the truth, which only the generated world has; take it out of config.arms")
 
 
 def run_parallel(config, root: Path, cells: list[Cell]) -> None:
@@ -380,14 +386,10 @@ def signal_options(bench: Bench):
 
 
 def tuner(bench: Bench):
-    """Plain supervised fine-tuning of the policy (`curation.likelihood.Tuner`); None where the config leaves it out."""
-    from jaxrl_llm.train.sft import train_sft
+    """Fine-tunes copies of the policy for the quality probe; None where the config leaves that out."""
+    from jaxrl_llm.train.sft import fine_tuner
 
-    def tune(params, batches, learning_rate):
-        settings = dict(steps=len(batches), checkpoint_every=0, optimizer=dict(learning_rate=learning_rate))
-        return train_sft(bench.policy.cfg, params, batches, settings, mesh=bench.mesh, progress=False)[0]
-
-    return tune if bench.config.curation.tuned else None
+    return fine_tuner(bench.policy.cfg, bench.mesh) if bench.config.curation.tuned else None
 
 
 def fail_rates(bench: Bench, rows: np.ndarray, name: str, salt: int) -> np.ndarray:
@@ -474,7 +476,8 @@ def make_arm_schedule(bench: Bench, name: str, signals):
     if arm.schedule != "band":
         options = dict(rho=c.rho, within=arm.within) if arm.schedule == "published" else {}
         return make_schedule(arm.schedule, batch_size=size, seed=seed, difficulty=hard, cluster=clusters, keep=keep, **options)
-    probed = c.refilter_every and arm.filter not in ("none", "oracle", "tfidf")  # the others do not ask the policy
+    # The others do not ask the policy; one that was tuned on the told rows can no longer judge by them.
+    probed = c.refilter_every and arm.filter not in ("none", "oracle", "tfidf") and arm.start == "base"
 
     def refilter(params) -> np.ndarray:
         return filter_arm(bench, arm, signals, bench.quality_probe().fit(arm.filter, params)).keep
@@ -542,6 +545,22 @@ def grpo_settings(config, cell: Cell) -> dict[str, Any]:
     )  # fmt: skip
 
 
+def start_policy(bench: Bench, name: str):
+    """The parameters that an arm starts from: those of the base policy, or ("told") of the base policy after plain supervised fine-tuning
+    on the rows told to be sound."""
+    from jaxrl_llm.curation.likelihood import TunedOptions
+    from jaxrl_llm.train.sft import fine_tuner
+
+    policy, seed, how = bench.policy, bench.cell.seed, TunedOptions()
+    if bench.config.arm_table[name].start == "base":
+        return policy.params
+    sound, rng = np.flatnonzero(told_quality(bench) == 1), np.random.default_rng([seed, 13])
+    order = np.concatenate([rng.permutation(sound) for _ in range(bench.config.curation.told_epochs)])
+    rows = [{"prompt": row["prompt"], "response": row["answer"]} for row in (bench.pool.rows[i] for i in order)]
+    batches = lab_world.sft_batches(rows, policy.tokenizer, min(how.batch, len(sound)), seed)
+    return fine_tuner(policy.cfg, bench.mesh)(policy.params, batches, how.learning_rate)
+
+
 def run_arm(bench: Bench, name: str, signals) -> None:
     """Trains one arm; leaves its run directory, the trained policy as a Hugging Face folder, and result.json."""
     import models
@@ -556,7 +575,7 @@ def run_arm(bench: Bench, name: str, signals) -> None:
     schedule = make_arm_schedule(bench, name, signals)
     run_dir = RunDir(folder, {**settings, "arm": name, "cell": bench.cell.name, "overwrite": config.overwrite}, kind="grpo", owns=("policy",))
     params, summary = train_grpo(
-        policy.cfg, policy.params, policy.tokenizer, bench.pool, bench.reward, schedule, settings, run_dir, bench.evals, mesh=bench.mesh,
+        policy.cfg, start_policy(bench, name), policy.tokenizer, bench.pool, bench.reward, schedule, settings, run_dir, bench.evals, mesh=bench.mesh,
         progress=bench.progress,
     )  # fmt: skip
     models.save(folder / "policy", policy.cfg, params, tokenizer_from=policy.tokenizer)

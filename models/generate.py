@@ -2,9 +2,9 @@
 
 `generate` takes lists of token ids and returns a `Rollout`; `sample_tokens` is its jitted core on device arrays. The
 keys and values of the P prompts are kept once and read by the G samples of each; a row's own tokens go to caches that
-follow each other in stages, so that early steps do not attend to slots that are still empty and a full one is never
-copied. Randomness belongs to a row (key,
-row number, step): the same seed gives the same completions however rows are padded or split into batches.
+follow each other in stages, so that early steps do not attend to slots that are still empty and a full cache is never
+copied. Randomness belongs to a row (key, row number, step): the same seed gives the same completions however rows are
+padded or split into batches.
 Letters: P prompts, G samples a prompt, B = P * G rows, T tokens, V vocabulary.
 """
 
@@ -139,8 +139,10 @@ def _start(plan: _Plan, params: Params, prompt_tokens_PT, prompt_lengths_P, nois
     return out.kv, _record(plan, state, logits_BV, noise, knobs)
 
 
-def _advance(plan: _Plan, params: Params, earlier: tuple[KV, ...], state: _State, prompt_lengths_P, noise, knobs, stage):
-    """One stage: decodes until it has decided its tokens or every row has finished. (keys and values written, state)."""
+def _advance(
+    plan: _Plan, params: Params, earlier: tuple[KV, ...], state: _State, prompt_lengths_P, noise, knobs, stage: tuple[int, int]
+) -> tuple[KV, _State]:
+    """Decodes until `stage`'s tokens are decided or every row has finished: (the keys and values it wrote, the state)."""
     slots, upto = stage
     prompt_lengths_B = jnp.repeat(prompt_lengths_P, plan.num_samples)
     layers = unstacked(params)  # outside the loop, which would cut them out of the stack for every token

@@ -81,6 +81,7 @@ def read_config(folder: Path) -> ModelConfig:
 
 
 def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; raises ModelError, naming the file, where there is none."""
     if not path.is_file():
         raise ModelError(f"{path}: no such file")
     try:

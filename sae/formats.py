@@ -51,6 +51,7 @@ def from_transformer_lens(hook: str | None) -> str | None:
 
 
 def rename_hook(hook: str | None, kinds: dict[str, str], whole: dict[str, str]) -> str | None:
+    """A hook's name in another library's words: `kinds` for what follows the block's number, `whole` for other names."""
     match = re.fullmatch(r"(blocks\.\d+\.)(.+)", hook or "")
     if match:
         return match[1] + kinds.get(match[2], match[2])
@@ -70,6 +71,7 @@ def native_read(config: dict[str, Any], tensors: dict[str, Any], where: str) -> 
 
 
 def native_write(d: Dictionary) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(config, tensors) in our own layout."""
     return {"format": "jaxrl_llm.sae", "version": 1, "sae": dataclasses.asdict(d.cfg)}, dict(d.params)
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxrl_llm.data.prompts import tokenise_prompts
+from jaxrl_llm.data.prompts import pad_answers, tokenise_prompts
 from jaxrl_llm.data.sampler import ShuffledSchedule
 from jaxrl_llm.data.sources import parse_fields, read_rows
 from jaxrl_llm.errors import UserError, nearest
@@ -76,24 +76,20 @@ def encode(rows: list[dict[str, Any]], tokenizer: Any, eos_token_ids: tuple[int,
         responses = [ids + end for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
     kept, dropped = [], 0
     for row, prompt, response in zip(rows, prompts, responses, strict=True):
-        counted = [config.loss_on == "text"] * len(prompt) + [True] * len(response)
-        if len(counted) > config.max_length:
+        tokens, begin = prompt + response, 0 if config.loss_on == "text" else len(prompt)
+        if len(tokens) > config.max_length:
             if config.overflow == "error":
-                raise UserError(f"row '{row['id']}' has {len(counted)} tokens, over max_length={config.max_length}: raise it, or set overflow")
+                raise UserError(f"row '{row['id']}' has {len(tokens)} tokens, over max_length={config.max_length}: raise it, or set overflow")
             # A prompt that fills the whole row leaves nothing to learn from.
-            if config.overflow == "drop" or not any(counted[: config.max_length]):
+            if config.overflow == "drop" or begin >= config.max_length:
                 dropped += 1
                 continue
-        kept.append(((prompt + response)[: config.max_length], counted[: config.max_length]))
+        kept.append((tokens[: config.max_length], begin))
     if not kept:
         raise UserError(f"no row is left: all {dropped} are longer than max_length={config.max_length} tokens")
     if dropped:
         print(f"{dropped} of {len(rows)} rows are longer than {config.max_length} tokens and were left out")
-    width = max(len(tokens) for tokens, _ in kept)
-    tokens_NT, mask_NT = np.zeros((len(kept), width), np.int32), np.zeros((len(kept), width), bool)
-    for i, (tokens, counted) in enumerate(kept):
-        tokens_NT[i, : len(tokens)], mask_NT[i, : len(tokens)] = tokens, counted
-    return tokens_NT, mask_NT
+    return pad_answers(kept)
 
 
 def _batches(tokens_NT: np.ndarray, mask_NT: np.ndarray, schedule: ShuffledSchedule) -> Iterator[tuple[np.ndarray, np.ndarray]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -98,4 +99,10 @@ def _widen(array: np.ndarray, codes) -> np.ndarray:
 
 def _context(tokenizer, tokens, values, indices, latent) -> dict[str, Any]:
     fired = np.where(indices == latent, values, 0.0).max(axis=-1)[: len(tokens)]
-    return {"tokens": [tokenizer.decode([t]) for t in tokens], "activations": fired.astype(float)}
+    return {"tokens": _token_texts(tokenizer, tokens), "activations": fired.astype(float)}
+
+
+def _token_texts(tokenizer, tokens) -> list[str]:
+    """What each token adds to the text, spaces included, which a token decoded alone may lack."""
+    upto = [tokenizer.decode(tokens[:i]) for i in range(len(tokens) + 1)]
+    return [after[len(before) :] for before, after in itertools.pairwise(upto)]

@@ -18,7 +18,8 @@ import numpy as np
 
 import models
 from jaxrl_llm.curation.features import tree_fingerprint
-from jaxrl_llm.curation.streaming import Results, run_sharded
+from jaxrl_llm.curation.streaming import Results, keep_end, run_sharded
+from jaxrl_llm.data.prompts import pad_answers
 from jaxrl_llm.errors import UserError
 
 COLUMNS = (
@@ -177,36 +178,17 @@ def tuned_gain(
             f"quality: {len(sound)} rows are told to be sound; tuning in {options.folds} folds needs {2 * options.folds}: "
             "tell more, or set config.curation.tuned=False"
         )
-    tokens, begins = _within_context(cfg, *tokens_of(0, n))
+    answers = [keep_end(*row, cfg.bos_token_id, cfg.max_position) for row in zip(*tokens_of(0, n), strict=True)]
     gains = np.zeros((options.folds, n, 3), np.float32)
-    width = max(len(tokens[i]) for i in sound)  # one for all folds: one compilation
+    width = max(len(answers[i][0]) for i in sound)  # one for all folds: one compilation
     for fold in range(options.folds):
         used = sound[fold_of[sound] != fold]
         size = min(options.batch, len(used))
         rng = np.random.default_rng([seed, 0x70E, fold])
         order = np.concatenate([rng.permutation(used) for _ in range(options.epochs)])
-        batches = [_padded_rows(tokens, begins, order[i : i + size], width) for i in range(0, len(order) - size + 1, size)]
+        batches = [pad_answers([answers[j] for j in order[i : i + size]], width) for i in range(0, len(order) - size + 1, size)]
         tuned = tune(params, batches, options.learning_rate)
         gains[fold] = answer_likelihood(cfg, tuned, tokens_of, n, mesh=mesh)[0][:, :3] - before[:, :3]
     out = gains.mean(axis=0)
     out[known] = gains[fold_of[known], known]
     return out
-
-
-def _within_context(cfg: models.ModelConfig, tokens, begins) -> tuple[list[list[int]], list[int]]:
-    """Rows and where their answers begin, of longer rows the end (behind the beginning-of-text token), as `answer_likelihood` reads them."""
-    cut = []
-    for row, begin in zip(tokens, begins, strict=True):
-        head = 1 if len(row) and row[0] == cfg.bos_token_id else 0
-        gone = max(len(row) - cfg.max_position, 0)
-        cut.append(([*row[:head], *row[head + gone :]], max(begin - gone, head)))
-    return [row for row, _ in cut], [begin for _, begin in cut]
-
-
-def _padded_rows(tokens, begins, rows: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
-    """(tokens [B, width], mask [B, width]) of some rows; the mask is on the answers."""
-    out, mask = np.zeros((len(rows), width), np.int32), np.zeros((len(rows), width), bool)
-    for j, i in enumerate(rows):
-        out[j, : len(tokens[i])] = tokens[i]
-        mask[j, begins[i] : len(tokens[i])] = True
-    return out, mask

@@ -214,6 +214,17 @@ def write_npz(path: Path, arrays: dict[str, np.ndarray]) -> None:
         raise from_os_error(error, path, "write") from error
 
 
+def keep_end(row: Sequence[int], mark: int, bos: int | None, context: int) -> tuple[list[int], int]:
+    """A row's last tokens that fit the context, behind its beginning-of-text token, and where `mark` then is."""
+    head = 1 if len(row) and row[0] == bos else 0
+    return _piece(row, mark, head, max(len(row) - context, 0), context)
+
+
+def _piece(row: Sequence[int], mark: int, head: int, begin: int, context: int) -> tuple[list[int], int]:
+    """The context's worth of a row from `begin` behind its head, and where `mark` then is."""
+    return [*row[:head], *row[head + begin : begin + context]], max(mark - begin, head)
+
+
 def _cut(tokens, marks, program: Program, overflow: str, first_row: int) -> tuple[list[Piece], dict[str, np.ndarray]]:
     """Rows as pieces that fit the context, and what was done to them."""
     counts, pieces = Counter(), []
@@ -238,8 +249,8 @@ def _cut(tokens, marks, program: Program, overflow: str, first_row: int) -> tupl
             body, name = row[head:], "windowed" if overflow == "window" else "truncated"
             begins = range(0, len(body), room) if overflow == "window" else [len(body) - room]
             for b in begins:
-                part = [*row[:head], *body[b : b + room]]
-                pieces.append(Piece(i, part, head, max(mark - b, head), b == begins[0], b == begins[-1]))
+                part, at = _piece(row, mark, head, b, program.context)
+                pieces.append(Piece(i, part, head, at, b == begins[0], b == begins[-1]))
             counts[name] += 1
     flags = {"lengths": lengths, "dropped": dropped}
     return pieces, flags | {"counts": np.array([counts[k] for k in ("windowed", "truncated", "dropped", "empty")])}

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
+from jaxrl_llm.data.prompts import pad_answers
 from jaxrl_llm.errors import UserError, nearest
 
 LEVELS = (1, 2, 3, 4, 5)
@@ -29,6 +30,7 @@ def spell(number: int) -> str:
 
 
 def spell_list(items: Sequence[int]) -> str:
+    """A list as the world writes it: its items separated by spaces."""
     return " ".join(str(i) for i in items)
 
 
@@ -304,23 +306,16 @@ def sft_batches(
     Rows of alike length share a batch (sorted inside windows of 16 batches, batches then shuffled), so little is padding;
     widths are the few sizes of T, so that few programs are compiled.
     """
-    pairs = []
+    encoded = []
     for row in rows:
         response = tokenizer(row["response"], add_special_tokens=False).input_ids
-        pairs.append((tokenizer(row["prompt"]).input_ids, [*response, tokenizer.eos_token_id]))
+        prompt = tokenizer(row["prompt"]).input_ids
+        encoded.append(([*prompt, *response, tokenizer.eos_token_id], len(prompt)))
     rng, out = np.random.default_rng(seed), []
-    for start in range(0, len(pairs), 16 * batch):
-        window = sorted(pairs[start : start + 16 * batch], key=lambda pair: len(pair[0]) + len(pair[1]))
-        batches = [_padded(window[i : i + batch], widths) for i in range(0, len(window) - batch + 1, batch)]
+    for start in range(0, len(encoded), 16 * batch):
+        window = sorted(encoded[start : start + 16 * batch], key=lambda row: len(row[0]))
+        batches = [window[i : i + batch] for i in range(0, len(window) - batch + 1, batch)]
+        longest = [max(len(tokens) for tokens, _ in rows) for rows in batches]
+        batches = [pad_answers(rows, min(w for w in widths if w >= n)) for rows, n in zip(batches, longest, strict=True)]
         out += [batches[i] for i in rng.permutation(len(batches))]
     return out
-
-
-def _padded(pairs, widths) -> tuple[np.ndarray, np.ndarray]:
-    longest = max(len(a) + len(b) for a, b in pairs)
-    width = min(w for w in widths if w >= longest)
-    tokens, mask = np.zeros((len(pairs), width), np.int32), np.zeros((len(pairs), width), bool)
-    for i, (prompt, response) in enumerate(pairs):
-        tokens[i, : len(prompt) + len(response)] = prompt + response
-        mask[i, len(prompt) : len(prompt) + len(response)] = True
-    return tokens, mask

@@ -146,6 +146,17 @@ def fill_template(template: str, row: Mapping[str, Any]) -> str:
     return _SLOT.sub(fill, template)
 
 
+def pad_answers(rows: Sequence[tuple[Sequence[int], int]], width: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """(tokens [N, width] int32 right-padded with 0, mask [N, width] bool on the answers) of rows (tokens, where the answer begins), for
+    supervised fine-tuning. width: that of the longest row by default."""
+    width = max(len(tokens) for tokens, _ in rows) if width is None else width
+    tokens_NT, mask_NT = np.zeros((len(rows), width), np.int32), np.zeros((len(rows), width), bool)
+    for i, (tokens, begin) in enumerate(rows):
+        tokens_NT[i, : len(tokens)] = tokens
+        mask_NT[i, begin : len(tokens)] = True
+    return tokens_NT, mask_NT
+
+
 def _pad(
     rows: list[dict[str, Any]], token_lists: list[list[int]], tokenizer: Any, pad_to: int | None, dropped: int, truncated: int
 ) -> PromptBatch:

@@ -185,6 +185,7 @@ def _calibration_chart(series: dict, quantity: str, limits: tuple[float, float],
 
 
 def interval_text(low: float | None, high: float | None) -> str:
+    """An interval in words, empty where an end is missing."""
     return "" if low is None or high is None else f"{number(low, digits=2)} to {number(high, digits=2)}"
 
 

@@ -132,6 +132,8 @@ class Schedule(TypedDict):
 
 
 class CalibrationBin(TypedDict):
+    """Rows of alike prediction: their mean prediction, what was observed, how many, and its interval."""
+
     predicted: float
     observed: float
     count: int
@@ -140,6 +142,8 @@ class CalibrationBin(TypedDict):
 
 
 class CalibrationSeries(TypedDict):
+    """One predictor's calibration curve."""
+
     name: str
     bins: list[CalibrationBin]
     spearman: NotRequired[Estimate | None]
@@ -184,6 +188,8 @@ class SignalTable(TypedDict):
 
 
 class Response(TypedDict):
+    """One policy's answer to a prompt, with its verdict."""
+
     text: str
     status: str  # PASS, FAIL, ERROR, TIMEOUT, NOT_APPLICABLE; UNJUDGED shows no verdict
     arm: NotRequired[str]
@@ -202,6 +208,8 @@ class RolloutItem(TypedDict):
 
 
 class FeatureContext(TypedDict):
+    """A text on which a feature is active."""
+
     tokens: list[str]
     activations: list[Gap]  # parallel to tokens
     note: NotRequired[str]
@@ -220,6 +228,8 @@ class Feature(TypedDict):
 
 
 class PanelSeries(TypedDict):
+    """One arm's line in a panel; steps and values are parallel."""
+
     label: str
     steps: list[float]
     values: list[Gap]
@@ -236,11 +246,15 @@ class Panel(TypedDict):
 
 
 class Stage(TypedDict):
+    """One stage of the run and its wall time."""
+
     name: str
     seconds: float
 
 
 class Provenance(TypedDict):
+    """Where the figures come from: versions, seeds, times."""
+
     versions: NotRequired[dict[str, Any]]
     seeds: NotRequired[list[int]]
     stages: NotRequired[list[Stage]]  # the wall time by stage, drawn as one bar

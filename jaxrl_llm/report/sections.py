@@ -21,6 +21,7 @@ MAX_PROMPT = 280  # characters of a prompt in the map's hover text
 
 
 def note(content: str | None) -> str:
+    """A remark under a chart or table; nothing where there is none."""
     return tag("p", esc(content), cls="note") if content else ""
 
 
@@ -33,6 +34,7 @@ def scrolling(table: str, label: str) -> str:
 
 
 def headline(data: dict) -> str:
+    """The page's title, its one sentence and the large figures."""
     eyebrow = tag("p", esc(data["subtitle"]), cls="eyebrow") if data.get("subtitle") else ""
     facts = "".join(
         tag(
@@ -66,6 +68,7 @@ def panels(items: list[dict], remark: str | None = None) -> str:
 
 
 def arms_tables(tables: list[dict], arms: Arms) -> str:
+    """The arms beside the baseline, a table a pool."""
     return "".join(_arms_table(table, arms) for table in tables)
 
 
@@ -230,10 +233,12 @@ def schedules(items: list[dict], arms: Arms) -> str:
 
 
 def calibration(data: dict) -> str:
+    """Predicted against observed difficulty."""
     return tag("div", "".join(calibration_charts(data)), cls="grid") + note(data.get("note"))
 
 
 def quality(data: dict) -> str:
+    """The histogram of quality scores with the cut."""
     return quality_chart(data) + note(data.get("note"))
 
 
@@ -241,6 +246,7 @@ def quality(data: dict) -> str:
 
 
 def signals(tables: list[dict]) -> str:
+    """The signals scored against the truth, a table a property."""
     return "".join(_signal_table(table) for table in tables)
 
 

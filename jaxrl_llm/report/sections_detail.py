@@ -90,6 +90,7 @@ def _response(response: dict, arms: Arms) -> str:
 
 
 def features(items: list[dict]) -> str:
+    """The most telling SAE features with their top contexts."""
     return tag("div", "".join(_feature(item) for item in items), cls="features")
 
 
@@ -141,6 +142,7 @@ def flatten(config: dict, prefix: str = "") -> list[tuple[str, Any]]:
 
 
 def config(data: dict) -> str:
+    """The run's config, a row a field."""
     rows = "".join(
         tag("tr", tag("th", tag("code", esc(key)), scope="row") + tag("td", tag("code", esc(clip(_show(value), 600)))))
         for key, value in flatten(data)
@@ -162,6 +164,7 @@ def _show(value: Any) -> str:
 
 
 def provenance(data: dict) -> str:
+    """Wall time by stage, versions, seeds."""
     stages, total = data.get("stages", []), data.get("seconds")
     body = ""
     if stages:

@@ -203,10 +203,12 @@ def spread(wanted: Sequence[float], gap: float, low: float, high: float) -> list
 
 
 def text(x: float, y: float, content: object, cls: str = "", anchor: str | None = None, **more: Any) -> str:
+    """A text element."""
     return tag("text", esc(content), x=float(x), y=float(y), cls=cls or None, text_anchor=anchor, **more)
 
 
 def line(x1: float, y1: float, x2: float, y2: float, cls: str, **more: Any) -> str:
+    """A straight line."""
     return tag("line", x1=float(x1), y1=float(y1), x2=float(x2), y2=float(y2), cls=cls, **more)
 
 

@@ -11,7 +11,7 @@ from jaxrl_llm.curation import interpret
 
 class Words:
     def decode(self, ids):
-        return f"<{ids[0]}>"
+        return " ".join(f"<{i}>" for i in ids)
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def test_finds_the_latent_behind_a_target_and_its_contexts(setting):
     assert abs(found[1]["effect"]) < 1.0
     best = int(np.argmax(everything[:, planted]))
     top = found[0]["contexts"][0]
-    assert top["tokens"] == [f"<{t}>" for t in tokens[best]]
+    assert top["tokens"] == [f"<{tokens[best][0]}>", *(f" <{t}>" for t in tokens[best][1:])]  # spaces between words are kept
     assert np.log1p(max(top["activations"])) == pytest.approx(everything[best, planted], abs=1e-4) and top["activations"][0] == 0
     assert found[0]["density"] == pytest.approx((everything[:, planted] > 0).mean())
 

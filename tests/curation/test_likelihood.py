@@ -5,10 +5,11 @@ import numpy as np
 import pytest
 
 import models
-from jaxrl_llm.curation.likelihood import CHUNK_TOKENS, COLUMNS, TunedOptions, _within_context, answer_likelihood, tuned_gain
+from jaxrl_llm.curation.likelihood import CHUNK_TOKENS, COLUMNS, TunedOptions, answer_likelihood, tuned_gain
 from jaxrl_llm.curation.probes import auroc
+from jaxrl_llm.curation.streaming import keep_end
 from jaxrl_llm.errors import UserError
-from jaxrl_llm.train.sft import train_sft
+from jaxrl_llm.train.sft import fine_tuner
 
 
 @pytest.fixture(scope="module")
@@ -94,12 +95,7 @@ def told_world():
 def gain(model, rows, marks, told, options, before=None):
     tokens_of = lambda a, b: (rows[a:b], marks[a:b])  # noqa: E731
     before = answer_likelihood(*model, tokens_of, len(rows))[0] if before is None else before
-
-    def tune(params, batches, learning_rate):
-        settings = dict(steps=len(batches), checkpoint_every=0, optimizer=dict(learning_rate=learning_rate))
-        return train_sft(model[0], params, batches, settings, progress=False)[0]
-
-    return tuned_gain(*model, tokens_of, told, before, tune, options)
+    return tuned_gain(*model, tokens_of, told, before, fine_tuner(model[0]), options)
 
 
 def test_tuning_on_sound_rows_tells_others_of_the_same_procedure(model, told_world):
@@ -143,10 +139,10 @@ def test_every_setting_of_the_tuning_counts(model, told_world):
 def test_of_a_long_row_the_end_is_tuned_on(model, told_world):
     """A row past the model's context is cut as `answer_likelihood` cuts it, behind its beginning-of-text token."""
     cfg, _ = model
-    assert _within_context(cfg, [[1, *range(3, 29)] * 6, [1, 5, 6], [5] * 130], [161, 2, 4]) == (
-        [[1, *([1, *range(3, 29)] * 6)[-127:]], [1, 5, 6], [5] * 128],
-        [161 - (162 - 128), 2, 2],
-    )
+    row = [1, *range(3, 29)] * 6
+    assert keep_end(row, 161, cfg.bos_token_id, 128) == ([1, *row[-127:]], 161 - (162 - 128))
+    assert keep_end([1, 5, 6], 2, cfg.bos_token_id, 128) == ([1, 5, 6], 2)
+    assert keep_end([5] * 130, 1, cfg.bos_token_id, 128) == ([5] * 128, 0)  # an answer longer than the context
     rows, marks, _, told = told_world
     longer = [[1, *([7] * 150), *row[1:]] if i < 8 else row for i, row in enumerate(rows)]
     found = gain(model, longer, [153 if i < 8 else 3 for i in range(200)], told, TunedOptions(folds=2, epochs=1, learning_rate=1e-3))

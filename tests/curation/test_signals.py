@@ -10,7 +10,7 @@ from jaxrl_llm.curation.likelihood import COLUMNS
 from jaxrl_llm.curation.passes import LanguageModel
 from jaxrl_llm.curation.signals import MODEL_KINDS, QualityProbe, SignalOptions
 from jaxrl_llm.data import lab_world
-from jaxrl_llm.train.sft import train_sft
+from jaxrl_llm.train.sft import fine_tuner
 
 
 @pytest.fixture(scope="module")
@@ -28,12 +28,7 @@ def world(tmp_path_factory):
 def probe_of(world, told, tuned=True):
     rows, model, dictionary, _ = world
     settings = SignalOptions(pooling=("last",), remove_length=False, copies=20, draws=20)
-
-    def tune(params, batches, learning_rate):
-        how = dict(steps=len(batches), checkpoint_every=0, optimizer=dict(learning_rate=learning_rate))
-        return train_sft(model.cfg, params, batches, how, progress=False)[0]
-
-    return QualityProbe(rows, model, model, dictionary, told, {}, settings, tune if tuned else None)
+    return QualityProbe(rows, model, model, dictionary, told, {}, settings, fine_tuner(model.cfg) if tuned else None)
 
 
 def test_tuned_policies_add_to_what_every_model_kind_reads(world):

@@ -13,7 +13,10 @@ import sae
 from experiments import saerl
 from jaxrl_llm.config import load_config
 from jaxrl_llm.curation.curated_set import CuratedSet
+from jaxrl_llm.curation.likelihood import answer_likelihood
+from jaxrl_llm.curation.passes import LanguageModel
 from jaxrl_llm.curation.signals import Signals
+from jaxrl_llm.curation.texts import answer_tokens
 from jaxrl_llm.data import lab_world
 from jaxrl_llm.errors import UserError
 
@@ -75,8 +78,25 @@ def test_a_killed_stage_is_made_again_and_finished_ones_are_not(workdir, tmp_pat
     saerl.run(tiny(), copy)
     assert kept == {name: (cell / name).stat().st_mtime_ns for name in kept}
     assert (cell / "rollouts.json").read_text() == (workdir / "cells" / cell.name / "rollouts.json").read_text()
-    for name in ("final", "seconds"):
-        assert (cell / "full" / "result.json").exists(), name
+    assert (cell / "full" / "result.json").exists() and (cell / "full" / "policy").exists()
+
+
+def test_told_arms_start_from_a_policy_tuned_on_the_rows_told_to_be_sound(workdir):
+    """Plain fine-tuning on those rows and no others, as long as the config says; every other arm starts from the base policy."""
+    config, cell = tiny(), saerl.Cell("wrong", 0, 0)
+    policy = LanguageModel.load(str(workdir / "policies" / "base0"), "float32", None)
+    pool, evals, reward = saerl.make_data(config, cell, policy)
+    truth = saerl.known_truth(pool)
+    bench = saerl.Bench(config, cell, workdir, None, policy, pool, evals, reward, truth, False)
+    answers = answer_tokens(pool.rows, policy.tokenizer)
+    mean = lambda params: answer_likelihood(policy.cfg, params, answers, len(pool))[0][:, 0]  # noqa: E731
+    assert saerl.start_policy(bench, "full") is policy.params
+    told, started = saerl.told_quality(bench), saerl.start_policy(bench, "vanilla_told")
+    gain = mean(started) - mean(policy.params)
+    assert gain[told == 1].mean() > max(0.0, gain[told == 0].mean(), gain[np.isnan(told)].mean())
+    jax.tree.map(np.testing.assert_array_equal, started, saerl.start_policy(bench, "full_told"))
+    bench.config = tiny(**{"curation.told_epochs": 30})
+    assert (mean(saerl.start_policy(bench, "full_told")) - mean(started))[told == 1].mean() > 0.01
 
 
 def test_overwrite_starts_over(workdir, tmp_path):
@@ -181,6 +201,8 @@ def test_unknown_arm_names_the_nearest():
         ({"arm_table.full.filter": "sea"}, "filter is 'sea'.*sae"),
         ({"main_arm": "published"}, "main_arm"),
         ({"arms": ("vanilla", "full_tuned"), "main_arm": "vanilla", "curation.quality_labels": 0}, "'full_tuned' .* told to be sound"),
+        ({"arms": ("vanilla", "vanilla_told"), "main_arm": "vanilla", "curation.quality_labels": 0}, "'vanilla_told' .* told to be sound"),
+        ({"arms": ("vanilla", "full_tuned"), "main_arm": "vanilla", "curation.tuned": False}, "config.curation.tuned"),
     ],
 )
 def test_what_would_be_noticed_after_hours_is_refused_at_once(changes, message):
@@ -206,12 +228,14 @@ def signals():
 
 
 def test_every_arm_of_the_table_makes_its_own_schedule(signals):
+    """Arms differ in their rows or, where they start from another policy, in that."""
     config = tiny()
     batches = {}
     for name in config.arm_table:
         schedule = saerl.make_arm_schedule(bench_of(config), name, signals)
-        batches[name] = tuple(schedule.batch(0))
-        assert len(set(batches[name])) == config.grpo.prompts_per_step
+        rows = tuple(schedule.batch(0))
+        batches[name] = (config.arm_table[name].start, rows)
+        assert len(set(rows)) == config.grpo.prompts_per_step
     assert len(set(batches.values())) == len(batches)
 
 
@@ -231,10 +255,10 @@ def test_filters_drop_what_they_should(signals):
     assert np.abs(lost - config.pool_table.mixed.drop_strata * sizes).max() <= 2
 
 
-BAND_ARMS = [("full", True), ("full_logprob", True), ("full_tuned", True), ("full_tfidf", False), ("full_oracle_filter", False)]
-
-
-@pytest.mark.parametrize(("name", "asks"), BAND_ARMS)
+@pytest.mark.parametrize(
+    ("name", "asks"),
+    [("full", True), ("full_logprob", True), ("full_tuned", True), ("full_tfidf", False), ("full_oracle_filter", False), ("full_told", False)],
+)
 def test_band_arms_filter_anew_by_the_policy_as_it_is(signals, name, asks):
     """`full` asks the probe again at every `refilter_every`-th step; arms whose quality knows no policy do not."""
     config, asked = tiny(**{"curation.refilter_every": 3}), []

@@ -180,3 +180,16 @@ def test_generate_on_the_real_checkpoint(capsys, assets, tmp_path):
     (tmp_path / "run" / "samples.jsonl").write_text("\n".join(lines[:4]) + "\n")
     assert call(capsys, "generate", *common, *source, *batches)[0] == 0
     assert (tmp_path / "run" / "samples.jsonl").read_text().splitlines() == lines
+
+
+def test_a_verb_of_the_program_asks_for_huge_pages_first(monkeypatch, capsys):
+    """Only as a program and only for a verb: a call from Python must not be restarted, and --help has nothing to gain."""
+    from jaxrl_llm import runtime
+
+    asked = []
+    monkeypatch.setattr(runtime, "use_huge_pages", lambda: asked.append(sys.argv[1:]))
+    assert cli.main(["doctor", "--help"]) == 0 and asked == []
+    for arguments in (["--help"], ["doctor", "--help"]):
+        monkeypatch.setattr(sys, "argv", ["jaxrl-llm", *arguments])
+        assert cli.main() == 0
+    assert asked == [["doctor", "--help"]]
