@@ -15,15 +15,17 @@ VARIANTS = ("demo", "lab", "headline", "qwen2.5-math-1.5b", "qwen2.5-math-7b")
 FULL = dict(filter="sae", schedule="band", strata=True)
 ARMS = {
     "vanilla": dict(about="shuffled pool, no curation", schedule="shuffled"),
-    "filter": dict(about="SAE quality filter, shuffled", filter="sae", schedule="shuffled"),
+    "vanilla_double": dict(about="shuffled pool, no curation, twice the steps", schedule="shuffled", length=2.0),
+    "filter": dict(about="filter by SAE features alone, shuffled", filter="sae_alone", schedule="shuffled"),
     "curriculum": dict(about="strict easy to hard by the SAE proxy, no filter", schedule="global_sort"),
     "mixing": dict(about="single-cluster batches with moderate mixing, no order inside", schedule="published", within="shuffled"),
-    "published": dict(about="filter, clusters, easy to hard inside, alternate, mix", filter="sae", schedule="published"),
+    "published": dict(about="filter by SAE features alone, clusters, easy to hard inside, alternate, mix", filter="sae_alone", schedule="published"),
     "full": dict(about="filter inside strata of SAE cluster x difficulty, then a trainability band that moves with the policy", **FULL),
     "full_random_clusters": dict(about="full with clusters dealt at random", **FULL, clusters="random"),
     "full_dense": dict(about="full on dense activations", **FULL | dict(filter="dense", features="dense")),
     "full_random_sae": dict(about="full on an SAE that was never trained", **FULL | dict(filter="random_sae", features="random_sae")),
-    "full_tfidf": dict(about="full on length and TF-IDF", **FULL | dict(filter="tfidf", features="tfidf")),
+    "full_tfidf": dict(about="full on length and TF-IDF in place of the SAE's features", **FULL | dict(filter="tfidf", features="tfidf")),
+    "full_words": dict(about="full on length and TF-IDF alone: nothing of a model", **FULL | dict(filter="tfidf_alone", features="tfidf")),
     "full_logprob": dict(about="full with the policy's log-probabilities alone as quality", **FULL | dict(filter="logprob")),
     "full_tuned": dict(about="full with the log-probabilities and their gain in tuned policies as quality, without features", **FULL | dict(filter="tuned")),
     "vanilla_told": dict(about="vanilla from the policy fine-tuned on the rows told to be sound", schedule="shuffled", start="told"),
@@ -62,15 +64,14 @@ def _base() -> ConfigDict:
 
     c.arm_table = ConfigDict()  # what each arm keeps, reads and orders by
     for name, arm in ARMS.items():
-        row = dict(filter="none", strata=False, features="sae", clusters="features", difficulty="proxy", within="easy_to_hard", start="base") | arm
+        row = dict(filter="none", strata=False, features="sae", clusters="features", difficulty="proxy", within="easy_to_hard", start="base", length=1.0) | arm
         c.arm_table[name] = ConfigDict(row)
 
-    # Share of each level, skew of the topics, share of each corruption (of jaxrl_llm.data.lab_world), and of rows that a quality filter
-    # drops: from the whole pool, or from each stratum.
+    # Share of each level, skew of the topics, share of each corruption (of jaxrl_llm.data.lab_world).
     none = dict.fromkeys(("wrong_answer", "missing_clause", "garbled", "near_duplicate"), 0.0)
-    mixed = dict.fromkeys(none, 0.05) | dict(drop=0.15, drop_strata=0.3)
-    wrong = none | dict(wrong_answer=0.4, drop=0.35, drop_strata=0.6)
-    web = dict(wrong_answer=0.05, missing_clause=0.25, garbled=0.25, near_duplicate=0.05, drop=0.5, drop_strata=0.6)
+    mixed = dict.fromkeys(none, 0.05)
+    wrong = none | dict(wrong_answer=0.4)
+    web = dict(wrong_answer=0.05, missing_clause=0.25, garbled=0.25, near_duplicate=0.05)
     even, hard = dict(levels=(0.2,) * 5, topic_skew=0.0), dict(levels=(0.05, 0.1, 0.15, 0.3, 0.4), topic_skew=0.0)
     scraped = dict(levels=(0.15, 0.15, 0.2, 0.25, 0.25), topic_skew=1.0)
     pools = dict(mixed=even | mixed, wrong=even | wrong, hard=hard | mixed, web=scraped | web)
@@ -129,6 +130,12 @@ def _base() -> ConfigDict:
     c.curation.tuned = True  # the probe also reads the answers' gain in policies fine-tuned on the rows told to be sound
     c.curation.told_epochs = 15  # of fine-tuning on those rows before the reinforcement learning ("told" arms)
     c.curation.copies = 1000  # corrupted copies, where nobody tells
+    # Share of rows that a filter drops: so many times the share of bad rows among those told, from the whole pool or from each stratum
+    # ("strata" arms), but never more than drop_most; drop where nothing was told.
+    c.curation.drop_per_bad = 1.0
+    c.curation.strata_drop_per_bad = 1.5
+    c.curation.drop_most = 0.6
+    c.curation.drop = 0.1
     c.curation.strata = 4  # parts of a cluster by difficulty, in each of which the worst rows are dropped ("strata" arms)
     c.curation.rho = 0.125  # of a batch, swapped with the next one ("published")
     c.curation.refilter_every = 60  # steps after which band arms judge the rows' answers anew, by the policy as it is then; 0 = never
@@ -173,9 +180,9 @@ def _lab(c: ConfigDict) -> None:
 def _headline(c: ConfigDict) -> None:
     """The claim alone: eight paired seeds on each of three base models that nothing was tuned on."""
     c.title = "SAERL, headline"
-    c.arms = ("vanilla", "full", "full_random_clusters", "full_tfidf")
+    c.arms = ("vanilla", "vanilla_double", "full", "full_random_clusters", "full_random_sae", "full_tuned", "full_tfidf", "full_words")
     c.pools = ("wrong", "web")
-    c.bases, c.seeds, c.data.test_seed = (1, 2, 3), tuple(range(100, 108)), 993
+    c.bases, c.seeds, c.data.test_seed = (4, 5, 6), tuple(range(200, 208)), 995
     c.workers = 2
 
 
@@ -184,7 +191,7 @@ def _qwen(c: ConfigDict, model: str, layers: int, d_model: int, mesh: str) -> No
     c.title = f"SAERL, {model}"
     c.arms = ("vanilla", "published", "full")
     c.pools = ("data",)
-    c.pool_table.data = ConfigDict(dict(drop=0.1, drop_strata=0.1))
+    c.pool_table.data = ConfigDict()
     c.mesh = mesh
     c.policy.model, c.policy.dtype = model, "bfloat16"
     c.policy.d_model, c.policy.n_layers = d_model, layers

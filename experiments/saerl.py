@@ -39,7 +39,7 @@ from jaxrl_llm.run_dir import RunDir, write_json
 
 # Feature kinds an arm may name; "sae" is ours, the others are its controls.
 FEATURES = ("sae", "random_sae", "dense", "tfidf")
-FILTERS = ("none", "oracle", "logprob", "tuned", *FEATURES)
+FILTERS = ("none", "oracle", "logprob", "tuned", "sae_alone", "tfidf_alone", *FEATURES)
 BAD = ("wrong_answer", "missing_clause", "garbled")  # a near-duplicate is a sound problem
 
 
@@ -239,9 +239,10 @@ def pretrain(config, folder: Path, base: int, progress: bool) -> None:
         head_dim=c.d_model // c.n_heads, d_ff=c.d_ff, tie_embeddings=True, qkv_bias=True, max_position=64, **special,
     )  # fmt: skip
     seed = 1000 * base
-    rows = lab_world.demonstrations(c.clean_steps * c.batch, seed + 7, c.clean_levels, (0.0,) * 5)
+    held_out = {row["prompt"] for row in lab_test(config)}
+    rows = lab_world.demonstrations(c.clean_steps * c.batch, seed + 7, c.clean_levels, (0.0,) * 5, held_out)
     batches = lab_world.sft_batches(rows, tokenizer, c.batch, seed)
-    mixed = lab_world.demonstrations(c.mixed_steps * c.batch, seed + 8, c.mixed_levels, c.mistakes)
+    mixed = lab_world.demonstrations(c.mixed_steps * c.batch, seed + 8, c.mixed_levels, c.mistakes, held_out)
     batches += lab_world.sft_batches(mixed, tokenizer, c.batch, seed + 1)
     optimizer = dict(
         learning_rate=c.learning_rate, schedule="cosine", warmup_steps=50, final_share=0.05, b2=0.98, weight_decay=0.01
@@ -253,6 +254,11 @@ def pretrain(config, folder: Path, base: int, progress: bool) -> None:
 
 
 # --- data ------------------------------------------------------------------------------------------------------------
+
+
+def lab_test(config) -> list[dict[str, Any]]:
+    """The generated held-out problems: in no pool, and in nothing that the base policy was trained on."""
+    return lab_world.generate_problems(config.data.test_rows, config.data.test_seed, prefix="test")
 
 
 def make_data(config, cell: Cell, policy):
@@ -269,19 +275,22 @@ def make_data(config, cell: Cell, policy):
             for name, e in d.evals.items() if e.source
         }  # fmt: skip
     else:
-        test = lab_world.generate_problems(d.test_rows, d.test_seed, prefix="test")
+        test = lab_test(config)
         shares, taken = config.pool_table[cell.pool], {r["prompt"] for r in test}
         clean = lab_world.generate_problems(d.rows, 5000 + cell.seed, shares.levels, topic_skew=shares.topic_skew, exclude=taken)
-        rows = lab_world.corrupt(clean, {k: shares[k] for k in lab_world.CORRUPTIONS}, cell.seed)
+        rows = lab_world.corrupt(clean, {k: shares[k] for k in lab_world.CORRUPTIONS}, cell.seed, exclude=taken)
         held_out = {"test": test}
     tokenise = functools.partial(
         tokenise_prompts, tokenizer=policy.tokenizer, max_length=d.max_prompt_tokens, template=d.template, overflow="drop"
     )
+    reward = registry.get_reward(d.reward)
+    for each in (rows, *held_out.values()):
+        registry.validate_rows(reward, each)
     pool, evals = tokenise(rows), {name: tokenise(r) for name, r in held_out.items()}
     for name, batch in {"pool": pool, **evals}.items():
         if batch.dropped:
             print(f"  {name}: left out {batch.dropped} prompts longer than data.max_prompt_tokens={d.max_prompt_tokens}", flush=True)
-    return pool, evals, registry.get_reward(d.reward)
+    return pool, evals, reward
 
 
 def known_truth(pool) -> dict[str, np.ndarray]:
@@ -448,17 +457,25 @@ def filter_arm(bench: Bench, arm, signals, quality: np.ndarray | None = None):
     base policy."""
     from jaxrl_llm.curation.quality import difficulty_strata, filter_rows
 
-    shares, n = bench.config.pool_table[bench.cell.pool], len(bench.pool)
+    n = len(bench.pool)
     if arm.filter == "none":
         return filter_rows(np.zeros(n), 0.0)
     if arm.filter == "oracle":
         return filter_rows(np.zeros(n), 0.0, {"truly corrupted": np.isin(bench.truth["corruption"], BAD)})
     quality = signals.quality[arm.filter] if quality is None else quality
     if not arm.strata:
-        return filter_rows(quality, shares.drop)
+        return filter_rows(quality, drop_share(bench, arm))
     strata = difficulty_strata(arm_clusters(bench, arm, signals), arm_difficulty(arm, signals), bench.config.curation.strata)
     # The probe is logistic: its score is the log-odds of a sound row.
-    return filter_rows(quality, shares.drop_strata, strata=strata, expected_bad=expit(-quality))
+    return filter_rows(quality, drop_share(bench, arm), strata=strata, expected_bad=expit(-quality))
+
+
+def drop_share(bench: Bench, arm) -> float:
+    """The share of rows that an arm's filter drops, from the share of bad ones among those told."""
+    c, told = bench.config.curation, told_quality(bench)
+    if told is None:
+        return c.drop
+    return min((c.strata_drop_per_bad if arm.strata else c.drop_per_bad) * float(1 - np.nanmean(told)), c.drop_most)
 
 
 def keep_rows(bench: Bench, arm, signals) -> np.ndarray:
@@ -474,10 +491,13 @@ def make_arm_schedule(bench: Bench, name: str, signals):
     c, size, keep = config.curation, config.grpo.prompts_per_step, keep_rows(bench, arm, signals)
     clusters, hard = arm_clusters(bench, arm, signals, keep), arm_difficulty(arm, signals)
     if arm.schedule != "band":
+        # An order spans the rows that the run gets to: cut off before its end, an easy-to-hard pass would never meet a hard one.
+        rows, visits = np.flatnonzero(keep), arm_steps(config, arm) * size
+        keep = np.isin(np.arange(len(keep)), np.random.default_rng([seed, 14]).permutation(rows)[:visits])
         options = dict(rho=c.rho, within=arm.within) if arm.schedule == "published" else {}
         return make_schedule(arm.schedule, batch_size=size, seed=seed, difficulty=hard, cluster=clusters, keep=keep, **options)
     # The others do not ask the policy; one that was tuned on the told rows can no longer judge by them.
-    probed = c.refilter_every and arm.filter not in ("none", "oracle", "tfidf") and arm.start == "base"
+    probed = c.refilter_every and arm.filter not in ("none", "oracle", "sae_alone", "tfidf_alone") and arm.start == "base"
 
     def refilter(params) -> np.ndarray:
         return filter_arm(bench, arm, signals, bench.quality_probe().fit(arm.filter, params)).keep
@@ -534,12 +554,17 @@ def page_material(bench: Bench, feature_model, dictionary, signals) -> None:
 # --- 4. GRPO ---------------------------------------------------------------------------------------------------------
 
 
-def grpo_settings(config, cell: Cell) -> dict[str, Any]:
-    """The fields of `GRPOConfig` for this experiment."""
+def arm_steps(config, arm) -> int:
+    """GRPO steps of an arm."""
+    return round(arm.length * config.grpo.steps)
+
+
+def grpo_settings(config, cell: Cell, arm) -> dict[str, Any]:
+    """The fields of `GRPOConfig` for an arm."""
     g = config.grpo
     loss = dict(clip_high=g.clip_high, aggregation=g.aggregation, advantage_scale=g.advantage_scale)
     return dict(
-        steps=g.steps, num_samples=g.num_samples, max_new_tokens=g.max_new_tokens, micro_batch_rows=g.micro_batch_rows, remat=g.remat,
+        steps=arm_steps(config, arm), num_samples=g.num_samples, max_new_tokens=g.max_new_tokens, micro_batch_rows=g.micro_batch_rows, remat=g.remat,
         seed=cell.seed, eval_every=g.eval_every, eval_samples=g.eval_samples, eval_by=("level",), checkpoint_every=g.checkpoint_every,
         loss=loss, optimizer=dict(learning_rate=g.learning_rate, b2=g.b2),
     )  # fmt: skip
@@ -571,7 +596,7 @@ def run_arm(bench: Bench, name: str, signals) -> None:
         return
     if bench.progress:
         print(f"  {name}: {config.arm_table[name].about}", flush=True)
-    settings = grpo_settings(config, bench.cell)
+    settings = grpo_settings(config, bench.cell, config.arm_table[name])
     schedule = make_arm_schedule(bench, name, signals)
     run_dir = RunDir(folder, {**settings, "arm": name, "cell": bench.cell.name, "overwrite": config.overwrite}, kind="grpo", owns=("policy",))
     params, summary = train_grpo(
@@ -580,8 +605,8 @@ def run_arm(bench: Bench, name: str, signals) -> None:
     )  # fmt: skip
     models.save(folder / "policy", policy.cfg, params, tokenizer_from=policy.tokenizer)
     if is_writer():
-        shutil.rmtree(run_dir.checkpoints, ignore_errors=True)  # the exported policy stays; lab runs have hundreds of arms
         write_json(folder / "result.json", summary)
+        shutil.rmtree(run_dir.checkpoints, ignore_errors=True)  # the exported policy stays; lab runs have hundreds of arms
 
 
 def compare_answers(bench: Bench, prompts: int = 24) -> None:

@@ -178,9 +178,11 @@ def extract_features(
     return run_sharded(program, n, tokens_of, mesh=mesh, **run_options)
 
 
-def random_dictionary(cfg: sae.SAEConfig, seed: int = 0) -> sae.Dictionary:
-    """A dictionary of the same shape that was never trained: the control that asks whether training it mattered."""
-    return sae.init(cfg, jax.random.key(seed))
+def random_dictionary(like: sae.Dictionary, seed: int = 0) -> sae.Dictionary:
+    """A dictionary of the same shape and centre (decoder bias) as `like` that was never trained: the control that asks whether
+    training the directions mattered."""
+    drawn = sae.init(like.cfg, jax.random.key(seed))
+    return drawn.replace(params=drawn.params | {"b_dec": like.params["b_dec"]})
 
 
 def tree_fingerprint(tree: Any, sample: int = 4096) -> str:

@@ -117,7 +117,7 @@ def extract(model: LanguageModel, dictionary: sae.Dictionary, tokens: Any, n: in
     """One pass: the SAE and, with controls, a random SAE and the dense activations."""
     dictionaries = {"sae": dictionary}
     if config.controls:
-        dictionaries["random_sae"] = random_dictionary(dictionary.cfg, config.seed)
+        dictionaries["random_sae"] = random_dictionary(dictionary, config.seed)
     if mesh is not None:  # beside the model once, not with every batch
         dictionaries = jax.tree.map(lambda array: place(np.asarray(array), replicated(mesh)), dictionaries)
     options = config.features

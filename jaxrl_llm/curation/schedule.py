@@ -34,7 +34,6 @@ __all__ = [
     "Schedule",
     "Signals",
     "TrainabilityBand",
-    "cap_hardest",
     "make_schedule",
     "random_clusters",
     "reduce_features",
@@ -130,15 +129,6 @@ def _keep_out_of_head(perm: np.ndarray, head: int, taken: np.ndarray) -> None:
 def random_clusters(n: int, k: int, seed: int = 0) -> np.ndarray:
     """[n] labels 0..k-1 of a random partition into groups of equal size (up to one)."""
     return np.random.default_rng([seed, n, k]).permutation(np.arange(n) % k)
-
-
-def cap_hardest(difficulty: np.ndarray, keep: np.ndarray, share: float) -> np.ndarray:
-    """`keep` [N] bool without the hardest `share` of the rows it kept (methods notes 5.3, curriculum D)."""
-    keep = np.array(keep, dtype=bool)
-    rows = np.flatnonzero(keep)
-    hardest = rows[np.argsort(-difficulty[rows], kind="stable")[: int(round(share * len(rows)))]]
-    keep[hardest] = False
-    return keep
 
 
 def make_schedule(

@@ -31,9 +31,9 @@ from jaxrl_llm.curation.texts import answer_tokens, prompt_tokens
 from jaxrl_llm.run_dir import to_plain, write_json
 
 KINDS = ("sae", "random_sae", "dense", "tfidf")
-MODEL_KINDS = ("sae", "random_sae", "dense")  # those whose quality probe reads what the policy thinks of the answers too
+ALONE = ("sae_alone", "tfidf_alone")  # qualities by features without what the policy thinks of the answers
 POLICY_KINDS = ("logprob", "tuned")  # qualities by the policy alone: its log-probabilities; these and their gain from tuning
-JOINED_DIMS = 32  # of a model's features beside the log-probabilities: with few labels fewer dimensions separate better
+JOINED_DIMS = 32  # of the features beside the log-probabilities: with few labels fewer dimensions separate better
 GROUPS = ("reduced", "clusters", "difficulty", "quality", "truth")
 
 
@@ -44,7 +44,7 @@ class Signals:
     reduced: dict[str, np.ndarray]  # kind of features -> [N, dims], rows of mean squared norm 1
     clusters: dict[str, np.ndarray]  # kind -> [N] int
     difficulty: dict[str, np.ndarray]  # kind -> [N] expected fail rate
-    quality: dict[str, np.ndarray]  # kind, or one of POLICY_KINDS -> [N], higher is better
+    quality: dict[str, np.ndarray]  # kind, or one of POLICY_KINDS or ALONE -> [N], higher is better
     report: dict[str, Any] = dataclasses.field(default_factory=dict)
     truth: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)  # of generated rows, to score the rest by
 
@@ -104,7 +104,7 @@ def measure(
 
     model: what the dictionary reads; it tokenises the texts itself and need not be the policy. fail_rates: [N] measured on a few
     rows, NaN elsewhere. told: [N] 1 for rows fit to train on, 0 for others, NaN unknown; None learns quality from corrupted
-    copies of the rows. kinds: those that get a difficulty of their own. filters: kinds, or POLICY_KINDS, that get a quality.
+    copies of the rows. kinds: those that get a difficulty of their own. filters: kinds, POLICY_KINDS or ALONE that get a quality.
     tune: fine-tunes the policy, so that the quality probe can read what answers gain by it where rows are told; None = it does not.
     """
     options = options or SignalOptions()
@@ -112,7 +112,7 @@ def measure(
     out = Signals({}, {}, {}, {})
     for kind in KINDS:
         view = views[kind]
-        out.reduced[kind] = view.reduce(options.dims) if hasattr(view, "reduce") else schedule.reduce_features(view.x, options.dims)
+        out.reduced[kind] = _reduce(view, options.dims)
         found = diversity.cluster(out.reduced[kind], min(options.clusters, len(rows)), n_init=options.restarts, seed=options.seed, mesh=mesh)
         out.clusters[kind] = found.labels
     fit = functools.partial(difficulty.fit_difficulty, labels=fail_rates, models=options.models, seed=options.seed)
@@ -125,6 +125,11 @@ def measure(
     return out
 
 
+def _reduce(view: Any, dims: int) -> np.ndarray:
+    """[N, dims] the first directions of a view, rows of mean squared norm 1."""
+    return view.reduce(dims) if hasattr(view, "reduce") else schedule.reduce_features(view.x, dims)
+
+
 def feature_views(
     rows: Rows, model: LanguageModel, dictionary: sae.Dictionary, options: SignalOptions, mesh: Any = None, *, answers: bool = False
 ) -> dict[str, Design]:
@@ -132,7 +137,7 @@ def feature_views(
     tokenised = answer_tokens(rows, model.tokenizer, options.separator)
     tokens = (lambda a, b: tokenised(a, b)[0]) if answers else prompt_tokens(rows, model.tokenizer)
     texts = [f"{row['prompt']}{options.separator}{row.get('answer') or ''}" if answers else row["prompt"] for row in rows]
-    dictionaries = {"sae": dictionary, "random_sae": random_dictionary(dictionary.cfg)}
+    dictionaries = {"sae": dictionary, "random_sae": random_dictionary(dictionary, options.seed)}
     found = [
         extract_features(
             model.cfg, model.params, dictionaries, tokens, len(rows), hook=options.hook, pooling=pooling,
@@ -172,10 +177,13 @@ class QualityProbe:
             views = feature_views(self.everything, model, dictionary, options, mesh, answers=options.answers)
         self.views = dict(views)
         if options.answers:
-            self.views |= {kind: ArrayDesign(views[kind].reduce(JOINED_DIMS)) for kind in MODEL_KINDS}
+            self.views |= {kind: ArrayDesign(_reduce(views[kind], JOINED_DIMS)) for kind in KINDS}
+        self.alone = {"sae_alone": views["sae"], "tfidf_alone": views["tfidf"]}
 
     def designs(self, params: Any, tune: bool = True) -> dict[str, Design]:
-        """A Design over rows and copies for each of KINDS and for "logprob", "length_tfidf" and "length"; for "tuned" where it is.
+        """A Design over rows and copies for each of KINDS and of ALONE, for "logprob", "length_tfidf" and "length"; for "tuned" where it is.
+
+        What the policy thinks of the answers is joined to every kind alike, so that kinds differ by their features only.
 
         tune: False leaves the tuning out, for a quality that does not read it.
         """
@@ -185,22 +193,21 @@ class QualityProbe:
         if self.tune and self.options.answers and self.told is not None and tune:
             gain = tuned_gain(cfg, params, tokens, self.told, columns, self.tune, seed=self.options.seed, mesh=self.mesh)
             policy["tuned"] = ArrayDesign(np.concatenate([columns, gain], axis=1))
-        joined = MODEL_KINDS if self.options.answers else ()
         best = policy.get("tuned", policy["logprob"])
-        out = {kind: JoinedDesign(self.views[kind], best) if kind in joined else self.views[kind] for kind in KINDS}
-        return out | policy | {name: self.views[name] for name in ("length_tfidf", "length")}
+        out = {kind: JoinedDesign(self.views[kind], best) if self.options.answers else self.views[kind] for kind in KINDS}
+        return out | self.alone | policy | {name: self.views[name] for name in ("length_tfidf", "length")}
 
     def table(self, params: Any, kinds: Sequence[str]) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-        """({kind: [N] quality} of "sae", of the policy alone and of `kinds`, the report of all probes beside "sae")."""
+        """({kind: [N] quality} of "sae", of POLICY_KINDS, ALONE and `kinds`, the report of all probes beside "sae")."""
         designs = self.designs(params)
         first = self._fit("sae", designs, self.options.draws)
-        rest = sorted({*(kind for kind in POLICY_KINDS if kind in designs), *kinds} - {"sae"})
+        rest = sorted({*(kind for kind in (*POLICY_KINDS, *ALONE) if kind in designs), *kinds} - {"sae"})
         values = {"sae": first.values} | {kind: self._fit(kind, {kind: designs[kind]}, 0).values for kind in rest}
         return values, first.report | {"told": self.told is not None}
 
     def fit(self, kind: str, params: Any) -> np.ndarray:
         """[N] quality by one kind under the policy's current parameters."""
-        designs = self.designs(params, tune=kind == "tuned" or kind in MODEL_KINDS)
+        designs = self.designs(params, tune=kind == "tuned" or kind in KINDS)
         return self._fit(kind, {kind: designs[kind]}, 0).values
 
     def _fit(self, kind: str, used: dict[str, Design], draws: int) -> quality.Quality:

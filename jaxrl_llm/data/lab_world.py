@@ -192,12 +192,13 @@ def generate_problems(
     return rows
 
 
-def corrupt(rows: Sequence[dict], shares: Mapping[str, float], seed: int) -> list[dict]:
+def corrupt(rows: Sequence[dict], shares: Mapping[str, float], seed: int, *, exclude: frozenset[str] | set[str] = frozenset()) -> list[dict]:
     """A copy of `rows` with the given share of each corruption kind planted (field `corruption` tells the truth).
 
     wrong_answer: gold replaced, 75% by the topic's systematic mistake, 25% by a near miss. missing_clause: a clause
     with an operand removed from the prompt. garbled: half of the prompt's words shuffled or replaced. near_duplicate:
-    the row is another row's problem in another template.
+    the row is another row's problem in another template. No corrupted prompt is in `exclude` (the held-out ones, say): another is
+    drawn, and after ten the row's answer is made wrong instead.
     """
     unknown = set(shares) - set(CORRUPTIONS)
     if unknown:
@@ -214,7 +215,14 @@ def corrupt(rows: Sequence[dict], shares: Mapping[str, float], seed: int) -> lis
     vocabulary = sorted({w for r in rows for w in r["prompt"].split()})
     for i, kind in sorted(victims.items()):
         row, source = out[i], rows[clean[int(rng.integers(len(clean)))]]
-        out[i] = {**_CORRUPTORS[kind](rng, row, source, vocabulary), "id": row["id"], "corruption": kind}
+        new = _CORRUPTORS[kind](rng, row, source, vocabulary)
+        for _ in range(10):
+            if new["prompt"] not in exclude:
+                break
+            new = _CORRUPTORS[kind](rng, row, rows[clean[int(rng.integers(len(clean)))]], vocabulary)
+        else:
+            kind, new = "wrong_answer", _wrong_answer(rng, row, source, vocabulary)
+        out[i] = {**new, "id": row["id"], "corruption": kind}
     return out
 
 

@@ -143,7 +143,7 @@ def test_a_killed_run_goes_on_and_gives_the_same(model, dictionaries, tmp_path, 
         assert (resumed.csr(name) != whole.csr(name)).nnz == 0
     assert (resumed.dense("dense_mean") == whole.dense("dense_mean")).all()
     # Other rows, another SAE: nothing stale is used, and nothing stale stays.
-    changed = {**dictionaries, "topk": random_dictionary(dictionaries["topk"].cfg, seed=5)}
+    changed = {**dictionaries, "topk": random_dictionary(dictionaries["topk"], seed=5)}
     other = extract_features(*model, changed, rows, shard_rows=2, folder=tmp_path)
     assert (other.csr("topk") != whole.csr("topk")).nnz > 0 and len(list(tmp_path.glob("shard-*"))) == 4
 
