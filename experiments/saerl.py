@@ -92,6 +92,7 @@ def run(config, workdir) -> None:
     data, summary = page.build(config, run_dir.path, cells, seconds=time.time() - started)
     run_dir.summary(summary)
     write_report(run_dir.path / "report.html", data)
+    (run_dir.path / "tables.md").write_text(page.markdown(config, summary), encoding="utf-8")
     print(data["headline"])
     print(f"report: {run_dir.path / 'report.html'}")
 

@@ -14,10 +14,8 @@ from jaxrl_llm import __version__
 from jaxrl_llm.config import to_dict
 from jaxrl_llm.curation.curated_set import CuratedSet
 from jaxrl_llm.curation.probes import auroc, spearman
-from jaxrl_llm.evals.statistics import Interval, paired_bootstrap, paired_t, steps_to_target
+from jaxrl_llm.evals.statistics import Interval, paired_bootstrap, paired_t, steps_saved, steps_to_target
 from jaxrl_llm.report import summarise
-
-SMOOTH = 3  # evaluations in the moving average of steps-to-target
 
 
 class ArmRuns:
@@ -42,10 +40,6 @@ class ArmRuns:
         self.mixed = np.array([[1 - r["zero_spread"] for r in c] for c in train])  # [cells, steps]
         self.rows = [[r["rows"] for r in c] for c in train]
 
-    def to_target(self, target: np.ndarray) -> np.ndarray:
-        """[cells] steps to each cell's target, inf where never reached."""
-        return np.array([steps_to_target(np.array(self.steps), c, t, window=SMOOTH) for c, t in zip(self.curve, target, strict=True)])
-
 
 def build(config, root: Path, cells: Sequence[Any], seconds: float) -> tuple[dict[str, Any], dict[str, Any]]:
     """(data of the page, summary): compares the arms of every pool, paired over its cells (base policy x seed)."""
@@ -54,11 +48,11 @@ def build(config, root: Path, cells: Sequence[Any], seconds: float) -> tuple[dic
     for pool in config.pools:
         folders = [root / "cells" / c.name for c in cells if c.pool == pool]
         runs = {arm: ArmRuns(folders, arm) for arm in config.arms}
-        rows = [_arm_row(runs[arm], runs[baseline]) for arm in config.arms]
+        bases = [c.base for c in cells if c.pool == pool]
+        rows = [_arm_row(runs[arm], runs[baseline], runs[main], bases) for arm in config.arms]
         summary[pool] = {row["arm"]: row for row in rows}
         note = _note(len(folders), config)
-        shown = [{k: v for k, v in row.items() if k != "bootstrap"} for row in rows]
-        tables.append({"title": f"Arms, pool “{pool}”", "rows": shown, "note": note})
+        tables.append({"title": f"Arms, pool “{pool}”", "rows": rows, "note": note})
         curves.append(_curve_chart(runs, baseline, pool, len(folders)))
     first = root / "cells" / cells[0].name
     headline = _headline(config, summary, len([c for c in cells if c.pool == config.pools[0]]))
@@ -78,48 +72,59 @@ def build(config, root: Path, cells: Sequence[Any], seconds: float) -> tuple[dic
     return data, {"headline": headline, "pools": summary, "seconds": seconds}
 
 
+def markdown(config, summary: dict[str, Any]) -> str:
+    """The arms' tables of `build`'s summary as Markdown: what docs/saerl.md quotes."""
+    main, baseline, lines = config.main_arm, config.arms[0], []
+
+    def points(e: dict[str, float | None] | None) -> str:
+        if e is None:
+            return ""
+        return f"{100 * e['value']:+.1f}" + ("" if e["low"] is None else f" ({100 * e['low']:+.1f} to {100 * e['high']:+.1f})")
+
+    def percent(e: dict[str, float | None] | None) -> str:
+        if e is None:
+            return ""
+        return f"{100 * e['value']:.0f}%" + ("" if e["low"] is None else f" ({100 * e['low']:.0f} to {100 * e['high']:.0f})")
+
+    for pool, arms in summary["pools"].items():
+        levels = list(next(iter(arms.values()))["per_level"])
+        head = ["arm", "accuracy %", f"minus {baseline}", "by base policy", "steps saved", "mixed groups", f"{main} minus it"]
+        head += [f"level {level}" for level in levels]
+        lines += [f"Pool `{pool}`, {next(iter(arms.values()))['seeds']} paired runs", "", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+        for arm, row in arms.items():
+            by_base = ", ".join(f"{100 * v:+.1f}" for v in row.get("by_base", {}).values())
+            cells = [f"`{arm}`", f"{100 * row['accuracy']['value']:.1f}", points(row.get("difference")), by_base, percent(row.get("steps_saved"))]
+            cells += [f"{row['mixed_groups']:.0%}", points(row.get("main_minus"))] + [f"{100 * v:+.1f}" for v in row["per_level"].values()]
+            lines.append(f"| {' | '.join(cells)} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
 def _arm_info(config, name: str) -> dict[str, str]:
     role = "baseline" if name == config.arms[0] else "main" if name == config.main_arm else "control" if "_" in name else "other"
     return {"name": name, "label": name.replace("_", " "), "role": role, "about": config.arm_table[name].about}
 
 
-def _difference(arm: ArmRuns, baseline: ArmRuns) -> Interval:
-    """Accuracy difference: Student's t over cells, wherever there are two; over items alone for a single cell. An item that has no
-    verdict in one arm counts in neither."""
-    if len(arm.items) > 1:
-        both = np.where(np.isnan(arm.items) | np.isnan(baseline.items), np.nan, 1.0)
-        return paired_t(np.nanmean(arm.items * both, axis=1), np.nanmean(baseline.items * both, axis=1))
-    return paired_bootstrap(arm.items, baseline.items)
-
-
-def _steps_saved(arm: ArmRuns, baseline: ArmRuns, target: np.ndarray) -> Interval | None:
-    """Share of the baseline's steps that the arm does not need to get to `target` [cells]. None where the baseline itself ends no
-    higher than it began in some cell: then nothing was to be reached. A cell in which the arm never gets there counts as the
-    whole run: the saving is understated, never overstated."""
-    if not (target > baseline.curve[:, 0] + 1e-9).all():
-        return None
-    own, its = np.minimum(arm.to_target(target), float(arm.steps[-1])), baseline.to_target(target)
-    return paired_t(1 - own / np.maximum(its, 1e-9), np.zeros(len(own)))
-
-
-def _arm_row(arm: ArmRuns, baseline: ArmRuns) -> dict[str, Any]:
-    """One row of the table. Steps saved compares like with like: the baseline's own smoothed curve to its own final value."""
-    target = baseline.curve[:, -SMOOTH:].mean(axis=1)
-    own, saved = arm.to_target(target), _steps_saved(arm, baseline, target)
-    reached = float(np.mean(own)) if np.isfinite(own).all() and saved is not None else None
+def _arm_row(arm: ArmRuns, baseline: ArmRuns, main: ArmRuns, bases: Sequence[int]) -> dict[str, Any]:
+    """One row of the table. bases: the base policy of each cell."""
+    target = baseline.curve[:, -1].mean()
+    reached = steps_to_target(np.array(arm.steps), arm.curve.mean(axis=0), target, window=1)
     row = {
         "arm": arm.arm,
         "accuracy": {"value": float(np.nanmean(arm.items))},
-        "steps_to_target": reached,
+        "steps_to_target": reached if np.isfinite(reached) and target > baseline.curve[:, 0].mean() else None,
         "per_level": {level: float((arm.levels[level] - baseline.levels[level]).mean()) for level in arm.levels},
         "mixed_groups": float(arm.mixed.mean()),
         "seeds": len(arm.items),
     }
     if arm is not baseline:
-        d, both = _difference(arm, baseline), paired_bootstrap(arm.items, baseline.items, draws=2000)
-        row["difference"] = _estimate(d)
+        row["difference"] = _estimate(paired_bootstrap(arm.items, baseline.items, bases))
+        saved = steps_saved(arm.steps, arm.curve, baseline.curve, bases) if arm.steps == baseline.steps else None
         row["steps_saved"] = None if saved is None else _estimate(saved)
-        row["bootstrap"] = [both.low, both.high]
+        apart = np.nanmean(np.where(np.isnan(arm.items) | np.isnan(baseline.items), np.nan, arm.items - baseline.items), axis=1)
+        row["by_base"] = {str(b): float(apart[np.asarray(bases) == b].mean()) for b in dict.fromkeys(bases)}
+    if arm is not main:
+        row["main_minus"] = _estimate(paired_bootstrap(main.items, arm.items, bases))
     return row
 
 
@@ -135,9 +140,9 @@ def _note(cells: int, config) -> str:
             "temperature 1 on clean held-out problems."
         )
     return (
-        f"{cells} paired cells (base policy x seed); 95% t-intervals over cells. Accuracy is avg@{config.grpo.eval_samples} at temperature 1 "
-        f"on clean held-out problems. Steps to target: a moving average of {SMOOTH} evaluations reaches the baseline's own final average; "
-        "a cell that never does counts as the whole run."
+        f"{cells} paired cells (base policy x seed); 95% by a crossed bootstrap over base policies, seeds and items. Accuracy is "
+        f"avg@{config.grpo.eval_samples} at temperature 1 on clean held-out problems. Steps saved: on the curves' means, the share of the run "
+        "that the better arm does not need to where the worse one ends; negative where the baseline is the better one."
     )
 
 
@@ -149,13 +154,13 @@ def _curve_chart(runs: dict[str, ArmRuns], baseline: str, pool: str, cells: int)
             bounds = [paired_t(run.curve[:, i], np.zeros(cells)) for i in range(len(run.steps))]
             line |= {"low": [b.low for b in bounds], "high": [b.high for b in bounds]}
         series.append(line)
-    target = runs[baseline].curve[:, -SMOOTH:].mean(axis=1)
-    reached = {arm: run.to_target(target) for arm, run in runs.items()}
-    marks = {arm: float(s.mean()) if np.isfinite(s).all() else None for arm, s in reached.items()}
+    target = float(runs[baseline].curve[:, -1].mean())
+    reached = {arm: steps_to_target(np.array(run.steps), run.curve.mean(axis=0), target, window=1) for arm, run in runs.items()}
+    marks = {arm: step if np.isfinite(step) else None for arm, step in reached.items()}
     chart = {
         "title": f"Held-out accuracy, pool “{pool}”",
         "series": series,
-        "target": {"arm": baseline, "value": float(target.mean()), "steps": marks},
+        "target": {"arm": baseline, "value": target, "steps": marks},
     }
     return chart | ({"band": f"95% t-interval over {cells} cells"} if cells > 1 else {})
 
@@ -180,7 +185,8 @@ def _verdict(row, main: str, baseline: str, pool: str) -> str:
     if steps is None:
         saved = f"no saving of steps to speak of, since {baseline} did not improve"
     else:
-        saved = f"{abs(steps['value']):.0%} {'fewer' if steps['value'] >= 0 else 'more'} steps to {baseline}’s final accuracy"
+        ahead, to = (main, baseline) if steps["value"] >= 0 else (baseline, main)
+        saved = f"{abs(steps['value']):.0%} fewer steps of {ahead} to {to}’s final accuracy"
     spread = "" if d["low"] is None else f" (95% {100 * d['low']:+.1f} to {100 * d['high']:+.1f})"
     if d["low"] is not None and d["low"] <= 0 <= d["high"]:
         return f"{where}{main} and {baseline} end within the noise of each other: {100 * d['value']:+.1f} points{spread}, {saved}."
@@ -190,14 +196,16 @@ def _verdict(row, main: str, baseline: str, pool: str) -> str:
 
 def _attribution(config, summary) -> str:
     """Whether SAE features bring the gain: the main arm against the same arm on other features."""
-    main, rivals = config.main_arm, [a for a in config.arms if a.startswith(f"{config.main_arm}_") and "oracle" not in a]
+    main, pool, table = config.main_arm, config.pools[0], config.arm_table
+    rivals = [a for a in config.arms if a.startswith(f"{main}_") and "oracle" not in a and table[a].start == table[main].start]
     if not rivals:
         return ""
-    pool = config.pools[0]
     best = max(rivals, key=lambda a: summary[pool][a]["accuracy"]["value"])
-    gap = 100 * (summary[pool][main]["accuracy"]["value"] - summary[pool][best]["accuracy"]["value"])
-    verb = "beats" if gap > 0 else "does not beat"
-    return f"It {verb} its best control, {best.replace('_', ' ')} ({gap:+.1f} points)."
+    gap, name = summary[pool][best]["main_minus"], best.replace("_", " ")
+    points = f"{100 * gap['value']:+.1f} points" + ("" if gap["low"] is None else f", 95% {100 * gap['low']:+.1f} to {100 * gap['high']:+.1f}")
+    if gap["low"] is None or gap["low"] <= 0 <= gap["high"]:
+        return f"It is within the noise of its best control, {name} ({points})."
+    return f"It {'beats' if gap['value'] > 0 else 'loses to'} its best control, {name} ({points})."
 
 
 def _facts(rows, main: str, baseline: str) -> list[dict[str, str]]:
@@ -211,7 +219,7 @@ def _facts(rows, main: str, baseline: str) -> list[dict[str, str]]:
         steps = {"value": f"{-100 * s['value']:+.0f}%", "detail": _limits(s, -100)}
     return [
         {"label": f"{main} − {baseline}, final accuracy", "value": f"{100 * d['value']:+.1f} points", "detail": _limits(d, 100)},
-        {"label": f"steps to {baseline}’s final accuracy", **steps},
+        {"label": f"steps of {main} to {baseline}’s final accuracy", **steps},
         {"label": "groups with mixed rewards", "value": mixed, "detail": f"{baseline} {rows[baseline]['mixed_groups']:.0%}"},
     ]
 

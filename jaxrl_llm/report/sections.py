@@ -136,16 +136,12 @@ def _estimate_cell(estimate: dict, *, percent: bool = False, signed: bool = Fals
 def _steps_cell(row: dict) -> str:
     if "steps_to_target" not in row:
         return '<td class="num quiet">–</td>'
-    steps = row["steps_to_target"]
-    if steps is None:
-        return '<td class="num quiet">not reached</td>'
-    saved = row.get("steps_saved")
-    detail = ""
+    steps, saved, detail = row["steps_to_target"], row.get("steps_saved"), ""
     if saved:
         span = interval(saved.get("low"), saved.get("high"), percent=True, digits=0)
-        word = "fewer" if saved["value"] >= 0 else "more"
-        detail = f"{number(abs(saved['value']), percent=True, digits=0)} {word}" + (f" ({span})" if span else "")
-    return tag("td", tag("span", number(steps), cls="value") + (tag("small", detail) if detail else ""), cls="num")
+        detail = f"saved {number(saved['value'], percent=True, digits=0)}" + (f" ({span})" if span else "")
+    value = tag("span", "not reached" if steps is None else number(steps), cls="value")
+    return tag("td", value + (tag("small", detail) if detail else ""), cls="num quiet" if steps is None else "num")
 
 
 def _level_cell(value: float | None, percent: bool, strongest: float) -> str:

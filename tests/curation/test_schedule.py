@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxrl_llm.curation.schedule import KINDS, cap_hardest, make_schedule, random_clusters
+from jaxrl_llm.curation.schedule import KINDS, make_schedule, random_clusters
 from jaxrl_llm.errors import UserError
 
 
@@ -194,12 +194,10 @@ def test_soft_floor_temperature_and_clusters():
     assert means == sorted(means)
 
 
-def test_helpers():
+def test_random_clusters_are_of_equal_size():
     labels = random_clusters(10, 3, seed=1)
     assert sorted(np.bincount(labels)) == [3, 3, 4]
     assert labels.tolist() != random_clusters(10, 3, seed=2).tolist()
-    keep = cap_hardest(np.array([0.1, 0.9, 0.5, 0.8]), np.array([True, False, True, True]), 1 / 3)
-    assert keep.tolist() == [True, False, True, False]
 
 
 @pytest.mark.parametrize(

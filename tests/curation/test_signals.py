@@ -8,7 +8,8 @@ from tiny_curation import save_model
 import sae
 from jaxrl_llm.curation.likelihood import COLUMNS
 from jaxrl_llm.curation.passes import LanguageModel
-from jaxrl_llm.curation.signals import MODEL_KINDS, QualityProbe, SignalOptions
+from jaxrl_llm.curation.probes import JoinedDesign
+from jaxrl_llm.curation.signals import ALONE, KINDS, QualityProbe, SignalOptions
 from jaxrl_llm.data import lab_world
 from jaxrl_llm.train.sft import fine_tuner
 
@@ -42,11 +43,14 @@ def test_tuned_policies_add_to_what_every_model_kind_reads(world):
     assert set(without) == set(with_) - {"tuned"}
     values, report = on.table(model.params, ("dense",))
     plain, plain_report = off.table(model.params, ("dense",))
-    assert set(values) == {"sae", "dense", "logprob", "tuned"} == set(plain) | {"tuned"}
+    assert set(values) == {"sae", "dense", "logprob", "tuned", *ALONE} == set(plain) | {"tuned"}
     assert "tuned" in report["probes"] and "tuned" not in plain_report["probes"]
     np.testing.assert_allclose(values["logprob"], plain["logprob"], atol=1e-6)
+    for kind in ALONE:
+        np.testing.assert_allclose(values[kind], plain[kind], atol=1e-6)  # they read no policy
+    assert all(isinstance(with_[kind], JoinedDesign) for kind in KINDS)  # words and lengths too: kinds differ by their features only
     for kind in ("sae", "dense"):
-        assert kind in MODEL_KINDS and np.abs(values[kind] - plain[kind]).max() > 1e-4
+        assert np.abs(values[kind] - plain[kind]).max() > 1e-4
         np.testing.assert_allclose(on.fit(kind, model.params), values[kind], atol=1e-6)
     untold = probe_of(world, None).designs(model.params)
     assert "tuned" not in untold

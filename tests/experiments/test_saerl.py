@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+import types
 
 import jax
 import numpy as np
@@ -220,7 +221,7 @@ def bench_of(config, n=64):
 def signals():
     rng, n = np.random.default_rng(0), 64
     good = np.arange(n) % 4 > 0
-    quality = {k: good + 0.01 * rng.random(n) for k in ("logprob", "tuned", *saerl.FEATURES)}
+    quality = {k: good + 0.01 * rng.random(n) for k in ("logprob", "tuned", "sae_alone", "tfidf_alone", *saerl.FEATURES)}
     reduced = {k: rng.normal(size=(n, 4)).astype(np.float32) for k in saerl.FEATURES}
     clusters = {k: rng.integers(0, 4, n) for k in saerl.FEATURES}
     difficulty = {k: rng.random(n) for k in (*saerl.FEATURES, "oracle")}
@@ -228,13 +229,13 @@ def signals():
 
 
 def test_every_arm_of_the_table_makes_its_own_schedule(signals):
-    """Arms differ in their rows or, where they start from another policy, in that."""
+    """Arms differ in their rows or, where they start from another policy or run for longer, in that."""
     config = tiny()
     batches = {}
     for name in config.arm_table:
         schedule = saerl.make_arm_schedule(bench_of(config), name, signals)
         rows = tuple(schedule.batch(0))
-        batches[name] = (config.arm_table[name].start, rows)
+        batches[name] = (config.arm_table[name].start, config.arm_table[name].length, rows)
         assert len(set(rows)) == config.grpo.prompts_per_step
     assert len(set(batches.values())) == len(batches)
 
@@ -246,18 +247,115 @@ def test_filters_drop_what_they_should(signals):
     oracle = saerl.keep_rows(bench, config.arm_table.full_oracle_filter, signals)
     assert not oracle[bad].any() and oracle[~bad].all()
     kept = saerl.keep_rows(bench, config.arm_table.filter, signals)
-    assert (~kept).sum() == round(config.pool_table.mixed.drop * 64) and bad[~kept].all()
+    # All 64 rows are told: as many are dropped as are bad, and half as many again inside strata.
+    assert (~kept).sum() == 16 and bad[~kept].all()
     assert saerl.keep_rows(bench, config.arm_table.vanilla, signals).all()
     inside = saerl.keep_rows(bench, config.arm_table.full, signals)
-    assert (~inside).sum() == round(config.pool_table.mixed.drop_strata * 64)
+    assert (~inside).sum() == 24
     sizes = np.bincount(signals.clusters["sae"])
     lost = np.bincount(signals.clusters["sae"][~inside], minlength=4)
-    assert np.abs(lost - config.pool_table.mixed.drop_strata * sizes).max() <= 2
+    assert np.abs(lost - 24 / 64 * sizes).max() <= 2
+    for changes, dropped in (
+        ({"curation.drop_per_bad": 0.5}, 8), ({"curation.drop_most": 0.125}, 8), ({"curation.quality_labels": 0, "curation.drop": 0.25}, 16),
+    ):  # fmt: skip
+        changed = dataclasses.replace(bench, config=tiny(**changes))
+        assert (~saerl.keep_rows(changed, config.arm_table.filter, signals)).sum() == dropped
+    changed = dataclasses.replace(bench, config=tiny(**{"curation.strata_drop_per_bad": 0.5}))
+    assert (~saerl.keep_rows(changed, config.arm_table.full, signals)).sum() == 8
+
+
+@pytest.mark.parametrize("name", ["curriculum", "published", "mixing"])
+def test_an_order_spans_what_the_run_visits(signals, name):
+    """3 steps of 8 out of 64 rows: an easy-to-hard order meets the hardest fifth too, and an arm of twice the steps twice the rows."""
+    config = tiny()
+    hard = signals.difficulty["sae"]
+    for length in (1, 2):
+        config.arm_table[name].length = float(length)
+        schedule = saerl.make_arm_schedule(bench_of(config), name, signals)
+        rows = np.concatenate([schedule.batch(step) for step in range(3 * length)])
+        assert len(set(rows)) == 24 * length and hard[rows].max() > np.quantile(hard, 0.8)
+        if name == "curriculum":
+            assert (np.diff(hard[rows]) >= 0).all()
+
+
+def test_no_held_out_problem_is_in_the_pool_or_in_pre_training(monkeypatch, tmp_path):
+    """Corrupted rows included: a garbled or reworded problem could be a held-out one."""
+    config = tiny(**{"data.test_seed": 7, "data.rows": 600})
+    held_out = {row["prompt"] for row in saerl.lab_test(config)}
+    assert held_out != {row["prompt"] for row in saerl.lab_test(tiny(**{"data.test_seed": 8}))}
+    seen = []
+    monkeypatch.setattr(lab_world, "sft_batches", lambda rows, *_: seen.extend(rows) or [])
+    monkeypatch.setattr("jaxrl_llm.train.sft.train_sft", lambda cfg, params, *_, **__: (params, None))
+    saerl.pretrain(config, tmp_path / "policy", 0, False)
+    assert len(seen) == 70 * 64 and not held_out & {row["prompt"] for row in seen}
+    policy = LanguageModel.load(str(tmp_path / "policy"), "float32", None)
+    for pool in ("mixed", "web"):
+        batch, evals, _ = saerl.make_data(config, saerl.Cell(pool, 0, 0), policy)
+        assert not held_out & {row["prompt"] for row in batch.rows} and len(evals["test"]) == 24
+
+
+def test_a_pool_that_the_reward_cannot_judge_is_refused_first(tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "a", "answer": "b", "constraints": [{"kind": "no_such_rule"}]}\n')
+    config = tiny(**{"data.source": str(rows), "data.reward": "constraints", "data.evals.test.source": str(rows)})
+    with pytest.raises(UserError, match="no_such_rule"):
+        saerl.make_data(config, saerl.Cell("mixed", 0, 0), types.SimpleNamespace(tokenizer=None))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"curation.band_temperature": 5.0}, {"curation.band_easy_floor": 0.5}, {"curation.band_epoch_share": 0.2},
+        {"curation.band_balance": "none"},
+    ],
+)  # fmt: skip
+def test_the_bands_settings_change_its_batches(signals, changes):
+    def stream(config):
+        schedule = saerl.make_arm_schedule(bench_of(config), "full", signals)
+        out = []
+        for step in range(6):
+            out.append(tuple(schedule.batch(step)))
+            schedule.observe(step, np.array(out[-1]), np.random.default_rng(step).random(8))
+        return out
+
+    assert stream(tiny(**changes)) != stream(tiny())
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"policy.clean_levels": (1.0, 0.0, 0.0, 0.0, 0.0)}, {"policy.mixed_levels": (1.0, 0.0, 0.0, 0.0, 0.0)},
+        {"policy.mistakes": (1.0,) * 5}, {"policy.clean_steps": 61}, {"policy.mixed_steps": 11}, {"policy.batch": 32},
+    ],
+)  # fmt: skip
+def test_the_pre_trainings_settings_change_its_rows(monkeypatch, tmp_path, changes):
+    def rows_of(config):
+        seen = []
+        monkeypatch.setattr(lab_world, "sft_batches", lambda rows, *_: seen.extend(rows) or [])
+        monkeypatch.setattr("jaxrl_llm.train.sft.train_sft", lambda cfg, params, *_, **__: (params, None))
+        saerl.pretrain(config, tmp_path / str(len(list(tmp_path.iterdir()))), 0, False)
+        return seen
+
+    assert rows_of(tiny(**changes)) != rows_of(tiny())
+
+
+def test_the_steps_settings_reach_grpo():
+    """Every field of config.grpo is one of GRPOConfig's, the loss's or the optimizer's, under its own value."""
+    config = tiny()
+    cell, arm = saerl.Cell("mixed", 0, 3), config.arm_table.vanilla
+    assert saerl.grpo_settings(config, cell, config.arm_table.vanilla_double)["steps"] == 6
+    plain = saerl.grpo_settings(config, cell, arm)
+    for name, value in config.grpo.items():
+        if name == "prompts_per_step":
+            continue
+        other = "dr_grpo" if name == "aggregation" else "none" if name == "advantage_scale" else (not value) if isinstance(value, bool) else value + 1
+        changed = tiny(**{f"grpo.{name}": other})
+        assert saerl.grpo_settings(changed, cell, arm) != plain, name
 
 
 @pytest.mark.parametrize(
     ("name", "asks"),
-    [("full", True), ("full_logprob", True), ("full_tuned", True), ("full_tfidf", False), ("full_oracle_filter", False), ("full_told", False)],
+    [("full", True), ("full_logprob", True), ("full_tuned", True), ("full_tfidf", True), ("full_words", False), ("full_oracle_filter", False), ("full_told", False)],
 )
 def test_band_arms_filter_anew_by_the_policy_as_it_is(signals, name, asks):
     """`full` asks the probe again at every `refilter_every`-th step; arms whose quality knows no policy do not."""

@@ -36,7 +36,7 @@ def saerl_data(prompts=1200, seed=0, arms=6):
         "nearly all of it from removing wrong answers; random clusters do as well as SAE clusters.",
         "facts": [
             {"label": "final accuracy against vanilla", "value": "+3.4 points", "detail": "95% interval 2.6 to 4.1"},
-            {"label": "steps to vanilla’s final accuracy", "value": "84 of 120", "detail": "30% fewer"},
+            {"label": "steps to vanilla’s final accuracy", "value": "84 of 120", "detail": "saved +30%"},
             {"label": "removed as low quality", "value": "18%", "detail": "81% of the wrong answers"},
             {"label": "difficulty against pass rate", "value": "0.81", "detail": "Spearman, held out"},
         ],

@@ -157,7 +157,7 @@ def test_best_cells_are_bold_ties_too_and_bounds_never():
 def test_the_arms_table_says_points_steps_and_what_was_not_reached(full):
     table = section(full, "arms_tables")
     row = row_of(table, "SAERL, full")
-    assert "45.8%" in row and "+3.4" in row and "+2.3 to +4.5" in row and "27% fewer (21 to 33%)" in row
+    assert "45.8%" in row and "+3.4" in row and "+2.3 to +4.5" in row and "saved 27% (21 to 33%)" in row
     lost = row_of(table, "published order")
     assert "−1.6" in lost and "not reached" in lost and "var(--loss)" in lost
     assert "fill:var(--page)" in row_of(table, "filter only")  # hollow: the interval holds zero

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+from jaxrl_llm.config import load_config
 from jaxrl_llm.report import saerl
 
 
@@ -21,18 +22,40 @@ def arm(folder, name, curve, rates):
 
 
 def test_steps_saved_are_those_to_the_baselines_end(tmp_path):
-    vanilla = arm(tmp_path, "vanilla", [0.0, 0.1, 0.2, 0.3, 0.4, 0.4, 0.4], [0.4] * 4)
-    full = arm(tmp_path, "full", [0.0, 0.4, 0.4, 0.4, 0.4, 0.4, 0.4], [0.5] * 4)
-    row = saerl._arm_row(full, vanilla)
-    # Trailing means of three: vanilla is at .4 at step 60, full (0 + .4 + .4) / 3 at 20, .4 at 30.
-    assert row["steps_saved"]["value"] == pytest.approx(1 - 30 / 60)
-    assert row["difference"]["value"] == pytest.approx(0.1) and row["steps_to_target"] == pytest.approx(30)
+    vanilla = arm(tmp_path, "vanilla", [0.0, 0.1, 0.2, 0.3, 0.4], [0.4] * 4)
+    full = arm(tmp_path, "full", [0.0, 0.3, 0.5, 0.5, 0.5], [0.5] * 4)
+    row = saerl._arm_row(full, vanilla, full, [0])
+    assert row["steps_saved"]["value"] == pytest.approx(1 - 15 / 40) and row["steps_to_target"] == pytest.approx(15)
+    assert row["difference"]["value"] == pytest.approx(0.1) and row["by_base"] == {"0": pytest.approx(0.1)}
+    back = saerl._arm_row(vanilla, full, full, [0])
+    assert back["steps_saved"]["value"] == pytest.approx(-(1 - 15 / 40)) and back["steps_to_target"] is None
+    assert back["main_minus"]["value"] == pytest.approx(0.1) and "main_minus" not in row
+
+
+def test_an_arm_of_another_length_saves_no_share_of_the_run(tmp_path):
+    vanilla = arm(tmp_path, "vanilla", [0.0, 0.1, 0.2], [0.2] * 4)
+    double = arm(tmp_path, "vanilla_double", [0.0, 0.1, 0.2, 0.3, 0.4], [0.4] * 4)
+    row = saerl._arm_row(double, vanilla, vanilla, [0])
+    assert row["steps_saved"] is None and row["steps_to_target"] == pytest.approx(20) and row["difference"]["value"] == pytest.approx(0.2)
+
+
+def test_the_best_control_starts_where_the_main_arm_does():
+    """An arm from another start is no control of the features, and a gap within its interval is called noise."""
+
+    def row(accuracy, low, high):
+        return {"accuracy": {"value": accuracy}, "main_minus": {"value": 0.4 - accuracy, "low": low, "high": high}}
+
+    config = load_config("configs/saerl.py:lab", {"arms": ("vanilla", "full", "full_told", "full_tuned", "full_dense")})
+    rows = {"full": {"accuracy": {"value": 0.4}}, "full_told": row(0.5, -0.2, 0.0), "full_tuned": row(0.39, -0.01, 0.03), "full_dense": row(0.3, 0.1, 0.1)}
+    assert saerl._attribution(config, {"wrong": rows}) == "It is within the noise of its best control, full tuned (+1.0 points, 95% -1.0 to +3.0)."
+    rows["full_tuned"] = row(0.39, 0.005, 0.015)
+    assert saerl._attribution(config, {"wrong": rows}).startswith("It beats its best control, full tuned")
 
 
 def test_no_steps_are_saved_on_the_way_to_where_the_baseline_began(tmp_path):
     vanilla = arm(tmp_path, "vanilla", [0.4, 0.4, 0.4, 0.4], [0.4] * 4)
     worse = arm(tmp_path, "full", [0.4, 0.37, 0.37, 0.37], [0.37] * 4)
-    row = saerl._arm_row(worse, vanilla)
+    row = saerl._arm_row(worse, vanilla, worse, [0])
     assert row["steps_saved"] is None and row["steps_to_target"] is None and row["difference"]["value"] == pytest.approx(-0.03)
     assert "did not improve" in saerl._verdict(row, "full", "vanilla", "")
 
@@ -40,5 +63,5 @@ def test_no_steps_are_saved_on_the_way_to_where_the_baseline_began(tmp_path):
 def test_an_item_without_a_verdict_is_left_out_of_the_difference(tmp_path):
     vanilla = arm(tmp_path, "vanilla", [0.0, 0.2], [0.0, 0.5, 0.0])
     full = arm(tmp_path, "full", [0.0, 0.3], [1.0, 0.5, None])
-    row = saerl._arm_row(full, vanilla)
+    row = saerl._arm_row(full, vanilla, full, [0])
     assert row["difference"]["value"] == pytest.approx(0.5) and np.isfinite(row["difference"]["low"])
