@@ -130,12 +130,10 @@ def _base() -> ConfigDict:
     c.curation.tuned = True  # the probe also reads the answers' gain in policies fine-tuned on the rows told to be sound
     c.curation.told_epochs = 15  # of fine-tuning on those rows before the reinforcement learning ("told" arms)
     c.curation.copies = 1000  # corrupted copies, where nobody tells
-    # Share of rows that a filter drops: so many times the share of bad rows among those told, from the whole pool or from each stratum
-    # ("strata" arms), but never more than drop_most; drop where nothing was told.
-    c.curation.drop_per_bad = 1.0
-    c.curation.strata_drop_per_bad = 1.5
-    c.curation.drop_most = 0.6
-    c.curation.drop = 0.1
+    c.curation.drop_per_bad = 1.0  # rows that a filter drops from the whole pool, for every bad one expected from those told
+    c.curation.strata_drop_per_bad = 1.5  # the same from each stratum ("strata" arms)
+    c.curation.drop_most = 0.6  # largest share of rows that either drops
+    c.curation.drop = 0.1  # share of rows dropped where nothing was told
     c.curation.strata = 4  # parts of a cluster by difficulty, in each of which the worst rows are dropped ("strata" arms)
     c.curation.rho = 0.125  # of a batch, swapped with the next one ("published")
     c.curation.refilter_every = 60  # steps after which band arms judge the rows' answers anew, by the policy as it is then; 0 = never

@@ -38,7 +38,8 @@ class RunDir:
         run nor the one that it replaces owns stays.
 
     Raises:
-      UserError: the directory is a URL, holds another run (another kind, or a config that differs: the key is named), holds the
+      UserError: the directory is a URL, holds another run (another kind, or a config that differs: the key is named) that has left
+        more there than its config, holds the
         config.json of something else, or cannot be written. ValueError: a name in `owns` that is not directly in the directory.
     """
 
@@ -79,13 +80,18 @@ class RunDir:
             return False
         if head["kind"] == self.kind and head.get("hash") == config_hash(plain):
             return True
-        if plain.get("overwrite"):
+        if plain.get("overwrite") or self._untouched():
             return False
         way_out = "choose another --workdir, or set --config.overwrite=True to clear this one"
         if head["kind"] != self.kind:
             raise UserError(f"{self.path} holds a run of '{head['kind']}', this is '{self.kind}': {way_out}")
         key, old, new = first_difference(head["config"], plain) or ("(unknown)", "?", "?")
         raise UserError(f"{self.path} holds another run: config key '{key}' is {_short(old)} there and {_short(new)} here; {way_out}")
+
+    def _untouched(self) -> bool:
+        """Whether the run that is there has left nothing but its config: it stopped at a mistake that has been mended since."""
+        empty = lambda entry: entry.name == HEAD or (entry == self.checkpoints and not any(entry.iterdir()))  # noqa: E731
+        return all(map(empty, self.path.iterdir()))
 
     def _head(self) -> dict[str, Any] | None:
         """What config.json says of the run that is there; None where there is none, UserError where it is something else's."""

@@ -70,11 +70,13 @@ class Architecture:
     axes: the parameters and the logical axes of each, from which shapes, initial values and shardings derive.
     encode(params, x, k) -> z and, where the code has at most k non-zeros a row, encode_sparse(params, x, k) ->
     (values, indices); x is normalised and centred, [..., D]. penalty(params, z) -> [B] multiplies l1_coefficient.
-    saelens: the architecture's name in SAELens's cfg.json.
+    saelens: the architecture's name in SAELens's cfg.json. is_topk: encode_sparse is `topk_encode_sparse`, so that training may take
+    the products of `sae.sparse`, which do the same; any other row is trained by differentiating `encode`.
     """
 
     encode: Callable[[Params, Array, int | None], Array]
     saelens: str
+    is_topk: bool = False
     encode_sparse: Callable[[Params, Array, int], tuple[Array, Array]] | None = None
     penalty: Callable[[Params, Array], Array] | None = None
     axes: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=lambda: dict(BASE_AXES))
@@ -86,6 +88,6 @@ class Architecture:
 
 
 ARCHITECTURES: dict[str, Architecture] = {
-    "topk": Architecture(encode=topk_encode, encode_sparse=topk_encode_sparse, saelens="topk"),
+    "topk": Architecture(encode=topk_encode, encode_sparse=topk_encode_sparse, saelens="topk", is_topk=True),
     "relu": Architecture(encode=relu_encode, penalty=l1_penalty, saelens="standard"),
 }

@@ -235,7 +235,7 @@ def locate(folder_or_hub_id: str | os.PathLike) -> Path:
 
 
 def save(folder: str | os.PathLike, d: Dictionary, layout: str = "native") -> None:
-    """Writes the dictionary to `folder` (made if absent), each file whole or not at all."""
+    """Writes the dictionary to `folder` (made if absent), each file whole or not at all; files of the other layouts there go."""
     if layout not in LAYOUTS:
         raise SAEError(f"sae.save: unknown layout {layout!r}; known: {', '.join(LAYOUTS)}")
     folder, row = Path(folder), LAYOUTS[layout]
@@ -249,5 +249,9 @@ def save(folder: str | os.PathLike, d: Dictionary, layout: str = "native") -> No
         partial = folder / (row.config_file + ".partial")
         partial.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         os.replace(partial, folder / row.config_file)
+        for other in LAYOUTS.values():
+            if other is not row:  # else `load` would not know which of two dictionaries is meant
+                (folder / other.config_file).unlink(missing_ok=True)
+                (folder / other.weights_file).unlink(missing_ok=True)
     except (OSError, SafetensorError) as error:
         raise SAEError(f"{folder}: cannot be written ({error})") from None

@@ -37,11 +37,11 @@ def loss(
         mean |x - x_hat|^2 / variance + l1 * mean penalty(z) / sqrt(variance) + aux * AuxK
 
     variance makes the first term a fraction of variance unexplained and the whole blind to the activations' scale.
-    aux_k: 0 leaves AuxK out. method: "dense" or "sparse" products (sae.sparse), the
+    aux_k: 0 leaves AuxK out. method: for TopK, "dense" or "sparse" products (sae.sparse), the
     dense ones for latents spread over `shards` devices. Parts: fvu, l0, l1, aux, fired (bool [F]).
     """
     arch = architecture(cfg)
-    if arch.encode_sparse is not None:
+    if arch.is_topk:
         if method == "sparse":
             found: Any = reconstruct_sparse(params, x_BD, cfg.k, cfg.apply_b_dec_to_input)
         else:
@@ -54,7 +54,7 @@ def loss(
         z = arch.encode(params, centred(params, x_BD, cfg.apply_b_dec_to_input), cfg.k)
         x_hat = matmul(z, params["W_dec"]) + params["b_dec"]
         fired, active = jnp.any(z > 0, axis=0), jnp.sum(z > 0)
-        penalty = jnp.mean(arch.penalty(params, z)) / jnp.sqrt(variance)
+        penalty = jnp.float32(0.0) if arch.penalty is None else jnp.mean(arch.penalty(params, z)) / jnp.sqrt(variance)
     fvu = jnp.mean(jnp.sum((x_BD - x_hat) ** 2, axis=1)) / variance
     auxiliary = jnp.float32(0.0)
     if aux_k:

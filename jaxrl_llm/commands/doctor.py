@@ -96,7 +96,8 @@ def devices(problems: list[str]) -> list[str]:
     expected = sum(range(1, len(found) + 1))
     if total != expected:
         problems.append(f"a sum over the devices gives {total}, not {expected}")
-    lines.append(f"one sum over all devices: right ({time.perf_counter() - begin:.2f} s with compilation)")
+    else:
+        lines.append(f"one sum over all devices: right ({time.perf_counter() - begin:.2f} s with compilation)")
     if jax.default_backend() == "cpu" and shutil.which("nvidia-smi"):
         problems.append("there is an NVIDIA driver but JAX uses the CPU: pip install 'jaxrl-llm[cuda]', and unset JAX_PLATFORMS")
     return lines

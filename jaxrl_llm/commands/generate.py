@@ -34,13 +34,16 @@ def run(config: Any, workdir: str | None = None) -> None:
     prompts = tokenise_prompts(
         rows, tokenizer, max_length=config.max_prompt_tokens, template=config.template, overflow=config.overflow
     )
-    done = {sample["id"] for sample in run_dir.samples()} if run_dir and is_writer() else set()
-    # All processes must sample the same batches, so what the first one finds written goes.
-    left = prompts.take(np.flatnonzero(from_first([name not in done for name in prompts.ids])))
-    starts = range(0, len(left), config.batch_prompts)
-    for start in tqdm(starts, desc="generate", unit="batch", disable=None if run_dir else True, mininterval=0.5):
-        batch = left.take(range(start, min(start + config.batch_prompts, len(left))))
-        for record in _samples(models, cfg, params, tokenizer, batch, config, mesh):
+    written = {(sample["id"], sample["sample"]) for sample in run_dir.samples()} if run_dir and is_writer() else set()
+    # A stop may fall inside a batch. It is then sampled again, whole, since its noise belongs to it, and what is missing is written. All
+    # processes must sample the same batches, so what the first one finds written goes.
+    whole = from_first([all((name, k) in written for k in range(config.num_samples)) for name in prompts.ids])
+    batches = [range(start, min(start + config.batch_prompts, len(prompts))) for start in range(0, len(prompts), config.batch_prompts)]
+    left = [batch for batch in batches if not np.all(whole[list(batch)])]
+    for rows in tqdm(left, desc="generate", unit="batch", disable=None if run_dir else True, mininterval=0.5):
+        for record in _samples(models, cfg, params, tokenizer, prompts.take(rows), config, mesh):
+            if (record["id"], record["sample"]) in written:
+                continue
             if run_dir:
                 run_dir.sample(record)
             elif is_writer():

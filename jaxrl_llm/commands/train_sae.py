@@ -30,6 +30,7 @@ def run(config: Any, workdir: str) -> None:
     import models
     import sae
     from jaxrl_llm.curation.processes import from_first, on_this_process
+    from sae.architectures import ARCHITECTURES
 
     run_dir = RunDir(workdir, config, kind="train_sae", owns=(FOLDER,))
     folder = run_dir.path / FOLDER
@@ -52,12 +53,12 @@ def run(config: Any, workdir: str) -> None:
             model_cfg, params, rows, hook, harvest.batch_rows, harvest.context_size, skip_bos=harvest.skip_bos, mesh=mesh
         )
 
-    width = next(iter(activations(eval_rows))).shape[1]
+    width, kind = next(iter(activations(eval_rows))).shape[1], ARCHITECTURES.get(config.sae.architecture)
     cfg = sae.SAEConfig(
         architecture=config.sae.architecture,
         d_in=width,
         d_sae=config.sae.d_sae or config.sae.expansion * width,
-        k=config.sae.k if config.sae.architecture == "topk" else None,
+        k=config.sae.k if kind is None or kind.needs_k else None,  # SAEConfig names an unknown architecture
         normalize_activations=config.sae.normalize_activations,
         apply_b_dec_to_input=config.sae.apply_b_dec_to_input,
         hook_name=hook,

@@ -63,8 +63,11 @@ def pass_rates(
     for number, start in enumerate(range(0, len(indices), batch_prompts)):
         batch = indices[start : start + batch_prompts]
         missing = [i for i in batch if rows[i]["id"] not in done]
-        verdicts = roll_out([rows[i] for i in missing], number) if missing else []
-        for i, found in zip(missing, verdicts, strict=True):
+        # The whole batch again where a stop fell inside it: its noise belongs to it, and a run that goes on must end as one that never stopped.
+        verdicts = roll_out([rows[i] for i in batch], number) if missing else []
+        for i, found in zip(batch, verdicts, strict=bool(missing)):
+            if rows[i]["id"] in done:
+                continue
             judged = [v.value for v in found if v.value is not None]
             entry = {"id": rows[i]["id"], "rate": float(np.mean(judged)) if judged else None, "errors": len(found) - len(judged)}
             done[entry["id"]] = entry
@@ -117,13 +120,16 @@ def policy_roll_out(
 ) -> Callable[[list[Mapping[str, Any]], int], list[list[Any]]]:
     """A `roll_out` for `pass_rates`: `samples` completions a prompt by models.generate, judged by `reward`. Prompts longer than
     `max_prompt_tokens` keep their end. generation: its arguments; `mesh` where `params` are on one."""
+    import jax
+
     import models
     from jaxrl_llm.data.prompts import tokenise_prompts
     from jaxrl_llm.rewards.verdict import RewardInput
 
     def roll_out(rows: list[Mapping[str, Any]], number: int) -> list[list[Any]]:
         prompts = tokenise_prompts(rows, tokenizer, max_length=max_prompt_tokens, template=template, overflow="truncate")
-        rollout = models.generate(cfg, params, prompts.token_lists(), num_samples=samples, tokenizer=tokenizer, seed=seed + number, **generation)
+        key = jax.random.fold_in(jax.random.key(seed), number)  # a sum of the two would give a batch the noise of another seed's
+        rollout = models.generate(cfg, params, prompts.token_lists(), num_samples=samples, tokenizer=tokenizer, seed=key, **generation)
         texts = tokenizer.batch_decode(rollout.completions(), skip_special_tokens=True)
         inputs = [
             RewardInput(rows[group]["prompt"], text, rows[group].get("answer"), dict(rows[group]))

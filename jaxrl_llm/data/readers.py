@@ -197,8 +197,20 @@ def _parquet(path: Path) -> Iterator[Record]:
         file = pyarrow.parquet.ParquetFile(path)
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"{path} is not a whole parquet file ({str(error).splitlines()[0]})") from error
-    rows = (row for batch in file.iter_batches(1024) for row in batch.to_pylist())
-    return (Record(f"{path}: row {i}", row) for i, row in enumerate(rows, 1))
+    return _parquet_rows(path, file)
+
+
+def _parquet_rows(path: Path, file: Any) -> Iterator[Record]:
+    import pyarrow
+
+    count = 0
+    try:
+        for batch in file.iter_batches(1024):
+            for row in batch.to_pylist():
+                count += 1
+                yield Record(f"{path}: row {count}", row)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise UserError(f"{path}: after row {count} the parquet file cannot be read ({str(error).splitlines()[0]}): copy it again") from error
 
 
 def _dataset_folder(path: Path, split: str) -> Iterator[Record]:
@@ -241,7 +253,14 @@ def _tfds(name: str, split: str) -> Iterator[Record]:
     except Exception as error:  # tfds raises many kinds; its first line names the cause
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"cannot load 'tfds:{name}', split '{split}': {reason}") from error
-    return (Record(f"tfds:{name}: row {i}", _text(row)) for i, row in enumerate(found, 1))
+    return (_tfds_record(f"tfds:{name}: row {i}", row) for i, row in enumerate(found, 1))
+
+
+def _tfds_record(where: str, row: Any) -> Record:
+    try:
+        return Record(where, _text(row))
+    except UnicodeDecodeError as error:
+        return Record(where, {}, f"not UTF-8 ({error})")
 
 
 def _text(value: Any) -> Any:
@@ -249,7 +268,7 @@ def _text(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _text(entry) for key, entry in value.items()}
     if isinstance(value, bytes):
-        return value.decode("utf-8", "replace")
+        return value.decode("utf-8")
     if hasattr(value, "tolist"):
         return _text(value.tolist())
     return [_text(entry) for entry in value] if isinstance(value, list) else value

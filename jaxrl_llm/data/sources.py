@@ -68,9 +68,11 @@ def read_rows(
                         f"{record.where}: id '{row['id']}' stands already at {seen[row['id']]}: make ids unique, or set the field "
                         "map's id to None to have them made",
                     )
-                seen[row["id"]] = record.where
             else:
                 row = {"id": _made_id(row, hashes), **row}
+                while row["id"] in seen:  # another row was given this very id
+                    row["id"] += "-"
+            seen[row["id"]] = record.where
         except _BadRow as bad:
             if on_bad == "error":
                 raise UserError(str(bad)) from None
@@ -95,6 +97,8 @@ def parse_fields(text: str) -> dict[str, str | None]:
         ours, equals, theirs = entry.partition("=")
         if not equals or not ours.strip():
             raise UserError(f"field map '{text}': '{entry}' is not NAME=COLUMN, such as prompt=question")
+        if "{" in theirs:
+            _check_format(text, theirs.strip())
         fields[ours.strip()] = theirs.strip() or None
     return fields
 
@@ -138,11 +142,31 @@ def _renamed(record: Record, fields: Mapping[str, str | None]) -> dict[str, Any]
             row[ours] = columns[theirs]
         else:
             raise _BadRow("missing field", f"{record.where}: no field '{theirs}' (wanted as '{ours}'): {nearest(theirs, columns)}")
+    for name, value in row.items():
+        if isinstance(value, str) and not _encodable(value):
+            raise _BadRow("not UTF-8", f"{record.where}: field '{name}' holds half of a surrogate pair, which is no text: mend the file")
     if row.get("id") is not None:
         row["id"] = str(row["id"])
     else:
         row.pop("id", None)
     return row
+
+
+def _encodable(text: str) -> bool:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _check_format(text: str, template: str) -> None:
+    try:
+        parts = list(string.Formatter().parse(template))
+    except ValueError as error:
+        raise UserError(f"field map '{text}': the format '{template}' is not whole ({error})") from None
+    if any(spec or conversion for _, _, spec, conversion in parts):
+        raise UserError(f"field map '{text}': the format '{template}' may hold {{COLUMN}} only, without ':' or '!'")
 
 
 def _formatted(record: Record, template: str) -> str:

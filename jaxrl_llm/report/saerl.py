@@ -119,7 +119,7 @@ def _arm_row(arm: ArmRuns, baseline: ArmRuns, main: ArmRuns, bases: Sequence[int
     }
     if arm is not baseline:
         row["difference"] = _estimate(paired_bootstrap(arm.items, baseline.items, bases))
-        saved = steps_saved(arm.steps, arm.curve, baseline.curve, bases) if arm.steps == baseline.steps else None
+        saved = steps_saved(np.array(arm.steps), arm.curve, baseline.curve, bases) if arm.steps == baseline.steps else None
         row["steps_saved"] = None if saved is None else _estimate(saved)
         apart = np.nanmean(np.where(np.isnan(arm.items) | np.isnan(baseline.items), np.nan, arm.items - baseline.items), axis=1)
         row["by_base"] = {str(b): float(apart[np.asarray(bases) == b].mean()) for b in dict.fromkeys(bases)}
@@ -183,15 +183,15 @@ def _verdict(row, main: str, baseline: str, pool: str) -> str:
     d, steps = row["difference"], row["steps_saved"]
     where = f"On “{pool}”, " if pool else ""
     if steps is None:
-        saved = f"no saving of steps to speak of, since {baseline} did not improve"
+        saved = f"there is no saving of steps to speak of, since {baseline} did not improve"
     else:
         ahead, to = (main, baseline) if steps["value"] >= 0 else (baseline, main)
-        saved = f"{abs(steps['value']):.0%} fewer steps of {ahead} to {to}’s final accuracy"
+        saved = f"{ahead} is at {to}’s final accuracy with {abs(steps['value']):.0%} fewer steps"
     spread = "" if d["low"] is None else f" (95% {100 * d['low']:+.1f} to {100 * d['high']:+.1f})"
     if d["low"] is not None and d["low"] <= 0 <= d["high"]:
-        return f"{where}{main} and {baseline} end within the noise of each other: {100 * d['value']:+.1f} points{spread}, {saved}."
+        return f"{where}{main} and {baseline} end within the noise of each other: {100 * d['value']:+.1f} points{spread}; {saved}."
     verb = "beats" if d["value"] > 0 else "loses to"
-    return f"{where}{main} {verb} {baseline} by {abs(100 * d['value']):.1f} points{spread}, with {saved}."
+    return f"{where}{main} {verb} {baseline} by {abs(100 * d['value']):.1f} points{spread}; {saved}."
 
 
 def _attribution(config, summary) -> str:

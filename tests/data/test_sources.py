@@ -118,6 +118,11 @@ def test_field_map_as_config_text():
     assert parse_fields("prompt={Body}, {Q},answer=A") == {"prompt": "{Body}, {Q}", "answer": "A"}
     with pytest.raises(UserError, match="'question' is not NAME=COLUMN"):
         parse_fields("question")
+    with pytest.raises(UserError, match=r"the format '\{q' is not whole"):
+        parse_fields("prompt={q")
+    for format_ in ("{q!z}", "{q:>9}"):
+        with pytest.raises(UserError, match="may hold"):
+            parse_fields(f"prompt={format_}")
 
 
 def test_made_ids_follow_the_content_not_the_place(tmp_path):
@@ -126,6 +131,27 @@ def test_made_ids_follow_the_content_not_the_place(tmp_path):
     first, second, third = (row["id"] for row in read_rows(path, MAP))
     assert third == f"{first}-2"
     assert [row["id"] for row in read_rows(other, MAP)] == [second, first]
+
+
+def test_a_made_id_is_never_one_that_was_given(tmp_path):
+    made = read_rows(write_jsonl(tmp_path / "a.jsonl", [{"prompt": "x"}]))[0]["id"]
+    rows = read_rows(write_jsonl(tmp_path / "b.jsonl", [{"prompt": "y", "id": made}, {"prompt": "x"}]))
+    assert rows[0]["id"] == made and rows[1]["id"] == f"{made}-"
+    with pytest.raises(UserError, match="stands already at"):
+        read_rows(write_jsonl(tmp_path / "c.jsonl", [{"prompt": "x"}, {"prompt": "y", "id": made}]))
+
+
+def test_a_parquet_file_with_a_spoilt_page_names_the_row(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    path = tmp_path / "rows.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"prompt": [f"a long enough prompt {i}" for i in range(500)]}), path, compression="snappy")
+    data = bytearray(path.read_bytes())
+    data[60:400] = bytes(340)
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=r"rows\.parquet: after row 0 the parquet file cannot be read"):
+        read_rows(str(path))
 
 
 def test_limit_and_chat_messages(tmp_path):
@@ -144,6 +170,7 @@ BAD_LINES = {
     "missing field": (b'{"prompt": "a"}\n{"promt": "b"}\n', r"rows\.jsonl:2: no field 'prompt': did you mean promt"),
     "not text": (b'{"prompt": "a"}\n{"prompt": 3}\n', r"rows\.jsonl:2: field 'prompt' is a int, not text"),
     "bad messages": (b'{"prompt": "a"}\n{"prompt": ["x"]}\n', r"rows\.jsonl:2: field 'prompt' is a list, but not of messages"),
+    "half a surrogate pair": (b'{"prompt": "a"}\n{"prompt": "b\\ud83d"}\n', r"rows\.jsonl:2: field 'prompt' holds half of a surrogate pair"),
     "same id": (b'{"prompt": "a", "id": 1}\n{"prompt": "b", "id": "1"}\n', r"rows\.jsonl:2: id '1' stands already at .*rows\.jsonl:1"),
 }
 

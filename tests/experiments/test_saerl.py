@@ -348,15 +348,19 @@ def test_the_steps_settings_reach_grpo():
     for name, value in config.grpo.items():
         if name == "prompts_per_step":
             continue
-        other = "dr_grpo" if name == "aggregation" else "none" if name == "advantage_scale" else (not value) if isinstance(value, bool) else value + 1
+        named = {"aggregation": "dr_grpo", "advantage_scale": "none"}
+        other = named[name] if name in named else (not value) if isinstance(value, bool) else value + 1
         changed = tiny(**{f"grpo.{name}": other})
         assert saerl.grpo_settings(changed, cell, arm) != plain, name
 
 
 @pytest.mark.parametrize(
     ("name", "asks"),
-    [("full", True), ("full_logprob", True), ("full_tuned", True), ("full_tfidf", True), ("full_words", False), ("full_oracle_filter", False), ("full_told", False)],
-)
+    [
+        ("full", True), ("full_logprob", True), ("full_tuned", True), ("full_tfidf", True), ("full_words", False),
+        ("full_oracle_filter", False), ("full_told", False),
+    ],
+)  # fmt: skip
 def test_band_arms_filter_anew_by_the_policy_as_it_is(signals, name, asks):
     """`full` asks the probe again at every `refilter_every`-th step; arms whose quality knows no policy do not."""
     config, asked = tiny(**{"curation.refilter_every": 3}), []

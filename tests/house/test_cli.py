@@ -161,7 +161,7 @@ def test_doctor_names_what_is_missing(capsys, monkeypatch):
     assert doctor.run() == 1
     out = capsys.readouterr().out
     assert "no-such-package is not installed" in out and "no_such_module: no; for a use: pip install it" in out
-    assert "a sum over the devices gives -1, not" in out
+    assert "a sum over the devices gives -1, not" in out and "one sum over all devices: right" not in out
 
 
 def test_generate_on_the_real_checkpoint(capsys, assets, tmp_path):

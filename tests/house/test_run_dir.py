@@ -103,8 +103,23 @@ def test_owned_names_stay_inside_the_folder(tmp_path, name):
     assert files(tmp_path) == {"outside", "run/inside", "run/config.json"}
 
 
+def test_a_mistake_in_the_config_does_not_cost_the_directory(tmp_path):
+    """A run that stopped at a mistake before it left anything gives way to the mended one; one that left something does not."""
+    RunDir(tmp_path, {**CONFIG, "steps": 7}, kind="grpo")
+    run = RunDir(tmp_path, CONFIG, kind="lab")
+    assert not run.resumed and json.loads((tmp_path / "config.json").read_text())["kind"] == "lab"
+    (tmp_path / "checkpoints" / "3").mkdir()
+    with pytest.raises(UserError, match="holds a run of 'lab'"):
+        RunDir(tmp_path, CONFIG, kind="grpo")
+    (tmp_path / "checkpoints" / "3").rmdir()
+    make(tmp_path, "features/shard")
+    with pytest.raises(UserError, match="config key 'steps'"):
+        RunDir(tmp_path, {**CONFIG, "steps": 7}, kind="lab")
+
+
 def test_a_kill_while_clearing_leaves_no_rest_that_looks_new(tmp_path, monkeypatch):
     RunDir(tmp_path, CONFIG, kind="grpo").log({"step": 1})
+    make(tmp_path, "checkpoints/1/state")
     monkeypatch.setattr(module.shutil, "rmtree", lambda path: (_ for _ in ()).throw(KeyboardInterrupt))
     new = {**CONFIG, "steps": 4}
     with pytest.raises(KeyboardInterrupt):

@@ -46,7 +46,8 @@ def test_the_best_control_starts_where_the_main_arm_does():
         return {"accuracy": {"value": accuracy}, "main_minus": {"value": 0.4 - accuracy, "low": low, "high": high}}
 
     config = load_config("configs/saerl.py:lab", {"arms": ("vanilla", "full", "full_told", "full_tuned", "full_dense")})
-    rows = {"full": {"accuracy": {"value": 0.4}}, "full_told": row(0.5, -0.2, 0.0), "full_tuned": row(0.39, -0.01, 0.03), "full_dense": row(0.3, 0.1, 0.1)}
+    rows = {"full": {"accuracy": {"value": 0.4}}, "full_told": row(0.5, -0.2, 0.0), "full_tuned": row(0.39, -0.01, 0.03)}
+    rows["full_dense"] = row(0.3, 0.1, 0.1)
     assert saerl._attribution(config, {"wrong": rows}) == "It is within the noise of its best control, full tuned (+1.0 points, 95% -1.0 to +3.0)."
     rows["full_tuned"] = row(0.39, 0.005, 0.015)
     assert saerl._attribution(config, {"wrong": rows}).startswith("It beats its best control, full tuned")

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import sae
+from sae.architectures import ARCHITECTURES, Architecture, topk_encode, topk_encode_sparse
 from sae.objective import aux_k_loss, default_learning_rate, loss
 
 D, F, K, B = 6, 16, 3, 12
@@ -45,6 +46,27 @@ def test_error_and_penalty(architecture):
     assert float(total) == pytest.approx(fvu + 0.5 * penalty, rel=1e-5)
     assert float(parts["l0"]) == pytest.approx((z > 0).sum() / B)
     np.testing.assert_array_equal(parts["fired"], (z > 0).any(axis=0))
+
+
+def test_a_third_row_is_trained_by_its_own_encoder(monkeypatch):
+    """An architecture is its row: one that keeps k latents by another rule than TopK's is trained by that rule, penalty or none."""
+
+    def halved(params, x, k):
+        return 0.5 * topk_encode(params, x, k)
+
+    def halved_sparse(params, x, k):
+        values, indices = topk_encode_sparse(params, x, k)
+        return 0.5 * values, indices
+
+    monkeypatch.setitem(ARCHITECTURES, "halved", Architecture(encode=halved, encode_sparse=halved_sparse, saelens="halved"))
+    _, p, x = setup("topk")
+    cfg = sae.SAEConfig(architecture="halved", d_in=D, d_sae=F, k=K)
+    z = 0.5 * numpy_forward(setup("topk")[0], p, x)[0]
+    expected = np.mean(np.sum((x - z @ p["W_dec"] - p["b_dec"]) ** 2, axis=1)) / 2.0
+    for method in ("dense", "sparse"):
+        total, parts = run(cfg, p, x, l1=0.5, method=method)
+        assert float(total) == pytest.approx(expected, rel=1e-5) and float(parts["l0"]) == pytest.approx((z > 0).sum() / B)
+    np.testing.assert_allclose(sae.reconstruct(sae.Dictionary(p, cfg), x), z @ p["W_dec"] + p["b_dec"], rtol=2e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("architecture", ["topk", "relu"])

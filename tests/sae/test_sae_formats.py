@@ -44,6 +44,14 @@ def test_saving_again_replaces(tmp_path):
     np.testing.assert_array_equal(sae.load(tmp_path).params["b_dec"], other.params["b_dec"])
 
 
+def test_saving_in_another_layout_leaves_one_dictionary(tmp_path):
+    """Two in one folder would leave `load` to guess."""
+    for first, then in (("native", "saelens"), ("saelens", "native")):
+        sae.save(tmp_path / first, dictionary(), layout=first)
+        sae.save(tmp_path / first, dictionary(k=3), layout=then)
+        assert sae.load(tmp_path / first).cfg.k == 3
+
+
 def test_input_scale_survives_both_layouts(tmp_path):
     d = dictionary(normalize_activations="expected_average_only_in", input_scale=0.25)
     for layout in LAYOUTS:

@@ -40,9 +40,10 @@ def test_samples_every_prompt_and_goes_on_after_a_stop(world, tmp_path, capsys):
     whole = samples(tmp_path)
     assert len(whole) == 20 and {s["sample"] for s in whole} == {0, 1} and len({s["id"] for s in whole}) == 10
     assert "20 samples of 10 prompts" in capsys.readouterr().out
-    (tmp_path / "samples.jsonl").write_text("".join(json.dumps(s) + "\n" for s in whole[:10]))
-    generate.run(config, str(tmp_path))
-    assert samples(tmp_path) == whole
+    for written in (10, 3, 13):  # between batches, and inside a batch and between the samples of a prompt
+        (tmp_path / "samples.jsonl").write_text("".join(json.dumps(s) + "\n" for s in whole[:written]))
+        generate.run(config, str(tmp_path))
+        assert samples(tmp_path) == whole
     generate.run(config_of(world, **{"data.source": "", "prompt": "1 plus 1 ="}))
     assert "=== prompt, sample 2" in capsys.readouterr().out
 
