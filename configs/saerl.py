@@ -64,8 +64,8 @@ def _base() -> ConfigDict:
 
     c.arm_table = ConfigDict()  # what each arm keeps, reads and orders by
     for name, arm in ARMS.items():
-        row = dict(filter="none", strata=False, features="sae", clusters="features", difficulty="proxy", within="easy_to_hard", start="base", length=1.0) | arm
-        c.arm_table[name] = ConfigDict(row)
+        row = dict(filter="none", strata=False, features="sae", clusters="features", difficulty="proxy", within="easy_to_hard")
+        c.arm_table[name] = ConfigDict(row | dict(start="base", length=1.0) | arm)
 
     # Share of each level, skew of the topics, share of each corruption (of jaxrl_llm.data.lab_world).
     none = dict.fromkeys(("wrong_answer", "missing_clause", "garbled", "near_duplicate"), 0.0)
@@ -77,6 +77,15 @@ def _base() -> ConfigDict:
     pools = dict(mixed=even | mixed, wrong=even | wrong, hard=hard | mixed, web=scraped | web)
     c.pool_table = ConfigDict(pools)  # what each pool is made of
 
+    _data(c)
+    _policy(c)
+    _sae(c)
+    _curation(c)
+    _grpo(c)
+    return c
+
+
+def _data(c: ConfigDict) -> None:
     c.data = ConfigDict()  # a real pool instead of the generated world
     c.data.source = ""  # rows (file, HF data set, tfds:NAME); empty = the generated world
     c.data.fields = "prompt=prompt,answer=answer"  # field map
@@ -90,6 +99,8 @@ def _base() -> ConfigDict:
     c.data.test_seed = 991  # of the generated held-out rows
     c.data.max_prompt_tokens = 24  # longer prompts are dropped and counted
 
+
+def _policy(c: ConfigDict) -> None:
     c.policy = ConfigDict()  # the base policy: pre-trained by the run, or loaded
     c.policy.model = ""  # Hugging Face folder or hub id; empty = pre-train one on the generated world
     c.policy.dtype = "float32"  # of parameters and activations
@@ -105,6 +116,8 @@ def _base() -> ConfigDict:
     c.policy.mixed_levels = (0.25, 0.22, 0.2, 0.18, 0.15)
     c.policy.mistakes = (0.5, 0.55, 0.6, 0.65, 0.7)  # rate of the mistake at each level, second phase
 
+
+def _sae(c: ConfigDict) -> None:
     c.sae = ConfigDict()
     c.sae.path = ""  # SAE folder or hub id (of any model: set sae.model too); empty = train one on the policy's activations
     c.sae.model = ""  # feature model, Hugging Face folder or hub id; empty = the policy
@@ -118,6 +131,8 @@ def _base() -> ConfigDict:
     c.sae.batch = 1024  # activations a step
     c.sae.learning_rate = 2e-3  # peak
 
+
+def _curation(c: ConfigDict) -> None:
     c.curation = ConfigDict()
     c.curation.answers = True  # the quality probe reads prompt + answer and the policy's log-probabilities, not the prompt alone
     c.curation.remove_length = False  # regress length out of the features; in the lab's world longer truly is harder
@@ -142,6 +157,8 @@ def _base() -> ConfigDict:
     c.curation.band_epoch_share = 0.5  # of the kept rows that one epoch of the band visits
     c.curation.band_balance = "equal"  # clusters in a batch: in proportion to their "items", "equal", by "utility" or "none"
 
+
+def _grpo(c: ConfigDict) -> None:
     c.grpo = ConfigDict()  # fields of jaxrl_llm.train.config.GRPOConfig
     c.grpo.steps = 240
     c.grpo.prompts_per_step = 4  # small, so that the gradient's noise limits learning, as it does for large models (docs/saerl.md)
@@ -157,7 +174,6 @@ def _base() -> ConfigDict:
     c.grpo.eval_every = 40
     c.grpo.eval_samples = 4  # avg@k beside greedy
     c.grpo.checkpoint_every = 80
-    return c
 
 
 def _demo(c: ConfigDict) -> None:

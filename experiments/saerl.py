@@ -39,7 +39,8 @@ from jaxrl_llm.run_dir import RunDir, write_json
 
 # Feature kinds an arm may name; "sae" is ours, the others are its controls.
 FEATURES = ("sae", "random_sae", "dense", "tfidf")
-FILTERS = ("none", "oracle", "logprob", "tuned", "sae_alone", "tfidf_alone", *FEATURES)
+UNASKED = ("none", "oracle", "sae_alone", "tfidf_alone")  # filters that do not ask the policy
+FILTERS = (*UNASKED, "logprob", "tuned", *FEATURES)
 BAD = ("wrong_answer", "missing_clause", "garbled")  # a near-duplicate is a sound problem
 
 
@@ -497,8 +498,8 @@ def make_arm_schedule(bench: Bench, name: str, signals):
         keep = np.isin(np.arange(len(keep)), np.random.default_rng([seed, 14]).permutation(rows)[:visits])
         options = dict(rho=c.rho, within=arm.within) if arm.schedule == "published" else {}
         return make_schedule(arm.schedule, batch_size=size, seed=seed, difficulty=hard, cluster=clusters, keep=keep, **options)
-    # The others do not ask the policy; one that was tuned on the told rows can no longer judge by them.
-    probed = c.refilter_every and arm.filter not in ("none", "oracle", "sae_alone", "tfidf_alone") and arm.start == "base"
+    # A policy that was tuned on the told rows can no longer judge by them.
+    probed = c.refilter_every and arm.filter not in UNASKED and arm.start == "base"
 
     def refilter(params) -> np.ndarray:
         return filter_arm(bench, arm, signals, bench.quality_probe().fit(arm.filter, params)).keep

@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
             raise UserError(problem)
         return _run(arguments)
     except KeyboardInterrupt:
-        print("\njaxrl-llm: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        print("\njaxrl-llm: interrupted; the same command goes on from what is finished and saved", file=sys.stderr)
         return 130
     except BrokenPipeError:
         # The reader of our output (such as `head`) has gone; there is nobody left to tell.

@@ -38,9 +38,9 @@ class RunDir:
         run nor the one that it replaces owns stays.
 
     Raises:
-      UserError: the directory is a URL, holds another run (another kind, or a config that differs: the key is named) that has left
-        more there than its config, holds the
-        config.json of something else, or cannot be written. ValueError: a name in `owns` that is not directly in the directory.
+      UserError: the directory is a URL, holds another run (another kind, or a config that differs: the key is named) that has left more
+        there than its config, holds the config.json of something else, or cannot be written. ValueError: a name in `owns` that is not
+        directly in the directory.
     """
 
     def __init__(self, path: str | os.PathLike[str], config: ConfigDict | Mapping[str, Any], *, kind: str, owns: tuple[str, ...] = ()):

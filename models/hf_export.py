@@ -39,9 +39,9 @@ def save(
 
     folder: made if absent. An existing checkpoint is replaced by renames, its tokenizer kept if no other is given.
     tokenizer_from: a folder, hub id or tokenizer to copy the tokenizer from. max_shard_size: bytes a file; larger
-    models get several files and an index. An export that is interrupted leaves the target as it was (killed between the two renames of a
-    replacement, the old and the new one whole in a hidden folder beside it). On several hosts every
-    process must call this; the first one writes.
+    models get several files and an index. An interrupted export leaves the target as it was (killed between the two
+    renames of a replacement, it leaves the old and the new one whole in a hidden folder beside it). On several hosts
+    every process must call this; the first one writes.
     Raises ModelError when params do not fit cfg or `folder` holds something that is not a checkpoint.
     """
     target = Path(folder).expanduser().absolute()

@@ -62,11 +62,11 @@ def pass_rates(
     done = _done_before(path, [rows[i]["id"] for i in indices]) if path else {}
     for number, start in enumerate(range(0, len(indices), batch_prompts)):
         batch = indices[start : start + batch_prompts]
-        missing = [i for i in batch if rows[i]["id"] not in done]
         # The whole batch again where a stop fell inside it: its noise belongs to it, and a run that goes on must end as one that never stopped.
-        verdicts = roll_out([rows[i] for i in batch], number) if missing else []
-        for i, found in zip(batch, verdicts, strict=bool(missing)):
-            if rows[i]["id"] in done:
+        missing = {i for i in batch if rows[i]["id"] not in done}
+        verdicts = roll_out([rows[i] for i in batch], number) if missing else [[]] * len(batch)
+        for i, found in zip(batch, verdicts, strict=True):
+            if i not in missing:
                 continue
             judged = [v.value for v in found if v.value is not None]
             entry = {"id": rows[i]["id"], "rate": float(np.mean(judged)) if judged else None, "errors": len(found) - len(judged)}

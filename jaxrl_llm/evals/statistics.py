@@ -112,7 +112,7 @@ def steps_saved(
     def signed(weights: np.ndarray) -> float:
         mean_a, mean_b = np.average(a, axis=0, weights=weights), np.average(b, axis=0, weights=weights)
         ahead, behind, sign = (mean_a, mean_b, 1.0) if mean_a[-1] >= mean_b[-1] else (mean_b, mean_a, -1.0)
-        return sign * (1 - min(steps_to_target(steps, ahead, behind[-1], window=1) / steps[-1], 1.0))
+        return sign * (1 - min(steps_to_target(steps, ahead, behind[-1]) / steps[-1], 1.0))
 
     worse = a if a[:, -1].mean() < b[:, -1].mean() else b
     if worse[:, -1].mean() <= worse[:, 0].mean() + 1e-9:
@@ -125,17 +125,12 @@ def steps_saved(
     return Interval(estimate, *expanded_limits(found, len(a)))
 
 
-def steps_to_target(steps: np.ndarray, accuracy: np.ndarray, target: float, *, window: int = 3) -> float:
-    """First step at which the trailing moving average of `window` evaluations reaches `target`; inf if never.
-
-    Between two evaluations the step is interpolated linearly. The average keeps one lucky evaluation from counting.
-    """
+def steps_to_target(steps: np.ndarray, accuracy: np.ndarray, target: float) -> float:
+    """First step at which the curve reaches `target`, linear between evaluations; inf if never. Of one run's curve that may be luck: give
+    the mean of several."""
     x, y = np.asarray(steps, float), np.asarray(accuracy, float)
-    smooth = np.array([y[max(0, i - window + 1) : i + 1].mean() for i in range(len(y))])
-    reached = np.flatnonzero(smooth >= target)
+    reached = np.flatnonzero(y >= target)
     if not len(reached):
         return float("inf")
     i = reached[0]
-    if i == 0 or smooth[i] == smooth[i - 1]:
-        return float(x[i])
-    return float(x[i - 1] + (target - smooth[i - 1]) / (smooth[i] - smooth[i - 1]) * (x[i] - x[i - 1]))
+    return float(x[i] if i == 0 else x[i - 1] + (target - y[i - 1]) / (y[i] - y[i - 1]) * (x[i] - x[i - 1]))

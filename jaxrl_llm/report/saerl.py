@@ -52,7 +52,8 @@ def build(config, root: Path, cells: Sequence[Any], seconds: float) -> tuple[dic
         rows = [_arm_row(runs[arm], runs[baseline], runs[main], bases) for arm in config.arms]
         summary[pool] = {row["arm"]: row for row in rows}
         note = _note(len(folders), config)
-        tables.append({"title": f"Arms, pool “{pool}”", "rows": rows, "note": note})
+        shown = [{key: value for key, value in row.items() if key != "by_base"} for row in rows]
+        tables.append({"title": f"Arms, pool “{pool}”", "rows": shown, "note": note})
         curves.append(_curve_chart(runs, baseline, pool, len(folders)))
     first = root / "cells" / cells[0].name
     headline = _headline(config, summary, len([c for c in cells if c.pool == config.pools[0]]))
@@ -76,15 +77,10 @@ def markdown(config, summary: dict[str, Any]) -> str:
     """The arms' tables of `build`'s summary as Markdown: what docs/saerl.md quotes."""
     main, baseline, lines = config.main_arm, config.arms[0], []
 
-    def points(e: dict[str, float | None] | None) -> str:
+    def cell(e: dict[str, float | None] | None, form: str, unit: str = "") -> str:
         if e is None:
             return ""
-        return f"{100 * e['value']:+.1f}" + ("" if e["low"] is None else f" ({100 * e['low']:+.1f} to {100 * e['high']:+.1f})")
-
-    def percent(e: dict[str, float | None] | None) -> str:
-        if e is None:
-            return ""
-        return f"{100 * e['value']:.0f}%" + ("" if e["low"] is None else f" ({100 * e['low']:.0f} to {100 * e['high']:.0f})")
+        return f"{_hundredths(e['value'], form)}{unit}" + (f" ({_span(e, form)})" if _span(e) else "")
 
     for pool, arms in summary["pools"].items():
         levels = list(next(iter(arms.values()))["per_level"])
@@ -93,8 +89,9 @@ def markdown(config, summary: dict[str, Any]) -> str:
         lines += [f"Pool `{pool}`, {next(iter(arms.values()))['seeds']} paired runs", "", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
         for arm, row in arms.items():
             by_base = ", ".join(f"{100 * v:+.1f}" for v in row.get("by_base", {}).values())
-            cells = [f"`{arm}`", f"{100 * row['accuracy']['value']:.1f}", points(row.get("difference")), by_base, percent(row.get("steps_saved"))]
-            cells += [f"{row['mixed_groups']:.0%}", points(row.get("main_minus"))] + [f"{100 * v:+.1f}" for v in row["per_level"].values()]
+            cells = [f"`{arm}`", f"{100 * row['accuracy']['value']:.1f}", cell(row.get("difference"), "+.1f"), by_base]
+            cells += [cell(row.get("steps_saved"), ".0f", "%")]
+            cells += [f"{row['mixed_groups']:.0%}", cell(row.get("main_minus"), "+.1f")] + [f"{100 * v:+.1f}" for v in row["per_level"].values()]
             lines.append(f"| {' | '.join(cells)} |")
         lines.append("")
     return "\n".join(lines)
@@ -108,7 +105,7 @@ def _arm_info(config, name: str) -> dict[str, str]:
 def _arm_row(arm: ArmRuns, baseline: ArmRuns, main: ArmRuns, bases: Sequence[int]) -> dict[str, Any]:
     """One row of the table. bases: the base policy of each cell."""
     target = baseline.curve[:, -1].mean()
-    reached = steps_to_target(np.array(arm.steps), arm.curve.mean(axis=0), target, window=1)
+    reached = steps_to_target(np.array(arm.steps), arm.curve.mean(axis=0), target)
     row = {
         "arm": arm.arm,
         "accuracy": {"value": float(np.nanmean(arm.items))},
@@ -133,6 +130,20 @@ def _estimate(interval: Interval) -> dict[str, float | None]:
     return {"value": interval.estimate, "low": finite(interval.low), "high": finite(interval.high)}
 
 
+def _hundredths(value: float, form: str = "+.1f") -> str:
+    return f"{round(100 * value, 1) + 0.0:{form}}"  # + 0.0: no minus before a zero
+
+
+def _span(estimate: dict[str, float | None], form: str = "+.1f") -> str:
+    """The limits in hundredths: "+2.3 to +5.6"; empty where there are none."""
+    low, high = estimate["low"], estimate["high"]
+    return "" if low is None or high is None else f"{_hundredths(low, form)} to {_hundredths(high, form)}"
+
+
+def _detail(estimate: dict[str, float | None]) -> str:
+    return f"95% {_span(estimate)}" if _span(estimate) else ""
+
+
 def _note(cells: int, config) -> str:
     if cells == 1:
         return (
@@ -155,7 +166,7 @@ def _curve_chart(runs: dict[str, ArmRuns], baseline: str, pool: str, cells: int)
             line |= {"low": [b.low for b in bounds], "high": [b.high for b in bounds]}
         series.append(line)
     target = float(runs[baseline].curve[:, -1].mean())
-    reached = {arm: steps_to_target(np.array(run.steps), run.curve.mean(axis=0), target, window=1) for arm, run in runs.items()}
+    reached = {arm: steps_to_target(np.array(run.steps), run.curve.mean(axis=0), target) for arm, run in runs.items()}
     marks = {arm: step if np.isfinite(step) else None for arm, step in reached.items()}
     chart = {
         "title": f"Held-out accuracy, pool “{pool}”",
@@ -187,7 +198,7 @@ def _verdict(row, main: str, baseline: str, pool: str) -> str:
     else:
         ahead, to = (main, baseline) if steps["value"] >= 0 else (baseline, main)
         saved = f"{ahead} is at {to}’s final accuracy with {abs(steps['value']):.0%} fewer steps"
-    spread = "" if d["low"] is None else f" (95% {100 * d['low']:+.1f} to {100 * d['high']:+.1f})"
+    spread = f" (95% {_span(d)})" if _span(d) else ""
     if d["low"] is not None and d["low"] <= 0 <= d["high"]:
         return f"{where}{main} and {baseline} end within the noise of each other: {100 * d['value']:+.1f} points{spread}; {saved}."
     verb = "beats" if d["value"] > 0 else "loses to"
@@ -202,7 +213,7 @@ def _attribution(config, summary) -> str:
         return ""
     best = max(rivals, key=lambda a: summary[pool][a]["accuracy"]["value"])
     gap, name = summary[pool][best]["main_minus"], best.replace("_", " ")
-    points = f"{100 * gap['value']:+.1f} points" + ("" if gap["low"] is None else f", 95% {100 * gap['low']:+.1f} to {100 * gap['high']:+.1f}")
+    points = f"{_hundredths(gap['value'])} points" + (f", 95% {_span(gap)}" if _span(gap) else "")
     if gap["low"] is None or gap["low"] <= 0 <= gap["high"]:
         return f"It is within the noise of its best control, {name} ({points})."
     return f"It {'beats' if gap['value'] > 0 else 'loses to'} its best control, {name} ({points})."
@@ -216,19 +227,13 @@ def _facts(rows, main: str, baseline: str) -> list[dict[str, str]]:
     mixed = f"{row['mixed_groups']:.0%}"
     steps = {"value": "–", "detail": f"{baseline} did not improve"}
     if s is not None:
-        steps = {"value": f"{-100 * s['value']:+.0f}%", "detail": _limits(s, -100)}
+        fewer = {"value": -s["value"], "low": s["high"] and -s["high"], "high": s["low"] and -s["low"]}
+        steps = {"value": f"{100 * fewer['value']:+.0f}%", "detail": _detail(fewer)}
     return [
-        {"label": f"{main} − {baseline}, final accuracy", "value": f"{100 * d['value']:+.1f} points", "detail": _limits(d, 100)},
+        {"label": f"{main} − {baseline}, final accuracy", "value": f"{100 * d['value']:+.1f} points", "detail": _detail(d)},
         {"label": f"steps of {main} to {baseline}’s final accuracy", **steps},
         {"label": "groups with mixed rewards", "value": mixed, "detail": f"{baseline} {rows[baseline]['mixed_groups']:.0%}"},
     ]
-
-
-def _limits(estimate, scale: float) -> str:
-    if estimate["low"] is None:
-        return ""
-    low, high = sorted((scale * estimate["low"], scale * estimate["high"]))
-    return f"95% {low:+.1f} to {high:+.1f}"
 
 
 # --- sections of the first cell --------------------------------------------------------------------------------------

@@ -85,8 +85,7 @@ class ArmRow(TypedDict):
     steps_to_target: NotRequired[Gap]
     steps_saved: NotRequired[Estimate | None]  # share of steps saved against the baseline: 0.31
     per_level: NotRequired[dict[str, Gap]]  # level -> difference to the baseline
-    by_base: NotRequired[dict[str, Gap]]  # base policy -> difference to the baseline
-    main_minus: NotRequired[Estimate | None]  # the main arm's difference to this one, paired
+    main_minus: NotRequired[Estimate | None]  # the main arm's difference to this one, paired; shown where there are controls
     mixed_groups: NotRequired[Gap]  # share of groups with mixed rewards
     seeds: NotRequired[int]
 

@@ -77,6 +77,9 @@ def _arms_table(table: dict, arms: Arms) -> str:
     levels = list(dict.fromkeys(level for row in rows for level in row.get("per_level") or {}))
     show = {key: any(row.get(key) is not None for row in rows) for key in ("difference", "steps_saved", "mixed_groups", "seeds")}
     show["steps_to_target"] = any("steps_to_target" in row for row in rows)
+    # Where every arm has as many, the note under the table says how many.
+    show["seeds"] = len({row.get("seeds") for row in rows}) > 1 or (show["seeds"] and not table.get("note"))
+    show["main_minus"] = len(rows) > 2 and any(row.get("main_minus") for row in rows)
     limits = mark_limits([row.get("difference") for row in rows], zero=True)
     strongest = max((abs(v) for row in rows for v in (row.get("per_level") or {}).values() if v is not None), default=0.0)
     unit = "points" if percent else "difference"
@@ -84,6 +87,8 @@ def _arms_table(table: dict, arms: Arms) -> str:
     head = [_th("arm"), _th("final accuracy" if percent else "final score", numeric=True)]
     if show["difference"]:
         head += [_th(f"against {baseline}, {unit}", numeric=True), '<th class="mark-cell"><span class="hidden">interval</span></th>']
+    if show["main_minus"]:
+        head.append(_th(f"{arms.main} minus it, {unit}", numeric=True))
     if show["steps_to_target"]:
         head.append(_th(f"steps to {baseline}’s final value", numeric=True))
     head += [_th(f"{table.get('level_name', 'level')} {level}", numeric=True, title=f"difference to {baseline}") for level in levels]
@@ -111,9 +116,12 @@ def _arms_row(row: dict, arms: Arms, percent: bool, levels: list[str], show: dic
         difference = row.get("difference")
         if difference:
             cells.append(_estimate_cell(difference, percent=percent, signed=True))
-            cells.append(tag("td", interval_mark(difference, limits, colour=arms.colour(name), zero=True), cls="mark-cell"))
+            cells.append(tag("td", interval_mark(difference, limits, colour=arms.colour(name), zero=True, width=70 if show["main_minus"] else 120), cls="mark-cell"))
         else:
             cells.append('<td class="num quiet">–</td><td class="mark-cell"></td>')
+    if show["main_minus"]:
+        gap = row.get("main_minus")
+        cells.append(_estimate_cell(gap, percent=percent, signed=True) if gap else '<td class="num quiet">–</td>')
     if show["steps_to_target"]:
         cells.append(_steps_cell(row))
     cells += [_level_cell((row.get("per_level") or {}).get(level), percent, strongest) for level in levels]
@@ -139,9 +147,9 @@ def _steps_cell(row: dict) -> str:
     steps, saved, detail = row["steps_to_target"], row.get("steps_saved"), ""
     if saved:
         span = interval(saved.get("low"), saved.get("high"), percent=True, digits=0)
-        detail = f"saved {number(saved['value'], percent=True, digits=0)}" + (f" ({span})" if span else "")
+        detail = tag("small", f"saved {number(saved['value'], percent=True, digits=0)}") + (tag("small", span) if span else "")
     value = tag("span", "not reached" if steps is None else number(steps), cls="value")
-    return tag("td", value + (tag("small", detail) if detail else ""), cls="num quiet" if steps is None else "num")
+    return tag("td", value + detail, cls="num quiet" if steps is None else "num")
 
 
 def _level_cell(value: float | None, percent: bool, strongest: float) -> str:

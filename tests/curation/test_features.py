@@ -210,3 +210,10 @@ def test_mistakes_are_named(model, dictionaries):
         extract_features(*model, dictionaries, rows, dense=("mean",))
     with pytest.raises(UserError, match="overflow 'cut'"):
         extract_features(*model, dictionaries, rows, overflow="cut")
+
+
+def test_the_untrained_control_keeps_the_centre_and_follows_its_seed(dictionaries):
+    like = dictionaries["topk"].replace(params=dictionaries["topk"].params | {"b_dec": dictionaries["topk"].params["b_dec"] + 1})
+    one, two = random_dictionary(like, 5), random_dictionary(like, 6)
+    assert one.cfg == like.cfg and (one.params["b_dec"] == like.params["b_dec"]).all()
+    assert (one.params["W_enc"] != two.params["W_enc"]).any() and (one.params["W_enc"] != like.params["W_enc"]).any()

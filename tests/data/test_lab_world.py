@@ -148,3 +148,17 @@ def test_skewed_topics_follow_the_seed():
     even = [r["topic"] for r in world.generate_problems(600, 0)]
     assert max(even.count(t) for t in world.TOPICS) < 0.16 * 600
     assert world.generate_problems(50, 3) == world.generate_problems(50, 3, topic_skew=0.0)
+
+
+def test_no_corrupted_prompt_is_an_excluded_one(rows):
+    """Another is drawn; a row whose every corruption is excluded gets a wrong answer instead, and keeps its prompt."""
+    shares = {"missing_clause": 0.3, "garbled": 0.2, "near_duplicate": 0.2}
+    first = world.corrupt(rows, shares, 5)
+    taken = {row["prompt"] for row in first if row["corruption"] != "none"}
+    again = world.corrupt(rows, shares, 5, exclude=taken)
+    bad = [row for row in again if row["corruption"] != "none"]
+    assert len(bad) == len([row for row in first if row["corruption"] != "none"])
+    assert not [row for row in bad if row["prompt"] in taken and row["corruption"] != "wrong_answer"]
+    fallen = [row for row in bad if row["corruption"] == "wrong_answer"]
+    prompts = {row["id"]: row for row in rows}
+    assert fallen and all(prompts[row["id"]]["prompt"] == row["prompt"] and prompts[row["id"]]["answer"] != row["answer"] for row in fallen)

@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from jaxrl_llm.data import readers
 from jaxrl_llm.data.sources import parse_fields, read_rows
 from jaxrl_llm.errors import UserError
 
@@ -254,3 +255,9 @@ def test_real_files(assets):
     assert len(read_rows(str(data / "hanna" / "hanna_llm_stories.csv"), {"prompt": "Prompt"})) == 576
     stories = read_rows(str(data / "tinystories" / "tinystories_sample.txt"), separator="<|endoftext|>")
     assert 2316 <= len(stories) <= 2317 and stories[0]["prompt"].startswith("One day, a little girl named Lily")
+
+
+def test_bytes_of_a_tfds_row_that_are_no_text_are_told():
+    record = readers._tfds_record("tfds:x: row 3", {"prompt": b"caf\xe9"})
+    assert record.where == "tfds:x: row 3" and "not UTF-8" in record.problem
+    assert readers._tfds_record("x", {"prompt": "caf\u00e9".encode()}).columns == {"prompt": "caf\u00e9"}

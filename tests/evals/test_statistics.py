@@ -108,9 +108,9 @@ def test_wilson_known_values():
         st.wilson(11, 10)
 
 
-def test_steps_to_target_interpolates_and_smooths():
+def test_steps_to_target_interpolates():
     steps = np.array([0, 10, 20, 30])
-    assert st.steps_to_target(steps, np.array([0.0, 0.2, 0.4, 0.6]), 0.3, window=1) == pytest.approx(15)
-    assert st.steps_to_target(steps, np.array([0.0, 0.9, 0.1, 0.2]), 0.5, window=3) == np.inf  # one lucky evaluation
-    assert st.steps_to_target(steps, np.array([0.0, 0.9, 0.1, 0.2]), 0.5, window=1) < 10
+    assert st.steps_to_target(steps, np.array([0.0, 0.2, 0.4, 0.6]), 0.3) == pytest.approx(15)
+    assert st.steps_to_target(steps, np.array([0.0, 0.9, 0.1, 0.2]), 0.45) == pytest.approx(5)  # the first time counts
+    assert st.steps_to_target(steps, np.array([0.0, 0.1, 0.1, 0.2]), 0.5) == np.inf
     assert st.steps_to_target(steps, np.array([0.7, 0.8, 0.8, 0.8]), 0.5) == 0

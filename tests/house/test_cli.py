@@ -106,7 +106,7 @@ def test_which_errors_keep_their_traceback(capsys, fake_verb):
     assert code == 2 and "the disk is full" in err
     assert raising(PermissionError(13, "Permission denied", "w/x"))[2].startswith("jaxrl-llm: no permission for w/x:")
     code, _, err = raising(KeyboardInterrupt())
-    assert code == 130 and "goes on from the last checkpoint" in err
+    assert code == 130 and "goes on from what is finished and saved" in err
     code, _, err = raising(ValueError("ours"))
     assert code == 1 and "Traceback" in err and "ValueError: ours" in err
 

@@ -157,7 +157,7 @@ def test_best_cells_are_bold_ties_too_and_bounds_never():
 def test_the_arms_table_says_points_steps_and_what_was_not_reached(full):
     table = section(full, "arms_tables")
     row = row_of(table, "SAERL, full")
-    assert "45.8%" in row and "+3.4" in row and "+2.3 to +4.5" in row and "saved 27% (21 to 33%)" in row
+    assert "45.8%" in row and "+3.4" in row and "+2.3 to +4.5" in row and "saved 27%<" in row and ">21 to 33%<" in row
     lost = row_of(table, "published order")
     assert "−1.6" in lost and "not reached" in lost and "var(--loss)" in lost
     assert "fill:var(--page)" in row_of(table, "filter only")  # hollow: the interval holds zero
@@ -171,6 +171,21 @@ def test_columns_without_data_are_left_out():
     heads = [words for words in re.findall(r"<th[^>]*>([^<]*)</th>", html) if words]
     assert heads == ["arm", "final accuracy", "steps to the baseline’s final value"]
     assert row_of(html, "a").count("–") == 1 and "not reached" in row_of(html, "b")
+
+
+def test_what_the_main_arm_is_worth_over_each_control_is_shown_where_there_are_controls():
+    gap = {"value": 0.016, "low": 0.005, "high": 0.027}
+    rows = [{"arm": name, "accuracy": {"value": 0.5}, "seeds": 24, "main_minus": gap} for name in ("a", "b", "c")]
+    arms = [{"name": name, "label": name, "role": role} for name, role in (("a", "baseline"), ("b", "main"), ("c", "control"))]
+
+    def table_of(rows, **more):
+        return section(build_report({"title": "t", "headline": "h", "arms": arms, "arms_tables": [{"title": "T", "rows": rows} | more]}), "arms_tables")
+
+    table = table_of(rows)
+    assert "b minus it, points" in table and "+1.6" in row_of(table, "c") and "+0.5 to +2.7" in row_of(table, "c")
+    assert "minus it" not in table_of(rows[:2])  # the difference to the baseline says it already
+    assert ">seeds<" in table and ">seeds<" not in table_of(rows, note="24 paired cells")
+    assert ">seeds<" in table_of([rows[0] | {"seeds": 5}, *rows[1:]], note="some paired cells")
 
 
 def test_the_mark_of_saved_steps_follows_the_target(full):
