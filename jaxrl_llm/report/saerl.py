@@ -77,7 +77,7 @@ def markdown(config, summary: dict[str, Any]) -> str:
     """The arms' tables of `build`'s summary as Markdown: what docs/saerl.md quotes."""
     main, baseline, lines = config.main_arm, config.arms[0], []
 
-    def cell(e: dict[str, float | None] | None, form: str, unit: str = "") -> str:
+    def cell(e: Any, form: str, unit: str = "") -> str:
         if e is None:
             return ""
         return f"{_hundredths(e['value'], form)}{unit}" + (f" ({_span(e, form)})" if _span(e) else "")
@@ -227,7 +227,9 @@ def _facts(rows, main: str, baseline: str) -> list[dict[str, str]]:
     mixed = f"{row['mixed_groups']:.0%}"
     steps = {"value": "–", "detail": f"{baseline} did not improve"}
     if s is not None:
-        fewer = {"value": -s["value"], "low": s["high"] and -s["high"], "high": s["low"] and -s["low"]}
+        fewer = {"value": -s["value"], "low": None, "high": None}
+        if s["low"] is not None:
+            fewer |= {"low": -s["high"], "high": -s["low"]}
         steps = {"value": f"{100 * fewer['value']:+.0f}%", "detail": _detail(fewer)}
     return [
         {"label": f"{main} − {baseline}, final accuracy", "value": f"{100 * d['value']:+.1f} points", "detail": _detail(d)},

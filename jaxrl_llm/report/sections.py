@@ -116,7 +116,8 @@ def _arms_row(row: dict, arms: Arms, percent: bool, levels: list[str], show: dic
         difference = row.get("difference")
         if difference:
             cells.append(_estimate_cell(difference, percent=percent, signed=True))
-            cells.append(tag("td", interval_mark(difference, limits, colour=arms.colour(name), zero=True, width=70 if show["main_minus"] else 120), cls="mark-cell"))
+            width = 70 if show["main_minus"] else 120  # the table must fit beside one column more
+            cells.append(tag("td", interval_mark(difference, limits, colour=arms.colour(name), zero=True, width=width), cls="mark-cell"))
         else:
             cells.append('<td class="num quiet">–</td><td class="mark-cell"></td>')
     if show["main_minus"]:

@@ -179,7 +179,8 @@ def test_what_the_main_arm_is_worth_over_each_control_is_shown_where_there_are_c
     arms = [{"name": name, "label": name, "role": role} for name, role in (("a", "baseline"), ("b", "main"), ("c", "control"))]
 
     def table_of(rows, **more):
-        return section(build_report({"title": "t", "headline": "h", "arms": arms, "arms_tables": [{"title": "T", "rows": rows} | more]}), "arms_tables")
+        data = {"title": "t", "headline": "h", "arms": arms, "arms_tables": [{"title": "T", "rows": rows} | more]}
+        return section(build_report(data), "arms_tables")
 
     table = table_of(rows)
     assert "b minus it, points" in table and "+1.6" in row_of(table, "c") and "+0.5 to +2.7" in row_of(table, "c")
