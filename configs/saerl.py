@@ -187,7 +187,7 @@ def _lab(c: ConfigDict) -> None:
     c.title = "SAERL, lab"
     c.arms = tuple(ARMS)
     c.pools = ("wrong", "mixed", "hard", "web")
-    c.bases, c.seeds, c.data.test_seed = (1,), (0, 1, 2, 3, 4), 993
+    c.bases, c.seeds, c.data.test_seed = (7,), (300, 301, 302, 303, 304), 994
     c.workers = 2
 
 
