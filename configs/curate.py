@@ -70,12 +70,16 @@ def get_config(variant: str | None = None) -> ml_collections.ConfigDict:
     config.difficulty.batch_prompts = 32  # prompts rolled out at once
 
     config.quality = ml_collections.ConfigDict()
-    config.quality.labels = ""  # column with quality labels; empty = learn from corrupted copies
-    config.quality.use = "auto"  # sae, sae+logp, logp, random_sae, dense_mean, length_tfidf; auto = sae+logp with answers, else sae
+    config.quality.labels = ""  # column that says of some rows how fit to train on they are (two values: fit or not); empty = learn from corrupted copies
+    config.quality.use = "auto"  # one of jaxrl_llm.curation.judging.USES; auto = sae+tuned, or without tuning sae+logp, or without answers sae
+    config.quality.tuned = True  # where labels have two values: also read the answers' gain in policies fine-tuned on the rows that are fit
     config.quality.corruptions = ("garble", "drop_clause", "drop_number", "truncate", "wrong_answer", "changed_number")  # kinds to learn from
     config.quality.samples = 1000  # rows that get a corrupted copy
     config.quality.separator = " "  # between prompt and answer
-    config.quality.drop_fraction = 0.1  # share of the rows dropped for low quality
+    config.quality.drop_fraction = 0.1  # share of the rows dropped for low quality, where no labels say how many are unfit
+    config.quality.drop_per_bad = 1.5  # with labels of two values: rows dropped for each that is expected to be unfit; 0 = drop_fraction
+    config.quality.drop_most = 0.6  # largest share dropped that way
+    config.quality.strata = 4  # parts of a cluster by difficulty, inside each of which the worst rows are dropped; 0 = of the whole set
     config.quality.near_duplicates = True  # drop rows that nearly repeat an earlier one
     config.quality.duplicate_threshold = 0.85  # Jaccard similarity of three-word runs from which two rows are the same
 

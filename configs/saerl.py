@@ -94,6 +94,7 @@ def _data(c: ConfigDict) -> None:
     c.data.evals = ConfigDict(dict(test=dict(source="", fields="", split="test")))
     c.data.template = "none"  # "none", "chat" or a format with {prompt}
     c.data.reward = "exact"  # name in jaxrl_llm.rewards.registry
+    c.data.told = ""  # column of the rows that says of some whether they are sound (two values); empty = the probe learns from corrupted copies
     c.data.rows = 3072  # rows of the pool (of a real source: at most so many)
     c.data.test_rows = 500  # held-out rows of the generated world
     c.data.test_seed = 991  # of the generated held-out rows

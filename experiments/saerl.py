@@ -32,15 +32,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy.special import expit
 
+from experiments._saerl_checks import UNASKED, check
 from jaxrl_llm.curation.processes import is_writer
 from jaxrl_llm.data import lab_world
-from jaxrl_llm.errors import UserError, nearest
+from jaxrl_llm.errors import UserError
 from jaxrl_llm.run_dir import RunDir, write_json
 
-# Feature kinds an arm may name; "sae" is ours, the others are its controls.
-FEATURES = ("sae", "random_sae", "dense", "tfidf")
-UNASKED = ("none", "oracle", "sae_alone", "tfidf_alone")  # filters that do not ask the policy
-FILTERS = (*UNASKED, "logprob", "tuned", *FEATURES)
 BAD = ("wrong_answer", "missing_clause", "garbled")  # a near-duplicate is a sound problem
 
 
@@ -98,39 +95,6 @@ def run(config, workdir) -> None:
     print(f"report: {run_dir.path / 'report.html'}")
 
 
-def check(config) -> None:
-    """Raises UserError for what would only be noticed after hours, before anything is computed."""
-    for what, names, table in (("arm", config.arms, config.arm_table), ("pool", config.pools, config.pool_table)):
-        for name in names:
-            if name not in table:
-                raise UserError(f"config.{what}s: no {what} {name!r}; {nearest(name, list(table))}")
-    if config.main_arm not in config.arms:
-        raise UserError(f"config.main_arm is {config.main_arm!r}, which is not in config.arms {tuple(config.arms)}")
-    if config.grpo.eval_samples < 1:
-        raise UserError("config.grpo.eval_samples is 0; arms are compared by avg@k, so give at least 1")
-    for name in config.arms:
-        check_arm(config, name)
-    if config.data.source and not any(held_out.source for held_out in config.data.evals.values()):
-        raise UserError("config.data.source is set but no held-out set: give config.data.evals.test.source too, to compare the arms on")
-
-
-def check_arm(config, name: str) -> None:
-    """Raises UserError for an arm that names what there is not, or needs what the run does not have."""
-    arm = config.arm_table[name]
-    choices = dict(features=FEATURES, filter=FILTERS, clusters=("features", "random"), difficulty=("proxy", "oracle"), start=("base", "told"))
-    for key, known in choices.items():
-        if arm[key] not in known:
-            raise UserError(f"config.arm_table.{name}.{key} is {arm[key]!r}; {nearest(arm[key], known)}")
-    c = config.curation
-    told = bool(c.quality_labels) and not config.data.source
-    if not told and (arm.start == "told" or arm.filter == "tuned"):
-        raise UserError(f"arm {name!r} needs rows told to be sound: the generated world and config.curation.quality_labels")
-    if arm.filter == "tuned" and not (c.tuned and c.answers):
-        raise UserError(f"arm {name!r} filters by tuned policies: it needs config.curation.tuned and config.curation.answers")
-    if config.data.source and "oracle" in (arm.filter, arm.difficulty):
-        raise UserError(f"arm {name!r} needs the truth, which only the generated world has; take it out of config.arms")
-
-
 def run_parallel(config, root: Path, cells: list[Cell]) -> None:
     """Cells over `config.workers` processes of one core each: small models gain more from that than from threads."""
     for base in sorted({c.base for c in cells}):
@@ -186,6 +150,8 @@ def run_cell(config, root: Path, cell: Cell, progress: bool = True) -> None:
         with clock(f"GRPO {arm}"):
             run_arm(bench, arm, signals)
     compare_answers(bench)
+    if is_writer():
+        shutil.rmtree(folder / "features", ignore_errors=True)  # every arm has read them; lab runs have hundreds of cells
 
 
 class Clock:
@@ -367,6 +333,7 @@ def make_signals(bench: Bench, feature_model, dictionary):
     signals = measure(
         bench.pool.rows, feature_model, bench.policy, dictionary, fails, told_quality(bench), kinds={a.features for a in arms},
         filters={a.filter for a in arms} - {"none", "oracle"}, options=signal_options(bench), tune=tuner(bench), mesh=bench.mesh,
+        folder=bench.folder / "features",
     )  # fmt: skip
     if "topic" in bench.truth:
         nmi = {k: diversity.normalised_mutual_information(v, bench.truth["topic"]) for k, v in signals.clusters.items()}
@@ -422,13 +389,19 @@ def make_quality_probe(bench: Bench, feature_model, dictionary):
     from jaxrl_llm.curation.signals import QualityProbe, feature_views
 
     rows, options = bench.pool.rows, signal_options(bench)
-    views = {} if options.answers else feature_views(rows, feature_model, dictionary, options, bench.mesh)
-    return QualityProbe(rows, feature_model, bench.policy, dictionary, told_quality(bench), views, options, tuner(bench), bench.mesh)
+    folder = bench.folder / "features"  # found again there
+    views = {} if options.answers else feature_views(rows, feature_model, dictionary, options, bench.mesh, folder=folder)
+    return QualityProbe(rows, feature_model, bench.policy, dictionary, told_quality(bench), views, options, tuner(bench), bench.mesh, folder)
 
 
 def told_quality(bench: Bench) -> np.ndarray | None:
-    """[N] 1 fit to train on, 0 not, NaN unknown: a small random subset is told, as an annotator would; None where nobody knows."""
-    n, count = len(bench.pool), bench.config.curation.quality_labels
+    """[N] 1 fit to train on, 0 not, NaN unknown: a column of real rows, or of the generated world a small random subset, as an annotator
+    would tell; None where nobody knows."""
+    from jaxrl_llm.curation.labels import labels_from_rows, told_sound
+
+    n, count, column = len(bench.pool), bench.config.curation.quality_labels, bench.config.data.told
+    if bench.config.data.source:
+        return told_sound(labels_from_rows(bench.pool.rows, column)) if column else None
     if not count or "corruption" not in bench.truth:
         return None
     told, rows = np.full(n, np.nan), np.random.default_rng([bench.cell.seed, 12]).permutation(n)[:count]
@@ -474,10 +447,10 @@ def filter_arm(bench: Bench, arm, signals, quality: np.ndarray | None = None):
 
 def drop_share(bench: Bench, arm) -> float:
     """The share of rows that an arm's filter drops, from the share of bad ones among those told."""
-    c, told = bench.config.curation, told_quality(bench)
-    if told is None:
-        return c.drop
-    return min((c.strata_drop_per_bad if arm.strata else c.drop_per_bad) * float(1 - np.nanmean(told)), c.drop_most)
+    from jaxrl_llm.curation.quality import drop_share as share
+
+    c = bench.config.curation
+    return share(told_quality(bench), c.strata_drop_per_bad if arm.strata else c.drop_per_bad, c.drop_most, c.drop)
 
 
 def keep_rows(bench: Bench, arm, signals) -> np.ndarray:
@@ -583,9 +556,21 @@ def start_policy(bench: Bench, name: str):
         return policy.params
     sound, rng = np.flatnonzero(told_quality(bench) == 1), np.random.default_rng([seed, 13])
     order = np.concatenate([rng.permutation(sound) for _ in range(bench.config.curation.told_epochs)])
-    rows = [{"prompt": row["prompt"], "response": row["answer"]} for row in (bench.pool.rows[i] for i in order)]
-    batches = lab_world.sft_batches(rows, policy.tokenizer, min(how.batch, len(sound)), seed)
+    encoded = told_answers(bench, sound)
+    longest = max(len(tokens) for tokens, _ in encoded.values())
+    widths = (longest,) if bench.config.data.source else lab_world.WIDTHS
+    batches = lab_world.answer_batches([encoded[i] for i in order if i in encoded], min(how.batch, len(encoded)), seed, widths)
     return fine_tuner(policy.cfg, bench.mesh)(policy.params, batches, how.learning_rate)
+
+
+def told_answers(bench: Bench, rows: np.ndarray) -> dict[int, tuple[list[int], int]]:
+    """Row -> (prompt as the policy reads it + answer + end, where the answer begins); rows that the context does not hold are left out."""
+    prompts, tokenizer, limit = bench.pool.token_lists(), bench.policy.tokenizer, bench.policy.cfg.max_position
+    answers = {i: tokenizer(str(bench.pool.rows[i]["answer"]), add_special_tokens=False).input_ids + [tokenizer.eos_token_id] for i in rows}
+    found = {i: ([*prompts[i], *answer], len(prompts[i])) for i, answer in answers.items() if len(prompts[i]) + len(answer) <= limit}
+    if not found:
+        raise UserError(f"config.data.told: none of the {len(rows)} rows told to be sound fits the policy's context of {limit} tokens")
+    return found
 
 
 def run_arm(bench: Bench, name: str, signals) -> None:

@@ -7,7 +7,7 @@ import ast
 import hashlib
 import importlib.util
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +72,35 @@ def set_field(config: ConfigDict, key: str, value: Any) -> None:
                 node[name] = new
     except (TypeError, ValueError) as error:
         raise UserError(f"config key '{key}' is {_type_name(field_type)}, got {value!r}") from error
+
+
+def check_fields(
+    config: Any, choices: Mapping[str, Sequence[Any]] | None = None, ranges: Mapping[str, tuple[float, float]] | None = None
+) -> None:
+    """What can be known to be wrong before any work, by dotted key.
+
+    choices: the values that a field, or every entry of a list field, may have. ranges: (least, greatest) of a number, both allowed. A field
+    that is None has no value to check.
+
+    Raises:
+      UserError: naming the first such field, its value and what it may be.
+    """
+    for key, known in (choices or {}).items():
+        value = _at(config, key)
+        for entry in value if isinstance(value, (tuple, list)) else (value,):
+            if entry is not None and entry not in known:
+                raise UserError(f"config key '{key}' is {value!r}: no {entry!r}; {nearest(str(entry), [str(k) for k in known])}")
+    for key, (least, greatest) in (ranges or {}).items():
+        value = _at(config, key)
+        if value is not None and not least <= value <= greatest:
+            upper = "or more" if greatest == float("inf") else f"to {greatest:g}"
+            raise UserError(f"config key '{key}' is {value}: give {least:g} {upper}")
+
+
+def _at(config: Any, key: str) -> Any:
+    for part in key.split("."):
+        config = config[part]
+    return config
 
 
 def field_names(config: ConfigDict, prefix: str = "") -> list[str]:
@@ -150,7 +179,10 @@ def import_config(path: Path) -> Any:
 
 def _parse(text: str, field_type: type, current: Any, key: str) -> Any:
     if text in ("None", "null"):
-        return None
+        if current is None or field_type is type(None):
+            return None
+        way_out = f"; to empty it write --config.{key}=" if field_type in (str, tuple, list) else ""
+        raise UserError(f"config key '{key}' is {_type_name(field_type)} and cannot be None{way_out}")
     try:
         if field_type is bool:
             return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}[text.lower()]

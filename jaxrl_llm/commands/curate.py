@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from math import inf
 from typing import Any
 
+from jaxrl_llm.config import check_fields
 from jaxrl_llm.data.sources import parse_fields, read_rows
-from jaxrl_llm.errors import UserError
+from jaxrl_llm.errors import UserError, nearest
 
 
 def run(config: Any, workdir: str) -> None:
@@ -14,18 +16,85 @@ def run(config: Any, workdir: str) -> None:
     Raises:
       UserError: no model or data named; and what reading, loading, extracting and fitting raise.
     """
+    check(config)
+    data = config.data
+    rows = read_rows(data.source, parse_fields(data.fields), split=data.split, limit=data.limit, on_bad=data.on_bad)
+    check_rows(rows, config)
+    from jaxrl_llm.curation.pipeline import curate
+    from jaxrl_llm.curation.processes import is_writer
+    from jaxrl_llm.train.sft import fine_tuner
+
+    curated, signals = curate(rows, config, workdir, fine_tuner)
+    if is_writer():
+        print("\n".join([*summary_lines(signals), f"written: {workdir}/curated ({len(curated)} rows), {workdir}/signals.json"]))
+
+
+def check(config: Any) -> None:
+    """Raises UserError for a config that could not be run to its end, before anything is read."""
+    from jaxrl_llm.curation import corruptions, curated_set, difficulty, features, judging, orders, probes, streaming
+    from jaxrl_llm.rewards.registry import get_reward
+
     if not config.model:
         raise UserError("no model: name a Hugging Face folder or hub id with --config.model=...")
     if not config.data.source:
         raise UserError("no data: name a file or data set with --config.data.source=...")
-    data = config.data
-    rows = read_rows(data.source, parse_fields(data.fields), split=data.split, limit=data.limit, on_bad=data.on_bad)
-    from jaxrl_llm.curation.pipeline import curate
-    from jaxrl_llm.curation.processes import is_writer
+    choices = {
+        "dtype": ("float32", "bfloat16"),
+        "data.on_bad": ("error", "skip"),
+        "features.pooling": features.POOLINGS,
+        "features.overflow": streaming.OVERFLOWS,
+        "difficulty.use": difficulty.USES,
+        "difficulty.free": difficulty.FREE,
+        "difficulty.models": probes.MODELS[:2],
+        "quality.use": judging.USES,
+        "quality.corruptions": tuple(corruptions.CORRUPTIONS),
+        "schedule.kind": tuple(orders.KINDS),
+        "formats": curated_set.FORMATS,
+    }
+    counts = (
+        "data.limit", "features.min_rows", "features.batch_tokens", "features.shard_rows", "train_sae.expansion", "train_sae.k", "train_sae.steps",
+        "train_sae.batch_size", "train_sae.buffer_rows", "clusters.k", "clusters.dims", "clusters.restarts", "difficulty.samples",
+        "difficulty.max_new_tokens", "difficulty.max_prompt_tokens", "difficulty.batch_prompts", "quality.samples", "schedule.batch_size",
+    )  # fmt: skip
+    tiny = 1e-6  # where 0 itself has no meaning
+    ranges = dict.fromkeys(counts, (1, inf)) | {
+        "features.context": (0, inf),
+        "features.max_share": (tiny, 1),
+        "difficulty.max_labels": (2, inf),
+        "difficulty.folds": (2, inf),
+        "difficulty.temperature": (tiny, inf),
+        "quality.drop_fraction": (0, 1 - tiny),
+        "quality.drop_per_bad": (0, inf),
+        "quality.drop_most": (0, 1 - tiny),
+        "quality.strata": (0, inf),
+        "quality.duplicate_threshold": (tiny, 1),
+        "schedule.rho": orders.ALLOWED["rho"],
+        "bootstrap": (0, inf),
+    }
+    check_fields(config, choices, ranges)
+    if not config.formats:
+        raise UserError(f"config key 'formats' is empty: name some of {', '.join(curated_set.FORMATS)}")
+    if config.quality.use.endswith("tuned") and not (config.quality.labels and config.quality.tuned):
+        raise UserError(f"config key 'quality.use' is {config.quality.use!r}, which needs quality.labels and quality.tuned=True")
+    controls = ("random_sae", "dense_mean", "dense_max")
+    for key, use in (("difficulty.use", config.difficulty.use), ("quality.use", config.quality.use)):
+        if use in controls and not config.controls:
+            raise UserError(f"config key '{key}' is {use!r}, which is only made with controls=True")
+    if config.difficulty.labels == "rollouts":
+        get_reward(config.difficulty.reward)
 
-    curated, signals = curate(rows, config, workdir)
-    if is_writer():
-        print("\n".join([*summary_lines(signals), f"written: {workdir}/curated ({len(curated)} rows), {workdir}/signals.json"]))
+
+def check_rows(rows: Any, config: Any) -> None:
+    """Raises UserError for columns that the config names and no row has, before any model is loaded."""
+    from jaxrl_llm.curation.labels import labels_from_rows
+
+    topic = config.data.topic
+    if topic and all(row.get(topic) is None for row in rows):
+        known = sorted({name for row in rows[:100] for name in row})
+        raise UserError(f"config key 'data.topic': no row has a column {topic!r}; {nearest(topic, known)}")
+    for key in ("difficulty", "quality"):
+        if config[key].labels not in ("", "rollouts"):
+            labels_from_rows(rows, config[key].labels)
 
 
 def summary_lines(signals: dict[str, Any]) -> list[str]:

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 
 from jaxrl_llm.curation.curated_set import CuratedSet
+from jaxrl_llm.curation.judging import Refilter
+from jaxrl_llm.curation.passes import LanguageModel
 from jaxrl_llm.curation.schedule import OfflineSchedule, Signals, TrainabilityBand, make_schedule
 from jaxrl_llm.data.prompts import PromptBatch, tokenise_prompts
 from jaxrl_llm.data.sampler import ShuffledSchedule
@@ -18,8 +20,9 @@ from jaxrl_llm.rewards import registry
 from jaxrl_llm.run_dir import RunDir
 from jaxrl_llm.runtime import parse_mesh
 
+Asked = tuple[LanguageModel, Any]  # a policy whose parameters come later, and its mesh
 FOLDER = "policy"  # of the trained policy, inside the workdir
-VECTORS = "vectors.npz"  # of a curate run: ids and reduced feature vectors of its rows
+VECTORS = "vectors.npz"  # of a curate run: ids, reduced feature vectors, and what it judged its rows by
 
 
 def run(config: Any, workdir: str) -> None:
@@ -52,7 +55,7 @@ def run(config: Any, workdir: str) -> None:
     prompts = tokenised(rows)
     if prompts.dropped or prompts.truncated:
         print(f"prompts longer than {config.max_prompt_tokens} tokens: {prompts.dropped} left out, {prompts.truncated} shortened")
-    schedule = _schedule(config, prompts, curated)
+    schedule = _schedule(config, prompts, curated, (LanguageModel(cfg, None, tokenizer, config.model), mesh))
     evals = {name: tokenised(rows) for name, rows in sets.items()}
     trained, summary = train_grpo(cfg, params, tokenizer, prompts, reward, schedule, settings, run_dir, evals, mesh=mesh)
     models.save(run_dir.path / FOLDER, cfg, trained, tokenizer_from=config.model)
@@ -100,7 +103,14 @@ def _training_rows(config: Any) -> tuple[list[dict[str, Any]], CuratedSet | None
     curated = CuratedSet.read(_set_folder(data.curated))
     kept = np.flatnonzero(curated.keep)
     order = kept[np.argsort(curated.order[kept])][: data.limit]
+    if _refilters(config):  # rows that the filter dropped may come back, those with a fault may not
+        sound = ~_kept_arrays(_set_folder(data.curated), [row["id"] for row in curated.rows], "schedule.band.refilter_every")["faulty"]
+        order = np.concatenate([order, np.flatnonzero(sound & ~curated.keep)])
     return [curated.rows[i] for i in order], curated
+
+
+def _refilters(config: Any) -> bool:
+    return config.schedule.kind == "band" and config.schedule.band.refilter_every > 0
 
 
 def _set_folder(name: str) -> Path:
@@ -110,8 +120,9 @@ def _set_folder(name: str) -> Path:
     return folder / "curated" if manifests[1].is_file() and not manifests[0].is_file() else folder
 
 
-def _schedule(config: Any, prompts: PromptBatch, curated: CuratedSet | None):
-    """The order of the prompts. A curated set is gone through in its own order, epoch after epoch, unless a kind is named."""
+def _schedule(config: Any, prompts: PromptBatch, curated: CuratedSet | None, policy: Asked | None = None):
+    """The order of the prompts. A curated set is gone through in its own order, epoch after epoch, unless a kind is named. policy: model (its
+    parameters are not read) and mesh, for a schedule that asks it."""
     size, seed = config.schedule.batch_prompts, config.train.seed
     kind = config.schedule.kind or ("order" if curated is not None else "shuffled")
     options = parse_options("schedule.options", config.schedule.options)
@@ -125,7 +136,7 @@ def _schedule(config: Any, prompts: PromptBatch, curated: CuratedSet | None):
     if kind == "band":
         if options:
             raise UserError("schedule.kind 'band' takes no schedule.options: set the fields of schedule.band")
-        return _band(config, prompts.ids, difficulty, cluster)
+        return _band(config, curated, chosen, policy)
     if kind == "order":
         if options:
             raise UserError("schedule.kind 'order' takes no options: the curated set says the order")
@@ -134,28 +145,57 @@ def _schedule(config: Any, prompts: PromptBatch, curated: CuratedSet | None):
     return make_schedule(kind, batch_size=size, seed=seed, difficulty=difficulty, cluster=cluster, **options)
 
 
-def _band(config: Any, ids: Sequence[str], difficulty: np.ndarray, cluster: np.ndarray) -> TrainabilityBand:
-    """The schedule that follows the policy. Rows that curation dropped are not among the prompts, so it may draw them all."""
-    band, features = config.schedule.band, _vectors(_set_folder(config.data.curated), ids)
+def _band(config: Any, curated: CuratedSet, chosen: np.ndarray, policy: Asked | None) -> TrainabilityBand:
+    """The schedule that follows the policy, over the rows `chosen` of a curated set."""
+    band, folder, ids = config.schedule.band, _set_folder(config.data.curated), [row["id"] for row in curated.rows]
+    vectors = _kept_arrays(folder, [ids[i] for i in chosen], "schedule.kind 'band'")["vectors"]
+    labels = curated.manifest.get("config", {}).get("difficulty", {}).get("labels")
+    if labels != "rollouts":
+        what = f"from {labels!r}" if labels else "label-free"
+        print(f"difficulty of this set is {what}, no fail rate: the band starts from it as if it were one and learns the rest")
+    refilter = None
+    if _refilters(config) and policy is not None:
+        refilter = _refilter(config, curated, _kept_arrays(folder, ids, "schedule.band.refilter_every"), policy)
     return TrainabilityBand(
-        1.0 - difficulty, features, config.schedule.batch_prompts, seed=config.train.seed, cluster=cluster,
-        samples_per_prompt=config.train.num_samples, temperature=band.temperature, easy_floor=band.easy_floor, epoch_share=band.epoch_share,
+        1.0 - curated.difficulty[chosen], vectors, config.schedule.batch_prompts, seed=config.train.seed, cluster=curated.cluster[chosen],
+        keep=curated.keep[chosen], samples_per_prompt=config.train.num_samples, temperature=band.temperature, easy_floor=band.easy_floor,
+        epoch_share=band.epoch_share, balance=band.balance, refilter=None if refilter is None else lambda params: refilter(params)[chosen],
+        refilter_every=band.refilter_every,
     )  # fmt: skip
 
 
-def _vectors(folder: Path, ids: Sequence[str]) -> np.ndarray:
-    """[prompts, D] the feature vectors that curate wrote for these ids, in its workdir or copied into the set's own folder."""
+def _refilter(config: Any, curated: CuratedSet, kept: dict[str, np.ndarray], policy: Asked) -> Refilter:
+    """Judges all rows of a curated set anew, with the settings that it was curated with."""
+    from jaxrl_llm.train.sft import fine_tuner
+
+    model, mesh = policy
+    made = curated.manifest["config"]
+    return Refilter(
+        curated.rows, model, kept["directions"], kept["told"], kept["faulty"], kept.get("strata"), made["quality"],
+        curated.manifest["quality"]["used"], seed=made["seed"], tune=fine_tuner(model.cfg, mesh), mesh=mesh,
+    )  # fmt: skip
+
+
+def _kept_arrays(folder: Path, ids: Sequence[str], wanted_by: str) -> dict[str, np.ndarray]:
+    """What curate wrote of these ids beside the set (vectors.npz), in its workdir or copied into the set's own folder: "vectors" [prompts, D]
+    and, where labels told which rows are sound, "told", "directions", "faulty" and "strata". wanted_by: the setting that needs it."""
     found = [path for path in (folder / VECTORS, folder.parent / VECTORS) if path.is_file()]
     if not found:
         raise UserError(
-            f"schedule.kind 'band' needs {VECTORS} of the curate run, which is neither in {folder} nor beside it: "
+            f"{wanted_by} needs {VECTORS} of the curate run, which is neither in {folder} nor beside it: "
             "copy it there, run curate again, or choose another schedule.kind"
         )
     try:
         with np.load(found[0]) as file:
-            names, vectors = file["ids"].tolist(), file["vectors"]
+            arrays = {name: file[name] for name in file.files}
+        names, _ = arrays.pop("ids").tolist(), arrays["vectors"]  # both must be there
     except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile):
         raise UserError(f"{found[0]} holds no ids and vectors of a curate run: run curate again") from None
+    if "refilter" in wanted_by and "told" not in arrays:
+        raise UserError(
+            f"{wanted_by}: {found[0]} does not say which rows are sound, by which the others are judged anew: curate with "
+            "quality.labels=COLUMN (1 for rows fit to train on, 0 for others, empty for unknown), or set it to 0"
+        )
     place = {name: i for i, name in enumerate(names)}
     missing = [name for name in ids if name not in place]
     if missing:
@@ -163,7 +203,8 @@ def _vectors(folder: Path, ids: Sequence[str]) -> np.ndarray:
             f"{found[0]} has no vector of {len(missing)} of the {len(ids)} prompts, such as {missing[0]!r}: it belongs to another "
             f"curated set than {folder}; run curate again"
         )
-    return vectors[[place[name] for name in ids]]
+    at = np.array([place[name] for name in ids])
+    return {name: array[at] for name, array in arrays.items()}
 
 
 def _tell(summary: dict[str, Any], run_dir: RunDir) -> None:

@@ -18,6 +18,9 @@ from scipy.stats import rankdata
 from jaxrl_llm.curation.probes import Design, as_design, calibrate, compare, cross_validate, spearman
 from jaxrl_llm.errors import UserError
 
+FREE = ("surprisal", "active_count")  # label-free proxies
+USES = ("sae", "sae+length", "random_sae", "dense_mean", "dense_max", "length_tfidf", "labels")  # what the proxy of `curate` may read
+
 
 @dataclass(frozen=True)
 class Difficulty:

@@ -23,18 +23,24 @@ def labels_from_rows(rows: Sequence[Mapping[str, Any]], expression: str) -> np.n
     holds no number."""
     kind, colon, name = expression.rpartition(":")
     if colon and kind != "steps":
-        raise UserError(f"difficulty label {expression!r}: give a column, or steps:COLUMN")
+        raise UserError(f"label {expression!r}: give a column, or steps:COLUMN")
     if not any(name in row for row in rows):
         known = sorted({key for row in rows[:100] for key in row})
-        raise UserError(f"difficulty label {expression!r}: no row has a column {name!r}; {nearest(name, known)}")
+        raise UserError(f"label {expression!r}: no row has a column {name!r}; {nearest(name, known)}")
     if kind == "steps":
         values = [len(STEP.findall(row[name])) if isinstance(row.get(name), str) and row[name].strip() else np.nan for row in rows]
     else:
         values = [_number(row.get(name)) for row in rows]
     labels = np.array(values, dtype=np.float64)
     if not np.isfinite(labels).any():
-        raise UserError(f"difficulty label {expression!r}: no row has a number there")
+        raise UserError(f"label {expression!r}: no row has a number there")
     return labels
+
+
+def told_sound(labels: np.ndarray) -> np.ndarray | None:
+    """[N] labels of two values as 1 (the higher one: fit to train on), 0 and NaN (unlabelled); None where they have more or fewer."""
+    levels = np.unique(labels[np.isfinite(labels)])
+    return np.where(np.isfinite(labels), labels == levels[-1], np.nan) if len(levels) == 2 else None
 
 
 def _number(value: Any) -> float:

@@ -10,6 +10,7 @@ import functools
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -157,6 +158,8 @@ def tuned_gain(
     *,
     seed: int = 0,
     mesh: Any = None,
+    folder: Path | None = None,
+    **run_options,
 ) -> np.ndarray:
     """[N, 3] gain of each gold answer's log-probability, nats (mean, sum and least token, as COLUMNS[:3]), when the policy has been
     fine-tuned on the rows that are told to be sound.
@@ -167,7 +170,8 @@ def tuned_gain(
 
     tokens_of: as for `answer_likelihood`. told: [N] 1 for sound rows, 0 for others, NaN unknown. before: what `answer_likelihood` gave
     under `params`. tune: fine-tunes a copy of `params`. Told rows are judged out of fold, the others by the mean over folds. Of rows
-    longer than the context the end is tuned on. Raises UserError where too few rows are told to be sound.
+    longer than the context the end is tuned on. folder, run_options: of streaming.run_sharded, for the passes of each fold. Raises
+    UserError where too few rows are told to be sound.
     """
     options, n = options or TunedOptions(), len(told)
     sound, known = np.flatnonzero(told == 1), np.flatnonzero(np.isfinite(told))
@@ -176,7 +180,7 @@ def tuned_gain(
     if min(np.sum(fold_of[sound] != fold) for fold in range(options.folds)) == 0 or len(sound) < 2 * options.folds:
         raise UserError(
             f"quality: {len(sound)} rows are told to be sound; tuning in {options.folds} folds needs {2 * options.folds}: "
-            "tell more, or set config.curation.tuned=False"
+            "tell more, or leave the tuning out (tuned=False)"
         )
     answers = [keep_end(*row, cfg.bos_token_id, cfg.max_position) for row in zip(*tokens_of(0, n), strict=True)]
     gains = np.zeros((options.folds, n, 3), np.float32)
@@ -188,7 +192,32 @@ def tuned_gain(
         order = np.concatenate([rng.permutation(used) for _ in range(options.epochs)])
         batches = [pad_answers([answers[j] for j in order[i : i + size]], width) for i in range(0, len(order) - size + 1, size)]
         tuned = tune(params, batches, options.learning_rate)
-        gains[fold] = answer_likelihood(cfg, tuned, tokens_of, n, mesh=mesh)[0][:, :3] - before[:, :3]
+        where = None if folder is None else folder / f"fold-{fold}"
+        gains[fold] = answer_likelihood(cfg, tuned, tokens_of, n, mesh=mesh, folder=where, **run_options)[0][:, :3] - before[:, :3]
     out = gains.mean(axis=0)
     out[known] = gains[fold_of[known], known]
     return out
+
+
+def policy_opinion(
+    cfg: models.ModelConfig,
+    params: Any,
+    tokens_of: Callable[[int, int], tuple[list[Sequence[int]], Sequence[int]]],
+    n: int,
+    *,
+    told: np.ndarray | None = None,
+    tune: Tuner | None = None,
+    seed: int = 0,
+    mesh: Any = None,
+    folder: Path | None = None,
+    **run_options,
+) -> dict[str, np.ndarray]:
+    """What a policy thinks of the answers of N rows: {"logp": `answer_likelihood`, [N, len(COLUMNS)]} and, where rows are told and there is
+    a tuner, {"tuned": these with `tuned_gain` beside them, [N, len(COLUMNS) + 3]}. Arguments: of those two."""
+    run_options |= {"mesh": mesh}
+    columns, _ = answer_likelihood(cfg, params, tokens_of, n, folder=folder, **run_options)
+    if told is None or tune is None:
+        return {"logp": columns}
+    where = None if folder is None else folder.with_name(f"{folder.name}-tuned")
+    gain = tuned_gain(cfg, params, tokens_of, told, columns, tune, seed=seed, folder=where, **run_options)
+    return {"logp": columns, "tuned": np.concatenate([columns, gain], axis=1)}

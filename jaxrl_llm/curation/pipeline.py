@@ -27,16 +27,16 @@ from jaxrl_llm.curation.difficulty import Difficulty, active_count, fit_difficul
 from jaxrl_llm.curation.duplicates import exact_duplicates, near_duplicates
 from jaxrl_llm.curation.feature_space import FeatureSpace
 from jaxrl_llm.curation.features import tree_fingerprint
-from jaxrl_llm.curation.judging import Judge, quality_stage
+from jaxrl_llm.curation.judging import Judge, Judged, quality_drop_share, quality_stage
 from jaxrl_llm.curation.labels import labels_from_rows, pass_rates, policy_roll_out
+from jaxrl_llm.curation.likelihood import Tuner
 from jaxrl_llm.curation.passes import LanguageModel, Rows, Stages, Views, extract, pooled_views, train_dictionary
 from jaxrl_llm.curation.probes import ArrayDesign, JoinedDesign, spearman
 from jaxrl_llm.curation.processes import from_first
-from jaxrl_llm.curation.quality import filter_rows
+from jaxrl_llm.curation.quality import Filtered, difficulty_strata, filter_rows
 from jaxrl_llm.curation.schedule import make_schedule
 from jaxrl_llm.curation.streaming import Results, write_npz
 from jaxrl_llm.curation.texts import prompt_tokens
-from jaxrl_llm.errors import UserError
 from jaxrl_llm.run_dir import RunDir, to_plain, write_json
 
 OWNS = ("sae", "features", "pass_rates-*.jsonl", "curated", "vectors.npz", "signals.json")  # what a run makes in its workdir
@@ -48,8 +48,6 @@ def cluster_stage(views: Views, rows: Rows, config: Any, mesh: Any, tick) -> tup
     options = config.clusters
     k = min(options.k, len(rows))
     truth = [row.get(config.data.topic) for row in rows] if config.data.topic else None
-    if truth and all(t is None for t in truth):
-        raise UserError(f"data.topic: no row has a column {config.data.topic!r}")
     texts = tfidf_features([row["prompt"] for row in rows])
     tfidf = FeatureSpace.fit(texts, views.results.lengths, min_rows=1, max_share=1.0, remove_length=config.features.remove_length)
     report: dict[str, Any] = {"k": k}
@@ -106,8 +104,6 @@ def difficulty_stage(views: Views, rows: Rows, labels: np.ndarray | None, config
         "length": np.log(np.maximum(results.lengths, 1)),
     }
     if labels is None:
-        if options.free not in ("surprisal", "active_count"):
-            raise UserError(f"difficulty.free is {options.free!r}; one of surprisal, active_count")
         return Difficulty(unit_ranks(free[options.free]), {"labels": None, "used": options.free})
     texts = [row["prompt"] for row in rows]
     designs = {
@@ -141,6 +137,17 @@ def row_faults(rows: Rows, results: Results, config: Any) -> dict[str, np.ndarra
     if config.data.needs_answer and any(answers):
         faults["empty_answer"] = np.array([not a.strip() for a in answers])
     return faults
+
+
+def filter_stage(
+    judged: Judged, faults: dict[str, np.ndarray], clusters: np.ndarray, difficulty: np.ndarray, config: Any
+) -> tuple[Filtered, np.ndarray | None, float]:
+    """(the rows kept, the strata [N] in which they competed, the share dropped for quality). Inside strata of what a row is about and how hard
+    it is, a score that falls with difficulty does not take the hard rows away."""
+    options = config.quality
+    strata = difficulty_strata(clusters, difficulty, options.strata) if options.strata else None
+    share = quality_drop_share(to_dict(options), judged.told)
+    return filter_rows(judged.quality.values, share, faults, strata, judged.quality.expected_bad if options.strata else None), strata, share
 
 
 def order_stage(keep, clusters, difficulty: np.ndarray, vectors: np.ndarray, config: Any) -> tuple[np.ndarray, dict[str, Any]]:
@@ -189,8 +196,13 @@ def manifest_of(rows: Rows, model: LanguageModel, dictionary: sae.Dictionary, co
     }
 
 
-def curate(rows: Rows, config: Any, workdir: str | Path) -> tuple[CuratedSet, dict[str, Any]]:
-    """Curate `rows` (from data.sources.read_rows) and write everything under `workdir`: (the set, the figures of signals.json)."""
+def curate(
+    rows: Rows, config: Any, workdir: str | Path, make_tuner: Callable[[Any, Any], Tuner] | None = None
+) -> tuple[CuratedSet, dict[str, Any]]:
+    """Curate `rows` (from data.sources.read_rows) and write everything under `workdir`: (the set, the figures of signals.json).
+
+    make_tuner(model config, mesh): fine-tunes copies of the policy where `quality.labels` tell which rows are sound; None = this is left out.
+    """
     from jaxrl_llm.runtime import parse_mesh
 
     run_dir = RunDir(workdir, config, kind="curate", owns=OWNS)
@@ -218,29 +230,36 @@ def curate(rows: Rows, config: Any, workdir: str | Path) -> tuple[CuratedSet, di
     with stages.stage("difficulty", fits if labels is not None else 1, "fit") as tick:
         difficulty = difficulty_stage(views, rows, labels, config, tick)
     with_answers = any((row.get("answer") or "").strip() for row in rows)
-    judge = Judge(model, policy, dictionary, config, mesh, path / "features", stages, with_answers)
+    tune = make_tuner(policy().cfg, mesh) if make_tuner and with_answers and config.quality.tuned and config.quality.labels else None
+    judge = Judge(model, policy, dictionary, config, mesh, path / "features", stages, with_answers, tune)
     judged = quality_stage(judge, rows, views)
-    filtered = filter_rows(judged.values, config.quality.drop_fraction, faults)
+    filtered, strata, share = filter_stage(judged, faults, clusters.labels, difficulty.values, config)
     with stages.stage("order"):
-        order, schedule_report = order_stage(filtered.keep, clusters.labels, difficulty.values, vectors, config)
+        options = config.clusters  # the published method filters before it clusters: broken rows make clusters of their own
+        cluster = diversity.cluster_kept(vectors, filtered.keep, options.k, n_init=options.restarts, seed=config.seed, mesh=mesh)
+        order, schedule_report = order_stage(filtered.keep, cluster, difficulty.values, vectors, config)
 
-    curated = CuratedSet(
-        list(rows), clusters.labels, difficulty.values, judged.values, filtered.keep, order, manifest_of(rows, model, dictionary, config)
-    )
+    manifest = manifest_of(rows, model, dictionary, config) | {"quality": {"used": judged.quality.report["used"]}}
+    curated = CuratedSet(list(rows), cluster, difficulty.values, judged.quality.values, filtered.keep, order, manifest)
     signals = {
         "data": data_report(rows, results, faults),
         "sae": sae_report,
         "features": features_report(views),
         "diversity": diversity_report,
         "difficulty": difficulty.report,
-        "quality": judged.report,
-        "filter": {"kept": int(filtered.keep.sum()), "dropped": filtered.reasons, "cut": filtered.cut},
+        "quality": judged.quality.report,
+        "filter": {"kept": int(filtered.keep.sum()), "dropped": filtered.reasons, "cut": filtered.cut, "drop_share": share},
         "schedule": schedule_report,
     }
     with stages.stage("write"):
         curated.write(path / "curated", tuple(config.formats))
     if run_dir.is_writer:
-        write_npz(path / "vectors.npz", {"ids": np.array([row["id"] for row in rows]), "vectors": vectors})
+        arrays = {"ids": np.array([row["id"] for row in rows]), "vectors": vectors}
+        if judged.told is not None and judged.directions is not None:  # what `grpo` judges the rows anew by
+            faulty = np.any([np.zeros(len(rows), bool), *faults.values()], axis=0)
+            arrays |= {"told": judged.told, "directions": judged.directions, "faulty": faulty}
+            arrays |= {} if strata is None else {"strata": strata}
+        write_npz(path / "vectors.npz", arrays)
         write_json(path / "signals.json", {**signals, "seconds": stages.seconds})
     run_dir.summary({"kept": int(filtered.keep.sum()), "rows": len(rows), "seconds": stages.seconds})
     return curated, to_plain({**signals, "seconds": stages.seconds})

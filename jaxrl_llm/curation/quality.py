@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from scipy.special import expit
 
 from jaxrl_llm.curation.probes import Design, StackedDesign, as_design, auroc, compare, cross_validate, spearman
 from jaxrl_llm.errors import UserError
@@ -20,10 +21,16 @@ from jaxrl_llm.errors import UserError
 
 @dataclass(frozen=True)
 class Quality:
-    """values: [N], higher is better. report: figures of every probe."""
+    """values: [N], higher is better. report: figures of every probe. log_odds: whether the values are the log-odds of a sound row."""
 
     values: np.ndarray
     report: dict[str, Any]
+    log_odds: bool = True
+
+    @property
+    def expected_bad(self) -> np.ndarray | None:
+        """[N] probability that a row is unfit, or None where the values do not say."""
+        return expit(-self.values) if self.log_odds else None
 
 
 def fit_quality(
@@ -78,7 +85,7 @@ def fit_quality(
             for kind, n in sorted(Counter(kinds.tolist()).items())
         }
     report = {"probes": table, "used": use, "reference": reference, "counts": {"rows": len(originals), "copies": len(sources)}}
-    return Quality(values[use], report)
+    return Quality(values[use], report, log_odds=use in designs)
 
 
 def fit_labelled_quality(
@@ -114,7 +121,13 @@ def fit_labelled_quality(
             values[rows] = scores[name]
     table = compare(scores, y, measure, reference=reference, draws=draws, seed=seed)
     report = {"probes": table, "used": use, "reference": reference, "measure": measure.__name__, "counts": {"labels": len(rows)}}
-    return Quality(values, report)
+    return Quality(values, report, log_odds=binary)
+
+
+def drop_share(told: np.ndarray | None, per_bad: float, most: float, otherwise: float) -> float:
+    """The share of rows to drop: `per_bad` for every bad one that the told rows [N] (1 sound, 0 not, NaN unknown) let expect, `most` at
+    most; `otherwise` where nothing is told."""
+    return otherwise if told is None else min(per_bad * float(1 - np.nanmean(told)), most)
 
 
 @dataclass(frozen=True)

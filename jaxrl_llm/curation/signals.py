@@ -23,7 +23,8 @@ from jaxrl_llm.curation.baselines import length_features, length_tfidf_features
 from jaxrl_llm.curation.corruptions import CORRUPTIONS, corrupt_rows
 from jaxrl_llm.curation.feature_space import FeatureSpace, dense_space
 from jaxrl_llm.curation.features import extract_features, random_dictionary
-from jaxrl_llm.curation.likelihood import Tuner, answer_likelihood, tuned_gain
+from jaxrl_llm.curation.judging import JOINED_DIMS
+from jaxrl_llm.curation.likelihood import Tuner, policy_opinion
 from jaxrl_llm.curation.passes import LanguageModel, Rows
 from jaxrl_llm.curation.probes import ArrayDesign, Design, JoinedDesign, SliceDesign
 from jaxrl_llm.curation.streaming import write_npz
@@ -33,7 +34,6 @@ from jaxrl_llm.run_dir import to_plain, write_json
 KINDS = ("sae", "random_sae", "dense", "tfidf")
 ALONE = ("sae_alone", "tfidf_alone")  # qualities by features without what the policy thinks of the answers
 POLICY_KINDS = ("logprob", "tuned")  # qualities by the policy alone: its log-probabilities; these and their gain from tuning
-JOINED_DIMS = 32  # of the features beside the log-probabilities: with few labels fewer dimensions separate better
 GROUPS = ("reduced", "clusters", "difficulty", "quality", "truth")
 
 
@@ -99,6 +99,7 @@ def measure(
     options: SignalOptions | None = None,
     tune: Tuner | None = None,
     mesh: Any = None,
+    folder: Path | None = None,
 ) -> Signals:
     """Clusters, difficulty and quality of `rows` by each kind of features.
 
@@ -106,9 +107,10 @@ def measure(
     rows, NaN elsewhere. told: [N] 1 for rows fit to train on, 0 for others, NaN unknown; None learns quality from corrupted
     copies of the rows. kinds: those that get a difficulty of their own. filters: kinds, POLICY_KINDS or ALONE that get a quality.
     tune: fine-tunes the policy, so that the quality probe can read what answers gain by it where rows are told; None = it does not.
+    folder: where features are kept as they are made, so that a stopped run goes on; None = in memory.
     """
     options = options or SignalOptions()
-    views = feature_views(rows, model, dictionary, options, mesh)
+    views = feature_views(rows, model, dictionary, options, mesh, folder=folder)
     out = Signals({}, {}, {}, {})
     for kind in KINDS:
         view = views[kind]
@@ -120,7 +122,7 @@ def measure(
     out.difficulty["sae"], out.report["difficulty"] = fitted.values, fitted.report
     for kind in sorted({*kinds} - {"sae"}):
         out.difficulty[kind] = fit({kind: views[kind]}, use=kind, reference=kind, draws=0).values
-    probe = QualityProbe(rows, model, policy, dictionary, told, views, options, tune, mesh)
+    probe = QualityProbe(rows, model, policy, dictionary, told, views, options, tune, mesh, folder)
     out.quality, out.report["quality"] = probe.table(policy.params, filters)
     return out
 
@@ -131,9 +133,11 @@ def _reduce(view: Any, dims: int) -> np.ndarray:
 
 
 def feature_views(
-    rows: Rows, model: LanguageModel, dictionary: sae.Dictionary, options: SignalOptions, mesh: Any = None, *, answers: bool = False
+    rows: Rows, model: LanguageModel, dictionary: sae.Dictionary, options: SignalOptions, mesh: Any = None, *, answers: bool = False,
+    folder: Path | None = None,
 ) -> dict[str, Design]:
-    """A Design over the rows for each of KINDS, and for the baselines "length" and "length_tfidf"; of prompt + answer if `answers`."""
+    """A Design over the rows for each of KINDS, and for the baselines "length" and "length_tfidf"; of prompt + answer if `answers`.
+    folder: where the pooled features are kept, and found again."""
     tokenised = answer_tokens(rows, model.tokenizer, options.separator)
     tokens = (lambda a, b: tokenised(a, b)[0]) if answers else prompt_tokens(rows, model.tokenizer)
     texts = [f"{row['prompt']}{options.separator}{row.get('answer') or ''}" if answers else row["prompt"] for row in rows]
@@ -141,7 +145,7 @@ def feature_views(
     found = [
         extract_features(
             model.cfg, model.params, dictionaries, tokens, len(rows), hook=options.hook, pooling=pooling,
-            dense=("dense_mean", "dense_last") if i == 0 else (), mesh=mesh,
+            dense=("dense_mean", "dense_last") if i == 0 else (), mesh=mesh, folder=None if folder is None else folder / pooling,
         )
         for i, pooling in enumerate(options.pooling)
     ]  # fmt: skip
@@ -165,7 +169,7 @@ class QualityProbe:
 
     def __init__(
         self, rows: Rows, model, policy, dictionary, told: np.ndarray | None, views, options: SignalOptions, tune: Tuner | None = None,
-        mesh: Any = None,
+        mesh: Any = None, folder: Path | None = None,
     ):  # fmt: skip
         copies: list[dict[str, Any]] = []
         if told is None:
@@ -174,7 +178,8 @@ class QualityProbe:
         self.n, self.told, self.policy, self.options, self.tune, self.mesh = len(rows), told, policy, options, tune, mesh
         self.everything = [*rows, *copies]
         if options.answers or copies:
-            views = feature_views(self.everything, model, dictionary, options, mesh, answers=options.answers)
+            judged = None if folder is None else folder / "judged"  # with the copies, and with the answers: not the features of the prompts
+            views = feature_views(self.everything, model, dictionary, options, mesh, answers=options.answers, folder=judged)
         self.views = dict(views)
         if options.answers:
             self.views |= {kind: ArrayDesign(_reduce(views[kind], JOINED_DIMS)) for kind in KINDS}
@@ -187,12 +192,11 @@ class QualityProbe:
 
         tune: False leaves the tuning out, for a quality that does not read it.
         """
-        cfg, tokens = self.policy.cfg, answer_tokens(self.everything, self.policy.tokenizer, self.options.separator)
-        columns = answer_likelihood(cfg, params, tokens, len(self.everything), mesh=self.mesh)[0]
-        policy = {"logprob": ArrayDesign(columns)}
-        if self.tune and self.options.answers and self.told is not None and tune:
-            gain = tuned_gain(cfg, params, tokens, self.told, columns, self.tune, seed=self.options.seed, mesh=self.mesh)
-            policy["tuned"] = ArrayDesign(np.concatenate([columns, gain], axis=1))
+        opinion = policy_opinion(
+            self.policy.cfg, params, answer_tokens(self.everything, self.policy.tokenizer, self.options.separator), len(self.everything),
+            told=self.told, tune=self.tune if tune and self.options.answers else None, seed=self.options.seed, mesh=self.mesh,
+        )  # fmt: skip
+        policy = {{"logp": "logprob"}.get(name, name): ArrayDesign(columns) for name, columns in opinion.items()}
         best = policy.get("tuned", policy["logprob"])
         out = {kind: JoinedDesign(self.views[kind], best) if self.options.answers else self.views[kind] for kind in KINDS}
         return out | self.alone | policy | {name: self.views[name] for name in ("length_tfidf", "length")}

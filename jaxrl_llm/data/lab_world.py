@@ -306,19 +306,27 @@ def build_tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
 
 
-def sft_batches(
-    rows: Sequence[dict], tokenizer, batch: int, seed: int, widths: Sequence[int] = (12, 16, 22, 32)
-) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Batches (tokens [batch, T], mask [batch, T]) for `train_sft`: mask on the response and its end token.
+WIDTHS = (12, 16, 22, 32)  # of the world's rows in tokens
 
-    Rows of alike length share a batch (sorted inside windows of 16 batches, batches then shuffled), so little is padding;
-    widths are the few sizes of T, so that few programs are compiled.
-    """
+
+def sft_batches(rows: Sequence[dict], tokenizer, batch: int, seed: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """`answer_batches` of rows with a prompt and a response."""
     encoded = []
     for row in rows:
         response = tokenizer(row["response"], add_special_tokens=False).input_ids
         prompt = tokenizer(row["prompt"]).input_ids
         encoded.append(([*prompt, *response, tokenizer.eos_token_id], len(prompt)))
+    return answer_batches(encoded, batch, seed, WIDTHS)
+
+
+def answer_batches(
+    encoded: Sequence[tuple[Sequence[int], int]], batch: int, seed: int, widths: Sequence[int]
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Batches (tokens [batch, T], mask [batch, T]) for `train_sft` of rows (tokens, where the answer begins): mask on the answers.
+
+    Rows of alike length share a batch (sorted inside windows of 16 batches, batches then shuffled), so little is padding;
+    widths are the few sizes of T, so that few programs are compiled.
+    """
     rng, out = np.random.default_rng(seed), []
     for start in range(0, len(encoded), 16 * batch):
         window = sorted(encoded[start : start + 16 * batch], key=lambda row: len(row[0]))

@@ -1,5 +1,6 @@
 """Curation from the command to the files, on a small world whose truth is known."""
 
+import dataclasses
 import json
 import shutil
 
@@ -16,6 +17,7 @@ from jaxrl_llm.commands import curate as command
 from jaxrl_llm.commands import grpo
 from jaxrl_llm.config import load_config
 from jaxrl_llm.curation import judging, pipeline
+from jaxrl_llm.curation import likelihood as policy_view
 from jaxrl_llm.curation.curated_set import FORMATS, CuratedSet
 from jaxrl_llm.curation.trainability import TrainabilityBand
 from jaxrl_llm.data.lab_world import build_tokenizer
@@ -142,9 +144,9 @@ def test_another_model_as_policy_reads_with_its_own_tokenizer(world, curated, tm
         scored.append((cfg, tokens_of(0, 1)[0][0]))
         return likelihood(cfg, params, tokens_of, n, **options)
 
-    sampled, likelihood = models.generate, judging.answer_likelihood
+    sampled, likelihood = models.generate, policy_view.answer_likelihood
     monkeypatch.setattr(models, "generate", generate)
-    monkeypatch.setattr(judging, "answer_likelihood", answer_likelihood)
+    monkeypatch.setattr(policy_view, "answer_likelihood", answer_likelihood)
     changes = {"sae": str(workdir / "sae"), "controls": "False", "formats": "parquet", "quality.samples": "10", "data.on_bad": "skip"}
     command.run(config_of(world, policy=str(tmp_path / "policy"), **changes, **ROLLOUTS), str(tmp_path / "out"))
 
@@ -158,6 +160,88 @@ def test_another_model_as_policy_reads_with_its_own_tokenizer(world, curated, tm
     assert len({json.loads(line)["rate"] for line in rates.read_text().splitlines()}) > 1
     assert signals["features"] == before["features"] and signals["difficulty"]["labels"]["count"] == 40
     assert signals["quality"]["probes"]["logp"]["value"] != before["quality"]["probes"]["logp"]["value"]
+
+
+@pytest.fixture(scope="module")
+def told(world, curated, tmp_path_factory):
+    """(the file of problems with a column that says of 64 of them whether their answer is right, the workdir of a curate run on it)."""
+    folder = tmp_path_factory.mktemp("told")
+    rows, rng = [json.loads(line) for line in (world / "rows.jsonl").read_text().splitlines()[:N]], np.random.default_rng(0)
+    for i, wrong in enumerate(rng.random(N) < 0.4):
+        if wrong and rows[i]["answer"]:
+            rows[i]["answer"] = rows[(i + 11) % N]["answer"] or "red"
+        if i < 64:
+            rows[i]["sound"] = int(not wrong)
+    (folder / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    command.run(told_config(world, curated, folder / "rows.jsonl"), str(folder / "out"))
+    return folder / "rows.jsonl", folder / "out"
+
+
+def told_config(world, curated, source, **changes):
+    given = {"data.source": str(source), "sae": str(curated[0] / "sae"), "controls": "False", "formats": "parquet", "quality.labels": "sound"}
+    return config_of(world, **given, **changes)
+
+
+def test_told_rows_say_how_many_to_drop_and_let_the_policy_be_tuned(world, curated, told, tmp_path):
+    source, workdir = told
+    signals, found = json.loads((workdir / "signals.json").read_text()), CuratedSet.read(workdir / "curated")
+    assert set(signals["quality"]["probes"]) == {"sae", "length_tfidf", "logp", "tuned", "sae+logp", "sae+tuned"}
+    assert signals["quality"]["used"] == "sae+tuned" == found.manifest["quality"]["used"] and signals["quality"]["measure"] == "auroc"
+    sound = [row["sound"] for row in found.rows if row.get("sound") is not None]
+    bad = 1 - np.mean(sound)
+    assert len(sound) == 64 and signals["filter"]["drop_share"] == pytest.approx(min(1.5 * bad, 0.6))
+    fit = N - 2  # a duplicate and an empty answer go before
+    assert signals["filter"]["dropped"]["low_quality"] == round(min(1.5 * bad, 0.6) * fit)
+
+    def kept(name, **changes):
+        command.run(told_config(world, curated, source, **changes), str(tmp_path / name))
+        after = json.loads((tmp_path / name / "signals.json").read_text())
+        return after, CuratedSet.read(tmp_path / name / "curated").keep
+
+    plain, keep = kept("untuned", **{"quality.tuned": "False", "quality.drop_per_bad": "1.0"})
+    assert plain["quality"]["used"] == "sae+logp" and "tuned" not in plain["quality"]["probes"]
+    assert plain["filter"]["dropped"]["low_quality"] == round(bad * fit)
+    few, _ = kept("few", **{"quality.tuned": "False", "quality.drop_most": "0.2"})
+    assert few["filter"]["drop_share"] == 0.2
+    fixed, whole = kept("fixed", **{"quality.tuned": "False", "quality.drop_per_bad": "0", "quality.drop_fraction": "0.3", "quality.strata": "0"})
+    assert fixed["filter"]["drop_share"] == 0.3 and fixed["filter"]["cut"] is not None and plain["filter"]["cut"] is None
+    values = CuratedSet.read(tmp_path / "fixed" / "curated").quality
+    assert values[whole].min() >= fixed["filter"]["cut"] - 1e-6, "without strata the cut is one for all"
+    strata, inside = kept("strata", **{"quality.tuned": "False", "quality.drop_per_bad": "0", "quality.drop_fraction": "0.3", "quality.strata": "2"})
+    assert inside.sum() == whole.sum() and (inside != whole).any()
+
+
+def test_grpo_judges_the_rows_anew_as_curate_did(world, curated, told, tmp_path, monkeypatch, quick_compilation):
+    """By the policy that curate asked, the same rows are kept; by one that has learnt, others; rows with a fault never come back."""
+    source, workdir = told
+    found, asked = CuratedSet.read(workdir / "curated"), []
+    settings = {"model": str(world / "model"), "data.curated": str(workdir), "reward.name": "short_words", "max_prompt_tokens": "16"}
+    settings |= {"overflow": "drop", "schedule.kind": "band", "schedule.batch_prompts": "4", "train.steps": "5", "train.num_samples": "4"}
+    settings |= {"train.max_new_tokens": "3", "train.checkpoint_every": "1", "train.optimizer.learning_rate": "3e-2"}
+    settings |= {"schedule.band.refilter_every": "2", "schedule.band.epoch_share": "1.0"}
+    config = load_config("configs/grpo.py", settings)
+    judged = judging.Refilter.__call__
+    monkeypatch.setattr(judging.Refilter, "__call__", lambda self, params: asked.append((self, judged(self, params))) or asked[-1][1])
+    grpo.run(config, str(tmp_path / "run"))
+    assert len(asked) == 2
+    refilter, faulty = asked[0][0], np.zeros(N, bool)
+    again = judged(refilter, models.load(world / "model")[1])
+    faulty[[5, 7]] = True
+    assert (again == found.keep).all() and (refilter.faulty == faulty).all()
+    later = [keep for _, keep in asked]
+    assert all(keep.sum() == found.keep.sum() and not keep[faulty].any() for keep in later) and any((keep != found.keep).any() for keep in later)
+    rows, _ = grpo._training_rows(config)
+    drawn = {rows[i]["id"] for record in RunDir(tmp_path / "run", config, kind="grpo").metrics() for i in record["rows"]}
+    assert drawn <= {row["id"] for row, bad in zip(found.rows, faulty, strict=True) if not bad} and len(rows) == N - 2
+
+    for changes, message in (
+        ({"data.curated": str(curated[0])}, "refilter_every.*does not say which rows are sound.*quality.labels"),
+        ({"schedule.band.balance": "even"}, "balance is one of"),
+    ):
+        with pytest.raises(UserError, match=message):
+            grpo.run(load_config("configs/grpo.py", {**settings, **changes}), str(tmp_path / "refused"))
+    with pytest.raises(UserError, match="asks no policy.*quality.use=auto"):
+        dataclasses.replace(refilter, used="length_tfidf")
 
 
 @pytest.fixture
@@ -222,6 +306,24 @@ def test_pass_rates_of_other_rows_are_not_taken(world, tmp_path, monkeypatch):
         ({"model": ""}, "no model"),
         ({"data.source": ""}, "no data"),
         ({"data.on_bad": "error"}, "rows.jsonl:91"),
+        ({"formats": "parket"}, "formats.*did you mean parquet"),
+        ({"formats": ()}, "formats.*empty"),
+        ({"schedule.kind": "publishd"}, "schedule.kind.*did you mean published"),
+        ({"difficulty.use": "sea"}, "difficulty.use.*'sea'"),
+        ({"difficulty.free": "suprisal"}, "difficulty.free.*surprisal"),
+        ({"difficulty.labels": "lvel"}, "'lvel'.*did you mean level"),
+        ({"difficulty.labels": "rollouts", "difficulty.reward": "mats"}, "mats.*maths"),
+        ({"quality.labels": "goood"}, "'goood'"),
+        ({"quality.use": "sae+tuned"}, "quality.use.*quality.labels"),
+        ({"quality.use": "random_sae", "controls": "False"}, "quality.use.*controls=True"),
+        ({"quality.corruptions": "garbl"}, "did you mean garble"),
+        ({"data.topic": "topik"}, "data.topic.*did you mean topic"),
+        ({"features.pooling": "maximum"}, "features.pooling"),
+        ({"features.shard_rows": "0"}, "features.shard_rows' is 0: give 1 or more"),
+        ({"quality.drop_fraction": "1.0"}, "quality.drop_fraction"),
+        ({"difficulty.batch_prompts": "0"}, "difficulty.batch_prompts"),
+        ({"bootstrap": "-1"}, "bootstrap"),
+        ({"data.limit": "0"}, "data.limit"),
     ],
 )
 def test_mistakes_are_named_before_any_work(world, tmp_path, change, message):

@@ -11,6 +11,7 @@ import pytest
 
 import models
 import sae
+from experiments import _saerl_checks as checks
 from experiments import saerl
 from jaxrl_llm.config import load_config
 from jaxrl_llm.curation.curated_set import CuratedSet
@@ -135,6 +136,12 @@ def real_run(workdir, tmp_path_factory):
     with config.unlocked():
         config.data.evals.other = {"source": str(root / "two.jsonl"), "fields": "prompt=q,answer=a", "split": "test"}
     saerl.run(config, root / "run")
+    # The same rows with a column that tells of the first 60 whether they are sound.
+    wrong = np.random.default_rng(0).random(60) < 0.4
+    marked = [r | ({"sound": int(not wrong[i])} if i < 60 else {}) for i, r in enumerate(plain[:120])]
+    (root / "told.jsonl").write_text("".join(json.dumps(r | ({"gold": "red"} if r.get("sound") == 0 else {})) + "\n" for r in marked))
+    arms = {"arms": ("vanilla_told", "full_tuned"), "main_arm": "full_tuned", "curation.told_epochs": 1}
+    saerl.run(tiny(**(changes | arms | {"data.source": str(root / "told.jsonl"), "data.told": "sound"})), root / "told")
     return root
 
 
@@ -156,6 +163,21 @@ def test_real_rows_run_without_any_truth(real_run):
     sets = {json.loads(line).get("set") for line in (cell / "full" / "metrics.jsonl").open()}
     assert {"test", "other"} <= sets
     assert "Held-out accuracy" in (real_run / "run" / "report.html").read_text()
+
+
+def test_real_rows_may_tell_which_are_sound(real_run):
+    """The probe learns from the column, policies are tuned on the sound rows, the filter knows how many to drop."""
+    root, cell = real_run, real_run / "told" / "cells" / "wrong-base0-seed0"
+    report = json.loads((cell / "signals.json").read_text())
+    assert report["quality"]["told"] is True and report["quality"]["counts"]["labels"] == 60 and "tuned" in report["quality"]["probes"]
+    told = [json.loads(line).get("sound") for line in (root / "told.jsonl").open()]
+    kept = CuratedSet.read(cell / "curated").keep
+    bad = 1 - np.mean([t for t in told if t is not None])
+    assert (~kept).sum() == round(min(1.5 * bad, 0.6) * 120)
+    start = json.loads((cell / "vanilla_told" / "metrics.jsonl").read_text().splitlines()[0])
+    other = json.loads((cell / "full_tuned" / "metrics.jsonl").read_text().splitlines()[0])
+    assert start["step"] == other["step"] == 0 and start != other, "one starts from the tuned policy"
+    assert not (cell / "features").exists() and not (real_run / "run" / "cells" / "wrong-base0-seed0" / "features").exists()
 
 
 def test_the_feature_model_reads_its_own_tokens(real_run):
@@ -197,6 +219,16 @@ def test_unknown_arm_names_the_nearest():
     ("changes", "message"),
     [
         ({"grpo.eval_samples": 0}, "eval_samples"),
+        ({"formats": ("parket",)}, "formats.*parquet"),
+        ({"sae.pooling": ("maxx",)}, "sae.pooling"),
+        ({"grpo.aggregation": "token_sum"}, "grpo.aggregation"),
+        ({"curation.band_balance": "even"}, "band_balance"),
+        ({"data.reward": "exakt"}, "exact"),
+        ({"policy.n_heads": 5}, "n_heads=5"),
+        ({"data.rows": 0}, "data.rows' is 0: give 1 or more"),
+        ({"grpo.num_samples": 1}, "num_samples"),
+        ({"curation.rho": 0.7}, "rho.*0 to 0.5"),
+        ({"seeds": ()}, "name at least one"),
         ({"data.source": "rows.jsonl"}, "data.evals.test.source"),
         ({"data.source": "r", "data.evals.test.source": "t", "arms": ("vanilla", "full_oracle_filter"), "main_arm": "vanilla"}, "truth"),
         ({"arm_table.full.filter": "sea"}, "filter is 'sea'.*sae"),
@@ -221,10 +253,10 @@ def bench_of(config, n=64):
 def signals():
     rng, n = np.random.default_rng(0), 64
     good = np.arange(n) % 4 > 0
-    quality = {k: good + 0.01 * rng.random(n) for k in ("logprob", "tuned", "sae_alone", "tfidf_alone", *saerl.FEATURES)}
-    reduced = {k: rng.normal(size=(n, 4)).astype(np.float32) for k in saerl.FEATURES}
-    clusters = {k: rng.integers(0, 4, n) for k in saerl.FEATURES}
-    difficulty = {k: rng.random(n) for k in (*saerl.FEATURES, "oracle")}
+    quality = {k: good + 0.01 * rng.random(n) for k in ("logprob", "tuned", "sae_alone", "tfidf_alone", *checks.FEATURES)}
+    reduced = {k: rng.normal(size=(n, 4)).astype(np.float32) for k in checks.FEATURES}
+    clusters = {k: rng.integers(0, 4, n) for k in checks.FEATURES}
+    difficulty = {k: rng.random(n) for k in (*checks.FEATURES, "oracle")}
     return Signals(reduced, clusters, difficulty, quality)
 
 
@@ -242,7 +274,7 @@ def test_every_arm_of_the_table_makes_its_own_schedule(signals):
 
 def test_the_tables_names_are_those_of_the_signals():
     """Listed in the experiment too, which must not import them before the check of a config."""
-    assert saerl.FEATURES == KINDS and set(saerl.FILTERS) == {"none", "oracle", *KINDS, *POLICY_KINDS, *ALONE}
+    assert checks.FEATURES == KINDS and set(checks.FILTERS) == {"none", "oracle", *KINDS, *POLICY_KINDS, *ALONE}
 
 
 def test_filters_drop_what_they_should(signals):

@@ -67,7 +67,7 @@ def test_variant_changes_values_and_the_config_is_locked(spec):
         ("free", "text", "text"),
         ("limit", "5", 5),
         ("limit", "None", None),
-        ("zeta", "None", None),
+        ("free", "None", None),
     ],
 )
 def test_overrides_are_read_by_the_type_of_the_field(spec, key, text, value):
@@ -96,6 +96,8 @@ def test_overrides_are_read_by_the_type_of_the_field(spec, key, text, value):
         ("train.shuffle", "maybe", "'train.shuffle' is true or false, cannot read 'maybe'"),
         ("sizes", "1,x", "cannot read 'x'"),
         ("limit", "many", "'limit' is a whole number"),
+        ("zeta", "None", "'zeta' is a whole number and cannot be None"),
+        ("name", "None", "'name' is text and cannot be None; to empty it write --config.name="),
     ],
 )
 def test_wrong_overrides_name_the_key(spec, key, text, message):

@@ -179,6 +179,9 @@ def test_every_field_of_the_band_changes_its_batches(model, tmp_path):
         return 6
 
     assert [steps_an_epoch(share) for share in (0.2, 0.6, 1.0)] == [1, 3, 5]
+    cluster = curated.cluster[curated.keep]  # 40 rows of the one, 60 of the other
+    of_one = [(cluster[band_of(model, tmp_path, schedule__band__balance=how)[0].batch(0)] == 0).sum() for how in ("items", "equal")]
+    assert of_one == [8, 10]
     few, many = (band_of(model, tmp_path, train__num_samples=n)[0] for n in (2, 64))
     for band in (few, many):
         band.observe(0, band.batch(0), np.ones(20))
