@@ -118,6 +118,7 @@ class Points:
             raise SAEError(f"kmeans: chunk is {chunk}; give a positive number of rows")
         self.count, self.width = x.shape
         self.source, self.spherical, self.mesh = x, spherical, mesh
+        self.squares: np.ndarray | None = None  # [N] of the rows as they are given, where sparse candidates have asked for them
         self.axes = () if mesh is None else tuple(name for name in BATCH_AXES if name in mesh.shape)
         self.chunk = self._chunk_rows(chunk)
         self.one_hot = (jax.devices()[0] if mesh is None else mesh.devices.flat[0]).platform != "cpu"
@@ -202,9 +203,28 @@ class Points:
 
     def candidate_distances(self, candidates: np.ndarray, nearest: np.ndarray) -> np.ndarray:
         """[L, N] each point's squared distance to its nearest centre, candidate l included; `nearest` [N] without."""
+        if self.sparse:
+            return self._sparse_candidates(candidates, nearest)
         padded = np.pad(nearest, (0, -self.count % self.chunk)).reshape(-1, self.chunk)
         parts = [chunk_candidates(rows, padded[i], candidates) for i, (rows, _) in enumerate(self.chunks())]
         return np.concatenate([self.fetch(part) for part in parts], axis=1)[:, : self.count]
+
+    def _sparse_candidates(self, candidates: np.ndarray, nearest: np.ndarray) -> np.ndarray:
+        """The same from the entries alone, on the host: a start of k centres makes k such passes, each over few candidates, and to make every
+        row dense for them costs far more than their products."""
+        x, step = self.source, max(1, CHUNK_BYTES // 4 // len(candidates))
+        if self.squares is None:
+            self.squares = np.asarray(x.multiply(x).sum(axis=1), np.float32).ravel()
+        scale = np.sqrt(np.where(self.squares > 0, self.squares, 1.0)) if self.spherical else np.ones(1, np.float32)
+        own = np.square(candidates).sum(axis=1)
+        out = np.empty((len(candidates), self.count), np.float32)
+        for start in range(0, self.count, step):
+            part = slice(start, start + step)
+            by_row = scale[part] if self.spherical else scale
+            dots = np.asarray(x[part] @ candidates.T).T / by_row
+            square = self.squares[part] / by_row**2
+            out[:, part] = np.minimum(nearest[part], np.maximum(own[:, None] + square - 2.0 * dots, 0.0))
+        return out
 
     def gather(self, parts: list[Array]) -> np.ndarray:
         """Chunk results joined into one host array of N entries."""

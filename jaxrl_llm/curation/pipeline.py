@@ -75,6 +75,7 @@ def difficulty_labels(
         return None
     if options.labels != "rollouts":
         return labels_from_rows(rows, options.labels)
+    from jaxrl_llm.data.prompts import tokenise_prompts
     from jaxrl_llm.rewards.registry import get_reward, validate_rows
 
     reward = get_reward(options.reward)
@@ -86,6 +87,11 @@ def difficulty_labels(
         max_prompt_tokens=options.max_prompt_tokens, temperature=options.temperature, max_new_tokens=options.max_new_tokens, seed=config.seed,
         mesh=mesh,
     )  # fmt: skip
+    long = tokenise_prompts(
+        [rows[i] for i in chosen], model.tokenizer, max_length=options.max_prompt_tokens, template=options.template, overflow="truncate"
+    ).truncated
+    if long:
+        print(f"rollouts: {long} of {len(chosen)} prompts are longer than difficulty.max_prompt_tokens={options.max_prompt_tokens} and keep their end")
     rolled_out = {k: v for k, v in to_dict(options).items() if k not in ("use", "models", "folds")}
     made_of = [data_hash(rows), tree_fingerprint(model.params), rolled_out, config.seed]
     path = None if workdir is None else workdir / f"pass_rates-{short_hash(made_of)}.jsonl"

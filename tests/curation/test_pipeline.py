@@ -114,16 +114,17 @@ def test_label_free_no_controls_given_sae_and_no_answers(world, curated, tmp_pat
     assert CuratedSet.read(tmp_path / "out" / "curated").keep.sum() > 70
 
 
-def test_rollout_labels(world, curated, tmp_path):
+def test_rollout_labels(world, curated, tmp_path, capsys):
     workdir, _ = curated
     changes = {"sae": str(workdir / "sae"), "controls": "False", "formats": "parquet", "quality.samples": "10"}
     changes |= {"difficulty.labels": "rollouts", "difficulty.samples": "2", "difficulty.max_new_tokens": "2", "difficulty.reward": "exact"}
-    changes |= {"difficulty.max_labels": "20", "difficulty.batch_prompts": "20", "difficulty.max_prompt_tokens": "20"}
+    changes |= {"difficulty.max_labels": "90", "difficulty.batch_prompts": "20", "difficulty.max_prompt_tokens": "20"}
     with pytest.raises(UserError, match="different"):  # a random model never answers right: all labels are equal
         command.run(config_of(world, **changes), str(tmp_path))
+    assert "rollouts: 1 of 90 prompts are longer than difficulty.max_prompt_tokens=20" in capsys.readouterr().out
     (file,) = tmp_path.glob("pass_rates-*.jsonl")
     rates = [json.loads(line)["rate"] for line in file.read_text().splitlines()]
-    assert len(rates) == 20 and set(rates) <= {0.0, None}
+    assert len(rates) == 90 and set(rates) <= {0.0, None}
 
 
 def test_another_model_as_policy_reads_with_its_own_tokenizer(world, curated, tmp_path, monkeypatch):
@@ -292,7 +293,7 @@ def test_grpo_follows_the_policy_over_a_curated_set_and_goes_on(world, curated, 
 
 def test_pass_rates_of_other_rows_are_not_taken(world, tmp_path, monkeypatch):
     """Rows of another file often have the same ids."""
-    policy, paths = pipeline.LanguageModel(None, {}, None, "policy"), []
+    policy, paths = pipeline.LanguageModel(None, {}, build_tokenizer(), "policy"), []
     monkeypatch.setattr(pipeline, "pass_rates", lambda rows, *_, path, **__: paths.append(path) or (np.zeros(len(rows)), 0))
     for prompt in ("one", "one", "another"):
         rows = [{"id": "0", "prompt": prompt, "answer": "1"}]

@@ -105,6 +105,21 @@ def test_sparse_input_equals_scikit_learn_and_dense(form):
     np.testing.assert_array_equal(found.labels, sae.kmeans(x.toarray(), 6, init=start).labels)
 
 
+@pytest.mark.parametrize("spherical", [False, True])
+def test_candidates_of_sparse_rows_equal_those_of_dense_ones(spherical, monkeypatch):
+    """Products of the entries alone, in chunks, a row of zeros included."""
+    x = sparse_points()
+    x.data[x.indptr[3] : x.indptr[4]] = 0
+    monkeypatch.setattr("sae.points.CHUNK_BYTES", 4 * 3 * 64)
+    common = {"chunk": 64, "spherical": spherical, "mesh": None}
+    thin, dense = Points(x, stream=None, **common), Points(x.toarray(), stream=True, **common)
+    candidates = thin.host_rows(np.array([0, 3, 50]))
+    nearest = np.linspace(0.1, 3.0, x.shape[0]).astype(np.float32)
+    thin_form, dense_form = (p.candidate_distances(p.host_rows(np.array([0, 3, 50])), nearest) for p in (thin, dense))
+    np.testing.assert_allclose(thin_form, dense_form, atol=1e-5)
+    assert candidates.shape == (3, 40) and (thin_form < nearest).any() and (thin_form == nearest[None]).any()
+
+
 def test_sparse_rows_are_never_dense_together(monkeypatch):
     x, sizes = sparse_points(), []
     whole = Points._raw
