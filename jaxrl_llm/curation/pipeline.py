@@ -91,7 +91,8 @@ def difficulty_labels(
         [rows[i] for i in chosen], model.tokenizer, max_length=options.max_prompt_tokens, template=options.template, overflow="truncate"
     ).truncated
     if long:
-        print(f"rollouts: {long} of {len(chosen)} prompts are longer than difficulty.max_prompt_tokens={options.max_prompt_tokens} and keep their end")
+        limit = f"difficulty.max_prompt_tokens={options.max_prompt_tokens}"
+        print(f"rollouts: {long} of {len(chosen)} prompts are longer than {limit} and keep their end")
     rolled_out = {k: v for k, v in to_dict(options).items() if k not in ("use", "models", "folds")}
     made_of = [data_hash(rows), tree_fingerprint(model.params), rolled_out, config.seed]
     path = None if workdir is None else workdir / f"pass_rates-{short_hash(made_of)}.jsonl"
