@@ -96,13 +96,13 @@ class ModelConfig:
     @classmethod
     def from_hf(cls, config: dict) -> ModelConfig:
         """From the contents of a Hugging Face `config.json`. Raises ModelError for an unknown architecture."""
-        from models.families import config_from_hf
+        from models.hf_config import config_from_hf
 
         return config_from_hf(config)
 
     def to_hf(self) -> dict:
         """The contents of a Hugging Face `config.json` that `transformers` reads back as the same model."""
-        from models.families import config_to_hf
+        from models.hf_config import config_to_hf
 
         return config_to_hf(self)
 

@@ -23,7 +23,8 @@ from tqdm import tqdm
 
 from models.config import ModelConfig
 from models.errors import ModelError
-from models.families import DTYPES, config_from_hf, tensor_of, token_ids
+from models.families import DTYPES, tensor_of
+from models.hf_config import config_from_hf, token_ids
 from models.hub import resolve
 from models.sharding import param_shardings
 from models.transformer import Params, abstract_params
@@ -77,7 +78,9 @@ def read_config(folder: Path) -> ModelConfig:
         raise ModelError(f"{folder / 'config.json'}: {str(error).removeprefix('config.json: ')}") from error
     generation = folder / "generation_config.json"
     ends = read_json(generation).get("eos_token_id") if generation.is_file() else None
-    return cfg if ends is None else dataclasses.replace(cfg, eos_token_ids=token_ids(ends))
+    if ends is None:
+        return cfg
+    return dataclasses.replace(cfg, eos_token_ids=token_ids(ends, cfg.vocab_size, str(generation)))
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -119,8 +122,8 @@ class _Checkpoint:
     def _paths(self) -> list[Path]:
         if (self.folder / INDEX).is_file():
             weight_map = read_json(self.folder / INDEX).get("weight_map")
-            if not isinstance(weight_map, Mapping):
-                raise ModelError(f"{self.folder / INDEX}: missing field 'weight_map'")
+            if not isinstance(weight_map, Mapping) or not all(isinstance(v, str) for v in weight_map.values()):
+                raise ModelError(f"{self.folder / INDEX}: weight_map must be an object {{tensor: file name}}")
             paths = [self.folder / name for name in sorted(set(weight_map.values()))]
         else:
             paths = [self.folder / SINGLE]

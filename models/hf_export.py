@@ -17,8 +17,9 @@ from jax.experimental import multihost_utils
 
 from models.config import ModelConfig
 from models.errors import ModelError
-from models.families import config_to_hf, tensor_of
+from models.families import tensor_of
 from models.hf import INDEX, SINGLE, leaves_of, read_json
+from models.hf_config import config_to_hf
 from models.hub import resolve
 from models.tokenizer import TOKENIZER_FILES, tokenizer_files
 from models.transformer import Params, abstract_params

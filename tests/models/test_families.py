@@ -119,7 +119,7 @@ def test_eos_may_be_several():
         ({"hidden_size": None}, ["hidden_size"]),
         ({"rms_norm_eps": "small"}, ["rms_norm_eps", "'small'"]),
         ({"num_hidden_layers": "two"}, ["num_hidden_layers", "'two'"]),
-        ({"num_attention_heads": 3}, ["n_heads=3", "n_kv_heads=2"]),
+        ({"num_attention_heads": 3}, ["num_attention_heads=3", "num_key_value_heads=2"]),
         ({"head_dim": 7}, ["head_dim=7"]),
         ({"hidden_act": "swish6"}, ["hidden_act", "swish6", "silu"]),
         ({"rope_scaling": {"rope_type": "longrope", "factor": 2.0}}, ["rope_scaling.rope_type", "longrope", "yarn"]),
@@ -136,6 +136,76 @@ def test_refused_with_the_field_named(changes, told):
     assert "\n" not in str(error.value)
     for part in told:
         assert part in str(error.value)
+
+
+BASES = {"llama": cases.LLAMA, "qwen2": {**cases.QWEN2, "use_sliding_window": True, "sliding_window": 4}, "mistral": cases.MISTRAL}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
+WRONG_TYPES = [
+    *[("llama", {name: value}, f"{name} must be a positive integer") for name in SIZES for value in ("4", 0, -2, 4.0, True, None, [4])],
+    *[("llama", {name: v}, f"{name} must be a positive integer") for name in ("num_key_value_heads", "head_dim") for v in ("4", 0, -2)],
+    *[("llama", {"rms_norm_eps": v}, "rms_norm_eps must be a number above 0") for v in ("1e-5", 0, -1e-5, None, float("nan"), True)],
+    *[("llama", {"rope_theta": v}, "rope_theta must be a number above 0") for v in ("1e4", 0, None, float("inf"))],
+    *[("llama", {"initializer_range": v}, "initializer_range must be a number of at least 0") for v in ("0.02", -1, None)],
+    *[("llama", {"tie_word_embeddings": v}, "tie_word_embeddings must be true or false") for v in ("false", 0, 1, None)],
+    ("llama", {"attention_bias": "false"}, "attention_bias must be true or false, not 'false'"),
+    ("llama", {"mlp_bias": 0}, "mlp_bias must be true or false, not 0"),
+    ("llama", {"hidden_act": None}, "hidden_act=null is not supported"),
+    ("llama", {"dtype": 32}, "dtype=32 is not supported"),
+    ("llama", {"dtype": ""}, "dtype='' is not supported"),
+    ("llama", {"torch_dtype": ["float32"], "dtype": None}, "is not supported; known: float32"),
+    ("llama", {"architectures": "LlamaForCausalLM"}, "architectures must be a list of names, not 'LlamaForCausalLM'"),
+    ("llama", {"architectures": [1]}, "architectures must be a list of names"),
+    ("llama", {"architectures": None, "model_type": ["llama"]}, "model_type must be a name"),
+    *[("llama", {name: v}, f"{name} must be null or a token id (0..63") for name in ("bos_token_id", "pad_token_id") for v in ("1", 64, True)],
+    *[("llama", {"eos_token_id": v}, "eos_token_id must be null, a token id (0..63") for v in ("2", 64, -1, [2, "3"], True, {"id": 2})],
+    *[("llama", {name: v}, f"{name} must be null or an object") for name in ("rope_scaling", "rope_parameters") for v in ("x", "", 0, [], False)],
+    ("llama", {"rope_scaling": {"rope_type": ["linear"]}}, "rope_scaling.rope_type=['linear'] is not supported"),
+    ("llama", {"rope_scaling": {"rope_type": "linear", "factor": "2"}}, "rope_scaling.factor must be a number above 0, not '2'"),
+    ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 0}}, "rope_parameters.factor must be a number above 0, not 0"),
+    ("llama", {"rope_parameters": {"rope_theta": "1e4"}}, "rope_parameters.rope_theta must be a number above 0, not '1e4'"),
+    ("llama", {"rope_parameters": {"partial_rotary_factor": "half"}}, "rope_parameters.partial_rotary_factor must be a number"),
+    ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5 is not supported"),
+    ("llama", {"rope_scaling": {**LLAMA3, "high_freq_factor": 1.0}}, "high_freq_factor=1.0 must be above low_freq_factor=1.0"),
+    (
+        "llama",
+        {"rope_scaling": {**LLAMA3, "original_max_position_embeddings": "64"}},
+        "rope_scaling.original_max_position_embeddings must be a positive integer, not '64'",
+    ),
+    (
+        "llama",
+        {"rope_scaling": LLAMA3, "original_max_position_embeddings": 0},
+        "original_max_position_embeddings must be a positive integer, not 0",
+    ),
+    ("llama", {"rope_scaling": {"rope_type": "yarn", "factor": 2, "truncate": "no"}}, "rope_scaling.truncate must be true or false"),
+    ("llama", {"rope_scaling": {"rope_type": "yarn", "factor": 2, "mscale": -1}}, "rope_scaling.mscale must be a number of at least 0"),
+    ("llama", {"rope_scaling": {"rope_type": "yarn", "factor": 2, "beta_fast": "32"}}, "rope_scaling.beta_fast must be a number above 0"),
+    ("qwen2", {"use_sliding_window": "false"}, "use_sliding_window must be true or false, not 'false'"),
+    ("qwen2", {"max_window_layers": None}, "max_window_layers must be an integer of at least 0, not null"),
+    ("qwen2", {"max_window_layers": "1"}, "max_window_layers must be an integer of at least 0, not '1'"),
+    ("qwen2", {"layer_types": "full_attention"}, "layer_types must be a list with a name for each layer"),
+    ("qwen2", {"layer_types": [0, 1]}, "layer_types must be a list with a name for each layer"),
+    *[("mistral", {"sliding_window": v}, "sliding_window must be a positive integer") for v in ("4096", 0, -1, False)],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("base", "changes", "told"), WRONG_TYPES)
+def test_a_value_of_the_wrong_type_is_refused_by_name(base, changes, told):
+    """A string that counted as true, a zero width, a null: each was once a model that is not the checkpoint's, or a traceback."""
+    with pytest.raises(ModelError) as error:
+        ModelConfig.from_hf({**BASES[base], **changes})
+    assert str(error.value).startswith("config.json: ") and "\n" not in str(error.value)
+    assert told in str(error.value), str(error.value)
+
+
+@pytest.mark.parametrize("contents", [[], "llama", None, 3])
+def test_a_config_that_is_no_object_is_refused(contents):
+    with pytest.raises(ModelError, match=r"config.json: must hold a JSON object, not"):
+        ModelConfig.from_hf(contents)
+
+
+def test_old_exports_without_a_padding_token_are_read():
+    assert ModelConfig.from_hf({**cases.LLAMA, "pad_token_id": -1}).pad_token_id is None
 
 
 def test_refused_layer_types():

@@ -129,6 +129,8 @@ def test_generation_config_says_what_ends_a_generation(checkpoint, tmp_path):
     (folder / "generation_config.json").write_text('{"eos_token_id": [2, 5]}')
     cfg, params = models.load(folder)
     assert cfg.eos_token_ids == (2, 5)
+    (folder / "generation_config.json").write_text('{"eos_token_id": "2"}')
+    fails(folder, f"{folder / 'generation_config.json'}: eos_token_id must be null, a token id", "not '2'")
     models.save(tmp_path / "export", cfg, params)
     assert json.loads((tmp_path / "export" / "generation_config.json").read_text())["eos_token_id"] == [2, 5]
     assert models.load(tmp_path / "export")[0] == cfg
@@ -243,6 +245,8 @@ def test_missing_and_broken_files(checkpoint, tmp_path):
     index = folder / "model.safetensors.index.json"
     index.write_text("{}")
     fails(folder, str(index), "weight_map")
+    index.write_text('{"weight_map": {"model.norm.weight": 3}}')
+    fails(folder, str(index), "weight_map must be an object {tensor: file name}")
     index.write_text(json.dumps({"weight_map": dict.fromkeys(tensors, "model-00001-of-00001.safetensors")}))
     fails(folder, "model-00001-of-00001.safetensors", "no such file")
     index.unlink()
@@ -254,6 +258,8 @@ def test_missing_and_broken_files(checkpoint, tmp_path):
     fails(folder, str(config), "JSON object")
     config.write_text(json.dumps({**cases.CASES["qwen2"], "architectures": ["Qwen7ForCausalLM"]}))
     fails(folder, str(config), "architectures", "Qwen7ForCausalLM", "'Qwen3ForCausalLM'")
+    config.write_text(json.dumps({**cases.CASES["qwen2"], "tie_word_embeddings": "false"}))
+    fails(folder, f"{config}: tie_word_embeddings must be true or false, not 'false'")
     config.unlink()
     fails(folder, str(config), "no such file")
     config.write_text(json.dumps(cases.CASES["qwen2"]))
