@@ -10,7 +10,6 @@ import dataclasses
 import json
 import os
 import re
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from sae.dictionary import Dictionary, fold_decoder_norm, fold_input_scale, para
 from sae.errors import SAEError
 
 SAELENS_VERSION = "6.0.0"  # the first release that writes this layout of cfg.json
+SCALER, SCALE = "activation_scaler.json", "scaling_factor"  # where a checkpoint of SAELens keeps the scale of its inputs
 TAP_PAIRS = (  # our tap kind, TransformerLens's hook, which SAELens uses; both follow "blocks.N."
     ("resid_pre", "hook_resid_pre"),
     ("resid_mid", "hook_resid_mid"),
@@ -67,6 +67,8 @@ def native_read(config: dict[str, Any], tensors: dict[str, Any], where: str) -> 
     unknown = sorted(set(fields) - known)
     if unknown:
         raise SAEError(f"{where}: unknown field sae.{unknown[0]}; known: {', '.join(sorted(known))}")
+    if fields.get("normalize_activations") == "expected_average_only_in" and "input_scale" not in fields:
+        raise SAEError(f"{where}: sae.input_scale is missing; normalize_activations 'expected_average_only_in' needs it")
     return checked(make_config(fields, where), tensors, where)
 
 
@@ -90,18 +92,14 @@ def saelens_read(config: dict[str, Any], tensors: dict[str, Any], where: str) ->
     norm = config.get("normalize_activations") or "none"
     if norm is True:
         norm = "expected_average_only_in"
-    if norm == "expected_average_only_in":
-        warnings.warn(
-            f"{where}: the file does not hold the input scale of its {norm} normalisation; set cfg.input_scale to"
-            " sqrt(d_in) / (mean norm of the activations) and replace it in the dictionary",
-            stacklevel=3,
-        )
+    scale = 1.0 if norm != "expected_average_only_in" else saelens_input_scale(config, where)
     fields = {
         "architecture": names[kind],
         "d_in": config.get("d_in"),
         "d_sae": config.get("d_sae"),
         "k": k if ARCHITECTURES[names[kind]].needs_k else None,
         "normalize_activations": norm,
+        "input_scale": scale,
         "apply_b_dec_to_input": bool(config.get("apply_b_dec_to_input", True)),
         "hook_name": from_transformer_lens(flat.get("hook_name", flat.get("hook_point"))),
         "model_name": flat.get("model_name"),
@@ -113,6 +111,23 @@ def saelens_read(config: dict[str, Any], tensors: dict[str, Any], where: str) ->
         raise SAEError(f"{where}: a scaling_factor other than 1 is not supported")
     d = checked(make_config(fields, where), tensors, where)
     return fold_decoder_norm(d) if config.get("rescale_acts_by_decoder_norm") else d
+
+
+def saelens_input_scale(config: dict[str, Any], where: str) -> float:
+    """The scale of "expected_average_only_in", which cfg.json lacks.
+
+    SAELens folds it into the weights at the end of training and then writes "none" (`SAETrainer.fit`), so a file with this setting
+    holds unfolded weights: of one of its checkpoints, whose scale lies beside it in SCALER, or of a release whose scale is in a table
+    of its own. Where it finds neither it warns and multiplies by 1 (`SAE.from_pretrained`): other latents than those trained.
+    """
+    scale = config.get(SCALE)
+    if isinstance(scale, (int, float)) and not isinstance(scale, bool) and 0 < scale < float("inf"):
+        return float(scale)
+    found = "is not there" if SCALE not in config else f"holds {SCALE} {scale!r}"
+    raise SAEError(
+        f"{where}: normalize_activations is 'expected_average_only_in', but the scale of the inputs, {SCALER} beside it, {found}: put "
+        f'{{"{SCALE}": S}} there, S = sqrt(d_in) / (mean norm of the activations it was trained on), or 1 if the weights take raw ones'
+    )
 
 
 def saelens_write(d: Dictionary) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -147,17 +162,23 @@ def saelens_write(d: Dictionary) -> tuple[dict[str, Any], dict[str, Any]]:
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """A folder layout: its two files and the functions between their contents and a Dictionary."""
+    """A folder layout: its two files and the functions between their contents and a Dictionary. scale_file: a JSON object that may
+    lie beside them, read as further fields of the config."""
 
     config_file: str
     weights_file: str
     read: Callable[[dict[str, Any], dict[str, Any], str], Dictionary]
     write: Callable[[Dictionary], tuple[dict[str, Any], dict[str, Any]]]
+    scale_file: str | None = None
+
+    def files(self) -> list[str]:
+        """The names of its files."""
+        return [name for name in (self.config_file, self.weights_file, self.scale_file) if name]
 
 
 LAYOUTS: dict[str, Layout] = {
     "native": Layout("sae.json", "sae.safetensors", native_read, native_write),
-    "saelens": Layout("cfg.json", "sae_weights.safetensors", saelens_read, saelens_write),
+    "saelens": Layout("cfg.json", "sae_weights.safetensors", saelens_read, saelens_write, SCALER),
 }
 
 
@@ -200,12 +221,9 @@ def load(folder_or_hub_id: str | os.PathLike) -> Dictionary:
         names = " or ".join(layout.config_file for layout in LAYOUTS.values())
         raise SAEError(f"{folder}: no {names}; this folder holds no dictionary in a known layout")
     config_path, weights_path = folder / layout.config_file, folder / layout.weights_file
-    try:
-        config = json.loads(config_path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise SAEError(f"{config_path}: cannot be read as JSON ({error})") from None
-    if not isinstance(config, dict):
-        raise SAEError(f"{config_path}: holds no JSON object")
+    config = read_object(config_path)
+    if layout.scale_file and (folder / layout.scale_file).exists():
+        config |= read_object(folder / layout.scale_file)
     try:
         tensors = load_file(weights_path)
     except FileNotFoundError:
@@ -213,6 +231,17 @@ def load(folder_or_hub_id: str | os.PathLike) -> Dictionary:
     except (SafetensorError, OSError, ValueError) as error:
         raise SAEError(f"{weights_path}: not a whole safetensors file ({error}); copy it again") from None
     return layout.read(config, tensors, str(config_path))
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; SAEError, naming the file, where there is none."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise SAEError(f"{path}: cannot be read as JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise SAEError(f"{path}: holds no JSON object")
+    return value
 
 
 def locate(folder_or_hub_id: str | os.PathLike) -> Path:
@@ -226,7 +255,7 @@ def locate(folder_or_hub_id: str | os.PathLike) -> Path:
     from huggingface_hub import snapshot_download  # slow to import, and needed here only
 
     inside = "/".join(parts[2:])
-    files = [f"{inside}/{f}" if inside else f for layout in LAYOUTS.values() for f in (layout.config_file, layout.weights_file)]
+    files = [f"{inside}/{f}" if inside else f for layout in LAYOUTS.values() for f in layout.files()]
     try:
         return Path(snapshot_download("/".join(parts[:2]), allow_patterns=files)) / inside
     except Exception as error:  # the hub client raises many kinds: network, authentication, absence
@@ -251,7 +280,7 @@ def save(folder: str | os.PathLike, d: Dictionary, layout: str = "native") -> No
         os.replace(partial, folder / row.config_file)
         for other in LAYOUTS.values():
             if other is not row:  # else `load` would not know which of two dictionaries is meant
-                (folder / other.config_file).unlink(missing_ok=True)
-                (folder / other.weights_file).unlink(missing_ok=True)
+                for name in other.files():
+                    (folder / name).unlink(missing_ok=True)
     except (OSError, SafetensorError) as error:
         raise SAEError(f"{folder}: cannot be written ({error})") from None

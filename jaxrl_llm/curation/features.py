@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -21,6 +23,7 @@ import models
 import sae
 from jaxrl_llm.curation.streaming import Results, run_sharded
 from jaxrl_llm.errors import UserError
+from models.taps import parse_name
 from sae.harvest import blocks_needed
 
 POOLINGS = ("max_log1p", "max", "mean", "last")
@@ -32,12 +35,64 @@ def middle_hook(cfg: models.ModelConfig) -> str:
     return f"blocks.{min(cfg.n_layers // 2, cfg.n_layers - 1)}.resid_post"
 
 
+def hook_width(cfg: models.ModelConfig, hook: str) -> int:
+    """Width of the activation at `hook`. Raises ModelError for an unknown tap, UserError for one that is no vector a token."""
+    kind, _ = parse_name(cfg, hook, "tap")
+    if kind == "attn_probs":
+        raise UserError(f"features: {hook} is no vector a token; choose another tap")
+    return cfg.d_ff if kind in ("mlp_pre", "mlp_act") else cfg.d_model
+
+
+def choose_hook(cfg: models.ModelConfig, dictionaries: Mapping[str, sae.Dictionary], hook: str | None = None) -> str:
+    """The tap that all `dictionaries` read: `hook`, or what they record; the middle block's residual where there are none.
+
+    Raises UserError where it is unknown, where they record different ones, where `hook` is another than theirs (a dictionary says
+    nothing of activations that it was not trained on; who means it writes the new `hook_name` into the dictionary), and where a
+    dictionary's d_in is not the width there.
+    """
+    own = {name: d.cfg.hook_name for name, d in dictionaries.items()}
+    for name, theirs in own.items():
+        if not (theirs or hook):
+            raise UserError(f"features: {name} does not record the tap that it was trained on: name it (hook), such as {middle_hook(cfg)}")
+        if hook and theirs and theirs != hook:
+            raise UserError(
+                f"features: hook is {hook}, but {name} was trained on {theirs}: leave hook empty; to read another place on purpose, set "
+                "hook_name in the dictionary's config (sae.json or cfg.json, or d.replace(cfg=d.cfg.replace(hook_name=...)))"
+            )
+    if not hook and len(set(own.values())) > 1:
+        told = ", ".join(f"{name} {theirs}" for name, theirs in own.items())
+        raise UserError(f"features: the dictionaries were trained on different taps ({told}): extract the features of each alone")
+    hook = hook or next(iter(own.values()), None) or middle_hook(cfg)
+    width = hook_width(cfg, hook)
+    for name, d in dictionaries.items():
+        if d.cfg.d_in != width:
+            trained = f" ({d.cfg.model_name})" if d.cfg.model_name else ""
+            raise UserError(
+                f"features: {name} reads activations of width {d.cfg.d_in}, this model's {hook} has {width}; "
+                f"give the model that the SAE was trained on{trained} as the feature model"
+            )
+    return hook
+
+
+def same_model(one: str, other: str) -> bool:
+    """Whether two names (folder, hub id, "id@revision") may be of one model: the same folder, or else the same last part."""
+    a, b = Path(one), Path(other)
+    if a.is_dir() and b.is_dir():
+        return a.samefile(b)
+    return a.name.partition("@")[0] == b.name.partition("@")[0]
+
+
+@functools.cache  # each pair is told once, however many passes there are
+def _tell_transfer(sae_model: str, model: str) -> None:
+    print(f"warning: the SAE was trained on {sae_model}, the feature model is {model}: its latents are used as they are", file=sys.stderr)
+
+
 @functools.partial(jax.jit, static_argnames=("cfg", "hook", "pooling", "dense", "replicate"))
 def pool(cfg, params, dictionaries, tokens_BT, lengths_B, starts_B, *, hook, pooling, dense, replicate=None) -> dict[str, jax.Array]:
     """Pooled vectors of one batch of rows.
 
     tokens_BT: int32, right-padded; rows count from starts_B (0, or 1 to leave out a beginning-of-text token) to lengths_B.
-    dictionaries: name -> sae.Dictionary, each gives [B, d_sae]; dense: names of DENSE, each gives [B, d_model].
+    dictionaries: name -> sae.Dictionary, each gives [B, d_sae]; dense: names of DENSE, each gives [B, D].
     pooling of latents over a row's tokens: "max_log1p" = log(1 + max), "max", "mean", "last". Rows without tokens give zeros.
     replicate: a sharding for the results (all processes then see them whole).
     """
@@ -111,12 +166,7 @@ class FeatureProgram:
         unknown = [name for name in self.dense if name not in DENSE]
         if unknown:
             raise UserError(f"features: no dense features {unknown[0]!r}; some of {', '.join(DENSE)}")
-        for name, d in self.dictionaries.items():
-            if d.cfg.d_in != self.cfg.d_model:
-                raise UserError(
-                    f"features: {name} reads activations of width {d.cfg.d_in}, this model's {self.hook} has {self.cfg.d_model}; "
-                    "give the model that the SAE was trained on as the feature model"
-                )
+        choose_hook(self.cfg, self.dictionaries, self.hook)
         limit = self.cfg.max_position
         self.context = min(self.context or limit, limit)
         self.sparse = tuple(self.dictionaries)
@@ -128,7 +178,7 @@ class FeatureProgram:
         self.fingerprint = digest.hexdigest()
 
     def widths(self) -> dict[str, int]:
-        return {name: d.cfg.d_sae for name, d in self.dictionaries.items()} | dict.fromkeys(self.dense, self.cfg.d_model)
+        return {name: d.cfg.d_sae for name, d in self.dictionaries.items()} | dict.fromkeys(self.dense, hook_width(self.cfg, self.hook))
 
     def __call__(self, tokens_BT, lengths_B, starts_B, marks_B):
         replicate = None
@@ -154,20 +204,25 @@ def extract_features(
     dense: Sequence[str] = ("dense_mean", "dense_max"),
     context: int | None = None,
     mesh: Any = None,
+    model_name: str | None = None,
     **run_options,
 ) -> Results:
     """Pooled features of N rows under a feature model (which need not be the policy).
 
     tokens: token lists, or a function (a, b) -> token lists of rows a..b with `n` rows in all (nothing is then held). A first
-    token equal to cfg.bos_token_id is run but not pooled. hook: the tap; by default the SAE's own, else the middle block's
-    residual. context: longest piece run at once, at most the model's. run_options: of streaming.run_sharded (folder, overflow,
-    shard_rows, batch_tokens, progress).
+    token equal to cfg.bos_token_id is run but not pooled. hook: the tap; by default the SAE's own (see choose_hook). context:
+    longest piece run at once, at most the model's. model_name: of the feature model; where the SAE records another one, a line on
+    standard error says so, once (SAEs may be used on another model on purpose). run_options: of streaming.run_sharded (folder,
+    overflow, shard_rows, batch_tokens, progress).
 
     Results has a CSR output for each dictionary by its name and dense outputs by theirs. Raises UserError where the SAE and
     the model do not fit together.
     """
-    hooks = {d.cfg.hook_name for d in dictionaries.values() if d.cfg.hook_name}
-    hook = hook or (hooks.pop() if hooks else middle_hook(cfg))
+    hook = choose_hook(cfg, dictionaries, hook)
+    if jax.process_index() == 0:
+        for other in {d.cfg.model_name for d in dictionaries.values() if d.cfg.model_name}:
+            if model_name and not same_model(other, model_name):
+                _tell_transfer(other, model_name)
     program = FeatureProgram(cfg, params, dict(dictionaries), hook, pooling, tuple(dense), context or 0, cfg.bos_token_id, mesh)
     n = len(tokens) if n is None else n
 

@@ -135,6 +135,7 @@ def extract(model: LanguageModel, dictionary: sae.Dictionary, tokens: Any, n: in
         batch_tokens=options.batch_tokens,
         shard_rows=options.shard_rows,
         mesh=mesh,
+        model_name=model.name,
         folder=folder,
         progress=tick,
     )

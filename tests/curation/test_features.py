@@ -40,6 +40,10 @@ def dictionaries():
     return {"topk": topk, "relu": relu}
 
 
+def with_config(d, **changes):
+    return d.replace(cfg=d.cfg.replace(**changes))
+
+
 def rows_of(lengths, seed=0, bos=True):
     rng = np.random.default_rng(seed)
     return [[1] * bos + rng.integers(3, 40, n).tolist() for n in lengths]
@@ -86,9 +90,12 @@ def test_rows_without_a_beginning_token_count_from_their_first(model, dictionari
 def test_hook_context_and_pooling_change_the_result(model, dictionaries):
     rows, one = rows_of([12, 9]), {"topk": dictionaries["topk"]}
     base = extract_features(*model, one, rows).csr("topk").toarray()
-    for change in ({"hook": "blocks.0.resid_post"}, {"context": 8}, {"pooling": "mean"}):
-        assert not np.allclose(extract_features(*model, one, rows, **change).csr("topk").toarray(), base), change
+    moved = {"topk": with_config(one["topk"], hook_name="blocks.0.resid_post")}
+    for dictionaries, change in ((moved, {}), (one, {"context": 8}), (one, {"pooling": "mean"})):
+        assert not np.allclose(extract_features(*model, dictionaries, rows, **change).csr("topk").toarray(), base), change
     assert middle_hook(model[0]) == HOOK
+    unnamed = {"topk": with_config(one["topk"], hook_name=None)}
+    np.testing.assert_array_equal(extract_features(*model, unnamed, rows, hook=HOOK).csr("topk").toarray(), base)
 
 
 @pytest.mark.parametrize("pooling, merge", [("max", "max"), ("mean", "mean"), ("last", "last")])
@@ -166,7 +173,7 @@ hf = dict(model_type="llama", vocab_size=40, hidden_size=16, num_hidden_layers=2
           max_position_embeddings=32, bos_token_id=1, eos_token_id=2)
 cfg = models.ModelConfig.from_hf(hf)
 params = models.init(cfg, jax.random.key(0))
-d = {"sae": sae.init(sae.SAEConfig(d_in=16, d_sae=48, k=4), jax.random.key(1))}
+d = {"sae": sae.init(sae.SAEConfig(d_in=16, d_sae=48, k=4, hook_name="blocks.1.resid_post"), jax.random.key(1))}
 rng = np.random.default_rng(0)
 rows = [[1, *rng.integers(3, 40, n).tolist()] for n in rng.integers(1, 15, 37)]
 one = extract_features(cfg, params, d, rows, batch_tokens=64)
@@ -201,15 +208,57 @@ def test_fingerprint_sees_values_shapes_and_names():
 
 def test_mistakes_are_named(model, dictionaries):
     rows = rows_of([3])
-    wide = {"sae": sae.init(sae.SAEConfig(d_in=8, d_sae=48, k=4), jax.random.key(1))}
-    with pytest.raises(UserError, match="width 8"):
-        extract_features(*model, wide, rows)
     with pytest.raises(UserError, match="no pooling 'median'"):
         extract_features(*model, dictionaries, rows, pooling="median")
     with pytest.raises(UserError, match="no dense features 'mean'"):
         extract_features(*model, dictionaries, rows, dense=("mean",))
     with pytest.raises(UserError, match="overflow 'cut'"):
         extract_features(*model, dictionaries, rows, overflow="cut")
+
+
+def test_an_sae_that_does_not_fit_the_model_is_refused(model, dictionaries):
+    rows, topk, relu = rows_of([3]), dictionaries["topk"], dictionaries["relu"]
+    wide = sae.init(sae.SAEConfig(d_in=24, d_sae=48, k=4, hook_name=HOOK, model_name="org/wide"), jax.random.key(1))
+    with pytest.raises(UserError, match=r"wide reads activations of width 24, this model's blocks.1.resid_post has 16.*\(org/wide\)"):
+        extract_features(*model, {"wide": wide}, rows)
+    with pytest.raises(UserError, match=r"topk reads activations of width 16, this model's blocks.1.mlp_act has 24"):
+        extract_features(*model, {"topk": with_config(topk, hook_name="blocks.1.mlp_act")}, rows)
+    with pytest.raises(UserError, match=r"different taps \(topk blocks.1.resid_post, relu blocks.0.resid_post\)"):
+        extract_features(*model, {"topk": topk, "relu": with_config(relu, hook_name="blocks.0.resid_post")}, rows)
+    with pytest.raises(UserError, match=r"hook is blocks.0.resid_post, but topk was trained on blocks.1.resid_post.*hook_name"):
+        extract_features(*model, dictionaries, rows, hook="blocks.0.resid_post")
+    with pytest.raises(UserError, match=r"relu does not record the tap that it was trained on.*such as blocks.1.resid_post"):
+        extract_features(*model, {"topk": topk, "relu": with_config(relu, hook_name=None)}, rows)
+    with pytest.raises(UserError, match="blocks.1.attn_probs is no vector a token"):
+        extract_features(*model, {"topk": with_config(topk, hook_name="blocks.1.attn_probs")}, rows)
+    with pytest.raises(models.ModelError, match="unknown tap 'blocks.7.resid_post'"):
+        extract_features(*model, {"topk": with_config(topk, hook_name="blocks.7.resid_post")}, rows)
+
+
+def test_a_tap_of_another_width_has_its_own(model):
+    """The dense features too are as wide as the tap, which inside an MLP is not the model's width."""
+    d = sae.init(sae.SAEConfig(d_in=24, d_sae=48, k=4, hook_name="blocks.1.mlp_act"), jax.random.key(1))
+    found = extract_features(*model, {"sae": d}, rows_of([3, 9]))
+    assert found.widths == {"sae": 48, "dense_mean": 24, "dense_max": 24} and found.dense("dense_mean").shape == (2, 24)
+    alone = extract_features(*model, {}, rows_of([3, 9]))  # without an SAE the middle block's residual
+    assert alone.dense("dense_mean").shape == (2, 16)
+
+
+def test_an_sae_of_another_model_is_used_and_told_once(model, dictionaries, capsys, tmp_path):
+    rows, d = rows_of([3]), {"sae": with_config(dictionaries["topk"], model_name="org/base")}
+    for _ in range(2):
+        extract_features(*model, d, rows, model_name="org/tuned@v2")
+    assert capsys.readouterr().err.splitlines() == [
+        "warning: the SAE was trained on org/base, the feature model is org/tuned@v2: its latents are used as they are"
+    ]
+    for same in ("org/base", "copies/base", "org/base@v2", None):
+        extract_features(*model, d, rows, model_name=same)
+    assert capsys.readouterr().err == ""
+    a, b = tmp_path / "a" / "model", tmp_path / "b" / "model"  # two folders of one name are two models
+    a.mkdir(parents=True)
+    b.mkdir(parents=True)
+    extract_features(*model, {"sae": with_config(d["sae"], model_name=str(a))}, rows, model_name=str(b))
+    assert "warning" in capsys.readouterr().err
 
 
 def test_the_untrained_control_keeps_the_centre_and_follows_its_seed(dictionaries):

@@ -104,11 +104,31 @@ def test_rescaled_topk_is_folded_on_load(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, plain.params, d.params)
 
 
-def test_unknown_input_scale_is_told(tmp_path):
+def test_the_input_scale_of_a_saelens_checkpoint_lies_beside_it(tmp_path):
+    """Its trainer writes the scale there; the weights are folded, and the setting gone, only when training has ended."""
     config = {"architecture": "topk", "d_in": D, "d_sae": F, "k": K, "normalize_activations": "expected_average_only_in", "metadata": {}}
     folder = write_saelens(tmp_path / "a", config, dictionary())
-    with pytest.warns(UserWarning, match="does not hold the input scale"):
+    (folder / "activation_scaler.json").write_text('{"scaling_factor": 0.25}')
+    back = sae.load(folder)
+    assert back.cfg.input_scale == 0.25
+    np.testing.assert_array_equal(sae.encode(back, x()), sae.encode(dictionary(), x() * 0.25))
+    folded = write_saelens(tmp_path / "b", config | {"normalize_activations": "none"}, dictionary())
+    (folded / "activation_scaler.json").write_text('{"scaling_factor": null}')
+    assert sae.load(folded).cfg.input_scale == 1.0
+    sae.save(folder, back)  # in our layout; nothing of the other one stays
+    assert {p.name for p in folder.iterdir()} == {"sae.json", "sae.safetensors"}
+
+
+@pytest.mark.parametrize("held", [None, "{}", '{"scaling_factor": null}', '{"scaling_factor": 0}', '{"scaling_factor": "1"}', "[]", "{"])
+def test_an_unknown_input_scale_is_refused(tmp_path, held):
+    """SAELens warns and multiplies by 1, which gives other latents than those that were trained."""
+    config = {"architecture": "topk", "d_in": D, "d_sae": F, "k": K, "normalize_activations": True}
+    folder = write_saelens(tmp_path / "a", config, dictionary())
+    if held is not None:
+        (folder / "activation_scaler.json").write_text(held)
+    with pytest.raises(sae.SAEError, match=r"activation_scaler.json") as error:
         sae.load(folder)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("ours", ["embed", "final_norm", "blocks.12.resid_post", "blocks.0.mlp_act", "blocks.3.attn_probs"])
@@ -188,6 +208,9 @@ def test_broken_native_files(tmp_path):
     sae.save(tmp_path, dictionary())
     (tmp_path / "sae.json").write_text(json.dumps({"sae": {"d_in": D, "depth": 3}}))
     with pytest.raises(sae.SAEError, match="unknown field sae.depth"):
+        sae.load(tmp_path)
+    (tmp_path / "sae.json").write_text(json.dumps({"sae": {"d_in": D, "d_sae": F, "k": K, "normalize_activations": "expected_average_only_in"}}))
+    with pytest.raises(sae.SAEError, match="sae.input_scale is missing"):
         sae.load(tmp_path)
     (tmp_path / "sae.json").write_text("{}")
     with pytest.raises(sae.SAEError, match="no object named 'sae'"):
