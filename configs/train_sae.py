@@ -47,6 +47,7 @@ def get_config(variant: str | None = None) -> ml_collections.ConfigDict:
     config.sae.layout = "native"  # of the saved folder: "native" or "saelens"
 
     config.batch_size = 2048  # activations an update
+    config.checkpoint_every = 200  # updates; 0 = only at the end (they are removed when the dictionary is written)
     config.seed = 0  # of the initial parameters and the shuffling
 
     config.train = ml_collections.ConfigDict()

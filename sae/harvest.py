@@ -6,6 +6,8 @@ Letters: B rows of tokens, T tokens, D width of the tap.
 from __future__ import annotations
 
 import functools
+import itertools
+import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -78,8 +80,8 @@ def harvest_activations(
     context_size: int | None = None,
     skip_bos: bool = True,
     mesh: jax.sharding.Mesh | None = None,
-) -> Iterator[np.ndarray]:
-    """Runs the model over rows of token ids and yields fp32 arrays [n, D], one a batch, padding left out.
+) -> Harvest:
+    """Runs the model over rows of token ids: a stream of fp32 arrays [n, D], one a batch, padding left out.
 
     Rows longer than context_size (default: the model's) are cut into pieces, so no token is lost. skip_bos drops the
     first position of a row where it holds the BOS token: its huge norm would dominate a dictionary.
@@ -93,7 +95,8 @@ def harvest_activations(
     if hook_name.endswith("attn_probs"):
         raise SAEError(f"harvest: {hook_name} is no vector a token; choose another tap")
     ways = 1 if mesh is None else batch_ways(mesh)
-    for tokens, lengths, opens in token_batches(token_rows, -(-batch_size // ways) * ways, context_size):
+
+    def run(tokens, lengths, opens) -> np.ndarray:
         if tokens.min() < 0 or tokens.max() >= cfg.vocab_size:
             bad = int(tokens.max() if tokens.max() >= cfg.vocab_size else tokens.min())
             raise SAEError(f"harvest: token id {bad} is outside the model's vocabulary of {cfg.vocab_size}")
@@ -103,7 +106,24 @@ def harvest_activations(
         rows = fetch(tap(cfg, params, place_rows(tokens, mesh), place_rows(lengths, mesh), hook_name), mesh)[keep]
         if not np.isfinite(rows).all():
             raise SAEError(f"harvest: {hook_name} gives NaN or infinite activations; check the model's weights and dtype")
-        yield rows
+        return rows
+
+    return Harvest(token_batches(token_rows, -(-batch_size // ways) * ways, context_size), run)
+
+
+class Harvest(Iterator[np.ndarray]):
+    """The stream of `harvest_activations`: batches of tokens, and `run`, which makes each one's array when it is asked for."""
+
+    def __init__(self, batches: Iterator[tuple], run: Callable[..., np.ndarray]):
+        self._batches, self._run = batches, run
+
+    def __next__(self) -> np.ndarray:
+        return self._run(*next(self._batches))
+
+    def skip(self, count: int) -> None:
+        """Passes over the next `count` arrays without running the model."""
+        for _ in itertools.islice(self._batches, count):
+            pass
 
 
 class ActivationBuffer:
@@ -113,6 +133,9 @@ class ActivationBuffer:
     shuffled again, so that neighbouring tokens do not share a batch and at most buffer_size rows are in memory.
     source: an iterator of arrays [n, D] (one pass), or a function that opens a new one (as many passes as asked for:
     the stream starts anew when it ends). At the end of one pass the rest is served, less than one batch dropped.
+
+    `state` and `restore` let a buffer over the same source go on bit for bit. The window is kept whole; the source is wound on to
+    its place, by its `skip` where it has one (Harvest's runs no model), else by drawing and dropping.
     """
 
     def __init__(
@@ -129,21 +152,51 @@ class ActivationBuffer:
         self._open = source if callable(source) else None
         self._stream = iter(source() if callable(source) else source)
         self._seen = 0  # rows of the pass under way
-        self._rest: np.ndarray | None = None  # rows read and not yet in the window
-        self._window: np.ndarray | None = None
+        self._arrays = 0  # arrays of the pass under way
+        self._taken = 0  # rows of the last array that are in the window, or were
+        self._rest: np.ndarray | None = None  # its other rows
+        self._window: np.ndarray | None = None  # rows not yet served
+        self._left = 0  # batches to serve before the window is filled and shuffled again
 
     def __iter__(self) -> Iterator[np.ndarray]:
         while True:
-            self._refill()
-            window = self._window
-            if window is None or len(window) < self.batch_size:
+            if not self._left:
+                self._refill()
+            if not self._left:
                 return
-            exhausted = len(window) < self.buffer_size
-            serve = len(window) if exhausted else max(self.batch_size, self.buffer_size // 2)
-            count = serve // self.batch_size
-            for i in range(count):
-                yield window[i * self.batch_size : (i + 1) * self.batch_size]
-            self._window = window[count * self.batch_size :]
+            self._left -= 1
+            batch, self._window = self._window[: self.batch_size], self._window[self.batch_size :]
+            yield batch
+
+    def state(self) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """(the rows in the window, fp32, with zeros up to [buffer_size, D]; where in the stream it is, small arrays)."""
+        if self._window is None:
+            raise ValueError("ActivationBuffer.state: nothing was served yet")
+        window = np.zeros((self.buffer_size, self._window.shape[1]), np.float32)
+        window[: len(self._window)] = self._window
+        place = np.array([len(self._window), self._left, self._arrays, self._taken, self._seen], np.int64)
+        generator = json.dumps(self._rng.bit_generator.state).encode()
+        return window, {"place": place, "generator": np.frombuffer(generator, np.uint8)}
+
+    def restore(self, window: np.ndarray, place: dict[str, np.ndarray]) -> None:
+        """Goes on from a `state`; the buffer must be fresh, with the source and sizes of the one that gave it.
+
+        Raises SAEError where the source has become shorter.
+        """
+        held, self._left, arrays, self._taken, self._seen = map(int, place["place"])
+        self._window = np.array(window[:held])
+        self._rng.bit_generator.state = json.loads(place["generator"].tobytes())
+        self._arrays = arrays
+        if not arrays:
+            return
+        if hasattr(self._stream, "skip"):
+            self._stream.skip(arrays - 1)
+        else:
+            next(itertools.islice(self._stream, arrays - 1, arrays - 1), None)
+        last = next(self._stream, None)
+        if last is None or len(last) < self._taken:
+            raise SAEError("ActivationBuffer: the source is shorter than when training was stopped; start over in another folder")
+        self._rest = last[self._taken :] if len(last) > self._taken else None
 
     def _read(self) -> np.ndarray | None:
         """The next rows of the stream, opened anew at its end if it can be; None when there are none."""
@@ -154,9 +207,10 @@ class ActivationBuffer:
         if rows is None and self._open is not None:
             if not self._seen:
                 raise SAEError("ActivationBuffer: the source gives no activations; is the text empty?")
-            self._stream, self._seen = iter(self._open()), 0
+            self._stream, self._seen, self._arrays = iter(self._open()), 0, 0
             return self._read()
-        self._seen += 0 if rows is None else len(rows)
+        if rows is not None:
+            self._seen, self._arrays, self._taken = self._seen + len(rows), self._arrays + 1, 0
         return rows
 
     def _refill(self) -> None:
@@ -168,9 +222,12 @@ class ActivationBuffer:
                 rows, self._rest = rows[:take], rows[take:]
             parts.append(rows)
             held += len(rows)
+            self._taken += len(rows)
         if parts:
             window = np.concatenate(parts)
             self._window = window[self._rng.permutation(len(window))]
+        serve = held if held < self.buffer_size else max(self.batch_size, self.buffer_size // 2)
+        self._left = serve // self.batch_size
 
 
 def array_batches(rows: np.ndarray, batch_size: int, seed: int = 0) -> Iterator[np.ndarray]:

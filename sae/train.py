@@ -26,6 +26,7 @@ from sae.config import SAEConfig, choice
 from sae.dictionary import Dictionary, architecture, fold_decoder_norm, init, normalise
 from sae.errors import SAEError
 from sae.objective import default_learning_rate, loss
+from sae.resume import CheckpointFolder, Position, described, restore, save
 from sae.sparse import sparse_pays
 
 MESH_AXES = {"d_sae": "tensor", "d_in": None}  # logical axis of a parameter -> mesh axis
@@ -159,8 +160,8 @@ def geometric_median(rows: np.ndarray, iterations: int = 50, tolerance: float = 
     return median.astype(np.float32)
 
 
-def read_ahead(batches: Iterator[np.ndarray], rows: int, width: int) -> tuple[np.ndarray, Iterator[np.ndarray]]:
-    """(the first `rows` rows, the whole stream with those still in it). Raises SAEError on wrong widths or NaN."""
+def read_ahead(batches: Iterator[np.ndarray], rows: int, width: int) -> tuple[np.ndarray, list[np.ndarray]]:
+    """(the first `rows` rows, the batches that were drawn for them). Raises SAEError on wrong widths or NaN."""
     taken, count = [], 0
     for batch in batches:
         batch = np.asarray(batch)
@@ -176,7 +177,7 @@ def read_ahead(batches: Iterator[np.ndarray], rows: int, width: int) -> tuple[np
     if not np.isfinite(sample).all():
         bad = int(np.argmin(np.isfinite(sample).all(axis=1)))
         raise SAEError(f"SAE training: activation row {bad} holds a NaN or an infinity")
-    return sample, itertools.chain(taken, batches)
+    return sample, taken
 
 
 def start(cfg: SAEConfig, train: SAETrainConfig, sample: np.ndarray, key: Array) -> tuple[Dictionary, float]:
@@ -237,6 +238,8 @@ def train_sae(
     mesh: Mesh | None = None,
     on_log: Callable[[dict[str, float]], None] | None = None,
     progress: bool | None = None,
+    checkpoints: CheckpointFolder | None = None,
+    checkpoint_every: int = 200,
 ) -> tuple[Dictionary, list[dict[str, float]]]:
     """Trains a dictionary on `batches` of raw activations [B, d_in]: (dictionary, history).
 
@@ -244,37 +247,62 @@ def train_sae(
     loss's scale, and are trained on too. A record of the history, every train.log_every steps and at the end, holds
     step, rows, learning_rate and that step's loss, fvu, l0, l1, aux, dead_share. mesh: rows over its "data" (and
     "fsdp") axes, latents over "tensor". progress: a bar (default: on a terminal).
-    Raises SAEError when the batches end too early, have another width, or hold a NaN.
+    checkpoints: saved every `checkpoint_every` steps (0: only at the end) once the rows read ahead are used up, and at the
+    end. Where it holds some, training goes on from the newest and ends bit for bit like a run that was not stopped;
+    `on_log` is first given the records of before. `batches` must be fresh and, if no ActivationBuffer, the same again.
+    Raises SAEError when the batches end too early, have another width, or hold a NaN, or the checkpoints are of another run.
     """
-    sample, stream = read_ahead(iter(batches), train.init_rows, cfg.d_in)
-    d, variance = start(cfg, train, sample, key)
-    state, put, step = init_state(d), jnp.asarray, step_for(d.cfg, train, mesh)
+    run = described(cfg, train, key, batches)
+    found = None if checkpoints is None else restore(checkpoints, cfg, run, _abstract_state(cfg, mesh), batches)
+    if found is None:
+        stream = iter(batches)
+        sample, taken = read_ahead(stream, train.init_rows, cfg.d_in)
+        d, variance = start(cfg, train, sample, key)
+        at, state = Position(d.cfg, variance, itertools.chain(taken, stream), ahead=len(taken)), init_state(d)
+        state = state if mesh is None else jax.device_put(state, state_shardings(state, d.cfg, mesh))
+    else:
+        at, state = found
+    put, step, log = jnp.asarray, step_for(at.cfg, train, mesh), on_log or (lambda record: None)
     if mesh is not None:
-        state = jax.device_put(state, state_shardings(state, d.cfg, mesh))
         rows_over = NamedSharding(mesh, PartitionSpec(tuple(a for a in BATCH_AXES if a in mesh.axis_names) or None))
         put = functools.partial(jax.device_put, device=rows_over)
-    history, rows = [], 0
-    bar = tqdm(total=train.steps, desc="SAE", unit="step", mininterval=0.5, disable=None if progress is None else not progress)
-    for i in range(train.steps):
-        batch = next(stream, None)
+    for record in at.history:
+        log(record)
+    hidden = None if progress is None else not progress
+    bar = tqdm(total=train.steps, initial=at.step, desc="SAE", unit="step", mininterval=0.5, disable=hidden)
+    while at.step < train.steps:
+        batch = next(at.stream, None)
         if batch is None:
-            raise SAEError(f"SAE training: the activations ended after {i} of {train.steps} steps; give more text or fewer steps")
-        rows += len(batch)
-        numbers = numbers_at(i, d.cfg, train, variance)
+            raise SAEError(f"SAE training: the activations ended after {at.step} of {train.steps} steps; give more text or fewer steps")
+        numbers = numbers_at(at.step, at.cfg, train, at.variance)
         state, metrics = step(state, put(np.asarray(batch, np.float32)), numbers)
-        if (i + 1) % train.log_every == 0 or i + 1 == train.steps:
-            record = {"step": i + 1, "rows": rows, "learning_rate": numbers.learning_rate}
+        at.step, at.rows = at.step + 1, at.rows + len(batch)
+        last = at.step == train.steps
+        if at.step % train.log_every == 0 or last:
+            record = {"step": at.step, "rows": at.rows, "learning_rate": numbers.learning_rate}
             record |= {name: float(value) for name, value in jax.device_get(metrics).items()}
-            check_finite(state, i + 1)
-            history.append(record)
-            if on_log is not None:
-                on_log(record)
+            check_finite(state, at.step)
+            at.history.append(record)
+            log(record)
             bar.set_postfix(fvu=f"{record['fvu']:.3f}", l0=f"{record['l0']:.1f}", dead=f"{record['dead_share']:.1%}")
+        if checkpoints is not None and at.step >= at.ahead and (last or (checkpoint_every and at.step % checkpoint_every == 0)):
+            check_finite(state, at.step)
+            save(checkpoints, at, run, state, batches)
         bar.update()
     bar.close()
-    d = Dictionary(state.params, d.cfg)
+    d = Dictionary(state.params, at.cfg)
     d = fold_decoder_norm(d) if train.decoder_norm == "free" and not architecture(cfg).needs_k else d
-    return Dictionary(jax.tree.map(lambda a: a.astype(cfg.dtype), d.params), d.cfg.replace(dtype=cfg.dtype)), history
+    return Dictionary(jax.tree.map(lambda a: a.astype(cfg.dtype), d.params), d.cfg.replace(dtype=cfg.dtype)), at.history
+
+
+def _abstract_state(cfg: SAEConfig, mesh: Mesh | None = None) -> TrainState:
+    """The shapes of the train state, with shardings where there is a mesh: what a checkpoint is restored into."""
+    full = cfg.replace(dtype="float32")  # as `start` makes it, whatever the dictionary is rounded to at the end
+    shapes = jax.eval_shape(lambda key: init_state(init(full, key)), jax.random.key(0))
+    if mesh is None:
+        return shapes
+    placed = state_shardings(shapes, cfg, mesh)
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, placed)
 
 
 def check_finite(state: TrainState, steps: int) -> None:

@@ -29,6 +29,7 @@ def run(config: Any, workdir: str) -> None:
 
     import models
     import sae
+    from jaxrl_llm.checkpoint import until_done
     from jaxrl_llm.curation.processes import from_first, on_this_process
     from sae.architectures import ARCHITECTURES
 
@@ -39,7 +40,7 @@ def run(config: Any, workdir: str) -> None:
         if run_dir.is_writer:
             _report(folder, json.loads(finished.read_text()))
         return
-    run_dir.truncate_after(0)  # a run that was stopped starts anew
+    run_dir.truncate_after(0)  # a run that goes on is given its earlier records again
     mesh = parse_mesh(config.mesh)
     model_cfg, params = models.load(config.model, dtype=config.dtype, mesh=mesh)
     token_rows = _token_rows(texts, models.load_tokenizer(config.model))
@@ -68,16 +69,18 @@ def run(config: Any, workdir: str) -> None:
     )
     buffer = sae.ActivationBuffer(lambda: activations(train_rows), config.batch_size, harvest.buffer_rows, config.seed)
     settings = sae.SAETrainConfig(**config.train.to_dict())
-    dictionary, _ = sae.train_sae(
-        cfg, buffer, settings, jax.random.key(config.seed), mesh=mesh, on_log=lambda record: run_dir.log({"kind": "train", **record})
-    )
-    dictionary = on_this_process(dictionary, mesh)
-    metrics = sae.evaluate(dictionary, activations(eval_rows), lm=(model_cfg, params, eval_rows))
-    summary = {"hook": hook, "d_in": cfg.d_in, "d_sae": cfg.d_sae, "train_rows": len(train_rows), "eval_rows": held_out, **metrics}
-    if run_dir.is_writer:
-        sae.save(folder, dictionary, layout=config.sae.layout)
-        run_dir.summary(summary)
-        _report(folder, summary)
+    with until_done(run_dir.checkpoints) as checkpoints:
+        dictionary, _ = sae.train_sae(
+            cfg, buffer, settings, jax.random.key(config.seed), mesh=mesh, on_log=lambda record: run_dir.log({"kind": "train", **record}),
+            checkpoints=checkpoints, checkpoint_every=config.checkpoint_every,
+        )  # fmt: skip
+        dictionary = on_this_process(dictionary, mesh)
+        metrics = sae.evaluate(dictionary, activations(eval_rows), lm=(model_cfg, params, eval_rows))
+        summary = {"hook": hook, "d_in": cfg.d_in, "d_sae": cfg.d_sae, "train_rows": len(train_rows), "eval_rows": held_out, **metrics}
+        if run_dir.is_writer:
+            sae.save(folder, dictionary, layout=config.sae.layout)
+            run_dir.summary(summary)
+            _report(folder, summary)
 
 
 def _texts(data: Any) -> list[str]:

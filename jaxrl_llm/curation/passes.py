@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 import models
 import sae
+from jaxrl_llm.checkpoint import until_done
 from jaxrl_llm.curation.feature_space import FeatureSpace, SpaceView, dense_space
 from jaxrl_llm.curation.features import extract_features, middle_hook, random_dictionary
 from jaxrl_llm.curation.processes import on_this_process
@@ -55,8 +56,14 @@ class Stages:
         self.seconds[name] = round(self.seconds.get(name, 0.0) + time.perf_counter() - start, 2)
 
 
-def train_dictionary(model: LanguageModel, rows: Rows, config: Any, mesh: Any) -> tuple[sae.Dictionary, dict[str, Any]]:
-    """An SAE on the prompts themselves: (dictionary, its metrics on a tenth of the rows, which training does not see)."""
+def train_dictionary(
+    model: LanguageModel, rows: Rows, config: Any, mesh: Any, folder: Path | None = None
+) -> tuple[sae.Dictionary, dict[str, Any]]:
+    """An SAE on the prompts themselves: (dictionary, its metrics on a tenth of the rows, which training does not see).
+
+    folder: where checkpoints are kept until both are there; training that was stopped goes on from them, bit for bit. Name it by the
+    rows and the config, which must be the same then.
+    """
     settings, hook = config.train_sae, config.features.hook or middle_hook(model.cfg)
     order = np.random.default_rng(config.seed).permutation(len(rows))
     held_out = max(1, min(200, len(rows) // 10))
@@ -81,9 +88,16 @@ def train_dictionary(model: LanguageModel, rows: Rows, config: Any, mesh: Any) -
     )
     buffer = sae.ActivationBuffer(lambda: activations(train), settings.batch_size, settings.buffer_rows, config.seed)
     options = sae.SAETrainConfig(steps=settings.steps, dead_after=settings.batch_size * 100)
-    dictionary, _ = sae.train_sae(cfg, buffer, options, jax.random.key(config.seed), mesh=mesh)
-    dictionary = on_this_process(dictionary, mesh)
-    return dictionary, sae.evaluate(dictionary, activations(test))
+    with nullcontext() if folder is None else until_done(folder) as checkpoints:
+        dictionary, _ = sae.train_sae(cfg, buffer, options, jax.random.key(config.seed), mesh=mesh, checkpoints=checkpoints)
+        dictionary = on_this_process(dictionary, mesh)
+        return dictionary, sae.evaluate(dictionary, activations(test))
+
+
+def train_resumably(folder: Path, *args: Any, **options: Any) -> tuple[sae.Dictionary, list[dict[str, float]]]:
+    """`sae.train_sae` with checkpoints in `folder` while it runs: the same call goes on where it was stopped."""
+    with until_done(folder) as checkpoints:
+        return sae.train_sae(*args, checkpoints=checkpoints, **options)
 
 
 @dataclass

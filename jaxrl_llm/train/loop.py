@@ -17,11 +17,11 @@ from absl import logging
 from tqdm import tqdm
 
 import models
+from jaxrl_llm.checkpoint import Checkpoints
 from jaxrl_llm.data.prompts import PromptBatch
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.rewards.verdict import Reward
 from jaxrl_llm.run_dir import RunDir
-from jaxrl_llm.train.checkpoint import Checkpoints
 from jaxrl_llm.train.config import GRPOConfig, check_grpo, from_mapping
 from jaxrl_llm.train.evaluate import evaluate
 from jaxrl_llm.train.metrics import experience_metrics, samples_record

@@ -16,11 +16,11 @@ from jax.sharding import NamedSharding, PartitionSpec
 from tqdm import tqdm
 
 import models
+from jaxrl_llm.checkpoint import Checkpoints
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.losses.logprobs import token_logprobs
 from jaxrl_llm.losses.sft import sft_loss
 from jaxrl_llm.run_dir import RunDir
-from jaxrl_llm.train.checkpoint import Checkpoints
 from jaxrl_llm.train.config import OptimizerConfig, SFTConfig, check_optimizer, from_mapping
 from jaxrl_llm.train.signals import Interrupted, StopRequest, stop_on_signal
 from jaxrl_llm.train.state import abstract_state, init_state, learning_rate, make_optimizer, policy_params, resolve_decay, state_shardings

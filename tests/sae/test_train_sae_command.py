@@ -2,6 +2,10 @@
 
 import dataclasses
 import json
+import os
+import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -57,13 +61,52 @@ def test_writes_a_dictionary_and_its_metrics(tmp_path, assets, source, capsys):
     assert "train.steps" in capsys.readouterr().err
 
 
-def test_a_stopped_run_starts_anew(tmp_path, assets, source):
-    assert call(tmp_path, assets, source) == 0
-    first = sae.load(tmp_path / "sae")
-    (tmp_path / "summary.json").unlink()
-    assert call(tmp_path, assets, source) == 0
-    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
-    np.testing.assert_array_equal(sae.load(tmp_path / "sae").params["W_dec"], first.params["W_dec"])
+KILLED = """
+import os, signal, sys
+from jaxrl_llm import cli
+from jaxrl_llm.run_dir import RunDir
+
+step, log = int(sys.argv[1]), RunDir.log
+
+def logged(self, record):
+    log(self, record)
+    if record["step"] == step:
+        os.kill(os.getpid(), signal.SIGKILL if sys.argv[2] == "SIGKILL" else signal.SIGTERM)
+
+RunDir.log = logged
+sys.exit(cli.main(sys.argv[3:]))
+"""
+
+
+def arguments(workdir, assets, source, **changes):
+    settings = SMALL | {"data.fields": "prompt=text", "train.init_rows": 64, "train.log_every": 1, "checkpoint_every": 2} | changes
+    paths = [f"--workdir={workdir}", f"--config.model={assets / 'checkpoints' / 'stories260k'}", f"--config.data.source={source}"]
+    return ["train_sae", *paths, *(f"--config.{key}={value}" for key, value in settings.items())]
+
+
+def killed(repo, step, kind, arguments):
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(repo)}
+    done = subprocess.run([sys.executable, "-c", KILLED, str(step), kind, *arguments], env=env, cwd=repo, capture_output=True, timeout=600)
+    assert done.returncode == -getattr(signal, kind), done.stderr.decode()[-2000:]
+
+
+def test_a_killed_run_ends_as_an_undisturbed_one(repo, tmp_path, assets, source):
+    """The same command twice killed in the middle, once by SIGKILL and once by SIGTERM, then left to end."""
+    peace, disturbed = tmp_path / "peace", tmp_path / "killed"
+    assert cli.main(arguments(peace, assets, source)) == 0
+    killed(repo, 3, "SIGKILL", arguments(disturbed, assets, source))
+    assert [p.name for p in (disturbed / "checkpoints").iterdir()] == ["2"] and not (disturbed / "sae").exists()
+    killed(repo, 5, "SIGTERM", arguments(disturbed, assets, source))
+    assert sorted(p.name for p in (disturbed / "checkpoints").iterdir()) == ["2", "4"]
+    assert cli.main(arguments(disturbed, assets, source)) == 0
+    for name in ("metrics.jsonl", "summary.json", "sae/sae.json", "sae/sae.safetensors"):
+        assert (disturbed / name).read_bytes() == (peace / name).read_bytes(), name
+    assert not (disturbed / "checkpoints").exists()
+
+
+def test_checkpoint_every_zero_keeps_none_on_the_way(repo, tmp_path, assets, source):
+    killed(repo, 5, "SIGKILL", arguments(tmp_path, assets, source, checkpoint_every=0))
+    assert not list((tmp_path / "checkpoints").iterdir())
 
 
 def test_other_taps_architectures_and_layouts(tmp_path, assets, source):

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxrl_llm.checkpoint import Checkpoints
 from jaxrl_llm.errors import UserError
-from jaxrl_llm.train.checkpoint import Checkpoints
 
 HOST = {"used": np.array([True, False]), "weights": np.array([1 / 3, np.nan]), "step": np.array(7)}
 
@@ -122,7 +122,7 @@ RESHARD = """
 import sys, jax, jax.numpy as jnp, numpy as np
 from jax.sharding import NamedSharding, PartitionSpec as P
 import models.sharding
-from jaxrl_llm.train.checkpoint import Checkpoints
+from jaxrl_llm.checkpoint import Checkpoints
 folder, ways = sys.argv[1], int(sys.argv[2])
 mesh = models.sharding.make_mesh({"fsdp": ways})
 where = NamedSharding(mesh, P("fsdp"))

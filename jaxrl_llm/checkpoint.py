@@ -1,13 +1,15 @@
 """Checkpoints of a run: a thin layer over Orbax, so that a change of its API costs this file only.
 
-A checkpoint holds the training state (sharded arrays) and a small host part (the schedule's arrays). Orbax writes to a temporary
+A checkpoint holds the training state (sharded arrays) and a small host part (the schedule's arrays, say). Orbax writes to a temporary
 folder and renames it, so a kill leaves either the whole checkpoint or none; what cannot be read is passed over for the one before.
 """
 
 import base64
+import contextlib
 import errno
 import io
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +94,12 @@ class Checkpoints:
         """Frees Orbax's threads."""
         self._manager.close()
 
+    def remove(self) -> None:
+        """Closes it and removes the folder: the run is over and what it made is kept elsewhere."""
+        self.close()
+        if jax.process_index() == 0:
+            shutil.rmtree(self.path, ignore_errors=True)
+
     def _check_space(self, state, host) -> None:
         need = sum(x.nbytes for x in jax.tree.leaves((state, host)))
         try:
@@ -105,6 +113,18 @@ class Checkpoints:
         steps = self.steps()
         kept = f"the last good checkpoint is step {steps[-1]}" if steps else "no checkpoint was saved before"
         return UserError(f"{from_os_error(error, self.path, 'write a checkpoint to')} ({kept})")
+
+
+@contextlib.contextmanager
+def until_done(path: str | Path, keep: int = 2) -> Iterator[Checkpoints]:
+    """The Checkpoints of `path` for a block, removed when the block ends well and left for the next start when it does not."""
+    checkpoints = Checkpoints(path, keep)
+    try:
+        yield checkpoints
+    except BaseException:
+        checkpoints.close()
+        raise
+    checkpoints.remove()
 
 
 def _pack(arrays: dict[str, np.ndarray]) -> str:
