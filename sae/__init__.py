@@ -1,5 +1,24 @@
 """Sparse autoencoders ("dictionaries") on a model's activations, and k-means."""
 
+import importlib.util
+import os
+
+
+def _check_models() -> None:
+    """`models` is the name of many packages; another one than the one beside this would fail later, by a missing module."""
+    spec, here = importlib.util.find_spec("models"), os.path.dirname(os.path.abspath(__file__))
+    found = next(iter((spec and spec.submodule_search_locations) or ()), (spec and spec.origin) or "")
+    ours = os.path.join(os.path.dirname(here), "models")
+    if found and os.path.realpath(found) != os.path.realpath(ours):
+        raise ImportError(
+            f"package 'models' is imported from {found}, but sae needs its own, {ours}: run from another folder, "
+            f"or take {os.path.dirname(found)} off PYTHONPATH, or use a virtual environment of its own"
+        )
+
+
+_check_models()  # before the imports below, which need it
+
+# ruff: noqa: E402
 from sae.config import SAEConfig
 from sae.dictionary import (
     Dictionary,

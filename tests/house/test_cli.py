@@ -142,9 +142,45 @@ def test_foreign_package_is_named_in_one_line(tmp_path, repo):
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.count("\n") == 1
     assert f"package 'models' is imported from {tmp_path / 'models'}, but jaxrl_llm needs its own, {repo / 'models'}" in done.stderr
-    code = "import jaxrl_llm"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=environment)
-    assert done.returncode == 1 and f"ImportError: package 'models' is imported from {tmp_path / 'models'}" in done.stderr
+    for how in (("-c", "import jaxrl_llm"), ("-m", "experiments.saerl")):
+        done = subprocess.run([sys.executable, *how], capture_output=True, text=True, cwd=tmp_path, env=environment)
+        assert done.returncode == 1 and f"ImportError: package 'models' is imported from {tmp_path / 'models'}" in done.stderr
+
+
+@pytest.mark.parametrize("shape", ["package", "file"])
+@pytest.mark.parametrize(
+    ("foreign", "code"),
+    [
+        ("models", "import sae"),
+        ("models", "from sae.harvest import harvest_activations"),
+        ("models", "import experiments.saerl"),
+        ("models", "from jaxrl_llm.curation.features import extract_features"),
+        ("models", "import models; import jaxrl_llm"),
+        ("sae", "import experiments.story_rules"),
+        ("sae", "import jaxrl_llm.curation.passes"),
+        ("configs", "import jaxrl_llm"),
+    ],
+)
+def test_a_foreign_package_is_named_whatever_is_imported_first(tmp_path, repo, foreign, code, shape):
+    """Not as a missing module of somebody's `models`, which is what a bare `import models` in our packages would end in."""
+    place = tmp_path / foreign if shape == "package" else tmp_path / f"{foreign}.py"
+    place.mkdir() if shape == "package" else place.write_text("")
+    if shape == "package":
+        (place / "__init__.py").write_text("")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env={"PYTHONPATH": str(repo), "PATH": ""})
+    assert done.returncode == 1
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith(f"ImportError: package '{foreign}' is imported from {place}, but "), done.stderr
+    assert str(repo / foreign) in last and str(tmp_path) in last
+
+
+def test_a_module_made_by_hand_is_no_sibling(monkeypatch):
+    import types
+
+    import jaxrl_llm
+
+    monkeypatch.setitem(sys.modules, "models", types.ModuleType("models"))
+    assert "package 'models' is imported from code that made it by hand" in jaxrl_llm.foreign_packages()
 
 
 def test_doctor_reports_and_finds_all_right(run_python):
