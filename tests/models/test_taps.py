@@ -1,5 +1,6 @@
 """Named activations: what they are, replacing them, stopping early, and that asking for none costs nothing."""
 
+import functools
 import importlib.util
 
 import jax
@@ -146,6 +147,51 @@ def test_apply_takes_interventions(model, tokens, all_taps):
         cfg, params, tokens, taps=("blocks.1.resid_post",), interventions={"blocks.1.resid_post": jnp.zeros_like}
     )
     assert not np.asarray(taps["blocks.1.resid_post"]).any() and not np.asarray(cut).any()
+
+
+def test_apply_compiles_an_intervention_once(model, tokens, all_taps):
+    """Outside of jit too: one function is traced for its first call of a shape, whatever the number of calls."""
+    _, cfg, params = model
+    traced = []
+
+    def scaled(x, by=0.5):
+        traced.append(by)
+        return by * x
+
+    first, _ = models.apply(cfg, params, tokens, interventions={"blocks.1.mlp_out": scaled})
+    count = len(traced)
+    for _ in range(3):
+        again, _ = models.apply(cfg, params, tokens, interventions={"blocks.1.mlp_out": scaled})
+        np.testing.assert_array_equal(again, first)
+    assert len(traced) == count > 0
+    other, _ = models.apply(cfg, params, tokens, interventions={"blocks.1.mlp_out": functools.partial(scaled, by=1.0)})
+    assert len(traced) > count and traced[-1] == 1.0
+    np.testing.assert_allclose(other, all_taps[0], atol=2e-5 * np.abs(all_taps[0]).max())
+    moved, _ = models.apply(cfg, params, tokens, interventions={"blocks.0.mlp_out": scaled})
+    assert cases.relative_error(np.asarray(moved), np.asarray(first)) > 1e-3
+
+    class Unhashable:
+        __hash__ = None
+
+        def __call__(self, x):
+            return 0.5 * x
+
+    same, _ = models.apply(cfg, params, tokens, interventions={"blocks.1.mlp_out": Unhashable()})
+    np.testing.assert_allclose(same, first, atol=2e-5 * np.abs(first).max())
+
+
+def test_gradients_of_apply_flow_through_what_an_intervention_reads(model, tokens):
+    """A fresh function each time, over a value that is being differentiated: no program of another trace is used."""
+    _, cfg, params = model
+
+    def loss(scale):
+        edit = {"blocks.0.resid_post": lambda x: x * scale}
+        return jnp.mean(models.apply(cfg, params, tokens, interventions=edit)[0] ** 2)
+
+    slope = jax.grad(loss)
+    found = [float(slope(at)) for at in (0.7, 0.7, 1.3)]
+    assert found[0] == found[1] != found[2]
+    assert found[0] == pytest.approx((float(loss(0.75)) - float(loss(0.65))) / 0.1, rel=0.05)
 
 
 def test_gradients_flow_into_an_intervention(model, tokens):

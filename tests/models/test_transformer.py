@@ -216,3 +216,44 @@ def test_remat_keeps_less_for_the_backward_pass(model, tokens):
         return sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(residuals, params)))
 
     assert kept(True) < 0.5 * kept(False)
+
+
+@pytest.mark.parametrize("run", [models.apply, models.forward])
+def test_tokens_that_no_row_of_the_vocabulary_is_for_are_refused(run, model):
+    cfg, params = model
+    for wrong in (64, -1):
+        tokens = np.full((2, 5), 7, np.int32)
+        tokens[1, 3] = wrong
+        with pytest.raises(ModelError, match=rf"token id {wrong} \(row 1, column 3\) is outside the vocabulary of 64"):
+            run(cfg, params, tokens)
+        with pytest.raises(ModelError, match=f"token id {wrong} "):
+            run(cfg, params, jnp.asarray(tokens), lengths=jnp.array([5, 4]))
+        run(cfg, params, jnp.asarray(tokens), lengths=jnp.array([5, 3]))  # padding may hold anything
+    with pytest.raises(ModelError, match="tokens are float32 of shape"):
+        run(cfg, params, np.ones((2, 5), np.float32))
+    with pytest.raises(ModelError, match=r"tokens are int\d+ of shape \(5,\)"):
+        run(cfg, params, np.ones(5, int))
+
+
+@pytest.mark.parametrize("run", [models.apply, models.forward])
+def test_rows_past_the_context_are_refused(run, model):
+    cfg, params = dataclasses.replace(model[0], max_position=8), model[1]
+    tokens = jnp.full((2, 9), 7, jnp.int32)
+    with pytest.raises(ModelError, match=r"row 0 reaches position 8, the model's context ends at 7"):
+        run(cfg, params, tokens)
+    with pytest.raises(ModelError, match="row 1 reaches position 8"):
+        run(cfg, params, tokens, lengths=jnp.array([8, 9]))
+    run(cfg, params, tokens, lengths=jnp.array([8, 3]))
+    dynamic = dataclasses.replace(cfg, rope_scaling=models.RopeScaling("dynamic", factor=2.0))
+    run(dynamic, params, tokens)
+    with pytest.raises(ModelError, match="row 0 reaches position 20"):
+        models.forward(cfg, params, tokens[:, :1], positions=jnp.full((2, 1), 20))
+
+
+def test_inside_jit_nothing_is_looked_at(model):
+    """As documented: the check costs a compiled program nothing, and a wrong id shows as NaN."""
+    cfg, params = model
+    tokens = jnp.full((1, 5), 7, jnp.int32)
+    run = jax.jit(lambda tokens: models.forward(cfg, params, tokens).hidden)
+    assert np.isfinite(run(tokens)).all()
+    assert np.isnan(run(tokens.at[0, 2].set(64))[0, 2]).all()
