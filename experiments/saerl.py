@@ -274,6 +274,7 @@ def make_dictionary(bench: Bench):
     import jax
 
     import sae
+    from jaxrl_llm.checkpoint import until_done
     from jaxrl_llm.curation.features import middle_hook
     from jaxrl_llm.curation.passes import LanguageModel
     from jaxrl_llm.curation.texts import answer_tokens
@@ -292,10 +293,12 @@ def make_dictionary(bench: Bench):
     buffer = sae.ActivationBuffer(source, c.batch, 32 * c.batch, seed=bench.cell.seed)
     train = sae.SAETrainConfig(steps=c.steps, learning_rate=c.learning_rate, dead_after=50_000)
     key = jax.random.key(bench.cell.seed)
-    dictionary, history = sae.train_sae(cfg, buffer, train, key, mesh=bench.mesh, progress=None if bench.progress else False)
-    if is_writer():
-        sae.save(folder / "sae", dictionary, layout="saelens")
-        write_json(folder / "sae.json", {"history": history})  # last: it says that the SAE is whole
+    with until_done(folder / "sae_training") as checkpoints:
+        shown = None if bench.progress else False
+        dictionary, history = sae.train_sae(cfg, buffer, train, key, mesh=bench.mesh, progress=shown, checkpoints=checkpoints)
+        if is_writer():
+            sae.save(folder / "sae", dictionary, layout="saelens")
+            write_json(folder / "sae.json", {"history": history})  # last: it says that the SAE is whole
     return dictionary, model
 
 

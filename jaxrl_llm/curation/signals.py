@@ -145,7 +145,8 @@ def feature_views(
     found = [
         extract_features(
             model.cfg, model.params, dictionaries, tokens, len(rows), hook=options.hook, pooling=pooling,
-            dense=("dense_mean", "dense_last") if i == 0 else (), mesh=mesh, folder=None if folder is None else folder / pooling,
+            dense=("dense_mean", "dense_last") if i == 0 else (), mesh=mesh, model_name=model.name,
+            folder=None if folder is None else folder / pooling,
         )
         for i, pooling in enumerate(options.pooling)
     ]  # fmt: skip
