@@ -27,9 +27,10 @@ from models.config import ModelConfig
 from models.errors import ModelError
 from models.sampling import sample
 from models.sharding import batch_ways, fetch, place_rows
-from models.transformer import KV, KVCache, Params, forward, init_cache, unembed, unstacked
+from models.transformer import KV, KVCache, Params, forward, fused, init_cache, unembed, unstacked
 
 FINISH_LENGTH, FINISH_STOP_TOKEN, FINISH_STOP_STRING = 0, 1, 2
+UNROLLED_LAYERS = 8  # up to so many, a Python loop over the layers; above, a scan, whose program is one layer's, however many there are
 STAGE = 32  # tokens of the first stage; the second has as many, and each later one as many as all before it
 
 
@@ -74,6 +75,7 @@ class _Plan(NamedTuple):
     top_k: int
     use_top_p: bool
     stop_tokens: tuple[int, ...]
+    unroll: bool  # a Python loop over layers, their caches apart, rather than a scan over all of them stacked
 
 
 class _State(NamedTuple):
@@ -123,7 +125,7 @@ def _record(plan: _Plan, state: _State, logits_BV: Array, noise, knobs) -> _Stat
 def _start(plan: _Plan, params: Params, prompt_tokens_PT, prompt_lengths_P, noise, knobs) -> tuple[KV, _State]:
     """Prefills every prompt once and samples the first token of its G rows. Rows of empty prompts start finished."""
     cfg, G = plan.cfg, plan.num_samples
-    out = forward(cfg, params, prompt_tokens_PT, lengths=prompt_lengths_P, unroll=True, return_kv=True)
+    out = forward(cfg, params, prompt_tokens_PT, lengths=prompt_lengths_P, unroll=plan.unroll, return_kv=True)
     last = jnp.maximum(prompt_lengths_P - 1, 0)
     hidden_PD = jnp.take_along_axis(out.hidden, last[:, None, None], axis=1)[:, 0]
     logits_BV = jnp.repeat(unembed(cfg, params, hidden_PD), G, axis=0)
@@ -145,17 +147,18 @@ def _advance(
     """Decodes until `stage`'s tokens are decided or every row has finished: (the keys and values it wrote, the state)."""
     slots, upto = stage
     prompt_lengths_B = jnp.repeat(prompt_lengths_P, plan.num_samples)
-    layers = unstacked(params)  # outside the loop, which would cut them out of the stack for every token
+    # Outside the loop, which would do it again for every token.
+    layers = unstacked(params) if plan.unroll else fused(params)
 
     def step(carry: tuple[KVCache, _State]) -> tuple[KVCache, _State]:
         cache, state = carry
         token_B1 = lax.dynamic_slice_in_dim(state.tokens_BT, state.step - 1, 1, axis=1)
         positions_B1 = (prompt_lengths_B + state.step - 1)[:, None]
-        out = forward(plan.cfg, layers, token_B1, positions=positions_B1, prefix=earlier, cache=cache, unroll=True)
+        out = forward(plan.cfg, layers, token_B1, positions=positions_B1, prefix=earlier, cache=cache, unroll=plan.unroll)
         logits_BV = unembed(plan.cfg, params, out.hidden[:, 0])
         return out.cache, _record(plan, state, logits_BV, noise, knobs)
 
-    cache = init_cache(plan.cfg, state.done_B.shape[0], slots, unrolled=True)
+    cache = init_cache(plan.cfg, state.done_B.shape[0], slots, unrolled=plan.unroll)
     cache, state = lax.while_loop(lambda carry: (carry[1].step < upto) & ~carry[1].done_B.all(), step, (cache, state))
     return KV(cache.k, cache.v, cache.positions), state
 
@@ -194,7 +197,8 @@ def _plan_of(cfg, num_samples, max_new_tokens, temperature, top_k, top_p, stop_t
     stop = tuple(sorted(set(cfg.eos_token_ids if stop_tokens is None else (int(t) for t in stop_tokens))))
     need(all(0 <= t < cfg.vocab_size for t in stop), f"stop_tokens {stop} name ids outside the vocabulary of {cfg.vocab_size}")
     greedy = temperature == 0
-    return _Plan(cfg, num_samples, max_new_tokens, greedy, 0 if greedy else top_k, top_p < 1 and not greedy, stop)
+    unroll = cfg.n_layers <= UNROLLED_LAYERS
+    return _Plan(cfg, num_samples, max_new_tokens, greedy, 0 if greedy else top_k, top_p < 1 and not greedy, stop, unroll)
 
 
 def sample_tokens(

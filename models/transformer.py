@@ -34,6 +34,7 @@ __all__ = [
     "abstract_params",
     "apply",
     "forward",
+    "fused",
     "init",
     "init_cache",
     "logical_axes",
@@ -136,16 +137,17 @@ def logical_axes(cfg: ModelConfig) -> Params:
     return jax.tree.map(lambda b: tuple(b.names), _abstract_boxed(cfg), is_leaf=_is_boxed)
 
 
-def unstacked(params: Params) -> Params:
-    """A copy of the parameters laid out for sampling with `forward(unroll=True)`.
+def fused(params: Params) -> Params:
+    """The parameters with one kernel for queries, keys and values (the same ones on a mesh, where heads are sharded apart)."""
+    on_mesh = not jax.typeof(params["blocks"]["q"]).sharding.mesh.empty
+    return params if on_mesh else params | {"blocks": jax.vmap(fuse_qkv)(params["blocks"])}
 
-    The layers are a tuple, so that no layer is cut out of the stack at each step, and queries, keys and values share
-    one kernel (not on a mesh, where their heads are sharded apart).
-    """
-    blocks = params["blocks"]
-    layers = [jax.tree.map(lambda a, i=i: a[i], blocks) for i in range(len(blocks["attn_norm"]))]
-    on_mesh = not jax.typeof(blocks["q"]).sharding.mesh.empty
-    return params | {"blocks": tuple(layers if on_mesh else map(fuse_qkv, layers))}
+
+def unstacked(params: Params) -> Params:
+    """A copy of the `fused` parameters with a tuple of layers, so that `forward(unroll=True)` cuts none out of the stack."""
+    blocks = fused(params)["blocks"]
+    layers = tuple(jax.tree.map(lambda a, i=i: a[i], blocks) for i in range(len(blocks["attn_norm"])))
+    return params | {"blocks": layers}
 
 
 def init_cache(cfg: ModelConfig, batch: int, slots: int, *, unrolled: bool = False) -> KVCache:

@@ -266,6 +266,43 @@ def test_padding_and_order_change_nothing(params, free):
     assert not np.asarray(found.tokens_BT[8:]).any() and not np.asarray(found.logps_BT[8:]).any()
 
 
+# --- many layers, scanned ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def scanned(monkeypatch):
+    """Sampling scans over the layers, however few there are."""
+    monkeypatch.setattr(module, "UNROLLED_LAYERS", 0)
+
+
+def test_scanned_layers_give_what_unrolled_give(call, free, monkeypatch):
+    """Grouped heads and windows, samples of a prompt, two stages; drawn, greedy, and with the host's look after each stage."""
+    text = Letters().decode(free.completion_tokens_NT[1].tolist())
+    ways = {}, {"temperature": 0.0}, {"stop_strings": [text[40:46]], "tokenizer": Letters()}
+    expected = [free, *(call(**way) for way in ways[1:])]
+    monkeypatch.setattr(module, "UNROLLED_LAYERS", 0)
+    for way, wanted in zip(ways, expected, strict=True):
+        check_same(call(**way), wanted)
+
+
+@pytest.mark.parametrize("name", ["qwen2_upper_window", "mistral_window"])
+def test_scanned_greedy_equals_the_stored_completions(name, golden, make_golden, tmp_path, scanned):
+    test_greedy_equals_the_stored_completions(name, golden, make_golden, tmp_path)
+
+
+def test_the_program_of_many_layers_is_one_layers():
+    """It does not grow with the layers beyond UNROLLED_LAYERS, up to which it does."""
+
+    def lines(n_layers):
+        cfg = dataclasses.replace(CFG, n_layers=n_layers, layer_windows=())
+        shapes = [jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((4, 16), (4,))]
+        sample = functools.partial(models.sample_tokens, cfg, max_new_tokens=T)
+        return len(jax.jit(sample).lower(models.abstract_params(cfg), *shapes, jax.random.key(0)).as_text().splitlines())
+
+    most = module.UNROLLED_LAYERS
+    assert lines(most + 1) == lines(2 * most) < lines(most) / 2 and lines(most - 1) < lines(most)
+
+
 # --- stops ---------------------------------------------------------------------------------------------------------------
 
 
@@ -431,8 +468,11 @@ def test_many_prompt_lengths_and_knobs_need_few_programs(params):
     assert module._sample_tokens._cache_size() - before == 2 + 2
 
 
-def test_decoding_copies_no_cache(params):
+@pytest.mark.parametrize("unrolled", [module.UNROLLED_LAYERS, 0])
+def test_decoding_copies_no_cache(params, unrolled, monkeypatch):
     """A stage's loop writes its cache in place, reads the earlier ones as they are, and takes over the state's buffers."""
+    monkeypatch.setattr(module, "UNROLLED_LAYERS", unrolled)
+    layers = "" if unrolled else f"{CFG.n_layers},"  # of the stack, where the layers' caches are one array
     plan, (_, tokens, lengths, *rest) = program(params)
     prompt, state = module._jitted_start(plan, params, tokens, lengths, *rest)
     earlier = (prompt,)
@@ -443,9 +483,9 @@ def test_decoding_copies_no_cache(params):
             warnings.simplefilter("error")  # JAX warns of donated buffers that cannot be used
             lowered = module._jitted_advance.lower(*arguments)
         assert lowered.as_text().count("tf.aliasing_output") == len(jax.tree.leaves(state))
-        caches = {f"f32[{','.join(map(str, array.shape))}]" for kv in earlier for array in (kv.k[0], kv.v[0])}
+        caches = {f"f32[{','.join(map(str, array.shape))}]" for kv in earlier for array in jax.tree.leaves((kv.k, kv.v))}
         K, H = CFG.n_kv_heads, CFG.head_dim
-        caches |= {f"f32[8,{K},{H},{stage[0]}]", f"f32[8,{K},{stage[0]},{H}]"}
+        caches |= {f"f32[{layers}8,{K},{H},{stage[0]}]", f"f32[{layers}8,{K},{stage[0]},{H}]"}
         inside = lowered.compile().as_text().split("\nENTRY ")[0]  # the loop's body, and the outside last
         assert "dynamic-update-slice" in inside and not caches & set(re.findall(r"= (f32\[[\d,]+\])\S* copy\(", inside))
         kv, state = module._jitted_advance(*arguments)

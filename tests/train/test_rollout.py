@@ -189,19 +189,22 @@ def test_broken_reward_verdict_count():
 
 MESH = """
 import sys; sys.path.insert(0, "tests/train")
-import dataclasses, tempfile
+import dataclasses, importlib, tempfile
 import jax, numpy as np, models.sharding
 import tiny_grpo as tiny
+module = importlib.import_module("models.generate")
 mesh = models.sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
 params = jax.device_put(tiny.params(), models.sharding.param_shardings(tiny.CONFIG, mesh))
 for stop in ((), (" 7 ",)):
     knobs = dict(num_samples=3, max_new_tokens=6, seed=jax.random.key(4), stop_strings=stop, tokenizer=tiny.Tokenizer())
     one = models.generate(tiny.CONFIG, tiny.params(), tiny.prompts().token_lists(), **knobs)
-    for rows in (512, 12):  # all at once; in three parts
+    for rows, unrolled in ((512, 8), (12, 8), (12, 0)):  # all at once; in three parts; with the layers in a scan
+        module.UNROLLED_LAYERS = unrolled
         many = models.generate(tiny.CONFIG, params, tiny.prompts().token_lists()[:11], max_rows=rows, mesh=mesh, **knobs)
         same = [a == b for a, b in zip(many.completions(), one.completions())]
         assert len(same) == 33 and np.mean(same) > 0.9, same  # rounding may turn a rare draw
         np.testing.assert_allclose(many.logps_NT[np.array(same)], one.logps_NT[:33][np.array(same)], atol=1e-4)
+    module.UNROLLED_LAYERS = 8
     assert (many.finish_reason_N == 2).any() == bool(stop)
 with tempfile.TemporaryDirectory() as folder:
     config = dataclasses.replace(tiny.TINY, steps=2)
