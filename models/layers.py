@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 from models.config import ModelConfig, rope_frequencies, rope_stretch
 
 NEGATIVE = -1e30  # finite, so that a row with nothing to attend to gives no NaN
+QUERIES, QUERY_CHUNK = 1024, 256  # more queries than QUERIES attend in chunks of QUERY_CHUNK: their scores do not all fit in memory
 BATCH_AXES = ("data", "fsdp")  # the mesh axes over which the rows of a batch are spread
 
 ACTIVATIONS = {
@@ -134,6 +136,42 @@ def attention_values(probs_BKRTS: Array, v_PKSH: Array) -> Float[Array, "B T N H
     return out.transpose(0, 2, 4, 1, 3, 5).reshape(B, T, K * R, H)
 
 
+Segments = list[tuple[Array, Array, Array]]  # keys, values and mask [B, T, S] of each part of what is attended to
+
+
+def attention(q_BTNH: Array, segments: Segments, probs_hook: Callable[[Array], Array] = lambda x: x) -> Float[Array, "B T N H"]:
+    """Softmax attention over all segments together, in fp32; probs_hook sees, and may replace, the probabilities [B, N, T, S]."""
+    scores = jnp.concatenate([jnp.where(mask[:, None, None], attention_scores(q_BTNH, k), NEGATIVE) for k, _, mask in segments], axis=-1)
+    B, K, R, T, S = scores.shape
+    probs = probs_hook(jax.nn.softmax(scores, axis=-1).reshape(B, K * R, T, S)).reshape(B, K, R, T, S)
+    out, start = 0, 0
+    for k, v, _ in segments:
+        out += attention_values(probs[..., start : start + k.shape[-1]], v)
+        start += k.shape[-1]
+    return out
+
+
+def attention_in_chunks(q_BTNH: Array, segments: Segments, chunk: int) -> Float[Array, "B T N H"]:
+    """`attention`, the scores of `chunk` queries in memory at a time, forwards and (computed again) backwards."""
+    B, T, N, H = q_BTNH.shape
+    count = -(-T // chunk)
+
+    def cut(x):  # [B, T, ...] -> [count, B, chunk, ...]; queries of the padding attend to nothing and are dropped
+        x = jnp.pad(x, ((0, 0), (0, count * chunk - T), *((0, 0),) * (x.ndim - 2)))
+        return x.reshape(B, count, chunk, *x.shape[2:]).swapaxes(0, 1)
+
+    dtype = q_BTNH.dtype
+    # In fp32 where the chunks' gradients add up.
+    keys_values = [(k.astype(jnp.float32), v.astype(jnp.float32)) for k, v, _ in segments]
+
+    def attend(given):
+        q, masks = given
+        return attention(q, [(k.astype(dtype), v.astype(dtype), mask) for (k, v), mask in zip(keys_values, masks, strict=True)])
+
+    out = lax.map(jax.checkpoint(attend, prevent_cse=False), (cut(q_BTNH), [cut(mask) for _, _, mask in segments]))
+    return out.swapaxes(0, 1).reshape(B, count * chunk, N, H)[:, :T]
+
+
 def constrain(x: Array, like: Array, *axes: tuple[str, ...]) -> Array:
     """Spreads the leading dimensions of `x` over `axes` of the mesh that the parameter `like` lives on, if on one.
 
@@ -172,11 +210,12 @@ def fuse_qkv(p: dict[str, Array]) -> dict[str, Array]:
 class Block(nn.Module):
     """One layer: pre-norm attention and gated MLP. `hook(name, x)` sees, and may replace, each named activation.
 
-    fused: the parameters are those of `fuse_qkv`.
+    fused: the parameters are those of `fuse_qkv`. whole_probs: the hook wants "attn_probs", so that no queries are split off.
     """
 
     cfg: ModelConfig
     fused: bool = False
+    whole_probs: bool = False
 
     def setup(self):
         c, normal = self.cfg, nn.initializers.normal(self.cfg.initializer_range)
@@ -219,16 +258,9 @@ class Block(nn.Module):
 
     def attend(self, q, segments, hook):
         """Attention over key/value segments [(k, v, mask_BTS)], softmax over all of them together."""
-        scores = jnp.concatenate(
-            [jnp.where(mask[:, None, None], attention_scores(q, k), NEGATIVE) for k, _, mask in segments], axis=-1
-        )
-        B, K, R, T, S = scores.shape
-        probs = jax.nn.softmax(scores, axis=-1)
-        probs = hook("attn_probs", probs.reshape(B, K * R, T, S)).reshape(B, K, R, T, S)
-        out, start = 0, 0
-        for k, v, _ in segments:
-            out += attention_values(probs[..., start : start + k.shape[-1]], v)
-            start += k.shape[-1]
+        probs_hook = functools.partial(hook, "attn_probs")
+        many = q.shape[1] > QUERIES and not self.whole_probs
+        out = attention_in_chunks(q, segments, QUERY_CHUNK) if many else attention(q, segments, probs_hook)
         # Rounded once, so that a row's values do not depend on how many segments they lie in.
         out = dense("BTNH,NHD->BTD", out.astype(q.dtype), self.o)
         return out + self.o_bias if self.cfg.o_bias else out

@@ -56,6 +56,10 @@ class Hooks:
             kind, layer = parse_name(cfg, name, "intervention", stop_at)
             self.edits.setdefault(kind, []).append((layer, fn))
 
+    def wants(self, kind: str) -> bool:
+        """Whether `kind` is read or replaced in any layer."""
+        return kind in self.layers or kind in self.edits
+
     def buffers(self, shapes: Mapping[str, tuple[int, ...]], dtype) -> dict[str, Array]:
         """Room for every block activation asked for: {kind: [layers asked for, ...]}."""
         return {

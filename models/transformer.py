@@ -307,7 +307,8 @@ def forward(
         """One layer: (x and tap buffers, what to keep of its keys and values)."""
         x, buffers = carry[0], dict(carry[1])
         segments_of = functools.partial(memory.segments, layer, prefix_kvs, cache_kv)
-        x, kept = Block(cfg, "qkv" in p).apply({"params": p}, x, rope, segments_of, hooks.at(layer, buffers))
+        module = Block(cfg, "qkv" in p, hooks.wants("attn_probs"))
+        x, kept = module.apply({"params": p}, x, rope, segments_of, hooks.at(layer, buffers))
         return (x, buffers), kept if return_kv or cache is not None else None
 
     run = _unrolled if unroll else _scanned

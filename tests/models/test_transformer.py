@@ -11,7 +11,7 @@ import parity_cases as cases
 import pytest
 
 import models
-from models import ModelError
+from models import ModelError, layers
 from models.layers import batched_matmul
 from models.transformer import unstacked
 
@@ -60,6 +60,52 @@ def plain(model, tokens):
 @pytest.mark.parametrize("kwargs", [{"remat": True}, {"remat": True, "unroll": True}])
 def test_remat_and_unroll_change_no_number(model, tokens, plain, kwargs):
     close(logits_and_grads(*model, tokens, jnp.full(4, T), **kwargs), plain)
+
+
+@pytest.fixture
+def chunks_of_five(monkeypatch):
+    """Attention of more than four queries in chunks of five."""
+    monkeypatch.setattr(layers, "QUERIES", 4)
+    monkeypatch.setattr(layers, "QUERY_CHUNK", 5)
+
+
+def test_chunks_of_queries_change_no_number(model, tokens, plain, chunks_of_five):
+    """Of the whole model, with and without windows; and no scores of all queries are made."""
+    run = functools.partial(logits_and_grads.__wrapped__, model[0], remat=True)  # what is jitted does not know of the chunks
+    close(jax.jit(run)(model[1], tokens, jnp.full(4, T)), plain)
+    text = str(jax.make_jaxpr(run)(model[1], tokens, jnp.full(4, T)))
+    assert f",5,{T}]" in text and not re.search(rf"f32\[[\d,]+,{T},{T}\]", text)
+
+
+def test_probabilities_asked_for_come_whole(model, tokens, chunks_of_five):
+    name = "blocks.1.attn_probs"
+    probs = models.forward(*model, tokens, taps=(name,)).taps[name]
+    assert probs.shape == (4, model[0].n_heads, T, T)
+    np.testing.assert_allclose(probs.sum(-1), 1, rtol=1e-5)
+    edited = models.forward(*model, tokens, interventions={name: jnp.zeros_like}, taps=("blocks.1.attn_out",)).taps["blocks.1.attn_out"]
+    assert (edited == edited[0, 0]).all()  # the bias alone
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_attention_in_chunks_equals_attention(dtype):
+    """Two segments, the first shared by two rows; queries that do not divide into chunks; values and gradients."""
+    rng = np.random.default_rng(3)
+    array = lambda *shape: jnp.asarray(rng.normal(size=shape), dtype)  # noqa: E731
+    K, H = 2, 8
+    q, weights = array(4, T, 2 * K, H), array(4, T, 2 * K, H)
+    kvs = [(array(2, K, H, 6), array(2, K, 6, H)), (array(4, K, H, T), array(4, K, T, H))]
+    masks = [jnp.asarray(rng.random((4, T, n)) < 0.7).at[:, :, 0].set(True) for n in (6, T)]
+
+    def run(attend):
+        def loss(q, kvs):
+            out = attend(q, [(*kv, mask) for kv, mask in zip(kvs, masks, strict=True)])
+            return jnp.sum(jnp.sin(out) * weights), out
+
+        return jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))(q, kvs)
+
+    found, expected = run(functools.partial(layers.attention_in_chunks, chunk=5)), run(layers.attention)
+    as_float = functools.partial(jax.tree.map, lambda a: a.astype(jnp.float32))
+    close(as_float(found), as_float(expected), 2e-5 if dtype == "float32" else 1e-2)
 
 
 def test_padding_changes_nothing(model, tokens, plain):
