@@ -145,7 +145,7 @@ class _Fields:
         value = derived if value is None else value
         if value is None and name not in self.hf:
             raise ModelError(f"config.json: missing field '{self.prefix}{name}'")
-        if not _is_whole(value) or value < least:
+        if value is None or not _is_whole(value) or value < least:
             raise self.wrong(name, "a positive integer" if least == 1 else f"an integer of at least {least}", value)
         return value
 
@@ -154,9 +154,11 @@ class _Fields:
         value = self.get(name, default)
         if value is None and name not in self.hf:
             raise ModelError(f"config.json: missing field '{self.prefix}{name}'")
-        is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-        if not is_number or not (value > 0 if least is None else value >= least):
-            raise self.wrong(name, "a number above 0" if least is None else f"a number of at least {least:g}", value)
+        wanted = "a number above 0" if least is None else f"a number of at least {least:g}"
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
+            raise self.wrong(name, wanted, value)
+        if not (value > 0 if least is None else value >= least):
+            raise self.wrong(name, wanted, value)
         return float(value)
 
     def switch(self, rule: bool | str, default: bool = False) -> bool:

@@ -247,9 +247,8 @@ def _check_tokens(cfg: ModelConfig, tokens, lengths=None, positions=None) -> Non
         row, column = wrong[0]
         told = f"token id {tokens[row, column]} (row {row}, column {column}) is outside the vocabulary of {cfg.vocab_size}"
         raise ModelError(f"{told}: is the tokenizer this model's?")
-    # "dynamic" scaling is made for longer rows.
-    past = np.argwhere(real & (places >= cfg.max_position)) if cfg.rope_scaling.kind != "dynamic" else ()
-    if len(past):
+    past = np.argwhere(real & (places >= cfg.max_position))
+    if len(past) and cfg.rope_scaling.kind != "dynamic":  # which is made for longer rows
         row = past[0][0]
         told = f"row {row} reaches position {places[row][real[row]].max()}, the model's context ends at {cfg.max_position - 1}"
         raise ModelError(f"{told} (max_position): cut the row, or run it in pieces")
@@ -315,8 +314,9 @@ def forward(
     n_layers = cfg.n_layers if stop_at is None else stop_at
     (x, buffers), kept = run(block, (x, buffers), (params["blocks"], *memory.layers()), n_layers, cfg.n_layers, remat)
     out_taps |= hooks.collect(buffers)
-    new_cache = None if cache is None else KVCache(*kept, memory.slots, cache.next + T)
-    kv = KV(*kept, memory.slots) if return_kv else None
+    k, v = (None, None) if kept is None else kept
+    new_cache = None if cache is None else KVCache(k, v, memory.slots, cache.next + T)
+    kv = KV(k, v, memory.slots) if return_kv else None
     if stop_at is not None:
         return ForwardOutput(None, out_taps, new_cache, kv)
     hidden = hooks.outer("final_norm", rms_norm(x, params["final_norm"]["scale"], cfg.norm_eps), out_taps)

@@ -25,9 +25,10 @@ TopK = tuple[Float[Array, "... K"], Int[Array, "... K"]]
 
 def top_k(x: Float[Array, "... F"], k: int) -> TopK:
     """The k largest entries of each row, largest first, and their int32 positions; the first of equal entries."""
-    return lax.platform_dependent(
+    values, indices = lax.platform_dependent(
         x, cpu=functools.partial(grouped_top_k, k=k), default=lambda x: tuple(lax.top_k(x, k))
     )
+    return values, indices
 
 
 def sharded_top_k(x: Float[Array, "... F"], k: int, shards: int) -> TopK:
@@ -51,7 +52,8 @@ def grouped_top_k(x: Float[Array, "... F"], k: int) -> TopK:
     width = x.shape[-1]
     size = 1 << max(width // (GROUPS_PER_KEPT * k), 1).bit_length() - 1
     if size <= DEPTH or width % size or k > 128:
-        return tuple(lax.top_k(x, k))
+        values, indices = lax.top_k(x, k)
+        return values, indices
     rows = x.reshape(-1, width)
     picked, sure = grouped_positions(lax.stop_gradient(rows), k, size)
     indices = lax.cond(sure, lambda: picked, lambda: lax.top_k(lax.stop_gradient(rows), k)[1])
