@@ -1,11 +1,14 @@
-"""Writes tests/golden/: logits and greedy completions by `transformers` (torch, fp32, CPU) for every parity case.
+"""Writes tests/golden/: logits and greedy completions by `transformers` (torch, fp32, CPU) for every parity case, and some logits
+of the real checkpoints.
 
-Run `python tests/make_golden.py` where torch and transformers are installed. The checkpoints themselves are not
-stored: tests/models/parity_cases.py makes them from seeds. The versions used are stored beside the numbers.
+Run `python tests/make_golden.py [cases] [real]` (default: both) where torch and transformers are installed; "real" finds the
+checkpoints through JAXRL_LLM_ASSETS, as the tests do. No checkpoint is stored: tests/models/parity_cases.py makes the cases' from
+seeds, the real ones are known by their hash. The versions used are stored beside the numbers.
 """
 
 import hashlib
 import json
+import os
 import sys
 import tempfile
 from pathlib import Path
@@ -133,23 +136,66 @@ def weights_digest() -> str:
     return digest.hexdigest()
 
 
-def main() -> None:
-    import torch
-    import transformers
+REAL = ("stories260k", "babyllama-0.9m")
+REAL_POSITIONS = ((0, 0), (0, 17), (0, 63), (1, 39))  # (row, position) whose logits are stored; row 1 is padded after position 39
+REAL_STRIDE = 4  # of the vocabulary: every fourth logit, so that the file stays small
 
+
+def real_inputs(vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """(tokens [2, 64], lengths [2]) that the real checkpoints read."""
+    return np.random.default_rng(0).integers(3, vocab_size, (2, 64)), np.array([64, 40])
+
+
+def stored_part(logits_BTV: np.ndarray) -> np.ndarray:
+    """What is stored of a real checkpoint's logits: [len(REAL_POSITIONS), every REAL_STRIDE-th of V]."""
+    rows, positions = zip(*REAL_POSITIONS, strict=True)
+    return np.asarray(logits_BTV)[list(rows), list(positions), ::REAL_STRIDE]
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def write_real(assets: Path) -> dict[str, str]:
+    """Writes real_logits.npz; name -> hash of the weights."""
+    logits, digests = {}, {}
+    for name in REAL:
+        folder = assets / "checkpoints" / name
+        vocab_size = json.loads((folder / "config.json").read_text())["vocab_size"]
+        logits[name] = stored_part(reference_logits(folder, *real_inputs(vocab_size)))
+        digests[name] = file_digest(folder / "model.safetensors")
+    np.savez_compressed(GOLDEN / "real_logits.npz", **logits)
+    return digests
+
+
+def write_cases() -> str:
+    """Writes logits.npz and completions.npz; the hash of all weights."""
     logits, completions = {}, {}
     for name in cases.CASES:
         logits |= case_logits(name)
         check_options_matter(name, logits[f"{name}/padded"])
         completions |= case_completions(name)
-    GOLDEN.mkdir(exist_ok=True)
     np.savez_compressed(GOLDEN / "logits.npz", **logits)
     np.savez_compressed(GOLDEN / "completions.npz", **completions)
+    return weights_digest()
+
+
+def main(parts: list[str]) -> None:
+    import torch
+    import transformers
+
+    GOLDEN.mkdir(exist_ok=True)
+    path = GOLDEN / "versions.json"
+    told = json.loads(path.read_text()) if path.exists() else {}
     versions = {"torch": torch.__version__, "transformers": transformers.__version__, "numpy": np.__version__}
-    versions["weights_sha256"] = weights_digest()
-    (GOLDEN / "versions.json").write_text(json.dumps(versions, indent=2) + "\n")
-    print(f"{len(logits) + len(completions)} arrays, {sum(path.stat().st_size for path in GOLDEN.iterdir()):,} bytes, {versions}")
+    if "cases" in parts:
+        told |= {**versions, "weights_sha256": write_cases()}
+    if "real" in parts:
+        told["real"] = {**versions, "weights_sha256": write_real(Path(os.environ["JAXRL_LLM_ASSETS"]))}
+    path.write_text(json.dumps(told, indent=2) + "\n")
+    print(f"{sum(path.stat().st_size for path in GOLDEN.iterdir()):,} bytes, {told}")
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:] or ["cases", "real"])

@@ -112,14 +112,38 @@ def first_stories(assets, n):
     return [story.strip() for story in text.split("<|endoftext|>")[:n]]
 
 
+REAL = ["stories260k", "babyllama-0.9m"]
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_stored_logits_of_real_checkpoints(name, assets, repo, make_golden):
+    """Some logits of the real checkpoints by transformers, kept in the repository, so that they are checked without torch too."""
+    folder = assets / "checkpoints" / name
+    told = json.loads((repo / "tests" / "golden" / "versions.json").read_text())["real"]
+    assert make_golden.file_digest(folder / "model.safetensors") == told["weights_sha256"][name], "other weights: run make_golden.py real"
+    expected = np.load(repo / "tests" / "golden" / "real_logits.npz")[name]
+    cfg, params = models.load(folder)
+    tokens, lengths = make_golden.real_inputs(cfg.vocab_size)
+    found = make_golden.stored_part(models.apply(cfg, params, tokens, lengths=lengths)[0])
+    assert 100 < expected.size < 1000 and expected.shape == found.shape and expected.std() > 1
+    assert cases.relative_error(found, expected) < TOLERANCE
+
+
+def test_the_versions_of_the_stored_real_logits_are_told(repo, make_golden):
+    told = json.loads((repo / "tests" / "golden" / "versions.json").read_text())["real"]
+    assert {"torch", "transformers", "numpy"} <= told.keys() and list(told["weights_sha256"]) == REAL == list(make_golden.REAL)
+
+
 @needs_torch
-@pytest.mark.parametrize("name", ["stories260k", "babyllama-0.9m"])
-def test_real_checkpoint_logits(name, assets, make_golden):
+@pytest.mark.parametrize("name", REAL)
+def test_real_checkpoint_logits(name, assets, repo, make_golden):
+    """Every logit, live; and the stored ones are what today's transformers gives."""
     folder = assets / "checkpoints" / name
     cfg, params = models.load(folder)
-    tokens = np.random.default_rng(0).integers(3, cfg.vocab_size, (2, 64))
-    lengths = np.array([64, 40])
+    tokens, lengths = make_golden.real_inputs(cfg.vocab_size)
     found = np.asarray(models.apply(cfg, params, tokens, lengths=lengths)[0])
     real = np.arange(64) < lengths[:, None]
     expected = make_golden.reference_logits(folder, tokens, lengths)
     assert cases.relative_error(found[real], expected[real]) < TOLERANCE
+    stored = np.load(repo / "tests" / "golden" / "real_logits.npz")[name]
+    assert cases.relative_error(make_golden.stored_part(expected), stored) < TOLERANCE
