@@ -6,12 +6,12 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 import models
 import sae
+from jaxrl_llm.curation.processes import on_host
 from sae.harvest import tap
 
 
@@ -85,7 +85,7 @@ def _codes(cfg, params, dictionary, rows) -> tuple[np.ndarray, np.ndarray]:
     lengths = np.array([len(r) for r in rows], np.int32)
     hook = dictionary.cfg.hook_name
     x = tap(cfg, params, jnp.asarray(padded), jnp.asarray(lengths), hook)
-    values, indices = jax.device_get(sae.encode_topk(dictionary, x.astype(jnp.float32)))
+    values, indices = map(on_host, sae.encode_topk(dictionary, x.astype(jnp.float32)))
     counted = np.arange(width) < lengths[:, None]
     counted[:, 0] &= np.array([row[0] != cfg.bos_token_id for row in rows])
     return np.where(counted[..., None], values, 0.0), indices

@@ -39,3 +39,14 @@ def on_this_process(tree: Any, mesh: Any) -> Any:
     from models.sharding import fetch
 
     return tree if mesh is None else jax.tree.map(jax.numpy.asarray, fetch(tree, mesh))
+
+
+def on_host(array: Any) -> np.ndarray:
+    """An array whole on this process's host, wherever its parts lie; every process calls."""
+    import jax
+
+    if not isinstance(array, jax.Array) or array.is_fully_addressable:
+        return np.asarray(array)
+    from jax.experimental import multihost_utils
+
+    return np.asarray(multihost_utils.process_allgather(array, tiled=True))
