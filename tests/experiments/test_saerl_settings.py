@@ -14,6 +14,7 @@ from experiments import saerl
 from jaxrl_llm.curation import labels, passes
 from jaxrl_llm.curation import signals as signals_module
 from jaxrl_llm.data import lab_world, sources
+from jaxrl_llm.data.prompts import PromptBatch
 
 
 class Recorder:
@@ -27,21 +28,26 @@ class Recorder:
         return self.result
 
 
-def policy_of(**changes):
-    cfg = types.SimpleNamespace(d_model=8, n_layers=4, max_position=64) if not changes else changes
+def policy_of():
+    cfg = types.SimpleNamespace(d_model=8, n_layers=4, max_position=64)
     return types.SimpleNamespace(cfg=cfg, params={}, tokenizer=lab_world.build_tokenizer(), name="policy")
+
+
+def pool_of(rows):
+    return PromptBatch(np.ones((len(rows), 1), np.int32), np.ones(len(rows), np.int32), [str(i) for i in range(len(rows))], rows)
 
 
 @pytest.mark.parametrize("change", [{"d_model": 64}, {"n_layers": 3}, {"n_heads": 4}, {"d_ff": 64}, {"learning_rate": 1e-3}])
 def test_the_policys_settings_reach_its_pre_training(monkeypatch, tmp_path, change):
-    trained, saved = [], Recorder()
+    trained = []
 
     def train_sft(cfg, params, batches, settings, progress):
         trained.append((cfg, settings["optimizer"]["learning_rate"]))
         return params, None
 
     monkeypatch.setattr("jaxrl_llm.train.sft.train_sft", train_sft)
-    monkeypatch.setattr(models, "save", saved)
+    monkeypatch.setattr(models, "init", Recorder({}))
+    monkeypatch.setattr(models, "save", Recorder())
     monkeypatch.setattr(lab_world, "sft_batches", lambda *_: [])
     for config in (tiny(), tiny(**{f"policy.{name}": value for name, value in change.items()})):
         saerl.pretrain(config, tmp_path, 0, False)
@@ -76,8 +82,7 @@ def dictionary_of(monkeypatch, tmp_path, **changes):
     monkeypatch.setattr(sae, "save", Recorder())
     monkeypatch.setattr(sae, "load", lambda path: seen.append(str(path)))
     monkeypatch.setattr(passes.LanguageModel, "load", lambda name, *_: seen.append(name) or policy_of())
-    pool = types.SimpleNamespace(rows=lab_world.generate_problems(4, 0))
-    pool.__class__ = type("Pool", (types.SimpleNamespace,), {"__len__": lambda self: 4})
+    pool = pool_of(lab_world.generate_problems(4, 0))
     bench = dataclasses.replace(bench_of(tiny(**changes)), policy=policy_of(), pool=pool, folder=tmp_path)
     saerl.make_dictionary(bench)
     (tmp_path / "sae.json").unlink(missing_ok=True)
@@ -141,8 +146,7 @@ def test_settings_of_the_curation_say_what_is_known(monkeypatch, tmp_path):
     monkeypatch.setattr("jaxrl_llm.train.sft.fine_tuner", lambda *_: "tunes")
 
     def known(**changes):
-        pool = type("Pool", (), {"__len__": lambda self: 64, "rows": []})()
-        bench = dataclasses.replace(bench_of(tiny(**changes)), policy=policy_of(), folder=tmp_path, pool=pool)
+        bench = dataclasses.replace(bench_of(tiny(**changes)), policy=policy_of(), folder=tmp_path, pool=pool_of([{}] * 64))
         saerl.make_signals(bench, None, None)
         args, options = seen.calls[-1]
         return args[4], int(np.isfinite(args[5]).sum()), options["tune"], options["kinds"], options["filters"]
@@ -189,7 +193,8 @@ def test_pools_bases_and_seeds_are_the_cells(monkeypatch, tmp_path, capsys):
     assert len(set(pools)) == 3 and pools[0] == json.dumps(pool("mixed", 1, 5))
     rows = []
     monkeypatch.setattr(lab_world, "sft_batches", lambda made, *_: rows.append([row["prompt"] for row in made]) or [])
-    monkeypatch.setattr("jaxrl_llm.train.sft.train_sft", lambda cfg, params, *_, **__: (rows.append(float(params["embed"][0, 0])) or params, None))
+    monkeypatch.setattr("jaxrl_llm.train.sft.train_sft", lambda cfg, params, *_, **__: (rows.append(params) or params, None))
+    monkeypatch.setattr(models, "init", lambda cfg, key: str(key))
     monkeypatch.setattr(models, "save", Recorder())
     for base in (0, 1):
         saerl.pretrain(tiny(), tmp_path, base, False)

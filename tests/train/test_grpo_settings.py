@@ -1,0 +1,165 @@
+"""Every field of configs/grpo.py arrives where it acts, and those that are no part of the update's formulas change what a run leaves.
+
+The formulas: test_grpo_update_rules.py (loss), test_train_state.py (optimizer), test_grpo_step.py (memory), test_rollout.py (sampling).
+"""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import tiny_grpo as tiny
+from test_train_verbs import config_of, model, sums  # noqa: F401 (fixtures)
+
+import jaxrl_llm.train.evaluate as evaluation
+import jaxrl_llm.train.rollout as rollout
+import models
+from jaxrl_llm.commands import grpo
+from jaxrl_llm.config import field_names, load_config
+from jaxrl_llm.train import loop
+from jaxrl_llm.train.config import GRPOConfig, from_mapping
+
+NAMED = {"aggregation": "dr_grpo", "advantage_scale": "none", "kl": "k3", "schedule": "linear", "stop_strings": ("x",), "eval_by": ("level",)}
+
+
+def test_every_training_field_changes_its_own_setting_and_no_other():
+    config = load_config("configs/grpo.py")
+    base = dataclasses.asdict(from_mapping(GRPOConfig, config.train))
+    for name in field_names(config.train):
+        *groups, field = name.split(".")
+        before = base
+        for group in groups:
+            before = before[group]
+        value = before[field]
+        changed = lambda value: (not value) if isinstance(value, bool) else 7 if value is None else value + 1  # noqa: E731
+        other = NAMED[field] if field in NAMED else changed(value)
+        after = dataclasses.asdict(from_mapping(GRPOConfig, load_config("configs/grpo.py", {f"train.{name}": other}).train))
+        inside = base, after
+        for group in groups:
+            assert {key for key in inside[0] if inside[0][key] != inside[1][key]} == {group}
+            inside = tuple(each[group] for each in inside)
+        assert {key for key in inside[0] if inside[0][key] != inside[1][key]} == {field} and inside[1][field] == other
+
+
+@pytest.fixture
+def given(model, sums, tmp_path, monkeypatch):  # noqa: F811
+    """config changes -> what `train_grpo` is called with: a run that ends there."""
+
+    def call(**changes):
+        seen = {}
+
+        def train_grpo(cfg, params, tokenizer, prompts, reward, schedule, settings, run_dir, evals, mesh):
+            seen.update(prompts=prompts, evals=evals, schedule=schedule, settings=settings, dtype=cfg.dtype, reward=reward, mesh=mesh)
+            raise InterruptedError
+
+        monkeypatch.setattr(loop, "train_grpo", train_grpo)
+        settings = dict(evals=f"sums={sums}", reward__name="exact", max_prompt_tokens=16, schedule__batch_prompts=4) | changes
+        with pytest.raises(InterruptedError):
+            grpo.run(config_of("grpo", model, sums, **settings), str(tmp_path / str(len(list(tmp_path.iterdir())))))
+        return seen
+
+    return call
+
+
+def test_fields_beside_the_training_reach_it(given):
+    base = given()
+    assert len(base["prompts"]) == 20 == len(base["evals"]["sums"]) and base["mesh"] is None and base["settings"].steps == 100
+    limited = given(eval_limit=3)
+    assert len(limited["evals"]["sums"]) == 3 and len(limited["prompts"]) == 20
+    limited = given(data__limit=8)
+    assert len(limited["evals"]["sums"]) == 20 and len(limited["prompts"]) == 8
+    assert given(evals="")["evals"] == {} and given(train__steps=5)["settings"].steps == 5
+    assert (base["dtype"], given(dtype="bfloat16")["dtype"]) == ("float32", "bfloat16")
+    longer = given(template="1 + 1 = 2 {prompt}")
+    assert (longer["prompts"].lengths_N == base["prompts"].lengths_N + 5).all()
+    assert (given(max_prompt_tokens=3, overflow="truncate")["prompts"].lengths_N == 3).all()
+    assert len(base["schedule"].batch(0)) == 4 and len(given(schedule__batch_prompts=5)["schedule"].batch(0)) == 5
+    assert base["schedule"].batch(0).tolist() != given(train__seed=1)["schedule"].batch(0).tolist()
+
+
+def test_the_split_and_bad_rows_are_asked_for(given, monkeypatch):
+    asked, read = [], grpo.read_rows
+
+    def read_rows(*args, **how):
+        asked.append((how["split"], how["on_bad"]))
+        return read(*args, **how)
+
+    monkeypatch.setattr(grpo, "read_rows", read_rows)
+    given(data__split="test", data__on_bad="skip")
+    given()
+    assert asked == [("test", "skip")] * 2 + [("train", "error")] * 2
+
+
+def test_options_of_the_reward_reach_it(given):
+    upper = lambda found: [v.value for v in found["reward"]([rollout.RewardInput("p", "A", "a", {})])]  # noqa: E731
+    assert upper(given()) != upper(given(reward__options='{"ignore_case": false}'))
+
+
+BASE = dataclasses.replace(tiny.TINY, steps=2, checkpoint_every=1, sample_every=1, eval_every=1, eval_samples=2)
+
+
+def left_by(folder, monkeypatch, **changes):
+    """What a run of two steps leaves: evaluations, samples and checkpoints, and in how large batches it sampled."""
+    batches, generate = [], models.generate
+
+    def watched(*args, max_rows, num_samples, temperature, **how):
+        batches.append((max_rows, num_samples, temperature))
+        return generate(*args, max_rows=max_rows, num_samples=num_samples, temperature=temperature, **how)
+
+    for module in (rollout, evaluation):
+        monkeypatch.setattr(module.models, "generate", watched)
+    tiny.run(folder, dataclasses.replace(BASE, **changes), evals={"held_out": tiny.prompts(6, seed=1)})
+    monkeypatch.undo()
+    read = lambda name: [json.loads(line) for line in (folder / name).read_text().splitlines()] if (folder / name).exists() else []  # noqa: E731
+    evals = [record for record in read("metrics.jsonl") if record["kind"] == "eval"]
+    shown = [(record["step"], len(record["prompts"])) for record in read("samples.jsonl")]
+    checkpoints = sorted(path.name for path in (folder / "checkpoints").iterdir())
+    rates = [record.get("rates") for record in evals]
+    return {
+        "evals": [record["step"] for record in evals], "rates": rates, "by": [record["by"] for record in evals], "samples": shown,
+        "checkpoints": checkpoints, "batches": batches,
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def base_run(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        return left_by(tmp_path_factory.mktemp("base") / "run", patch)
+
+
+@pytest.mark.parametrize(
+    ("change", "different"),
+    [
+        ({"eval_every": 0}, {"evals", "rates", "by", "batches"}), ({"eval_samples": 0}, {"rates", "batches"}),
+        ({"eval_temperature": 0.05}, {"rates", "batches"}), ({"eval_batch": 4}, {"batches"}), ({"eval_by": ("level",)}, {"by"}),
+        ({"checkpoint_every": 0}, {"checkpoints"}), ({"keep_checkpoints": 1}, {"checkpoints"}), ({"sample_every": 2}, {"samples"}),
+        ({"samples_per_log": 3}, {"samples"}), ({"rollout_rows": 4}, {"batches"}),
+    ],
+    ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
+)  # fmt: skip
+def test_what_a_run_leaves_is_as_set(base_run, tmp_path, monkeypatch, change, different):
+    """And everything else stays as it was: how many rows are sampled at once changes no sample."""
+    found = left_by(tmp_path / "run", monkeypatch, **change)
+    assert {name for name in found if found[name] != base_run[name]} == different
+    assert base_run["checkpoints"] == ["1", "2"] and base_run["samples"] == [(1, 2), (2, 2)] and base_run["evals"] == [0, 1, 2]
+    wanted = {
+        "eval_batch": (4, 1, 0.0) in found["batches"] and (4, 2, 1.0) in found["batches"], "rollout_rows": (4, 4, 1.0) in found["batches"],
+        "keep_checkpoints": found["checkpoints"] == ["2"], "checkpoint_every": found["checkpoints"] == ["2"],
+        "samples_per_log": found["samples"] == [(1, 3), (2, 3)], "sample_every": found["samples"] == [(1, 2)],
+        "eval_every": found["evals"] == [0, 2], "eval_temperature": (256, 2, 0.05) in found["batches"],
+    }  # fmt: skip
+    assert wanted.get(next(iter(change)), True)
+
+
+def test_stop_strings_end_completions(tmp_path):
+    def lengths(name, *strings):
+        tiny.run(tmp_path / name, dataclasses.replace(BASE, steps=1, eval_every=0, eval_samples=0, stop_strings=strings))
+        return json.loads((tmp_path / name / "metrics.jsonl").read_text().splitlines()[0])["completion_length"]
+
+    assert lengths("stopped", "1", "2", "3") < lengths("whole")
+
+
+def test_inner_epochs_update_again(tmp_path):
+    once, twice = (tiny.flat(tiny.run(tmp_path / str(n), dataclasses.replace(tiny.TINY, steps=1, inner_epochs=n))[0]) for n in (1, 2))
+    start = tiny.flat(tiny.params())
+    assert np.abs(twice - start).mean() > 1.2 * np.abs(once - start).mean()
