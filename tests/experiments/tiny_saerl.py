@@ -1,6 +1,5 @@
 """The SAERL experiment in seconds, as a program for tests that need processes of their own: python tiny_saerl.py FOLDER [JSON of changes]"""
 
-import hashlib
 import json
 import sys
 from pathlib import Path
@@ -56,17 +55,28 @@ def contents(folder, without=(MOMENTS, "stages.json", "config.json")):
     return found
 
 
-def watched(band, path):
-    """The schedule that follows the policy, writing down each step that it sees and which rows it keeps."""
+def watch(path):
+    """From now on the schedule that follows the policy writes down each step that it sees and which rows it keeps (bits, as hex)."""
+    from jaxrl_llm.curation import schedule
 
-    class Watched(band):
+    class Watched(schedule.TrainabilityBand):
         def see_policy(self, step, params):
             note(path, f"{step} begins")
             super().see_policy(step, params)
-            kept = self.state()["kept"]
-            note(path, f"{step} keeps {hashlib.sha256(kept.tobytes()).hexdigest()[:8]}")
+            note(path, f"{step} keeps {np.packbits(self.state()['kept']).tobytes().hex()}")
 
-    return Watched
+    path.parent.mkdir(exist_ok=True)
+    note(path, "start")
+    schedule.TrainabilityBand = Watched
+
+
+def kept_by(path):
+    """{step: [N / 8] bytes of the rows kept} of the first arm that `path` tells of."""
+    lines = [line.split(" keeps ") for line in path.read_text().splitlines() if "keeps" in line]
+    found = {}
+    for step, rows in lines:
+        found.setdefault(int(step), np.frombuffer(bytes.fromhex(rows), np.uint8))
+    return found
 
 
 def note(path, text):
@@ -81,10 +91,5 @@ def run(folder, **changes):
 
 
 if __name__ == "__main__":
-    from jaxrl_llm.curation import schedule
-
-    moments = Path(sys.argv[1]) / MOMENTS
-    moments.parent.mkdir(exist_ok=True)
-    note(moments, "start")
-    schedule.TrainabilityBand = watched(schedule.TrainabilityBand, moments)
+    watch(Path(sys.argv[1]) / MOMENTS)
     run(sys.argv[1], **json.loads(sys.argv[2] if len(sys.argv) > 2 else "{}"))
