@@ -17,23 +17,23 @@ import models
 from jaxrl_llm.commands import grpo
 from jaxrl_llm.config import field_names, load_config
 from jaxrl_llm.train import loop
-from jaxrl_llm.train.config import GRPOConfig, from_mapping
+from jaxrl_llm.train.config import GRPOConfig, SFTConfig, from_mapping
 
 NAMED = {"aggregation": "dr_grpo", "advantage_scale": "none", "kl": "k3", "schedule": "linear", "stop_strings": ("x",), "eval_by": ("level",)}
 
 
-def test_every_training_field_changes_its_own_setting_and_no_other():
-    config = load_config("configs/grpo.py")
-    base = dataclasses.asdict(from_mapping(GRPOConfig, config.train))
+@pytest.mark.parametrize(("verb", "kind"), [("grpo", GRPOConfig), ("sft", SFTConfig)])
+def test_every_training_field_changes_its_own_setting_and_no_other(verb, kind):
+    config = load_config(f"configs/{verb}.py")
+    base = dataclasses.asdict(from_mapping(kind, config.train))
     for name in field_names(config.train):
         *groups, field = name.split(".")
         before = base
         for group in groups:
             before = before[group]
         value = before[field]
-        changed = lambda value: (not value) if isinstance(value, bool) else 7 if value is None else value + 1  # noqa: E731
-        other = NAMED[field] if field in NAMED else changed(value)
-        after = dataclasses.asdict(from_mapping(GRPOConfig, load_config("configs/grpo.py", {f"train.{name}": other}).train))
+        other = NAMED[field] if field in NAMED else (not value) if isinstance(value, bool) else 7 if value is None else value + 1
+        after = dataclasses.asdict(from_mapping(kind, load_config(f"configs/{verb}.py", {f"train.{name}": other}).train))
         inside = base, after
         for group in groups:
             assert {key for key in inside[0] if inside[0][key] != inside[1][key]} == {group}

@@ -98,6 +98,17 @@ def test_not_finite_stops_with_the_step(tmp_path):
         train(explosive, folder=tmp_path / "run")
 
 
+def test_records_and_checkpoints_are_as_often_as_set(tmp_path):
+    def left(name, **changes):
+        history = train(dataclasses.replace(QUICK, **changes), folder=tmp_path / name)[1]
+        return [r["step"] for r in history], sorted(path.name for path in (tmp_path / name / "checkpoints").iterdir())
+
+    assert left("plain") == ([1, 2, 3, 4], ["4"])
+    assert left("rare", log_every=2, checkpoint_every=1) == ([1, 2, 3, 4], ["3", "4"])  # a checkpoint's step has a record
+    assert left("seldom", log_every=2) == ([2, 4], ["4"])
+    assert left("all", checkpoint_every=1, keep_checkpoints=3) == ([1, 2, 3, 4], ["2", "3", "4"])
+
+
 def test_batches_that_run_out_are_named():
     with pytest.raises(UserError, match="ran out at step 3"):
         train(batches=itertools.islice(data(), 2))
