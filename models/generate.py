@@ -262,6 +262,7 @@ def generate(
     tokenizer: Any = None,
     seed: int | Array = 0,
     max_rows: int = 256,
+    first_prompt: int = 0,
     mesh: Mesh | None = None,
 ) -> Rollout:
     """Samples `num_samples` completions of each prompt (a list of token ids); rows of one prompt are adjacent.
@@ -275,6 +276,7 @@ def generate(
     seed: an int or a jax random key; the same seed gives the same completions.
     max_rows: prompts are decoded in batches of at most this many rows (but at least one prompt's samples a device),
       longest prompts together.
+    first_prompt: number of the first prompt in the random stream: parts of a list, each with its own, get the samples of the whole.
     mesh: of `models.sharding.make_mesh`, with `params` on it: rows are spread over its batch axes. Every process calls
       with the same prompts and gets all completions: the same as on one device, up to rounding.
 
@@ -300,7 +302,7 @@ def generate(
         rows = (chosen[:, None] * G + np.arange(G)).reshape(-1)
         n_pad = min(-(-bucket(len(chosen)) // ways) * ways, per_batch)
         width_b = min(bucket(int(prompt_lengths[chosen].max()), 16), cfg.max_position)
-        batch = (*_pad([prompts[i] for i in chosen], width_b, n_pad), np.pad(rows, (0, n_pad * G - len(rows))).astype(np.int32))
+        batch = (*_pad([prompts[i] for i in chosen], width_b, n_pad), np.pad(rows + first_prompt * G, (0, n_pad * G - len(rows))).astype(np.int32))
         padded_tokens, padded_lengths, row_ids = (place_rows(a, mesh) for a in batch)
         out = _run(plan, params, padded_tokens, padded_lengths, (key, row_ids), knobs, stop_strings, tokenizer, mesh)
         tokens[rows], lengths[rows], logps[rows], reasons[rows] = (a[: len(rows)] for a in fetch(out, mesh))

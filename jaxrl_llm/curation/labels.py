@@ -61,16 +61,16 @@ def pass_rates(
 ) -> tuple[np.ndarray, int]:
     """([N] share of passes, NaN where not rolled out or nothing could be judged; verdicts that were errors).
 
-    roll_out(rows, batch number) gives the verdicts of each row's samples. path: a jsonl file of what is done, one line a row, so
+    roll_out(rows, place of the first one in `indices`) gives the verdicts of each row's samples. path: a jsonl file of what is done, one line a row, so
     that a stopped run goes on. Several processes call with the same rows; the first one reads and writes the file.
     """
     rates, errors = np.full(len(rows), np.nan), 0
     done = _done_before(path, [rows[i]["id"] for i in indices]) if path else {}
-    for number, start in enumerate(range(0, len(indices), batch_prompts)):
+    for start in range(0, len(indices), batch_prompts):
         batch = indices[start : start + batch_prompts]
-        # The whole batch again where a stop fell inside it: its noise belongs to it, and a run that goes on must end as one that never stopped.
+        # The whole batch again where a stop fell inside it: its noise goes by place, and a run that goes on must end as one that never stopped.
         missing = {i for i in batch if rows[i]["id"] not in done}
-        verdicts = roll_out([rows[i] for i in batch], number) if missing else [[]] * len(batch)
+        verdicts = roll_out([rows[i] for i in batch], start) if missing else [[]] * len(batch)
         for i, found in zip(batch, verdicts, strict=True):
             if i not in missing:
                 continue
@@ -132,10 +132,11 @@ def policy_roll_out(
     from jaxrl_llm.data.prompts import tokenise_prompts
     from jaxrl_llm.rewards.verdict import RewardInput
 
-    def roll_out(rows: list[Mapping[str, Any]], number: int) -> list[list[Any]]:
+    def roll_out(rows: list[Mapping[str, Any]], first: int) -> list[list[Any]]:
         prompts = tokenise_prompts(rows, tokenizer, max_length=max_prompt_tokens, template=template, overflow="truncate")
-        key = jax.random.fold_in(jax.random.key(seed), number)  # a sum of the two would give a batch the noise of another seed's
-        rollout = models.generate(cfg, params, prompts.token_lists(), num_samples=samples, tokenizer=tokenizer, seed=key, **generation)
+        # Noise by a row's place among those asked for, so that the size of a batch changes no sample.
+        how = dict(num_samples=samples, tokenizer=tokenizer, seed=jax.random.key(seed), first_prompt=first)
+        rollout = models.generate(cfg, params, prompts.token_lists(), **how, **generation)
         texts = tokenizer.batch_decode(rollout.completions(), skip_special_tokens=True)
         inputs = [
             RewardInput(rows[group]["prompt"], text, rows[group].get("answer"), dict(rows[group]))

@@ -98,3 +98,6 @@ def test_a_run_that_goes_on_has_the_pass_rates_of_one_that_never_stopped(tmp_pat
     again, _ = pass_rates(rows, np.arange(8), roll_out(0), path=path, batch_prompts=4)
     np.testing.assert_array_equal(again, whole)
     assert [v.value for vs in roll_out(0)(rows, 1) for v in vs] != [v.value for vs in roll_out(1)(rows, 0) for v in vs]
+    for size in (3, 8):  # how many prompts are rolled out at once changes nothing
+        np.testing.assert_array_equal(pass_rates(rows, np.arange(8), roll_out(0), batch_prompts=size)[0], whole)
+    assert len(set(whole)) > 3
