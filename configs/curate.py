@@ -32,7 +32,7 @@ def get_config(variant: str | None = None) -> ml_collections.ConfigDict:
     config.data.needs_answer = True  # drop rows with an empty answer, where the data has answers at all
 
     config.features = ml_collections.ConfigDict()
-    config.features.hook = ""  # tap; empty = the SAE's own, or after the middle block
+    config.features.hook = ""  # tap; empty = the SAE's own, or, where one is trained here, after the middle block
     config.features.pooling = "max_log1p"  # of latents over a row's tokens: "max_log1p", "max", "mean" or "last"
     config.features.context = 0  # longest piece that the model reads at once, in tokens; 0 = what the model can
     config.features.overflow = "window"  # a longer row: "window" (in pieces), "truncate" (its end), "drop" or "error"

@@ -122,7 +122,7 @@ def _sae(c: ConfigDict) -> None:
     c.sae = ConfigDict()
     c.sae.path = ""  # SAE folder or hub id (of any model: set sae.model too); empty = train one on the policy's activations
     c.sae.model = ""  # feature model, Hugging Face folder or hub id; empty = the policy
-    c.sae.hook = ""  # activation; empty = the SAE's own, else the residual stream after the middle block
+    c.sae.hook = ""  # activation; empty = the SAE's own, or, where one is trained here, the residual stream after the middle block
     # Pooled latents side by side: the maximum over a prompt says what it is about, the last token what the policy makes of it.
     c.sae.pooling = ("max_log1p", "last")
     c.sae.d_sae = 1024  # latents
@@ -214,6 +214,11 @@ def _qwen(c: ConfigDict, model: str, layers: int, d_model: int, mesh: str) -> No
     c.data.fields = "prompt=question,answer=final_answer"
     c.data.evals.gsm8k = ConfigDict(dict(source="openai/gsm8k:main", fields="prompt=question,answer=answer", split="test"))
     c.data.evals.math500 = ConfigDict(dict(source="HuggingFaceH4/MATH-500", fields="prompt=problem,answer=answer", split="test"))
+    # The paper's other sets; field names as their cards give them.
+    aime, amc = dict(source="HuggingFaceH4/aime_2024", fields="prompt=problem,answer=answer", split="train"), dict(source="math-ai/amc23")
+    minerva, olympiad = dict(source="math-ai/minervamath"), dict(source="knoveleng/OlympiadBench", split="train")
+    for name, row in dict(aime24=aime, amc23=amc, minerva=minerva, olympiad=olympiad).items():
+        c.data.evals[name] = ConfigDict(dict(fields="prompt=question,answer=answer", split="test") | row)
     c.data.template = "chat"
     c.data.reward = "maths"
     c.data.rows, c.data.max_prompt_tokens = 103_022, 1024

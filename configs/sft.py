@@ -40,7 +40,7 @@ def get_config(variant: str | None = None) -> ml_collections.ConfigDict:
     config.train.steps = 100  # updates
     config.train.micro_batch_rows = 0  # rows a micro-batch, gradients accumulated; 0 = all at once
     config.train.remat = False  # recompute layers in the backward pass: less memory, a third more work
-    config.train.logprob_chunk = placeholder(int)  # tokens a chunk of the unembedding; None picks by vocabulary
+    config.train.logprob_chunk = placeholder(int)  # tokens a chunk of the unembedding, on each device; None picks by vocabulary
     config.train.log_every = 10  # steps between lines of metrics.jsonl
     config.train.checkpoint_every = 100  # steps; 0 = only at the end and on SIGTERM
     config.train.keep_checkpoints = 2  # the newest so many stay

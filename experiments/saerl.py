@@ -33,7 +33,7 @@ import numpy as np
 from scipy.special import expit
 
 from experiments._saerl_checks import UNASKED, check
-from jaxrl_llm.curation.processes import is_writer
+from jaxrl_llm.curation.processes import from_first, is_writer
 from jaxrl_llm.data import lab_world
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.run_dir import RunDir, write_json
@@ -184,8 +184,9 @@ def make_policy(config, root: Path, base: int, progress: bool = True):
     from jaxrl_llm.runtime import parse_mesh
 
     folder = root / "policies" / f"base{base}"
-    if not config.policy.model and not (folder / "config.json").exists():
+    if from_first(not config.policy.model and not (folder / "config.json").exists()):  # all processes train, or none
         pretrain(config, folder, base, progress)
+        from_first(0)  # the others wait until the first has written it
     return LanguageModel.load(str(config.policy.model or folder), config.policy.dtype, parse_mesh(config.mesh))
 
 
@@ -293,7 +294,7 @@ def make_dictionary(bench: Bench):
     buffer = sae.ActivationBuffer(source, c.batch, 32 * c.batch, seed=bench.cell.seed)
     train = sae.SAETrainConfig(steps=c.steps, learning_rate=c.learning_rate, dead_after=50_000)
     key = jax.random.key(bench.cell.seed)
-    with until_done(folder / "sae_training") as checkpoints:
+    with until_done(folder / "checkpoints") as checkpoints:
         shown = None if bench.progress else False
         dictionary, history = sae.train_sae(cfg, buffer, train, key, mesh=bench.mesh, progress=shown, checkpoints=checkpoints)
         if is_writer():
@@ -478,7 +479,8 @@ def make_arm_schedule(bench: Bench, name: str, signals):
     probed = c.refilter_every and arm.filter not in UNASKED and arm.start == "base"
 
     def refilter(params) -> np.ndarray:
-        return filter_arm(bench, arm, signals, bench.quality_probe().fit(arm.filter, params)).keep
+        # Rounding differs between hosts, and all must go on with the same rows.
+        return np.asarray(from_first(filter_arm(bench, arm, signals, bench.quality_probe().fit(arm.filter, params)).keep), bool)
 
     return TrainabilityBand(
         1 - hard, signals.reduced[arm.features], size, seed=seed, cluster=clusters, keep=keep, samples_per_prompt=config.grpo.num_samples,

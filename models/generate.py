@@ -103,7 +103,7 @@ def _uniforms(key: Array, row_ids_B: Array, step: Array) -> Float[Array, "B 2"]:
 
 def _record(plan: _Plan, state: _State, logits_BV: Array, noise, knobs) -> _State:
     """Samples the next token of every unfinished row and writes it at column `step`."""
-    uniforms = None if plan.greedy else _uniforms(*noise, state.step)
+    uniforms = None if plan.greedy else _uniforms(noise[0], noise[1], state.step)
     temperature, top_p = knobs
     tokens, logps = sample(
         logits_BV, uniforms, temperature=temperature, greedy=plan.greedy, top_k=plan.top_k, top_p=top_p if plan.use_top_p else None

@@ -144,11 +144,11 @@ def attention(q_BTNH: Array, segments: Segments, probs_hook: Callable[[Array], A
     scores = jnp.concatenate([jnp.where(mask[:, None, None], attention_scores(q_BTNH, k), NEGATIVE) for k, _, mask in segments], axis=-1)
     B, K, R, T, S = scores.shape
     probs = probs_hook(jax.nn.softmax(scores, axis=-1).reshape(B, K * R, T, S)).reshape(B, K, R, T, S)
-    out, start = 0, 0
+    parts, start = [], 0
     for k, v, _ in segments:
-        out += attention_values(probs[..., start : start + k.shape[-1]], v)
+        parts.append(attention_values(probs[..., start : start + k.shape[-1]], v))
         start += k.shape[-1]
-    return out
+    return functools.reduce(jnp.add, parts)
 
 
 def attention_in_chunks(q_BTNH: Array, segments: Segments, chunk: int) -> Float[Array, "B T N H"]:

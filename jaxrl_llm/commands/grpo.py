@@ -11,6 +11,7 @@ import numpy as np
 from jaxrl_llm.curation.curated_set import CuratedSet
 from jaxrl_llm.curation.judging import Refilter
 from jaxrl_llm.curation.passes import LanguageModel
+from jaxrl_llm.curation.processes import from_first
 from jaxrl_llm.curation.schedule import OfflineSchedule, Signals, TrainabilityBand, make_schedule
 from jaxrl_llm.data.prompts import PromptBatch, tokenise_prompts
 from jaxrl_llm.data.sampler import ShuffledSchedule
@@ -156,10 +157,14 @@ def _band(config: Any, curated: CuratedSet, chosen: np.ndarray, policy: Asked | 
     refilter = None
     if _refilters(config) and policy is not None:
         refilter = _refilter(config, curated, _kept_arrays(folder, ids, "schedule.band.refilter_every"), policy)
+
+    def judged_anew(params: Any) -> np.ndarray:
+        return np.asarray(from_first(refilter(params)[chosen]), bool)
+
     return TrainabilityBand(
         1.0 - curated.difficulty[chosen], vectors, config.schedule.batch_prompts, seed=config.train.seed, cluster=curated.cluster[chosen],
         keep=curated.keep[chosen], samples_per_prompt=config.train.num_samples, temperature=band.temperature, easy_floor=band.easy_floor,
-        epoch_share=band.epoch_share, balance=band.balance, refilter=None if refilter is None else lambda params: refilter(params)[chosen],
+        epoch_share=band.epoch_share, balance=band.balance, refilter=None if refilter is None else judged_anew,
         refilter_every=band.refilter_every,
     )  # fmt: skip
 

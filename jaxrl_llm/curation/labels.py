@@ -61,8 +61,8 @@ def pass_rates(
 ) -> tuple[np.ndarray, int]:
     """([N] share of passes, NaN where not rolled out or nothing could be judged; verdicts that were errors).
 
-    roll_out(rows, place of the first one in `indices`) gives the verdicts of each row's samples. path: a jsonl file of what is done, one line a row, so
-    that a stopped run goes on. Several processes call with the same rows; the first one reads and writes the file.
+    roll_out(rows, place of the first one in `indices`) gives the verdicts of each row's samples. path: a jsonl file of what is
+    done, one line a row, so that a stopped run goes on. Several processes call with the same rows; the first one reads and writes it.
     """
     rates, errors = np.full(len(rows), np.nan), 0
     done = _done_before(path, [rows[i]["id"] for i in indices]) if path else {}

@@ -39,7 +39,7 @@ from jaxrl_llm.curation.streaming import Results, write_npz
 from jaxrl_llm.curation.texts import prompt_tokens
 from jaxrl_llm.run_dir import RunDir, to_plain, write_json
 
-OWNS = ("sae", "sae_training", "features", "pass_rates-*.jsonl", "curated", "vectors.npz", "signals.json")  # what a run makes in its workdir
+OWNS = ("sae", "features", "pass_rates-*.jsonl", "curated", "vectors.npz", "signals.json")  # what a run makes in its workdir
 PACKAGES = ("jax", "flax", "numpy", "scipy", "scikit-learn", "transformers")
 
 
@@ -284,7 +284,7 @@ def dictionary_stage(model: LanguageModel, rows: Rows, config: Any, mesh: Any, r
     if from_first(found.get("key") == key):  # all processes train, or none
         return sae.load(folder), json.loads(report.read_text())
     with stages.stage("train SAE"):
-        dictionary, metrics = train_dictionary(model, rows, config, mesh, run_dir.path / "sae_training" / key)
+        dictionary, metrics = train_dictionary(model, rows, config, mesh, run_dir.checkpoints / f"sae-{key}")
     shape = {"d_sae": dictionary.cfg.d_sae, "k": dictionary.cfg.k, "hook": dictionary.cfg.hook_name}
     figures = to_plain({"trained": True, "key": key, **shape, **metrics})
     if run_dir.is_writer:

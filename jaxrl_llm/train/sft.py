@@ -24,7 +24,7 @@ from jaxrl_llm.run_dir import RunDir
 from jaxrl_llm.train.config import OptimizerConfig, SFTConfig, check_optimizer, from_mapping
 from jaxrl_llm.train.signals import Interrupted, StopRequest, stop_on_signal
 from jaxrl_llm.train.state import abstract_state, init_state, learning_rate, make_optimizer, policy_params, resolve_decay, state_shardings
-from jaxrl_llm.train.step import batch_shardings
+from jaxrl_llm.train.step import batch_shardings, chunk_on
 from models.sharding import batch_ways, place
 
 
@@ -70,6 +70,7 @@ def _update(spec: SFTSpec, state, batch):
 
 @functools.lru_cache(maxsize=64)
 def _compiled_update(spec: SFTSpec, mesh=None):
+    spec = chunk_on(spec, mesh)
     if mesh is None:
         return jax.jit(functools.partial(_update, spec), donate_argnums=0)
     shardings = state_shardings(spec.model, spec.optimizer, mesh)

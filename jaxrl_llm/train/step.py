@@ -16,10 +16,12 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxrl_llm.losses.grpo import Totals, batch_totals, group_advantages, grpo_loss
+from jaxrl_llm.losses.logprobs import default_chunk
 from jaxrl_llm.train.config import GRPOConfig, LossConfig, OptimizerConfig
 from jaxrl_llm.train.forward import completion_logprobs
 from jaxrl_llm.train.state import State, learning_rate, make_optimizer, resolve_decay, state_shardings
 from models import ModelConfig
+from models.sharding import batch_ways
 
 Batch = dict[str, Any]
 
@@ -164,9 +166,17 @@ def batch_shardings(mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(None, *rows[:1]))
 
 
+def chunk_on(spec: Any, mesh: Any) -> Any:
+    """The spec with a chunk of logits as large on each device as it would be on one: rows of a batch are shared by the mesh's batch axes.
+    spec: has `model` and `logprob_chunk`, in tokens a device."""
+    chunk = spec.logprob_chunk or default_chunk(spec.model.vocab_size)
+    return spec if mesh is None else dataclasses.replace(spec, logprob_chunk=chunk * batch_ways(mesh))
+
+
 @functools.lru_cache(maxsize=64)
 def compiled_update(spec: StepSpec, mesh=None):
     """jitted (state, batch) -> (state, metrics, log-probabilities); the state is donated. Cached, so runs share compilations."""
+    spec = chunk_on(spec, mesh)
     if mesh is None:
         return jax.jit(functools.partial(_update, spec), donate_argnums=0)
     shardings, rows = state_shardings(spec.model, spec.optimizer, mesh), batch_shardings(mesh)
@@ -182,6 +192,7 @@ def compiled_update(spec: StepSpec, mesh=None):
 @functools.lru_cache(maxsize=64)
 def compiled_logprobs(spec: StepSpec, mesh=None):
     """jitted (params, batch) -> log-probabilities [M, r, C] without gradients: for the reference model."""
+    spec = chunk_on(spec, mesh)
 
     def run(params, batch):
         return jax.lax.map(lambda micro: _logprobs(spec, params, micro)[0], batch)

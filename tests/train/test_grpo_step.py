@@ -4,6 +4,7 @@ What does not depend on the model (knobs, masks, inner epochs, KL) is in test_gr
 """
 
 import dataclasses
+import types
 
 import jax
 import jax.numpy as jnp
@@ -12,11 +13,12 @@ import pytest
 import tiny_grpo as tiny
 
 import models
+from jaxrl_llm.losses.logprobs import default_chunk
 from jaxrl_llm.train import forward as train_forward
 from jaxrl_llm.train.config import GRPOConfig, LossConfig, OptimizerConfig
 from jaxrl_llm.train.forward import completion_logprobs
 from jaxrl_llm.train.state import init_state
-from jaxrl_llm.train.step import compiled_logprobs, compiled_update, loss_and_grads, step_spec
+from jaxrl_llm.train.step import chunk_on, compiled_logprobs, compiled_update, loss_and_grads, step_spec
 
 G, S, P, C = 4, 3, 5, 6
 N = G * S
@@ -218,3 +220,12 @@ print("equal")
 
 def test_mesh_of_eight_devices_gives_the_same_update(run_python):
     assert "equal" in run_python(MESH, devices=8, env={"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"})
+
+
+def test_a_chunk_of_logits_is_as_large_on_each_device_as_on_one():
+    """Rows of a batch are shared by the batch axes; the tensor axis shares no rows."""
+    spec = dataclasses.replace(step_spec(tiny.CONFIG, GRPOConfig()), logprob_chunk=None)
+    mesh = types.SimpleNamespace(shape={"data": 2, "fsdp": 4, "tensor": 3})
+    assert chunk_on(spec, None) is spec
+    assert chunk_on(spec, mesh).logprob_chunk == 8 * default_chunk(tiny.CONFIG.vocab_size)
+    assert chunk_on(dataclasses.replace(spec, logprob_chunk=5), mesh).logprob_chunk == 40
