@@ -32,12 +32,20 @@ class LossConfig:
 
     clip_low: float = 0.2  # the ratio is clipped to [1 - clip_low, 1 + clip_high]
     clip_high: float = 0.2  # DAPO: 0.28
+    ratio: str = "token"  # of new to old policy: "token", "sequence" (GSPO) or "sequence_token" (GSPO-token)
+    surrogate: str = "clip"  # "clip" (the clip takes the gradient) or "cispo" (the clipped ratio is a weight without gradient)
+    mismatch: str | None = None  # truncated importance weight of trainer over sampler: None, "token" or "sequence"
+    mismatch_cap: float = 2.0  # the largest such weight
     aggregation: str = "token_mean"  # "token_mean", "sequence_mean" or "dr_grpo"
-    advantage_scale: str = "group_std"  # "group_std", "batch_std" or "none" (Dr. GRPO)
+    baseline: str = "group_mean"  # "group_mean", "leave_one_out" (RLOO) or "batch_mean" (REINFORCE++, over the batch's tokens)
+    advantage_scale: str = "group_std"  # "group_std", "batch_std" or "none" (Dr. GRPO, RLOO)
     advantage_ddof: int = 1  # of the std: 1 = n - 1 in the denominator
     advantage_eps: float = 1e-4  # added to the std
     kl: str | None = None  # None (no reference model in memory), "k1", "k2" or "k3"
     kl_coef: float = 0.0
+    # Where kl_coef x KL goes: "loss"; "sequence_reward", summed over a completion and taken from its reward; or "token_reward", taken from
+    # the return of each token and those before it. In a reward it is the estimate of the policy that sampled, the same in all inner epochs.
+    kl_place: str = "loss"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +62,9 @@ class GRPOConfig:
     stop_strings: tuple[str, ...] = ()  # a completion ends after any of these
     rollout_rows: int = 512  # most completions decoded at once
     inner_epochs: int = 1  # updates on each rollout (mu); above 1 the old log-probabilities are kept
+    rollout_tries: int = 1  # most rollouts a step: groups of equal rewards are replaced by the schedule's next prompts (DAPO); 1 = never
+    overlong_buffer: int = 0  # last tokens before max_new_tokens over which a soft penalty grows (DAPO eq. 13); 0 = no penalty
+    overlong_penalty: float = 1.0  # what a completion that reaches max_new_tokens loses of its reward
     micro_batch_rows: int = 0  # completions a micro-batch, gradients accumulated; 0 = all at once
     shared_prefix: bool = True  # forward each distinct prompt once for its samples (same gradient, less work)
     remat: bool = False  # recompute each layer in the backward pass: less memory, a third more work
@@ -130,13 +141,28 @@ def check_grpo(config: GRPOConfig) -> None:
     """Raises UserError for settings that have no meaning, before anything is compiled."""
     from jaxrl_llm.losses import grpo
 
-    check_choice("loss.aggregation", config.loss.aggregation, grpo.AGGREGATIONS)
-    check_choice("loss.advantage_scale", config.loss.advantage_scale, grpo.ADVANTAGE_SCALES)
-    check_choice("loss.kl", config.loss.kl, grpo.KL_KINDS)
+    choices = {
+        "aggregation": grpo.AGGREGATIONS, "baseline": grpo.BASELINES, "advantage_scale": grpo.ADVANTAGE_SCALES, "ratio": grpo.RATIOS,
+        "surrogate": grpo.SURROGATES, "mismatch": grpo.MISMATCHES, "kl": grpo.KL_KINDS, "kl_place": grpo.KL_PLACES,
+    }  # fmt: skip
+    for name, known in choices.items():
+        check_choice(f"loss.{name}", getattr(config.loss, name), known)
+    _check_loss(config.loss)
     check_optimizer(config.optimizer)
-    for name in ("steps", "num_samples", "max_new_tokens", "inner_epochs", "rollout_rows", "eval_batch"):
+    for name in ("steps", "num_samples", "max_new_tokens", "inner_epochs", "rollout_rows", "rollout_tries", "eval_batch"):
         if getattr(config, name) < 1:
             raise UserError(f"setting '{name}' must be at least 1, got {getattr(config, name)}")
+    if config.num_samples == 1 and (config.rollout_tries > 1 or config.loss.baseline != "batch_mean"):
+        name = "rollout_tries" if config.rollout_tries > 1 else "loss.baseline"
+        raise UserError(
+            f"setting '{name}' compares the samples of a prompt, and num_samples=1: every advantage would be 0; "
+            "set num_samples to 2 or more, or loss.baseline='batch_mean' with rollout_tries=1"
+        )
+    if not 0 <= config.overlong_buffer <= config.max_new_tokens or config.overlong_penalty < 0:
+        raise UserError(
+            f"setting 'overlong_buffer' must be from 0 (off) to max_new_tokens={config.max_new_tokens} and 'overlong_penalty' not below 0, "
+            f"got {config.overlong_buffer} and {config.overlong_penalty:g}"
+        )
     if not config.temperature > 0:
         raise UserError(f"setting 'temperature' must be above 0 in training, got {config.temperature}; evaluation is greedy anyway")
     truncated = config.top_k > 0 or config.top_p < 1.0
@@ -145,6 +171,25 @@ def check_grpo(config: GRPOConfig) -> None:
             f"top_k={config.top_k}, top_p={config.top_p}: the log-probabilities in the loss are over the full vocabulary, so training on "
             "truncated samples biases the ratio; set top_k=0 and top_p=1, or allow_truncated_sampling=True to accept that"
         )
+
+
+def _check_loss(loss: LossConfig) -> None:
+    """Raises UserError for settings of the loss that have no meaning together."""
+    if not 0 <= loss.clip_low <= 1 or loss.clip_high < 0:
+        raise UserError(f"setting 'loss.clip_low' must be from 0 to 1 and 'loss.clip_high' not below 0, got {loss.clip_low} and {loss.clip_high}")
+    if loss.mismatch is not None and not loss.mismatch_cap > 0:
+        raise UserError(f"setting 'loss.mismatch_cap' must be above 0, got {loss.mismatch_cap}")
+    if loss.kl is None and loss.kl_place != "loss":
+        raise UserError(f"setting 'loss.kl_place' is {loss.kl_place!r}, but there is no KL: set loss.kl (usually 'k1') and loss.kl_coef")
+    if loss.kl_place == "token_reward" and loss.baseline != "batch_mean":
+        raise UserError(
+            f"setting 'loss.kl_place' is 'token_reward', which gives each token a return of its own; loss.baseline={loss.baseline!r} is one "
+            "number a completion: set loss.baseline='batch_mean', or loss.kl_place='sequence_reward'"
+        )
+    if loss.baseline == "batch_mean" and loss.advantage_scale == "group_std":
+        raise UserError("setting 'loss.advantage_scale' is 'group_std', but loss.baseline='batch_mean' knows no groups: set 'batch_std' or 'none'")
+    if loss.surrogate == "cispo" and loss.ratio == "sequence_token":
+        raise UserError("setting 'loss.ratio' is 'sequence_token', but loss.surrogate='cispo' takes no gradient of the ratio: set 'sequence' or 'token'")
 
 
 def check_optimizer(config: OptimizerConfig) -> None:

@@ -28,7 +28,7 @@ from jaxrl_llm.train.metrics import experience_metrics, samples_record
 from jaxrl_llm.train.rollout import Experience, build_batch, collect
 from jaxrl_llm.train.signals import Interrupted, stop_on_signal
 from jaxrl_llm.train.state import abstract_state, init_state, policy_params
-from jaxrl_llm.train.step import StepSpec, batch_shardings, compiled_logprobs, compiled_update, step_spec
+from jaxrl_llm.train.step import StepSpec, batch_shardings, compiled_kl, compiled_logprobs, compiled_update, step_spec
 from models.sharding import batch_ways, place
 
 WARN_AGAIN_AFTER = 20  # steps between two warnings
@@ -217,8 +217,10 @@ def _update(run: _Run, state, experience: Experience) -> tuple[dict, dict[str, f
     batch = build_batch(experience, run.config, row_multiple=ways)
     if run.mesh is not None:
         batch = jax.tree.map(lambda x: place(x, batch_shardings(run.mesh)), batch)
-    if run.reference is not None:
+    if run.reference is not None and run.config.loss.kl_place == "loss":
         batch["ref_logps"] = compiled_logprobs(run.spec, run.mesh)(run.reference, batch)
+    elif run.reference is not None:
+        batch["kl"] = compiled_kl(run.spec, run.mesh)(state["params"], run.reference, batch)
     update = compiled_update(run.spec, run.mesh)
     metrics = []
     for epoch in range(run.config.inner_epochs):

@@ -3,7 +3,7 @@
 A batch is a dict of host or device arrays with a leading micro-batch axis M; g prompts and r = g x S completions a micro-batch:
   prompts [M, g, P] int32, prompt_lengths [M, g]; completions [M, r, C] int32, lengths [M, r] (0 = padding row);
   sampler_logps [M, r, C] fp32; rewards [M, r] fp32, valid [M, r] bool, group_ids [M, r] int32 (one value a prompt id, below M x r);
-  and, where used, old_logps and ref_logps [M, r, C] fp32.
+  and, where used, old_logps and ref_logps [M, r, C] fp32, or kl [M, r, C] fp32, the estimates that the rewards pay for.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxrl_llm.losses.grpo import Totals, batch_totals, group_advantages, grpo_loss
+from jaxrl_llm.losses.grpo import Totals, batch_advantages, batch_totals, group_advantages, grpo_loss, kl_estimate, to_go
 from jaxrl_llm.losses.logprobs import default_chunk
 from jaxrl_llm.train.config import GRPOConfig, LossConfig, OptimizerConfig
 from jaxrl_llm.train.forward import completion_logprobs
@@ -60,19 +60,20 @@ def completion_mask(batch: Batch) -> jax.Array:
     return (index_C < batch["lengths"][..., None]) & batch["valid"][..., None]
 
 
-def batch_advantages(spec: StepSpec, batch: Batch) -> jax.Array:
-    """[M, r] advantages over the whole batch: a group may be spread over micro-batches."""
-    rewards = batch["rewards"]
-    flat = group_advantages(
-        rewards.reshape(-1),
-        batch["group_ids"].reshape(-1),
-        rewards.size,
-        batch["valid"].reshape(-1),
-        scale=spec.loss.advantage_scale,
-        ddof=spec.loss.advantage_ddof,
-        eps=spec.loss.advantage_eps,
-    )
-    return flat.reshape(rewards.shape)
+def advantages(spec: StepSpec, batch: Batch) -> jax.Array:
+    """[M, r] advantages, or [M, r, C] with baseline "batch_mean", over the whole batch: a group may be spread over micro-batches."""
+    loss, rewards, mask = spec.loss, batch["rewards"], completion_mask(batch)
+    if loss.kl_place == "sequence_reward":
+        rewards = rewards - loss.kl_coef * jnp.sum(jnp.where(mask, batch["kl"], 0.0), axis=-1)
+    how = {"scale": loss.advantage_scale, "ddof": loss.advantage_ddof, "eps": loss.advantage_eps}
+    if loss.baseline == "batch_mean":
+        returns = jnp.broadcast_to(rewards[..., None], mask.shape)
+        if loss.kl_place == "token_reward":
+            returns = returns - loss.kl_coef * to_go(batch["kl"], mask)
+        rows = (-1, mask.shape[-1])
+        return batch_advantages(returns.reshape(rows), mask.reshape(rows), **how).reshape(mask.shape)
+    ids, valid = batch["group_ids"].reshape(-1), batch["valid"].reshape(-1)
+    return group_advantages(rewards.reshape(-1), ids, rewards.size, valid, baseline=loss.baseline, **how).reshape(rewards.shape)
 
 
 def _logprobs(spec: StepSpec, params, micro: Batch, with_entropy: bool = False):
@@ -93,7 +94,7 @@ def _logprobs(spec: StepSpec, params, micro: Batch, with_entropy: bool = False):
 
 
 def micro_loss(params, spec: StepSpec, micro: Batch, totals: Totals):
-    """(loss, (metrics, log-probabilities [r, C])) of one micro-batch; `micro` holds "advantages" [r] too.
+    """(loss, (metrics, log-probabilities [r, C])) of one micro-batch; `micro` holds "advantages" [r] or [r, C] too.
 
     Every metric is a sum over tokens divided by the whole batch's token count, so that those of micro-batches add up, except
     "logp_diff_max", of which the largest counts."""
@@ -106,8 +107,13 @@ def micro_loss(params, spec: StepSpec, micro: Batch, totals: Totals):
         mask,
         clip_low=spec.loss.clip_low,
         clip_high=spec.loss.clip_high,
+        ratio=spec.loss.ratio,
+        surrogate=spec.loss.surrogate,
+        mismatch=spec.loss.mismatch,
+        mismatch_cap=spec.loss.mismatch_cap,
+        sampler_logps=micro["sampler_logps"],
         aggregation=spec.loss.aggregation,
-        kl=spec.loss.kl,
+        kl=spec.loss.kl if spec.loss.kl_place == "loss" else None,
         kl_coef=spec.loss.kl_coef,
         ref_logps=micro.get("ref_logps"),
         max_length=spec.max_new_tokens,
@@ -120,13 +126,15 @@ def micro_loss(params, spec: StepSpec, micro: Batch, totals: Totals):
         "logp_diff_mean": jnp.sum(difference) / tokens,
         "logp_diff_max": jnp.max(difference),
     }
+    if "kl" in micro:
+        metrics["kl"] = jnp.sum(jnp.where(mask, micro["kl"], 0.0)) / tokens
     return loss, (metrics, jax.lax.stop_gradient(logps))
 
 
 def loss_and_grads(spec: StepSpec, params, batch: Batch):
     """(loss, metrics, gradients, log-probabilities [M, r, C]) of the whole batch, one micro-batch in memory at a time."""
     totals = batch_totals(completion_mask(batch).reshape(-1, batch["completions"].shape[-1]))
-    micros = batch | {"advantages": batch_advantages(spec, batch)}
+    micros = batch | {"advantages": advantages(spec, batch)}
     grad_fn = jax.value_and_grad(functools.partial(micro_loss, spec=spec, totals=totals), has_aux=True)
 
     def one(micro):
@@ -201,3 +209,19 @@ def compiled_logprobs(spec: StepSpec, mesh=None):
         return jax.jit(run)
     rows = batch_shardings(mesh)
     return jax.jit(run, in_shardings=(state_shardings(spec.model, spec.optimizer, mesh)["params"], rows), out_shardings=rows)
+
+
+@functools.lru_cache(maxsize=64)
+def compiled_kl(spec: StepSpec, mesh=None):
+    """jitted (params, reference, batch) -> per-token KL estimates [M, r, C] without gradients: what is taken from the rewards. `params` are
+    those that sampled, in the trainer's own precision."""
+
+    def run(params, reference, batch):
+        return jax.lax.map(
+            lambda micro: kl_estimate(_logprobs(spec, params, micro)[0], _logprobs(spec, reference, micro)[0], spec.loss.kl), batch
+        )
+
+    if mesh is None:
+        return jax.jit(run)
+    rows, params = batch_shardings(mesh), state_shardings(spec.model, spec.optimizer, mesh)["params"]
+    return jax.jit(run, in_shardings=(params, params, rows), out_shardings=rows)
