@@ -4,14 +4,16 @@
         --config.reward.name=maths --config.evals=test=test.jsonl --workdir=runs/grpo
     jaxrl-llm grpo --config=configs/grpo.py:dapo --config.model=FOLDER --config.data.curated=runs/curated --workdir=runs/curated_grpo
 
-Variants: "grpo" (the default), "dr_grpo" (arXiv 2503.20783) and "dapo" (the loss of arXiv 2503.14476). The trained policy is written
-to WORKDIR/policy as a Hugging Face folder; `jaxrl-llm report --workdir=...` draws the run. Started again, a run goes on where it was.
+Variants: "grpo" (the default); "dr_grpo" (arXiv 2503.20783); "dapo" (arXiv 2503.14476: higher upper clip, mean over tokens, new prompts for
+groups of equal rewards, soft penalty of long completions); "rloo" (arXiv 2402.14740); "reinforce_pp" (arXiv 2501.03262); "gspo"
+(arXiv 2507.18071); "cispo" (arXiv 2506.13585). The trained policy is written to WORKDIR/policy as a Hugging Face folder;
+`jaxrl-llm report --workdir=...` draws the run. Started again, a run goes on where it was.
 Expected: reward and pass_rate rise, zero_spread stays well below 0.9, logp_diff_max stays below 1e-4 in fp32 (bfloat16: about 0.1).
 """
 
 import ml_collections
 
-VARIANTS = ("grpo", "dr_grpo", "dapo")
+VARIANTS = ("grpo", "dr_grpo", "dapo", "rloo", "reinforce_pp", "gspo", "cispo")
 
 
 def get_config(variant: str | None = None) -> ml_collections.ConfigDict:
@@ -62,6 +64,9 @@ def get_config(variant: str | None = None) -> ml_collections.ConfigDict:
     config.train.stop_strings = ()  # a completion ends after any of these
     config.train.rollout_rows = 512  # most completions decoded at once
     config.train.inner_epochs = 1  # updates on each rollout
+    config.train.rollout_tries = 1  # most rollouts a step: groups of equal rewards are replaced by the schedule's next prompts; 1 = never
+    config.train.overlong_buffer = 0  # last tokens before max_new_tokens over which a penalty of the reward grows; 0 = no penalty
+    config.train.overlong_penalty = 1.0  # what a completion that reaches max_new_tokens loses of its reward
     config.train.micro_batch_rows = 0  # completions a micro-batch, gradients accumulated; 0 = all at once
     config.train.shared_prefix = True  # forward each prompt once for its samples: same gradient, less work
     config.train.remat = False  # recompute layers in the backward pass: less memory, a third more work
@@ -81,12 +86,18 @@ def get_config(variant: str | None = None) -> ml_collections.ConfigDict:
     config.train.loss = ml_collections.ConfigDict()  # see jaxrl_llm.losses.grpo for the formulas
     config.train.loss.clip_low = 0.2  # the ratio is clipped to [1 - clip_low, 1 + clip_high]
     config.train.loss.clip_high = 0.2
+    config.train.loss.ratio = "token"  # of new to old policy, by "token", "sequence" (GSPO) or "sequence_token" (its value, each token's gradient)
+    config.train.loss.surrogate = "clip"  # "clip" (clipped tokens have no gradient) or "cispo" (the clipped ratio is a weight)
+    config.train.loss.mismatch = placeholder(str)  # weight of trainer over sampler by "token" or "sequence", for bfloat16 or another sampler; None = off
+    config.train.loss.mismatch_cap = 2.0  # the largest such weight
     config.train.loss.aggregation = "sequence_mean"  # "token_mean", "sequence_mean" or "dr_grpo"
+    config.train.loss.baseline = "group_mean"  # "group_mean", "leave_one_out" (RLOO) or "batch_mean" (REINFORCE++)
     config.train.loss.advantage_scale = "group_std"  # "group_std", "batch_std" or "none"
     config.train.loss.advantage_ddof = 1  # of the std: 1 = n - 1 in the denominator
     config.train.loss.advantage_eps = 1e-4  # added to the std
     config.train.loss.kl = placeholder(str)  # None (no reference model in memory), "k1", "k2" or "k3"
     config.train.loss.kl_coef = 0.0
+    config.train.loss.kl_place = "loss"  # kl_coef x KL goes into the "loss", is taken from a completion's reward ("sequence_reward") or from each token's return ("token_reward")
 
     config.train.optimizer = ml_collections.ConfigDict()  # AdamW
     config.train.optimizer.learning_rate = 1e-6  # peak
@@ -102,8 +113,28 @@ def get_config(variant: str | None = None) -> ml_collections.ConfigDict:
 
     config.overwrite = False  # clear a workdir that holds another run
 
-    if variant == "dr_grpo":
-        config.train.loss.aggregation, config.train.loss.advantage_scale = "dr_grpo", "none"
-    elif variant == "dapo":
-        config.train.loss.aggregation, config.train.loss.clip_high = "token_mean", 0.28
+    _vary(config.train, variant)
     return config
+
+
+def _vary(train: ml_collections.ConfigDict, variant: str | None) -> None:
+    """The papers' settings, where they differ from GRPO's."""
+    loss = train.loss
+    if variant == "dr_grpo":
+        loss.aggregation, loss.advantage_scale = "dr_grpo", "none"
+    elif variant == "dapo":
+        loss.aggregation, loss.clip_high = "token_mean", 0.28
+        train.rollout_tries = 10  # of the authors' recipe
+        train.overlong_buffer = train.max_new_tokens // 5  # 4,096 of 20,480 tokens there
+    elif variant == "rloo":  # the sum over a sequence, as "dr_grpo" takes it up to a constant
+        loss.aggregation, loss.baseline, loss.advantage_scale = "dr_grpo", "leave_one_out", "none"
+        loss.kl, loss.kl_coef, loss.kl_place = "k1", 0.05, "sequence_reward"
+    elif variant == "reinforce_pp":
+        loss.aggregation, loss.baseline, loss.advantage_scale = "token_mean", "batch_mean", "batch_std"
+        loss.kl, loss.kl_coef, loss.kl_place = "k1", 0.01, "token_reward"
+    elif variant == "gspo":  # the ratio matters from the second update on; the paper makes four of a rollout, on a quarter of it each
+        loss.ratio, loss.clip_low, loss.clip_high = "sequence", 3e-4, 4e-4
+        train.inner_epochs = 4
+    elif variant == "cispo":  # no lower bound; weights up to 5 (ScaleRL, arXiv 2510.13786)
+        loss.surrogate, loss.aggregation, loss.clip_low, loss.clip_high = "cispo", "token_mean", 1.0, 4.0
+        train.inner_epochs = 4

@@ -189,7 +189,7 @@ def _check_loss(loss: LossConfig) -> None:
     if loss.baseline == "batch_mean" and loss.advantage_scale == "group_std":
         raise UserError("setting 'loss.advantage_scale' is 'group_std', but loss.baseline='batch_mean' knows no groups: set 'batch_std' or 'none'")
     if loss.surrogate == "cispo" and loss.ratio == "sequence_token":
-        raise UserError("setting 'loss.ratio' is 'sequence_token', but loss.surrogate='cispo' takes no gradient of the ratio: set 'sequence' or 'token'")
+        raise UserError("setting 'loss.ratio' is 'sequence_token', but 'cispo' takes no gradient of the ratio: set loss.ratio='token'")
 
 
 def check_optimizer(config: OptimizerConfig) -> None:

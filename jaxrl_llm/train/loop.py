@@ -25,12 +25,15 @@ from jaxrl_llm.run_dir import RunDir
 from jaxrl_llm.train.config import GRPOConfig, check_grpo, from_mapping
 from jaxrl_llm.train.evaluate import evaluate
 from jaxrl_llm.train.metrics import experience_metrics, samples_record
+from jaxrl_llm.train.resample import fill
 from jaxrl_llm.train.rollout import Experience, build_batch, collect
 from jaxrl_llm.train.signals import Interrupted, stop_on_signal
 from jaxrl_llm.train.state import abstract_state, init_state, policy_params
 from jaxrl_llm.train.step import StepSpec, batch_shardings, compiled_kl, compiled_logprobs, compiled_update, step_spec
 from models.sharding import batch_ways, place
 
+DRAWN = "loop.batches_drawn"  # among the schedule's arrays in a checkpoint
+RESAMPLED = 2**31  # randomness of a step's further rollouts: above every step number
 WARN_AGAIN_AFTER = 20  # steps between two warnings
 SPREAD_STEPS = 20  # last steps over which the share of groups with equal rewards is taken
 SPREAD_GROUPS = 64  # of fewer groups in fewer steps a high share may be luck: of 8, at a true share of 0.7, all are equal in 1 step of 17
@@ -38,7 +41,8 @@ SPREAD_GROUPS = 64  # of fewer groups in fewer steps a high share may be luck: o
 
 class Schedule(Protocol):
     """Which prompts go into which step; `data.sampler.ShuffledSchedule` is the plain one. One that has `see_policy(step, params)` is
-    shown the policy before each step: what it makes of it must depend on parameters and step only."""
+    shown the policy before each step: what it makes of it must depend on parameters and step only. To a schedule a step is a batch that it
+    gave: a training step that rolls out several (`rollout_tries`) asks for, and reports, as many, in order."""
 
     def batch(self, step: int) -> np.ndarray:
         """Row indices of a step: a function of the schedule's arguments and state only."""
@@ -70,6 +74,7 @@ class _Run:
     reference: Any  # parameters of the reference policy, None without KL
     checkpoints: Checkpoints
     key: jax.Array
+    drawn: int = 0  # batches taken from the schedule
     warned_at: int = -WARN_AGAIN_AFTER
     # (groups with a verdict, share of them with equal rewards, mean reward) of the last steps; a resumed run starts it anew
     spreads: collections.deque = dataclasses.field(default_factory=lambda: collections.deque(maxlen=SPREAD_STEPS))
@@ -144,6 +149,7 @@ def _restore(run: _Run, params) -> tuple[dict, int]:
         run.run_dir.truncate_after(-1)
         return init_state(run.model, optimizer, params, run.mesh), 0
     step, state, schedule_state = found
+    run.drawn = int(schedule_state.pop(DRAWN, step))
     run.schedule.restore(schedule_state)
     run.run_dir.truncate_after(step)
     logging.info("resumed from step %d of %s", step, run.run_dir.path)
@@ -168,7 +174,9 @@ def _train(run: _Run, state, start: int, progress: bool):
             if last or (config.eval_every and done % config.eval_every == 0):
                 _evaluate(run, state, done)
             if last or stop.signum or (config.checkpoint_every and done % config.checkpoint_every == 0):
-                run.checkpoints.save(done, state, run.schedule.state())
+                # Without resampling the batches drawn are the steps.
+                drawn = {DRAWN: np.int64(run.drawn)} if config.rollout_tries > 1 else {}
+                run.checkpoints.save(done, state, run.schedule.state() | drawn)
             if stop.signum and not last:
                 message = f"stopped by signal {stop.signum} after step {done}; the same command goes on from there"
                 logging.warning("%s", message)
@@ -177,38 +185,59 @@ def _train(run: _Run, state, start: int, progress: bool):
 
 
 def _step(run: _Run, state, step: int) -> tuple[dict, dict]:
-    """One rollout and its updates: (new state, the record to log)."""
+    """One rollout, or as many as make a full batch, and its updates: (new state, the record to log)."""
     began = time.perf_counter()
     policy = policy_params(run.model, state["params"])
-    if (see_policy := getattr(run.schedule, "see_policy", None)) is not None:
-        see_policy(step, policy)
-    scheduled = time.perf_counter()
-    indices = np.asarray(run.schedule.batch(step))
-    batch = run.prompts.take(indices)
-    experience = collect(run.model, policy, run.tokenizer, batch, run.reward, run.config, jax.random.fold_in(run.key, step), run.mesh)
-    del policy  # in bf16 it is a copy that the update needs the room of
+    rolled: list[np.ndarray] = []  # the rows of each rollout
+    scheduling: list[float] = []  # seconds
+
+    def draw(attempt: int) -> Experience:
+        indices, seconds, experience = _roll_out(run, policy, step, attempt)
+        rolled.append(indices)
+        scheduling.append(seconds)
+        return experience
+
+    filled = fill(draw, run.config.rollout_tries)
+    trained, everything = filled.experience(), filled.everything()
+    del policy, draw  # in bf16 it is a copy that the update needs the room of
     update_began = time.perf_counter()
-    state, measured = _update(run, state, experience)
+    state, measured = _update(run, state, trained)
     _check_finite(run, measured, step)
-    run.schedule.observe(step, indices, experience.pass_rates())
     now = time.perf_counter()
-    record = {"kind": "train", "step": step + 1, "kl": None} | experience_metrics(experience) | measured
+    # What the policy does is told of all that it did: the groups that were chosen for their spread would flatter or slander it.
+    record = {"kind": "train", "step": step + 1, "kl": None} | experience_metrics(everything) | measured
     record |= {
-        "rows": indices.tolist(),  # which prompts: enough to retrace a schedule that adapts
-        "tokens_per_s": float(experience.rollout.completion_lengths_N.sum() / (now - began)),
-        "seconds_rollout": experience.seconds_rollout,
-        "seconds_reward": experience.seconds_reward,
+        "rows": np.concatenate([rolled[number][at] for number, at in filled.trained]).tolist(),  # enough to retrace a schedule that adapts
+        "tokens_per_s": float(everything.rollout.completion_lengths_N.sum() / (now - began)),
+        "seconds_rollout": everything.seconds_rollout,
+        "seconds_reward": everything.seconds_reward,
         "seconds_update": now - update_began,
-        "seconds_schedule": scheduled - began,
+        "seconds_schedule": sum(scheduling),
         "seconds": now - began,
     }
-    groups = np.unique(experience.groups_N[experience.valid_N]).size
+    if run.config.rollout_tries > 1:
+        record |= filled.counts | {"rows_rolled": np.concatenate(rolled).tolist()}
+    groups = np.unique(everything.groups_N[everything.valid_N]).size
     if groups:
         run.spreads.append((groups, record["zero_spread"], record["reward"]))
     _warn(run, record, step)
     if run.config.sample_every and step % run.config.sample_every == 0:
-        run.run_dir.sample(samples_record(experience, step + 1, run.config.samples_per_log))
+        run.run_dir.sample(samples_record(trained, step + 1, run.config.samples_per_log))
     return state, record
+
+
+def _roll_out(run: _Run, policy, step: int, attempt: int) -> tuple[np.ndarray, float, Experience]:
+    """(rows, seconds that the schedule looked at the policy, completions) of the schedule's next batch; it is told what they scored."""
+    began = time.perf_counter()
+    if (see_policy := getattr(run.schedule, "see_policy", None)) is not None:
+        see_policy(run.drawn, policy)
+    seconds = time.perf_counter() - began
+    indices = np.asarray(run.schedule.batch(run.drawn))
+    key = jax.random.fold_in(jax.random.fold_in(run.key, RESAMPLED + attempt) if attempt else run.key, step)
+    experience = collect(run.model, policy, run.tokenizer, run.prompts.take(indices), run.reward, run.config, key, run.mesh)
+    run.schedule.observe(run.drawn, indices, experience.pass_rates())
+    run.drawn += 1
+    return indices, seconds, experience
 
 
 def _update(run: _Run, state, experience: Experience) -> tuple[dict, dict[str, float]]:

@@ -9,6 +9,7 @@ import numpy as np
 
 import models
 from jaxrl_llm.data.prompts import PromptBatch
+from jaxrl_llm.losses.grpo import overlong_penalty
 from jaxrl_llm.rewards import registry
 from jaxrl_llm.rewards.verdict import Reward, RewardInput, Status, Verdict, reward_values
 from jaxrl_llm.train.config import GRPOConfig
@@ -19,8 +20,8 @@ from models.generate import bucket
 class Experience:
     """One step's judged completions. N rows, several a prompt; `rollout.group_ids_N` says which prompt of `prompts` a row is of.
 
-    rewards_N fp32 and valid_N bool: see `reward_values`. groups_N: one integer for each distinct prompt id, which is what advantages
-    are grouped by (a prompt that is in the batch twice is one group).
+    rewards_N fp32 and valid_N bool: see `reward_values`; the penalty of long completions, if any, is taken off. groups_N: one integer
+    for each distinct prompt id, which is what advantages are grouped by (a prompt that is in the batch twice is one group).
     """
 
     prompts: PromptBatch
@@ -104,6 +105,9 @@ def collect(
     texts = decode_completions(tokenizer, rollout)
     verdicts = judge(reward, prompts, rollout.group_ids_N, texts)
     rewards_N, valid_N = reward_values(verdicts)
+    if config.overlong_buffer:
+        penalty_N = np.asarray(overlong_penalty(rollout.completion_lengths_N, config.max_new_tokens, config.overlong_buffer))
+        rewards_N = np.where(valid_N, rewards_N + config.overlong_penalty * penalty_N, 0.0).astype(np.float32)
     return Experience(
         prompts=prompts,
         rollout=rollout,
@@ -111,13 +115,13 @@ def collect(
         verdicts=verdicts,
         rewards_N=rewards_N,
         valid_N=valid_N,
-        groups_N=_groups_by_id(prompts.ids)[rollout.group_ids_N],
+        groups_N=groups_by_id(prompts.ids)[rollout.group_ids_N],
         seconds_rollout=sampled - start,
         seconds_reward=time.perf_counter() - sampled,
     )
 
 
-def _groups_by_id(ids: Sequence[str]) -> np.ndarray:
+def groups_by_id(ids: Sequence[str]) -> np.ndarray:
     """int32 [prompts]: equal for equal ids, numbered by first appearance."""
     numbers: dict[str, int] = {}
     return np.array([numbers.setdefault(i, len(numbers)) for i in ids], dtype=np.int32)
