@@ -174,11 +174,47 @@ def test_mapping_becomes_the_dataclass():
         (GRPOConfig(optimizer=OptimizerConfig(schedule="sine")), "cosine"),
         (GRPOConfig(temperature=0.0), "temperature"),
         (GRPOConfig(num_samples=0), "num_samples"),
+        (GRPOConfig(loss=LossConfig(ratio="row")), "loss.ratio.*sequence_token"),
+        (GRPOConfig(loss=LossConfig(surrogate="ppo")), "loss.surrogate.*cispo"),
+        (GRPOConfig(loss=LossConfig(mismatch="geo")), "loss.mismatch.*sequence"),
+        (GRPOConfig(loss=LossConfig(baseline="mean")), "loss.baseline.*leave_one_out"),
+        (GRPOConfig(loss=LossConfig(kl="k1", kl_place="reward")), "loss.kl_place.*sequence_reward"),
+        (GRPOConfig(loss=LossConfig(clip_low=1.5)), "loss.clip_low"),
+        (GRPOConfig(loss=LossConfig(clip_high=-0.1)), "loss.clip_high"),
+        (GRPOConfig(loss=LossConfig(mismatch="token", mismatch_cap=0.0)), "loss.mismatch_cap"),
+        (GRPOConfig(loss=LossConfig(kl_place="sequence_reward")), "loss.kl_place.*no KL.*loss.kl"),
+        (GRPOConfig(loss=LossConfig(kl="k1", kl_place="token_reward")), "loss.kl_place.*loss.baseline"),
+        (GRPOConfig(loss=LossConfig(baseline="batch_mean")), "loss.advantage_scale.*batch_std"),
+        (GRPOConfig(loss=LossConfig(surrogate="cispo", ratio="sequence_token")), "loss.ratio.*cispo"),
+        (GRPOConfig(num_samples=1), "loss.baseline.*num_samples=1"),
+        (GRPOConfig(num_samples=1, rollout_tries=2, loss=LossConfig(baseline="batch_mean", advantage_scale="none")), "rollout_tries.*num_samples"),
+        (GRPOConfig(rollout_tries=0), "rollout_tries"),
+        (GRPOConfig(max_new_tokens=8, overlong_buffer=9), "overlong_buffer.*max_new_tokens=8"),
+        (GRPOConfig(overlong_penalty=-1.0), "overlong_penalty"),
     ],
 )
 def test_settings_without_meaning_are_refused(config, message):
     with pytest.raises(UserError, match=message):
         check_grpo(config)
+
+
+def test_a_single_sample_is_enough_for_a_baseline_over_the_batch():
+    check_grpo(GRPOConfig(num_samples=1, loss=LossConfig(baseline="batch_mean", advantage_scale="batch_std")))
+
+
+def test_long_completions_lose_reward(experience):
+    """0 up to the buffer, then linear, the whole penalty at the limit; verdicts stay as they are, and rows without one get nothing."""
+    batch, shy = tiny.prompts().take([0, 2, 5, 7]), dataclasses.replace(tiny.TINY, overlong_buffer=4, overlong_penalty=0.5)
+    made = collect(tiny.CONFIG, tiny.params(), tiny.Tokenizer(), batch, sometimes_broken, shy, jax.random.key(1))
+    lengths = made.rollout.completion_lengths_N
+    assert made.verdicts == experience.verdicts and lengths.min() <= 2 and lengths.max() == 6
+    penalty = np.select([lengths <= 2, lengths == 3, lengths == 4, lengths == 5], [0, -0.25, -0.5, -0.75], -1.0)
+    np.testing.assert_allclose(made.rewards_N, np.where(made.valid_N, experience.rewards_N + 0.5 * penalty, 0))
+    assert experience_metrics(made)["pass_rate"] == experience_metrics(experience)["pass_rate"]
+    assert experience_metrics(made)["reward"] < experience_metrics(experience)["reward"]
+    wider = dataclasses.replace(shy, overlong_buffer=6)
+    again = collect(tiny.CONFIG, tiny.params(), tiny.Tokenizer(), batch, sometimes_broken, wider, jax.random.key(1))
+    assert again.rewards_N.sum() < made.rewards_N.sum()
 
 
 def test_broken_reward_verdict_count():

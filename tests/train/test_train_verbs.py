@@ -11,10 +11,11 @@ from transformers import PreTrainedTokenizerFast
 
 import models
 from jaxrl_llm.commands import grpo, sft
-from jaxrl_llm.config import load_config
+from jaxrl_llm.config import import_config, load_config, resolve_path
 from jaxrl_llm.curation.curated_set import CuratedSet
 from jaxrl_llm.curation.trainability import TrainabilityBand
 from jaxrl_llm.errors import UserError
+from jaxrl_llm.train.config import GRPOConfig, check_grpo, from_mapping
 
 WORDS = ["<pad>", "</s>", *"0123456789", "+", "="]
 
@@ -72,6 +73,40 @@ def test_sft_then_grpo_then_a_folder_that_loads(model, sums, tmp_path, capsys):
     assert "accuracy" in capsys.readouterr().out
     grpo.run(config, str(tmp_path / "grpo"))  # a finished run: nothing to do, the folder is written again
     assert models.load(tmp_path / "grpo" / grpo.FOLDER)[0] == cfg
+
+
+PAPERS = {
+    "grpo": ("token", "clip", "sequence_mean", "group_mean", "group_std", None),
+    "dr_grpo": ("token", "clip", "dr_grpo", "group_mean", "none", None),
+    "dapo": ("token", "clip", "token_mean", "group_mean", "group_std", None),
+    "rloo": ("token", "clip", "dr_grpo", "leave_one_out", "none", "sequence_reward"),
+    "reinforce_pp": ("token", "clip", "token_mean", "batch_mean", "batch_std", "token_reward"),
+    "gspo": ("sequence", "clip", "sequence_mean", "group_mean", "group_std", None),
+    "cispo": ("token", "cispo", "token_mean", "group_mean", "group_std", None),
+}
+
+
+def test_variants_are_the_papers():
+    assert set(PAPERS) == set(import_config(resolve_path("configs/grpo.py")).VARIANTS)
+    for name, (ratio, surrogate, aggregation, baseline, scale, place) in PAPERS.items():
+        made = from_mapping(GRPOConfig, load_config(f"configs/grpo.py:{name}").train)
+        check_grpo(made)
+        loss = made.loss
+        assert (loss.ratio, loss.surrogate, loss.aggregation, loss.baseline, loss.advantage_scale) == (ratio, surrogate, aggregation, baseline, scale)
+        assert (loss.kl and loss.kl_place) == place and loss.mismatch is None and (place is None) == (loss.kl_coef == 0)
+        assert (made.inner_epochs > 1) == (name in ("gspo", "cispo"))  # else the ratio is 1
+        assert (made.rollout_tries, made.overlong_buffer) == ((10, 51) if name == "dapo" else (1, 0))
+
+
+def test_dapo_from_a_file_replaces_groups_and_stops_where_its_buffer_does_not_fit(model, sums, tmp_path):
+    dapo = {**GRPO, "train__steps": 1, "train__rollout_tries": 2}
+    fields = {"model": str(model), "data.source": str(sums), "data.fields": "prompt=question,answer=answer"}
+    fields |= {key.replace("__", "."): value for key, value in dapo.items()}
+    with pytest.raises(UserError, match="overlong_buffer.*max_new_tokens=4.*got 51"):
+        grpo.run(load_config("configs/grpo.py:dapo", fields), str(tmp_path / "refused"))
+    grpo.run(load_config("configs/grpo.py:dapo", fields | {"train.overlong_buffer": 1}), str(tmp_path / "run"))
+    record = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
+    assert len(record["rows"]) == 4 and record["rollouts"] in (1, 2) and len(record["rows_rolled"]) == 4 * record["rollouts"]
 
 
 def test_sft_masks_the_prompt_unless_it_trains_on_text(model, sums):
