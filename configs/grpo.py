@@ -6,14 +6,14 @@
 
 Variants: "grpo" (the default); "dr_grpo" (arXiv 2503.20783); "dapo" (arXiv 2503.14476: higher upper clip, mean over tokens, new prompts for
 groups of equal rewards, soft penalty of long completions); "rloo" (arXiv 2402.14740); "reinforce_pp" (arXiv 2501.03262); "gspo"
-(arXiv 2507.18071); "cispo" (arXiv 2506.13585). The trained policy is written to WORKDIR/policy as a Hugging Face folder;
-`jaxrl-llm report --workdir=...` draws the run. Started again, a run goes on where it was.
+(arXiv 2507.18071); "cispo" (arXiv 2506.13585); "ppo" (arXiv 1707.06347, with a critic). The trained policy is written to WORKDIR/policy as
+a Hugging Face folder; `jaxrl-llm report --workdir=...` draws the run. Started again, a run goes on where it was.
 Expected: reward and pass_rate rise, zero_spread stays well below 0.9, logp_diff_max stays below 1e-4 in fp32 (bfloat16: about 0.1).
 """
 
 import ml_collections
 
-VARIANTS = ("grpo", "dr_grpo", "dapo", "rloo", "reinforce_pp", "gspo", "cispo")
+VARIANTS = ("grpo", "dr_grpo", "dapo", "rloo", "reinforce_pp", "gspo", "cispo", "ppo")
 
 
 def get_config(variant: str | None = None) -> ml_collections.ConfigDict:
@@ -91,13 +91,17 @@ def get_config(variant: str | None = None) -> ml_collections.ConfigDict:
     config.train.loss.mismatch = placeholder(str)  # weight of trainer over sampler by "token" or "sequence", for bfloat16 or another sampler; None = off
     config.train.loss.mismatch_cap = 2.0  # the largest such weight
     config.train.loss.aggregation = "sequence_mean"  # "token_mean", "sequence_mean" or "dr_grpo"
-    config.train.loss.baseline = "group_mean"  # "group_mean", "leave_one_out" (RLOO) or "batch_mean" (REINFORCE++)
+    config.train.loss.baseline = "group_mean"  # "group_mean", "leave_one_out" (RLOO), "batch_mean" (REINFORCE++) or "value" (PPO: a critic on the policy's hidden states)
     config.train.loss.advantage_scale = "group_std"  # "group_std", "batch_std" or "none"
     config.train.loss.advantage_ddof = 1  # of the std: 1 = n - 1 in the denominator
     config.train.loss.advantage_eps = 1e-4  # added to the std
     config.train.loss.kl = placeholder(str)  # None (no reference model in memory), "k1", "k2" or "k3"
     config.train.loss.kl_coef = 0.0
     config.train.loss.kl_place = "loss"  # kl_coef x KL goes into the "loss", is taken from a completion's reward ("sequence_reward") or from each token's return ("token_reward")
+    config.train.loss.gamma = 1.0  # with baseline "value": discount a token
+    config.train.loss.gae_lambda = 0.95  # with baseline "value": 1 = returns less values, 0 = one-step errors
+    config.train.loss.value_coef = 0.5  # with baseline "value": weight of the value loss
+    config.train.loss.value_clip = 0.2  # with baseline "value": how far a value may move from the old one before its loss stops pulling; 0 = no clip
 
     config.train.optimizer = ml_collections.ConfigDict()  # AdamW
     config.train.optimizer.learning_rate = 1e-6  # peak
@@ -137,4 +141,8 @@ def _vary(train: ml_collections.ConfigDict, variant: str | None) -> None:
         train.inner_epochs = 4
     elif variant == "cispo":  # no lower bound; weights up to 5 (ScaleRL, arXiv 2510.13786)
         loss.surrogate, loss.aggregation, loss.clip_low, loss.clip_high = "cispo", "token_mean", 1.0, 4.0
+        train.inner_epochs = 4
+    elif variant == "ppo":
+        loss.aggregation, loss.baseline, loss.advantage_scale = "token_mean", "value", "batch_std"
+        loss.kl, loss.kl_coef, loss.kl_place = "k1", 0.01, "token_reward"
         train.inner_epochs = 4

@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 AGGREGATIONS = ("token_mean", "sequence_mean", "dr_grpo")
 KL_KINDS = (None, "k1", "k2", "k3")
 KL_PLACES = ("loss", "sequence_reward", "token_reward")
-BASELINES = ("group_mean", "leave_one_out", "batch_mean")
+BASELINES = ("group_mean", "leave_one_out", "batch_mean", "value")  # the last: a critic, see jaxrl_llm.losses.ppo
 ADVANTAGE_SCALES = ("group_std", "batch_std", "none")
 RATIOS = ("token", "sequence", "sequence_token")
 SURROGATES = ("clip", "cispo")

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 from jaxrl_llm.errors import UserError, nearest
 
 T = TypeVar("T")
+TOKEN_BASELINES = ("batch_mean", "value")  # those that give each token an advantage of its own and compare no samples of a prompt
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +38,7 @@ class LossConfig:
     mismatch: str | None = None  # truncated importance weight of trainer over sampler: None, "token" or "sequence"
     mismatch_cap: float = 2.0  # the largest such weight
     aggregation: str = "token_mean"  # "token_mean", "sequence_mean" or "dr_grpo"
-    baseline: str = "group_mean"  # "group_mean", "leave_one_out" (RLOO) or "batch_mean" (REINFORCE++, over the batch's tokens)
+    baseline: str = "group_mean"  # "group_mean", "leave_one_out" (RLOO), "batch_mean" (REINFORCE++, over the batch's tokens) or "value" (PPO)
     advantage_scale: str = "group_std"  # "group_std", "batch_std" or "none" (Dr. GRPO, RLOO)
     advantage_ddof: int = 1  # of the std: 1 = n - 1 in the denominator
     advantage_eps: float = 1e-4  # added to the std
@@ -46,6 +47,16 @@ class LossConfig:
     # Where kl_coef x KL goes: "loss"; "sequence_reward", summed over a completion and taken from its reward; or "token_reward", taken from
     # the return of each token and those before it. In a reward it is the estimate of the policy that sampled, the same in all inner epochs.
     kl_place: str = "loss"
+    # With baseline "value": a linear head on the policy's last hidden states is its critic, see `jaxrl_llm.losses.ppo`.
+    gamma: float = 1.0  # discount a token
+    gae_lambda: float = 0.95  # 1 = returns less values, 0 = one-step errors
+    value_coef: float = 0.5  # weight of the value loss
+    value_clip: float = 0.2  # the value may move so far from the old one before its loss stops pulling; 0 = no clip
+
+    @property
+    def critic(self) -> bool:
+        """Whether the training state has a value head."""
+        return self.baseline == "value"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,11 +163,11 @@ def check_grpo(config: GRPOConfig) -> None:
     for name in ("steps", "num_samples", "max_new_tokens", "inner_epochs", "rollout_rows", "rollout_tries", "eval_batch"):
         if getattr(config, name) < 1:
             raise UserError(f"setting '{name}' must be at least 1, got {getattr(config, name)}")
-    if config.num_samples == 1 and (config.rollout_tries > 1 or config.loss.baseline != "batch_mean"):
+    if config.num_samples == 1 and (config.rollout_tries > 1 or config.loss.baseline not in TOKEN_BASELINES):
         name = "rollout_tries" if config.rollout_tries > 1 else "loss.baseline"
         raise UserError(
             f"setting '{name}' compares the samples of a prompt, and num_samples=1: every advantage would be 0; "
-            "set num_samples to 2 or more, or loss.baseline='batch_mean' with rollout_tries=1"
+            "set num_samples to 2 or more, or loss.baseline='batch_mean' or 'value' with rollout_tries=1"
         )
     if not 0 <= config.overlong_buffer <= config.max_new_tokens or config.overlong_penalty < 0:
         raise UserError(
@@ -181,13 +192,21 @@ def _check_loss(loss: LossConfig) -> None:
         raise UserError(f"setting 'loss.mismatch_cap' must be above 0, got {loss.mismatch_cap}")
     if loss.kl is None and loss.kl_place != "loss":
         raise UserError(f"setting 'loss.kl_place' is {loss.kl_place!r}, but there is no KL: set loss.kl (usually 'k1') and loss.kl_coef")
-    if loss.kl_place == "token_reward" and loss.baseline != "batch_mean":
+    if loss.kl_place == "token_reward" and loss.baseline not in TOKEN_BASELINES:
         raise UserError(
             f"setting 'loss.kl_place' is 'token_reward', which gives each token a return of its own; loss.baseline={loss.baseline!r} is one "
-            "number a completion: set loss.baseline='batch_mean', or loss.kl_place='sequence_reward'"
+            "number a completion: set loss.baseline='batch_mean' or 'value', or loss.kl_place='sequence_reward'"
         )
-    if loss.baseline == "batch_mean" and loss.advantage_scale == "group_std":
-        raise UserError("setting 'loss.advantage_scale' is 'group_std', but loss.baseline='batch_mean' knows no groups: set 'batch_std' or 'none'")
+    if loss.baseline in TOKEN_BASELINES and loss.advantage_scale == "group_std":
+        raise UserError(
+            f"setting 'loss.advantage_scale' is 'group_std', but loss.baseline={loss.baseline!r} knows no groups: set 'batch_std' or 'none'"
+        )
+    for name in ("gamma", "gae_lambda"):
+        if not 0 <= getattr(loss, name) <= 1:
+            raise UserError(f"setting 'loss.{name}' must be from 0 to 1, got {getattr(loss, name)}")
+    for name in ("value_coef", "value_clip"):
+        if getattr(loss, name) < 0:
+            raise UserError(f"setting 'loss.{name}' must not be below 0, got {getattr(loss, name)}")
     if loss.surrogate == "cispo" and loss.ratio == "sequence_token":
         raise UserError("setting 'loss.ratio' is 'sequence_token', but 'cispo' takes no gradient of the ratio: set loss.ratio='token'")
 

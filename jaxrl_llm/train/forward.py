@@ -33,10 +33,27 @@ def completion_logprobs(
     length gets a finite number of no meaning: mask it. shared_prefix: forward each prompt once and let its S completions attend to its
     keys and values (gradients flow back through them), instead of once for each completion.
     """
-    hidden_of = _shared_hidden if shared_prefix else _plain_hidden
-    hidden_NCD = hidden_of(cfg, params, prompts_GP, prompt_lengths_G, completions_NC, completion_lengths_N, remat)
+    hidden_NCD = completion_hidden(
+        cfg, params, prompts_GP, prompt_lengths_G, completions_NC, completion_lengths_N, remat=remat, shared_prefix=shared_prefix
+    )
     unembed_DV = models.unembed_matrix(cfg, params)
     return token_logprobs(hidden_NCD, unembed_DV, completions_NC, temperature=temperature, chunk=chunk, with_entropy=with_entropy)
+
+
+def completion_hidden(
+    cfg: models.ModelConfig,
+    params,
+    prompts_GP: Int[Array, "prompts prompt_len"],
+    prompt_lengths_G: Int[Array, "prompts"],
+    completions_NC: Int[Array, "rows completion_len"],
+    completion_lengths_N: Int[Array, "rows"],
+    *,
+    remat: bool = False,
+    shared_prefix: bool = True,
+) -> Float[Array, "rows completion_len d_model"]:
+    """The states that predict each completion token; arguments as of `completion_logprobs`."""
+    hidden_of = _shared_hidden if shared_prefix else _plain_hidden
+    return hidden_of(cfg, params, prompts_GP, prompt_lengths_G, completions_NC, completion_lengths_N, remat)
 
 
 def _forward(cfg: models.ModelConfig, params, tokens, *, remat: bool, **options) -> models.ForwardOutput:

@@ -28,8 +28,8 @@ from jaxrl_llm.train.metrics import experience_metrics, samples_record
 from jaxrl_llm.train.resample import fill
 from jaxrl_llm.train.rollout import Experience, build_batch, collect
 from jaxrl_llm.train.signals import Interrupted, stop_on_signal
-from jaxrl_llm.train.state import abstract_state, init_state, policy_params
-from jaxrl_llm.train.step import StepSpec, batch_shardings, compiled_kl, compiled_logprobs, compiled_update, step_spec
+from jaxrl_llm.train.state import abstract_state, init_state, policy_params, trunk
+from jaxrl_llm.train.step import StepSpec, batch_shardings, compiled_kl, compiled_logprobs, compiled_update, compiled_values, step_spec
 from models.sharding import batch_ways, place
 
 DRAWN = "loop.batches_drawn"  # among the schedule's arrays in a checkpoint
@@ -143,11 +143,11 @@ def _check_lengths(model_cfg, prompts: PromptBatch, config: GRPOConfig, what: st
 
 def _restore(run: _Run, params) -> tuple[dict, int]:
     """(state, step): the newest checkpoint, or the start."""
-    optimizer = run.spec.optimizer
-    found = run.checkpoints.restore(abstract_state(run.model, optimizer, run.mesh))
+    optimizer, critic = run.spec.optimizer, run.config.loss.critic
+    found = run.checkpoints.restore(abstract_state(run.model, optimizer, run.mesh, critic))
     if found is None:
         run.run_dir.truncate_after(-1)
-        return init_state(run.model, optimizer, params, run.mesh), 0
+        return init_state(run.model, optimizer, params, run.mesh, critic), 0
     step, state, schedule_state = found
     run.drawn = int(schedule_state.pop(DRAWN, step))
     run.schedule.restore(schedule_state)
@@ -249,7 +249,9 @@ def _update(run: _Run, state, experience: Experience) -> tuple[dict, dict[str, f
     if run.reference is not None and run.config.loss.kl_place == "loss":
         batch["ref_logps"] = compiled_logprobs(run.spec, run.mesh)(run.reference, batch)
     elif run.reference is not None:
-        batch["kl"] = compiled_kl(run.spec, run.mesh)(state["params"], run.reference, batch)
+        batch["kl"] = compiled_kl(run.spec, run.mesh)(trunk(state["params"]), run.reference, batch)
+    if run.config.loss.critic:
+        batch["values"] = compiled_values(run.spec, run.mesh)(state["params"], batch)
     update = compiled_update(run.spec, run.mesh)
     metrics = []
     for epoch in range(run.config.inner_epochs):

@@ -15,6 +15,7 @@ State = dict[str, Any]
 
 # The last path entry of parameters that weight decay leaves alone: norms' scales and biases.
 NOT_DECAYED = ("norm", "bias", "scale")
+VALUE_HEAD = "value_head"  # beside the model's parameters while a critic is trained: {"kernel": [d_model], "bias": []}
 
 
 def resolve_decay(config: OptimizerConfig, updates: int) -> OptimizerConfig:
@@ -58,13 +59,13 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw) if config.clip_norm else optax.chain(adamw)
 
 
-def abstract_state(model: ModelConfig, optimizer: OptimizerConfig, mesh=None) -> State:
+def abstract_state(model: ModelConfig, optimizer: OptimizerConfig, mesh=None, critic: bool = False) -> State:
     """The state as ShapeDtypeStructs, with shardings where there is a mesh: what a checkpoint is restored into."""
     params = master_shapes(model)
-    shapes = jax.eval_shape(functools.partial(_make_state, optimizer), params)
+    shapes = jax.eval_shape(functools.partial(_make_state, optimizer, critic * model.d_model), params)
     if mesh is None:
         return shapes
-    shardings = state_shardings(model, optimizer, mesh)
+    shardings = state_shardings(model, optimizer, mesh, critic)
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
 
 
@@ -73,33 +74,51 @@ def master_shapes(model: ModelConfig):
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), abstract_params(model))
 
 
-def state_shardings(model: ModelConfig, optimizer: OptimizerConfig, mesh) -> State:
-    """A sharding for each leaf: parameters by `models.sharding`, moments like their parameters, counters on every device."""
+def trunk(params):
+    """The model's parameters without a critic's head."""
+    return {name: value for name, value in params.items() if name != VALUE_HEAD}
+
+
+def state_shardings(model: ModelConfig, optimizer: OptimizerConfig, mesh, critic: bool = False) -> State:
+    """A sharding for each leaf: parameters by `models.sharding`, moments like their parameters, counters and value head on every device."""
     from models import sharding
 
     by_param = sharding.param_shardings(model, mesh)
     everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     tx = make_optimizer(optimizer)
-    shapes = jax.eval_shape(tx.init, master_shapes(model))
+    shapes = master_shapes(model)
+    if critic:
+        head = _value_head(model.d_model)
+        by_param, shapes = by_param | {VALUE_HEAD: jax.tree.map(lambda _: everywhere, head)}, shapes | {VALUE_HEAD: head}
+    shapes = jax.eval_shape(tx.init, shapes)
     moments = optax.tree_utils.tree_map_params(tx, lambda _, s: s, shapes, by_param, transform_non_params=lambda _: everywhere)
     return {"params": by_param, "opt_state": moments, "step": everywhere}
 
 
-def _make_state(optimizer: OptimizerConfig, params) -> State:
+def _value_head(d_model: int):
+    """Zeros: before it has learnt anything the critic says nothing."""
+    return {"kernel": jnp.zeros(d_model, jnp.float32), "bias": jnp.zeros((), jnp.float32)}
+
+
+def _make_state(optimizer: OptimizerConfig, width: int, params) -> State:
+    """width: of the value head, in hidden units; 0 = none."""
     # A copy: the state is donated to every update, and the caller's parameters must outlive that.
     params = jax.tree.map(lambda p: jnp.array(p, jnp.float32, copy=True), params)
+    if width:
+        params = {**params, VALUE_HEAD: _value_head(width)}
     return {"params": params, "opt_state": make_optimizer(optimizer).init(params), "step": jnp.zeros((), jnp.int32)}
 
 
 @functools.lru_cache(maxsize=16)
-def _compiled_init(model: ModelConfig, optimizer: OptimizerConfig, mesh):
-    shardings = None if mesh is None else state_shardings(model, optimizer, mesh)
-    return jax.jit(functools.partial(_make_state, optimizer), out_shardings=shardings)
+def _compiled_init(model: ModelConfig, optimizer: OptimizerConfig, mesh, critic):
+    shardings = None if mesh is None else state_shardings(model, optimizer, mesh, critic)
+    return jax.jit(functools.partial(_make_state, optimizer, critic * model.d_model), out_shardings=shardings)
 
 
-def init_state(model: ModelConfig, optimizer: OptimizerConfig, params, mesh=None) -> State:
-    """The state at step 0: an fp32 copy of `params` (any float dtype), sharded over `mesh` if there is one."""
-    return _compiled_init(model, optimizer, mesh)(params)
+def init_state(model: ModelConfig, optimizer: OptimizerConfig, params, mesh=None, critic: bool = False) -> State:
+    """The state at step 0: an fp32 copy of `params` (any float dtype), sharded over `mesh` if there is one; critic: with a value head of
+    zeros among the parameters."""
+    return _compiled_init(model, optimizer, mesh, critic)(params)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -108,5 +127,6 @@ def _cast(dtype: str, params):
 
 
 def policy_params(model: ModelConfig, params):
-    """The parameters as the model computes with them: themselves in fp32, a cast copy in bf16."""
+    """The parameters as the model computes with them: themselves in fp32, a cast copy in bf16; without a critic's head."""
+    params = trunk(params)
     return params if model.dtype == "float32" else _cast(model.dtype, params)

@@ -3,7 +3,8 @@
 A batch is a dict of host or device arrays with a leading micro-batch axis M; g prompts and r = g x S completions a micro-batch:
   prompts [M, g, P] int32, prompt_lengths [M, g]; completions [M, r, C] int32, lengths [M, r] (0 = padding row);
   sampler_logps [M, r, C] fp32; rewards [M, r] fp32, valid [M, r] bool, group_ids [M, r] int32 (one value a prompt id, below M x r);
-  and, where used, old_logps and ref_logps [M, r, C] fp32, or kl [M, r, C] fp32, the estimates that the rewards pay for.
+  and, where used, old_logps and ref_logps [M, r, C] fp32, or kl [M, r, C] fp32, the estimates that the rewards pay for;
+  with a critic values [M, r, C] fp32, by the policy that sampled.
 """
 
 import dataclasses
@@ -15,11 +16,13 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
+import models
 from jaxrl_llm.losses.grpo import Totals, batch_advantages, batch_totals, group_advantages, grpo_loss, kl_estimate, to_go
-from jaxrl_llm.losses.logprobs import default_chunk
+from jaxrl_llm.losses.logprobs import default_chunk, token_logprobs
+from jaxrl_llm.losses.ppo import gae, token_values, value_loss
 from jaxrl_llm.train.config import GRPOConfig, LossConfig, OptimizerConfig
-from jaxrl_llm.train.forward import completion_logprobs
-from jaxrl_llm.train.state import State, learning_rate, make_optimizer, resolve_decay, state_shardings
+from jaxrl_llm.train.forward import completion_hidden, completion_logprobs
+from jaxrl_llm.train.state import VALUE_HEAD, State, learning_rate, make_optimizer, resolve_decay, state_shardings, trunk
 from models import ModelConfig
 from models.sharding import batch_ways
 
@@ -76,6 +79,40 @@ def advantages(spec: StepSpec, batch: Batch) -> jax.Array:
     return group_advantages(rewards.reshape(-1), ids, rewards.size, valid, baseline=loss.baseline, **how).reshape(rewards.shape)
 
 
+def critic_targets(spec: StepSpec, batch: Batch) -> Batch:
+    """"advantages" and "returns" [M, r, C] by the old values: the reward comes with a completion's last token, the price of KL with each."""
+    loss, mask = spec.loss, completion_mask(batch)
+    last = jnp.arange(mask.shape[-1]) == batch["lengths"][..., None] - 1
+    rewards = jnp.where(last, batch["rewards"][..., None], 0.0)
+    if loss.kl_place == "token_reward":
+        rewards = rewards - loss.kl_coef * batch["kl"]
+    elif loss.kl_place == "sequence_reward":
+        rewards = rewards - jnp.where(last, loss.kl_coef * jnp.sum(jnp.where(mask, batch["kl"], 0.0), axis=-1, keepdims=True), 0.0)
+    rows = lambda x: x.reshape(-1, mask.shape[-1])  # noqa: E731
+    raw = gae(rows(rewards), rows(batch["values"]), rows(mask), gamma=loss.gamma, lam=loss.gae_lambda)
+    scaled = batch_advantages(raw, rows(mask), scale=loss.advantage_scale, ddof=loss.advantage_ddof, eps=loss.advantage_eps)
+    return {"advantages": scaled.reshape(mask.shape), "returns": raw.reshape(mask.shape) + batch["values"]}
+
+
+def _values(spec: StepSpec, params, micro: Batch):
+    """(log-probabilities, entropies, values) [r, C] by one forward pass."""
+    compute = jax.tree.map(lambda p: p.astype(spec.model.dtype), trunk(params))
+    hidden = completion_hidden(
+        spec.model,
+        compute,
+        micro["prompts"],
+        micro["prompt_lengths"],
+        micro["completions"],
+        micro["lengths"],
+        remat=spec.remat,
+        shared_prefix=spec.shared_prefix,
+    )
+    how = {"temperature": spec.temperature, "chunk": spec.logprob_chunk, "with_entropy": True}
+    logps, entropy = token_logprobs(hidden, models.unembed_matrix(spec.model, compute), micro["completions"], **how)
+    head = params[VALUE_HEAD]
+    return logps, entropy, token_values(hidden, head["kernel"], head["bias"])
+
+
 def _logprobs(spec: StepSpec, params, micro: Batch, with_entropy: bool = False):
     compute = jax.tree.map(lambda p: p.astype(spec.model.dtype), params)
     return completion_logprobs(
@@ -98,7 +135,10 @@ def micro_loss(params, spec: StepSpec, micro: Batch, totals: Totals):
 
     Every metric is a sum over tokens divided by the whole batch's token count, so that those of micro-batches add up, except
     "logp_diff_max", of which the largest counts."""
-    logps, entropy = _logprobs(spec, params, micro, with_entropy=True)
+    if spec.loss.critic:
+        logps, entropy, values = _values(spec, params, micro)
+    else:
+        (logps, entropy), values = _logprobs(spec, params, micro, with_entropy=True), None
     mask = completion_mask(micro)
     loss, metrics = grpo_loss(
         logps,
@@ -126,6 +166,10 @@ def micro_loss(params, spec: StepSpec, micro: Batch, totals: Totals):
         "logp_diff_mean": jnp.sum(difference) / tokens,
         "logp_diff_max": jnp.max(difference),
     }
+    if values is not None:
+        missed = value_loss(values, micro["values"], micro["returns"], mask, clip=spec.loss.value_clip, totals=totals)
+        loss = loss + spec.loss.value_coef * missed
+        metrics |= {"value_loss": jax.lax.stop_gradient(missed), "value": jnp.sum(jnp.where(mask, micro["values"], 0.0)) / tokens}
     if "kl" in micro:
         metrics["kl"] = jnp.sum(jnp.where(mask, micro["kl"], 0.0)) / tokens
     return loss, (metrics, jax.lax.stop_gradient(logps))
@@ -134,7 +178,7 @@ def micro_loss(params, spec: StepSpec, micro: Batch, totals: Totals):
 def loss_and_grads(spec: StepSpec, params, batch: Batch):
     """(loss, metrics, gradients, log-probabilities [M, r, C]) of the whole batch, one micro-batch in memory at a time."""
     totals = batch_totals(completion_mask(batch).reshape(-1, batch["completions"].shape[-1]))
-    micros = batch | {"advantages": advantages(spec, batch)}
+    micros = batch | (critic_targets(spec, batch) if spec.loss.critic else {"advantages": advantages(spec, batch)})
     grad_fn = jax.value_and_grad(functools.partial(micro_loss, spec=spec, totals=totals), has_aux=True)
 
     def one(micro):
@@ -187,7 +231,7 @@ def compiled_update(spec: StepSpec, mesh=None):
     spec = chunk_on(spec, mesh)
     if mesh is None:
         return jax.jit(functools.partial(_update, spec), donate_argnums=0)
-    shardings, rows = state_shardings(spec.model, spec.optimizer, mesh), batch_shardings(mesh)
+    shardings, rows = state_shardings(spec.model, spec.optimizer, mesh, spec.loss.critic), batch_shardings(mesh)
     everywhere = NamedSharding(mesh, PartitionSpec())
     return jax.jit(
         functools.partial(_update, spec),
@@ -225,3 +269,16 @@ def compiled_kl(spec: StepSpec, mesh=None):
         return jax.jit(run)
     rows, params = batch_shardings(mesh), state_shardings(spec.model, spec.optimizer, mesh)["params"]
     return jax.jit(run, in_shardings=(params, params, rows), out_shardings=rows)
+
+
+@functools.lru_cache(maxsize=64)
+def compiled_values(spec: StepSpec, mesh=None):
+    """jitted (params with the value head, batch) -> values [M, r, C] without gradients: those that advantages are taken against."""
+
+    def run(params, batch):
+        return jax.lax.map(lambda micro: _values(spec, params, micro)[2], batch)
+
+    if mesh is None:
+        return jax.jit(run)
+    rows, params = batch_shardings(mesh), state_shardings(spec.model, spec.optimizer, mesh, critic=True)["params"]
+    return jax.jit(run, in_shardings=(params, rows), out_shardings=rows)

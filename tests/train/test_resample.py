@@ -219,6 +219,7 @@ FAMILY = {
     "reinforce_pp": LossConfig(baseline="batch_mean", advantage_scale="batch_std", kl="k1", kl_coef=0.01, kl_place="token_reward"),
     "gspo": LossConfig(ratio="sequence", aggregation="sequence_mean", clip_low=3e-4, clip_high=4e-4),
     "cispo": LossConfig(surrogate="cispo", clip_low=1.0, clip_high=4.0, mismatch="token"),
+    "ppo": LossConfig(baseline="value", advantage_scale="batch_std", kl="k1", kl_coef=0.01, kl_place="token_reward"),
 }
 
 

@@ -83,6 +83,7 @@ PAPERS = {
     "reinforce_pp": ("token", "clip", "token_mean", "batch_mean", "batch_std", "token_reward"),
     "gspo": ("sequence", "clip", "sequence_mean", "group_mean", "group_std", None),
     "cispo": ("token", "cispo", "token_mean", "group_mean", "group_std", None),
+    "ppo": ("token", "clip", "token_mean", "value", "batch_std", "token_reward"),
 }
 
 
@@ -94,7 +95,7 @@ def test_variants_are_the_papers():
         loss = made.loss
         assert (loss.ratio, loss.surrogate, loss.aggregation, loss.baseline, loss.advantage_scale) == (ratio, surrogate, aggregation, baseline, scale)
         assert (loss.kl and loss.kl_place) == place and loss.mismatch is None and (place is None) == (loss.kl_coef == 0)
-        assert (made.inner_epochs > 1) == (name in ("gspo", "cispo"))  # else the ratio is 1
+        assert (made.inner_epochs > 1) == (name in ("gspo", "cispo", "ppo"))  # else the ratio is 1
         assert (made.rollout_tries, made.overlong_buffer) == ((10, 51) if name == "dapo" else (1, 0))
 
 
