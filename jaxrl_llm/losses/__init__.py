@@ -13,19 +13,26 @@ from jaxrl_llm.losses.grpo import (
 )
 from jaxrl_llm.losses.logprobs import token_logprobs
 from jaxrl_llm.losses.ppo import gae, token_values, value_loss
+from jaxrl_llm.losses.preference import dpo_loss, kto_baseline, kto_loss, orpo_loss, sequence_logprobs, simpo_loss
 from jaxrl_llm.losses.sft import sft_loss
 
 __all__ = [
     "Totals",
     "batch_advantages",
     "batch_totals",
+    "dpo_loss",
     "gae",
     "group_advantages",
     "group_stats",
     "grpo_loss",
     "kl_estimate",
+    "kto_baseline",
+    "kto_loss",
+    "orpo_loss",
     "overlong_penalty",
+    "sequence_logprobs",
     "sft_loss",
+    "simpo_loss",
     "to_go",
     "token_logprobs",
     "token_values",
