@@ -11,6 +11,7 @@ import sae
 from jaxrl_llm.commands import curate as command
 from jaxrl_llm.config import load_config
 from jaxrl_llm.curation import passes, pipeline
+from jaxrl_llm.data.lab_world import build_tokenizer
 
 ROWS = [
     {"id": "a", "prompt": "Tom has three red balls and buys two more balls at the shop", "answer": "5"},
@@ -96,7 +97,7 @@ def test_settings_of_the_sae_reach_its_training(monkeypatch, field, value):
         monkeypatch.setattr(passes, "with_bos", lambda tokenizer, texts: [[int(text)] for text in texts])
         monkeypatch.setattr(sae, "harvest_activations", lambda cfg, params, texts, *how, mesh: seen.append((list(texts), how)))
         monkeypatch.setattr(sae, "ActivationBuffer", lambda source, *how: (source(), seen.append(how)))
-        monkeypatch.setattr(sae, "train_sae", lambda cfg, buffer, options, key, mesh: (seen.append((cfg, options, str(key))), None))
+        monkeypatch.setattr(sae, "train_sae", lambda cfg, buffer, options, key, mesh, checkpoints: (seen.append((cfg, options, str(key))), None))
         monkeypatch.setattr(sae, "evaluate", lambda dictionary, activations: {})
         passes.train_dictionary(model, [{"prompt": str(i)} for i in range(20)], config, None)
         return seen
@@ -145,7 +146,7 @@ def test_settings_of_the_schedule_change_the_order():
 def test_settings_of_the_labels_reach_the_rollouts(monkeypatch, tmp_path, field, value):
     """Each field and no other; with labels from elsewhere nothing is rolled out."""
     rows = [{"id": str(i), "prompt": str(i), "answer": "1", "level": i} for i in range(9)]
-    policy = pipeline.LanguageModel(None, {}, None, "policy")
+    policy = pipeline.LanguageModel(None, {}, build_tokenizer(), "policy")
 
     def rolled_out(config):
         roll_out, rates = Recorder(), Recorder((np.zeros(9), 0))
