@@ -12,7 +12,13 @@ os.environ.setdefault("JAXRL_LLM_HUGE_PAGES", "0")  # asking for them restarts t
 
 ROOT = Path(__file__).resolve().parent.parent
 
+import jax  # noqa: E402
+
 import jaxrl_llm  # noqa: E402  (JAX_PLATFORMS must be set before anything can import JAX)
+
+# Commands that run inside pytest would turn it on for all later tests, and XLA's serialisation of an executable has crashed there now and
+# then; processes of their own keep it.
+jax.config.update("jax_enable_compilation_cache", False)
 
 if (problem := jaxrl_llm.foreign_packages()) is not None:
     pytest.exit(problem, returncode=2)

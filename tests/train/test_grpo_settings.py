@@ -20,7 +20,7 @@ from jaxrl_llm.train import loop
 from jaxrl_llm.train.config import GRPOConfig, SFTConfig, from_mapping
 
 NAMED = {"aggregation": "dr_grpo", "advantage_scale": "none", "kl": "k3", "schedule": "linear", "stop_strings": ("x",), "eval_by": ("level",)}
-NAMED |= {"ratio": "sequence", "surrogate": "cispo", "baseline": "leave_one_out", "kl_place": "sequence_reward"}
+NAMED |= {"ratio": "sequence", "surrogate": "cispo", "baseline": "leave_one_out", "kl_place": "sequence_reward", "mismatch": "token"}
 
 
 @pytest.mark.parametrize(("verb", "kind"), [("grpo", GRPOConfig), ("sft", SFTConfig)])
