@@ -11,7 +11,7 @@ import models
 from jaxrl_llm.data.prompts import PromptBatch
 from jaxrl_llm.rewards import registry
 from jaxrl_llm.rewards.verdict import Reward, RewardInput, Status, Verdict, reward_values
-from jaxrl_llm.train.config import GRPOConfig
+from jaxrl_llm.train.config import GRPOConfig, OnlineDPOConfig
 from models.generate import bucket
 
 
@@ -81,7 +81,14 @@ def _gathered(score, reward, inputs):
 
 
 def collect(
-    model: models.ModelConfig, params, tokenizer, prompts: PromptBatch, reward: Reward, config: GRPOConfig, key: jax.Array, mesh=None
+    model: models.ModelConfig,
+    params,
+    tokenizer,
+    prompts: PromptBatch,
+    reward: Reward,
+    config: GRPOConfig | OnlineDPOConfig,
+    key: jax.Array,
+    mesh=None,
 ) -> Experience:
     """Samples `config.num_samples` completions of each prompt with `params` and judges them."""
     start = time.perf_counter()
