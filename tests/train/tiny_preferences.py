@@ -8,12 +8,14 @@ import jax
 import numpy as np
 import tiny_grpo as tiny
 
+import models
 from jaxrl_llm.data.sampler import ShuffledSchedule
 from jaxrl_llm.run_dir import RunDir
 from jaxrl_llm.train.config import DPOConfig, OnlineDPOConfig, OptimizerConfig, PairLossConfig, PreferenceLossConfig
 from jaxrl_llm.train.dpo import Preferences, train_dpo, with_unrelated
 from jaxrl_llm.train.online_dpo import train_online_dpo
 
+CONFIG = dataclasses.replace(tiny.CONFIG, n_layers=1)  # compiled in half the time
 GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "preference_curves.json"
 OPTIMIZER = OptimizerConfig(learning_rate=1e-2, eps=1e-3)
 QUICK = DPOConfig(steps=4, optimizer=OPTIMIZER, forward_rows=16)
@@ -31,6 +33,10 @@ LOSSES = {
     "orpo": PreferenceLossConfig(kind="orpo", beta=0.5),
     "kto": PreferenceLossConfig(kind="kto", beta=0.5, undesirable_weight=1.2),
 }
+
+
+def params(seed=0):
+    return models.init(CONFIG, jax.random.key(seed))
 
 
 def pairs(rows=12, seed=0):
@@ -64,9 +70,9 @@ def train(config=QUICK, data=None, folder=None, start=None, held_out=None, batch
     """(parameters, history)."""
     data = rows_for(config.loss.kind) if data is None else data
     run_dir = None if folder is None else RunDir(folder, {"name": "dpo"}, kind="dpo")
-    start = tiny.params() if start is None else start
+    start = params() if start is None else start
     schedule = ShuffledSchedule(len(data), min(batch, len(data)), 3)
-    return train_dpo(tiny.CONFIG, start, data, schedule, config, run_dir, held_out, progress=False, **kwargs)
+    return train_dpo(CONFIG, start, data, schedule, config, run_dir, held_out, progress=False, **kwargs)
 
 
 def train_online(folder, config=ONLINE, *, reward=tiny.reward, schedule=None, evals=None, data=None, start=None, **kwargs):
@@ -74,8 +80,8 @@ def train_online(folder, config=ONLINE, *, reward=tiny.reward, schedule=None, ev
     data = tiny.prompts() if data is None else data
     schedule = ShuffledSchedule(len(data), 4, seed=3) if schedule is None else schedule
     run_dir = RunDir(folder, {"name": "online"}, kind="online_dpo")
-    start = tiny.params() if start is None else start
-    return train_online_dpo(tiny.CONFIG, start, tiny.Tokenizer(), data, reward, schedule, config, run_dir, evals, progress=False, **kwargs)
+    start = params() if start is None else start
+    return train_online_dpo(CONFIG, start, tiny.Tokenizer(), data, reward, schedule, config, run_dir, evals, progress=False, **kwargs)
 
 
 def curve(recipe, folder):
