@@ -199,7 +199,7 @@ def _train(run: _Run, state, start: int, progress: bool):
             evaluate = last or (config.eval_every and done % config.eval_every == 0)
             save = checkpoints is not None and (last or stop.signum or (config.checkpoint_every and done % config.checkpoint_every == 0))
             if save or evaluate or done % config.log_every == 0:
-                record = _record(run, pending, done, time.perf_counter() - since)
+                record = _record(run, pending, done, since)
                 run.log(record)
                 bar.set_postfix(loss=f"{record['loss']:.4f}", accuracy=f"{record['accuracy']:.3f}", refresh=False)
                 if evaluate:
@@ -214,9 +214,10 @@ def _train(run: _Run, state, start: int, progress: bool):
     return state
 
 
-def _record(run: _Run, pending, step: int, seconds: float) -> dict[str, Any]:
+def _record(run: _Run, pending, step: int, since: float) -> dict[str, Any]:
     """The record of the steps since the last one: means over steps, gradient norm and learning rate of the last."""
     host = [to_host(metrics) for metrics, _ in pending]
+    seconds = time.perf_counter() - since  # with the wait for the device
     for back, found in enumerate(reversed(host)):
         if not found.pop("finite"):
             steps = [] if run.checkpoints is None else run.checkpoints.steps()

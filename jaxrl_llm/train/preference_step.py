@@ -24,7 +24,9 @@ from jaxrl_llm.train.forward import completion_logprobs
 from jaxrl_llm.train.state import State, learning_rate, make_optimizer, resolve_decay, state_shardings
 from jaxrl_llm.train.step import Batch, batch_shardings
 from models import ModelConfig
-from models.generate import bucket
+
+# Prompts and completions each have their width, so that every finer step of one multiplies the programs to be compiled.
+LEAST_WIDTH = 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,10 +75,10 @@ def preference_batch(
         return np.pad(array, pad, constant_values=fill).reshape(M, g * size, *array.shape[1:])
 
     batch = {
-        "prompts": blocks(_padded(prompts, 32), 1),
+        "prompts": blocks(_padded(prompts), 1),
         # A padding prompt has one token, so that there is a state to read.
         "prompt_lengths": blocks(np.array([max(len(p), 1) for p in prompts], np.int32), 1, fill=1),
-        "completions": blocks(_padded(flat, 16), 2),
+        "completions": blocks(_padded(flat), 2),
         "lengths": blocks(np.array([len(c) for c in flat], np.int32), 2),
     }
     for name, column in columns.items():
@@ -85,9 +87,10 @@ def preference_batch(
     return batch
 
 
-def _padded(rows, step):
-    """int32 [N, width], right-padded with 0; the width is that of the longest row, rounded up."""
-    tokens = np.zeros((len(rows), bucket(max(1, *map(len, rows)), step)), np.int32)
+def _padded(rows):
+    """int32 [N, width], right-padded with 0. The width is the least power of two from LEAST_WIDTH on that holds the longest row."""
+    longest = max(LEAST_WIDTH, *map(len, rows))
+    tokens = np.zeros((len(rows), 1 << (longest - 1).bit_length()), np.int32)
     for i, row in enumerate(rows):
         tokens[i, : len(row)] = row
     return tokens

@@ -214,7 +214,8 @@ def test_dpo_on_real_pairs_prefers_the_chosen_of_held_out_rows(assets, tmp_path)
     config = config_of(
         "dpo", assets / "checkpoints" / "stories260k", assets / "data" / "preference_pairs" / "instruction-data-with-preference.json",
         data__fields="prompt=instruction", template="{prompt} {input} ", data__held_out=100, max_length=160, batch_rows=16,
-        train__steps=24, train__log_every=8, train__eval_every=0, train__optimizer__learning_rate=1e-3, train__optimizer__warmup_steps=2,
+        train__steps=16, train__log_every=8, train__eval_every=0, train__forward_rows=128,
+        train__optimizer__learning_rate=1e-3, train__optimizer__warmup_steps=2,
     )  # fmt: skip
     dpo.run(config, str(tmp_path / "run"))
     found = json.loads((tmp_path / "run" / "summary.json").read_text())["evals"]["held_out"]
