@@ -89,6 +89,8 @@ def test_micro_batches_train_the_same_policy():
     whole, parts = prefs.train(config), prefs.train(dataclasses.replace(config, micro_batch_rows=4))
     np.testing.assert_allclose(tiny.flat(parts[0]), tiny.flat(whole[0]), rtol=1e-4, atol=1e-5)
     for one, other in zip(untimed(parts[1]), untimed(whole[1]), strict=True):
+        if one["step"] == 1:  # the sign of a margin of 0 is that of its rounding
+            one.pop("accuracy"), other.pop("accuracy")
         assert one.pop("kind") == other.pop("kind") and one == pytest.approx(other, rel=1e-4, abs=1e-5)
 
 

@@ -85,7 +85,8 @@ def train_online(folder, config=ONLINE, *, reward=tiny.reward, schedule=None, ev
 
 
 def curve(recipe, folder):
-    """The records of a recipe's steps: {"loss": [...], "margin": [...], ...} of training."""
+    """The records of a recipe's steps: {"loss": [...], "margin": [...], ...} of training. Accuracy is from the second step on: at the
+    first, policy and reference are the same, and the sign of a margin of 0 is that of its rounding."""
     if recipe == "online_dpo":
         train_online(folder)
         records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -93,7 +94,7 @@ def curve(recipe, folder):
     else:
         _, records = train(dataclasses.replace(QUICK, loss=LOSSES[recipe]))
         names = ("loss", "margin", "accuracy", "logp_chosen", "logp_rejected", "grad_norm")
-    return {name: [record[name] for record in records] for name in names}
+    return {name: [record[name] for record in records[name == "accuracy" :]] for name in names}
 
 
 if __name__ == "__main__":  # PYTHONPATH=. python tests/train/tiny_preferences.py
