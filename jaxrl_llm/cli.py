@@ -30,6 +30,8 @@ VERBS = {
     "train_sae": Verb("jaxrl_llm.commands.train_sae", "train a sparse autoencoder on a model's activations"),
     "sft": Verb("jaxrl_llm.commands.sft", "fine-tune (or pre-train) on text or on prompts with answers"),
     "grpo": Verb("jaxrl_llm.commands.grpo", "train a policy by GRPO on prompts with a checkable reward"),
+    "dpo": Verb("jaxrl_llm.commands.dpo", "train a policy on preferences: DPO, IPO, hinge, SimPO, ORPO, KTO"),
+    "online_dpo": Verb("jaxrl_llm.commands.online_dpo", "train a policy by DPO on pairs of its own samples, judged by a reward"),
     "generate": Verb("jaxrl_llm.commands.generate", "sample from a model", workdir="optional"),
     "report": Verb("jaxrl_llm.commands.report", "make the HTML page of a run directory", config="none"),
     "plan": Verb("jaxrl_llm.commands.plan", "memory and FLOPs of a config on a named mesh, no weights needed", workdir="none"),

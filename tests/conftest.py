@@ -1,5 +1,6 @@
 """What all tests share: JAX on the CPU, our own `models` and `sae`, the real assets, and Python in a process of its own."""
 
+import gc
 import os
 import subprocess
 import sys
@@ -16,12 +17,23 @@ import jax  # noqa: E402
 
 import jaxrl_llm  # noqa: E402  (JAX_PLATFORMS must be set before anything can import JAX)
 
-# Commands that run inside pytest would turn it on for all later tests, and XLA's serialisation of an executable has crashed there now and
-# then; processes of their own keep it.
+# Commands that run inside pytest would turn it on for all later tests; processes of their own keep it.
 jax.config.update("jax_enable_compilation_cache", False)
+
+MOST_MAPS = 20_000  # memory maps of a test process: Linux refuses more than 65,530 (vm.max_map_count), and XLA crashes on that
 
 if (problem := jaxrl_llm.foreign_packages()) is not None:
     pytest.exit(problem, returncode=2)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_memory_maps():
+    """Every program that XLA compiles for the CPU holds memory maps as long as JAX caches it: some tens of thousands over all tests."""
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > MOST_MAPS:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,7 @@
 
 import json
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,20 +32,27 @@ def run(config: Any, workdir: str) -> None:
     Raises:
       UserError: no model, no prompts or two sources of them, an unknown reward or schedule; and what reading and training raise.
     """
-    import models
     from jaxrl_llm.train.config import GRPOConfig, check_grpo, from_mapping
     from jaxrl_llm.train.loop import train_grpo
 
-    if not config.model:
-        raise UserError("no model: name a Hugging Face folder or hub id with --config.model=...")
     settings = from_mapping(GRPOConfig, config.train)
     check_grpo(settings)
+    train_policy(config, workdir, "grpo", settings, train_grpo)
+
+
+def train_policy(config: Any, workdir: str, kind: str, settings: Any, train: Callable[..., tuple[Any, dict[str, Any]]]) -> None:
+    """What every verb that trains on the policy's own samples does around `train` (arguments and result of `loop.train_grpo`). kind: of
+    the run directory. settings: of the training, checked."""
+    import models
+
+    if not config.model:
+        raise UserError("no model: name a Hugging Face folder or hub id with --config.model=...")
     reward = registry.get_reward(config.reward.name, **parse_options("reward.options", config.reward.options))
     rows, curated = _training_rows(config)
     sets = {name: _read(config, source, config.eval_limit) for name, source in parse_evals(config.evals).items()}
     for each in (rows, *sets.values()):
         registry.validate_rows(reward, each)
-    run_dir = RunDir(workdir, config, kind="grpo", owns=(FOLDER,))
+    run_dir = RunDir(workdir, config, kind=kind, owns=(FOLDER,))
     mesh = parse_mesh(config.mesh)
     cfg, params = models.load(config.model, dtype=config.dtype, mesh=mesh)
     tokenizer = models.load_tokenizer(config.model)
@@ -58,7 +65,7 @@ def run(config: Any, workdir: str) -> None:
         print(f"prompts longer than {config.max_prompt_tokens} tokens: {prompts.dropped} left out, {prompts.truncated} shortened")
     schedule = _schedule(config, prompts, curated, (LanguageModel(cfg, None, tokenizer, config.model), mesh))
     evals = {name: tokenised(rows) for name, rows in sets.items()}
-    trained, summary = train_grpo(cfg, params, tokenizer, prompts, reward, schedule, settings, run_dir, evals, mesh=mesh)
+    trained, summary = train(cfg, params, tokenizer, prompts, reward, schedule, settings, run_dir, evals, mesh=mesh)
     models.save(run_dir.path / FOLDER, cfg, trained, tokenizer_from=config.model)
     if run_dir.is_writer:
         _tell(summary, run_dir)

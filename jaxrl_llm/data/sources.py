@@ -16,11 +16,12 @@ from jaxrl_llm.errors import UserError, nearest
 
 
 class Rows(list[dict[str, Any]]):
-    """A list of rows; `skipped` counts, by reason, the rows that on_bad="skip" left out."""
+    """A list of rows; `skipped` counts, by reason, the rows that on_bad="skip" left out; `places` says where each id stands."""
 
     def __init__(self) -> None:
         super().__init__()
         self.skipped: Counter[str] = Counter()
+        self.places: dict[str, str] = {}
 
 
 def read_rows(
@@ -55,7 +56,8 @@ def read_rows(
     """
     if on_bad not in ("error", "skip"):
         raise UserError(f"on_bad '{on_bad}': {nearest(on_bad, ['error', 'skip'])}")
-    rows, seen, hashes = Rows(), {}, Counter()
+    rows, hashes = Rows(), Counter()
+    seen = rows.places
     for record in read_records(source, split=split, separator=separator):
         if limit is not None and len(rows) >= limit:
             break

@@ -109,6 +109,80 @@ class SFTConfig:
     keep_checkpoints: int = 2
 
 
+@dataclasses.dataclass(frozen=True)
+class PairLossConfig:
+    """A loss on pairs; see `jaxrl_llm.losses.preference` for the formulas and papers."""
+
+    kind: str = "sigmoid"  # "sigmoid" (DPO), "robust", "hinge", "ipo", "simpo" or "orpo"
+    beta: float = 0.1  # scale of the implicit reward: the higher, the nearer to the reference; SimPO: about 2; ORPO: the paper's lambda
+    label_smoothing: float = 0.0  # share of labels taken to be flipped: "sigmoid" (conservative DPO), "robust" and "simpo"
+    gamma: float = 1.0  # margin that "simpo" asks for
+    reference: bool = True  # compare with the starting policy; False = reference-free; "simpo" and "orpo" never have one
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the loss compares with the starting policy."""
+        return self.reference and self.kind not in ("simpo", "orpo")
+
+
+@dataclasses.dataclass(frozen=True)
+class PreferenceLossConfig(PairLossConfig):
+    """A loss on pairs, or with kind "kto" on single completions that are desirable or not."""
+
+    desirable_weight: float = 1.0  # of "kto"
+    undesirable_weight: float = 1.0  # of "kto"
+
+
+@dataclasses.dataclass(frozen=True)
+class DPOConfig:
+    """Training on a fixed set of preferences. Rows a step come from the schedule; the workdir, model and data are arguments of `train_dpo`."""
+
+    steps: int = 100
+    micro_batch_rows: int = 0  # pairs (KTO: rows) a micro-batch, gradients accumulated; 0 = all at once
+    temperature: float = 1.0  # of the log-probabilities, the policy's and the reference's: that of the sampling to come
+    shared_prefix: bool = True  # forward each prompt once for both completions (same gradient, less work)
+    remat: bool = False
+    logprob_chunk: int | None = None
+    loss: PreferenceLossConfig = PreferenceLossConfig()
+    optimizer: OptimizerConfig = OptimizerConfig(learning_rate=5e-7, clip_norm=1.0)
+    log_every: int = 1  # steps between metric lines (and between waits for the device)
+    eval_every: int = 0  # steps between held-out figures; 0 = only at the end; always also before the first step
+    forward_rows: int = 64  # pairs forwarded at once where no gradient is needed: reference and held-out figures
+    checkpoint_every: int = 0  # steps; 0 = only at the end and on SIGTERM
+    keep_checkpoints: int = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class OnlineDPOConfig:
+    """Online DPO: like `GRPOConfig`, but each prompt's best and worst sample make a pair."""
+
+    steps: int = 100  # rollouts, each followed by one update
+    num_samples: int = 8  # completions a prompt, of which two make the pair
+    max_new_tokens: int = 64  # generation limit in tokens
+    temperature: float = 1.0  # of sampling and of the log-probabilities in the loss
+    top_k: int = 0  # 0 = off
+    top_p: float = 1.0  # 1 = off
+    stop_strings: tuple[str, ...] = ()  # a completion ends after any of these
+    rollout_rows: int = 512  # most completions decoded at once
+    micro_batch_rows: int = 0  # pairs a micro-batch, gradients accumulated; 0 = all at once
+    shared_prefix: bool = True  # forward each prompt once for both completions (same gradient, less work)
+    remat: bool = False
+    logprob_chunk: int | None = None
+    loss: PairLossConfig = PairLossConfig()
+    optimizer: OptimizerConfig = OptimizerConfig(learning_rate=5e-7, clip_norm=1.0)
+    seed: int = 0
+    eval_every: int = 0  # steps between evaluations; 0 = only at the end; always also before the first step
+    eval_samples: int = 0  # samples a prompt for avg@k beside greedy; 0 = greedy only
+    eval_temperature: float = 1.0
+    eval_batch: int = 256  # rows generated at once
+    eval_by: tuple[str, ...] = ()  # row fields to break accuracy down by
+    checkpoint_every: int = 50  # steps; 0 = only at the end and on SIGTERM
+    keep_checkpoints: int = 2
+    sample_every: int = 10  # steps between lines in samples.jsonl; 0 = none
+    samples_per_log: int = 2  # prompts shown each time, with all their completions
+    zero_spread_warning: float = 0.9  # share of groups with equal rewards past which a warning is printed
+
+
 def from_mapping(kind: type[T], config: Any, where: str = "") -> T:
     """`kind` (a dataclass of this module) from a ConfigDict, dict or `kind` itself. Lists become tuples.
 
@@ -216,3 +290,46 @@ def check_optimizer(config: OptimizerConfig) -> None:
     check_choice("optimizer.schedule", config.schedule, ("constant", "linear", "cosine"))
     if config.learning_rate < 0:
         raise UserError(f"setting 'optimizer.learning_rate' must not be below 0, got {config.learning_rate}")
+
+
+def check_dpo(config: DPOConfig) -> None:
+    """Raises UserError for settings that have no meaning."""
+    _check_preference(config)
+    _check_at_least_one(config, ("steps", "log_every", "forward_rows"))
+    for name in ("desirable_weight", "undesirable_weight"):
+        if getattr(config.loss, name) < 0:
+            raise UserError(f"setting 'loss.{name}' must not be below 0, got {getattr(config.loss, name)}")
+
+
+def check_online_dpo(config: OnlineDPOConfig) -> None:
+    """Raises UserError for settings that have no meaning; all samples of a prompt being one, there is no pair to be made."""
+    _check_preference(config)
+    _check_at_least_one(config, ("steps", "max_new_tokens", "rollout_rows", "eval_batch"))
+    if config.num_samples < 2:
+        raise UserError(f"setting 'num_samples' must be at least 2, got {config.num_samples}: a pair is made of two samples of a prompt")
+    if config.loss.kind == "kto":
+        raise UserError("setting 'loss.kind' is 'kto', which learns from single labelled completions: online DPO makes pairs, choose another kind")
+
+
+def _check_preference(config: DPOConfig | OnlineDPOConfig) -> None:
+    from jaxrl_llm.losses import preference
+
+    loss = config.loss
+    check_choice("loss.kind", loss.kind, (*preference.DPO_KINDS, "simpo", "orpo", "kto"))
+    check_optimizer(config.optimizer)
+    if not loss.beta > 0:
+        raise UserError(f"setting 'loss.beta' must be above 0, got {loss.beta}")
+    if not 0 <= loss.label_smoothing < 0.5:
+        raise UserError(f"setting 'loss.label_smoothing' is the share of flipped labels: give 0 up to below 0.5, got {loss.label_smoothing}")
+    if loss.label_smoothing and loss.kind not in ("sigmoid", "robust", "simpo"):
+        raise UserError(f"setting 'loss.label_smoothing' has no meaning with loss.kind '{loss.kind}': set it to 0")
+    if not loss.reference and loss.kind == "kto":
+        raise UserError("setting 'loss.reference' is False, but loss.kind 'kto' measures against a reference: set it to True")
+    if not config.temperature > 0:
+        raise UserError(f"setting 'temperature' must be above 0 in training, got {config.temperature}")
+
+
+def _check_at_least_one(config: Any, names: tuple[str, ...]) -> None:
+    for name in names:
+        if getattr(config, name) < 1:
+            raise UserError(f"setting '{name}' must be at least 1, got {getattr(config, name)}")

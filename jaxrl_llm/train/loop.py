@@ -1,4 +1,4 @@
-"""GRPO: rollout, reward, update; evaluation, checkpoints and exact resume around it.
+"""GRPO: rollout, reward, update; evaluation, checkpoints and exact resume around it. Online DPO is the same loop with another update.
 
 A run is a pure function of its arguments: the randomness of step s is fold_in(key(seed), s), the prompts of step s come from the
 schedule, and a checkpoint holds all else (parameters, optimizer, step, the schedule's state). So a run that was killed and started
@@ -8,7 +8,7 @@ again ends with the parameters of one that was not, bit for bit.
 import collections
 import dataclasses
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import jax
@@ -22,13 +22,14 @@ from jaxrl_llm.data.prompts import PromptBatch
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.rewards.verdict import Reward
 from jaxrl_llm.run_dir import RunDir
-from jaxrl_llm.train.config import GRPOConfig, check_grpo, from_mapping
+from jaxrl_llm.train.config import GRPOConfig, OnlineDPOConfig, check_grpo, from_mapping
 from jaxrl_llm.train.evaluate import evaluate
 from jaxrl_llm.train.metrics import experience_metrics, samples_record
+from jaxrl_llm.train.preference_step import PreferenceSpec
 from jaxrl_llm.train.resample import fill
 from jaxrl_llm.train.rollout import Experience, build_batch, collect
 from jaxrl_llm.train.signals import Interrupted, stop_on_signal
-from jaxrl_llm.train.state import abstract_state, init_state, policy_params, trunk
+from jaxrl_llm.train.state import State, abstract_state, init_state, policy_params, trunk
 from jaxrl_llm.train.step import StepSpec, batch_shardings, compiled_kl, compiled_logprobs, compiled_update, compiled_values, step_spec
 from models.sharding import batch_ways, place
 
@@ -58,26 +59,38 @@ class Schedule(Protocol):
 
 
 @dataclasses.dataclass
-class _Run:
-    """What every part of the loop needs."""
+class Run:
+    """What every part of the loop needs. update: (run, state, experience) -> (state, its metrics, with "finite"), of which `spec` shapes
+    the compiled part."""
 
     model: models.ModelConfig
     tokenizer: Any
     prompts: PromptBatch
     reward: Reward
     schedule: Schedule
-    config: GRPOConfig
-    spec: StepSpec
+    config: GRPOConfig | OnlineDPOConfig
+    spec: StepSpec | PreferenceSpec
+    update: "Callable[[Run, State, Experience], tuple[State, dict[str, Any]]]"
     run_dir: RunDir
     evals: Mapping[str, PromptBatch]
     mesh: Any
-    reference: Any  # parameters of the reference policy, None without KL
-    checkpoints: Checkpoints
-    key: jax.Array
+    reference: Any  # parameters of the reference policy, None where the update has none
+    name: str  # on the progress bar
+    tries: int = 1  # rollouts that a step may take
+    critic: bool = False  # the state has a value head
+    checkpoints: Checkpoints = dataclasses.field(init=False)
+    key: jax.Array = dataclasses.field(init=False)
     drawn: int = 0  # batches taken from the schedule
     warned_at: int = -WARN_AGAIN_AFTER
     # (groups with a verdict, share of them with equal rewards, mean reward) of the last steps; a resumed run starts it anew
     spreads: collections.deque = dataclasses.field(default_factory=lambda: collections.deque(maxlen=SPREAD_STEPS))
+
+    def __post_init__(self):
+        _check_lengths(self.model, self.prompts, self.config, "prompts")
+        for name, batch in self.evals.items():
+            _check_lengths(self.model, batch, self.config, f"evaluation set {name!r}")
+        self.checkpoints = Checkpoints(self.run_dir.checkpoints, self.config.keep_checkpoints)
+        self.key = jax.random.key(self.config.seed)
 
 
 def train_grpo(
@@ -107,29 +120,41 @@ def train_grpo(
     """
     config = from_mapping(GRPOConfig, config)
     check_grpo(config)
-    _check_lengths(model_cfg, prompts, config, "prompts")
-    for name, batch in (evals or {}).items():
-        _check_lengths(model_cfg, batch, config, f"evaluation set {name!r}")
     if config.top_k > 0 or config.top_p < 1.0:
         logging.warning("training on samples truncated by top_k or top_p: the ratio is biased, see allow_truncated_sampling")
-    spec = step_spec(model_cfg, config)
-    checkpoints = Checkpoints(run_dir.checkpoints, config.keep_checkpoints)
-    key = jax.random.key(config.seed)
-    reference = policy_params(model_cfg, params) if config.loss.kl else None
-    run = _Run(
-        model_cfg, tokenizer, prompts, reward, schedule, config, spec, run_dir, evals or {}, mesh, reference, checkpoints, key
+    run = Run(
+        model_cfg,
+        tokenizer,
+        prompts,
+        reward,
+        schedule,
+        config,
+        step_spec(model_cfg, config),
+        _update,
+        run_dir,
+        evals or {},
+        mesh,
+        policy_params(model_cfg, params) if config.loss.kl else None,
+        "grpo",
+        tries=config.rollout_tries,
+        critic=config.loss.critic,
     )
+    return train(run, params, progress)
+
+
+def train(run: Run, params, progress: bool = True):
+    """Goes on from the newest checkpoint of `run.run_dir`, or starts from `params`; (parameters, summary), see `train_grpo`."""
     try:
         state, start = _restore(run, params)
         state = _train(run, state, start, progress)
     finally:
-        checkpoints.close()
-    summary = _summary(run_dir.metrics(), config)
-    run_dir.summary(summary)
-    return policy_params(model_cfg, state["params"]), summary
+        run.checkpoints.close()
+    summary = _summary(run.run_dir.metrics(), run.config)
+    run.run_dir.summary(summary)
+    return policy_params(run.model, state["params"]), summary
 
 
-def _check_lengths(model_cfg, prompts: PromptBatch, config: GRPOConfig, what: str) -> None:
+def _check_lengths(model_cfg, prompts: PromptBatch, config: GRPOConfig | OnlineDPOConfig, what: str) -> None:
     if len(prompts) == 0:
         raise UserError(f"{what}: no prompts")
     longest = int(prompts.lengths_N.max())
@@ -141,9 +166,9 @@ def _check_lengths(model_cfg, prompts: PromptBatch, config: GRPOConfig, what: st
         )
 
 
-def _restore(run: _Run, params) -> tuple[dict, int]:
+def _restore(run: Run, params) -> tuple[dict, int]:
     """(state, step): the newest checkpoint, or the start."""
-    optimizer, critic = run.spec.optimizer, run.config.loss.critic
+    optimizer, critic = run.spec.optimizer, run.critic
     found = run.checkpoints.restore(abstract_state(run.model, optimizer, run.mesh, critic))
     if found is None:
         run.run_dir.truncate_after(-1)
@@ -156,13 +181,13 @@ def _restore(run: _Run, params) -> tuple[dict, int]:
     return state, step
 
 
-def _train(run: _Run, state, start: int, progress: bool):
+def _train(run: Run, state, start: int, progress: bool):
     """The loop. Step numbers in records and checkpoints count finished steps, so a record of step s belongs to checkpoint s."""
     config = run.config
     if start == 0:
         _evaluate(run, state, 0)
     bar = tqdm(
-        total=config.steps, initial=start, desc="grpo", unit="step", mininterval=0.5, disable=None if progress else True, leave=False
+        total=config.steps, initial=start, desc=run.name, unit="step", mininterval=0.5, disable=None if progress else True, leave=False
     )
     with bar, stop_on_signal() as stop:
         for step in range(start, config.steps):
@@ -175,7 +200,7 @@ def _train(run: _Run, state, start: int, progress: bool):
                 _evaluate(run, state, done)
             if last or stop.signum or (config.checkpoint_every and done % config.checkpoint_every == 0):
                 # Without resampling the batches drawn are the steps.
-                drawn = {DRAWN: np.int64(run.drawn)} if config.rollout_tries > 1 else {}
+                drawn = {DRAWN: np.int64(run.drawn)} if run.tries > 1 else {}
                 run.checkpoints.save(done, state, run.schedule.state() | drawn)
             if stop.signum and not last:
                 message = f"stopped by signal {stop.signum} after step {done}; the same command goes on from there"
@@ -184,7 +209,7 @@ def _train(run: _Run, state, start: int, progress: bool):
     return state
 
 
-def _step(run: _Run, state, step: int) -> tuple[dict, dict]:
+def _step(run: Run, state, step: int) -> tuple[dict, dict]:
     """One rollout, or as many as make a full batch, and its updates: (new state, the record to log)."""
     began = time.perf_counter()
     policy = policy_params(run.model, state["params"])
@@ -197,11 +222,11 @@ def _step(run: _Run, state, step: int) -> tuple[dict, dict]:
         scheduling.append(seconds)
         return experience
 
-    filled = fill(draw, run.config.rollout_tries)
+    filled = fill(draw, run.tries)
     trained, everything = filled.experience(), filled.everything()
     del policy, draw  # in bf16 it is a copy that the update needs the room of
     update_began = time.perf_counter()
-    state, measured = _update(run, state, trained)
+    state, measured = run.update(run, state, trained)
     _check_finite(run, measured, step)
     now = time.perf_counter()
     # What the policy does is told of all that it did: the groups that were chosen for their spread would flatter or slander it.
@@ -215,7 +240,7 @@ def _step(run: _Run, state, step: int) -> tuple[dict, dict]:
         "seconds_schedule": sum(scheduling),
         "seconds": now - began,
     }
-    if run.config.rollout_tries > 1:
+    if run.tries > 1:
         record |= filled.counts | {"rows_rolled": np.concatenate(rolled).tolist()}
     groups = np.unique(everything.groups_N[everything.valid_N]).size
     if groups:
@@ -226,7 +251,7 @@ def _step(run: _Run, state, step: int) -> tuple[dict, dict]:
     return state, record
 
 
-def _roll_out(run: _Run, policy, step: int, attempt: int) -> tuple[np.ndarray, float, Experience]:
+def _roll_out(run: Run, policy, step: int, attempt: int) -> tuple[np.ndarray, float, Experience]:
     """(rows, seconds that the schedule looked at the policy, completions) of the schedule's next batch; it is told what they scored."""
     began = time.perf_counter()
     if (see_policy := getattr(run.schedule, "see_policy", None)) is not None:
@@ -240,7 +265,7 @@ def _roll_out(run: _Run, policy, step: int, attempt: int) -> tuple[np.ndarray, f
     return indices, seconds, experience
 
 
-def _update(run: _Run, state, experience: Experience) -> tuple[dict, dict[str, float]]:
+def _update(run: Run, state, experience: Experience) -> tuple[dict, dict[str, float]]:
     """`inner_epochs` updates on one rollout. The first is on-policy and yields the old log-probabilities of the later ones."""
     ways = 1 if run.mesh is None else batch_ways(run.mesh)
     batch = build_batch(experience, run.config, row_multiple=ways)
@@ -266,7 +291,7 @@ def _update(run: _Run, state, experience: Experience) -> tuple[dict, dict[str, f
     return state, {name: bool(x) if name == "finite" else float(x) for name, x in combined.items()}
 
 
-def _check_finite(run: _Run, measured: dict, step: int) -> None:
+def _check_finite(run: Run, measured: dict, step: int) -> None:
     if measured.pop("finite"):
         return
     steps = run.checkpoints.steps()
@@ -277,7 +302,7 @@ def _check_finite(run: _Run, measured: dict, step: int) -> None:
     )
 
 
-def _warn(run: _Run, record: dict, step: int) -> None:
+def _warn(run: Run, record: dict, step: int) -> None:
     """Says what usually explains a run that learns nothing, at most every WARN_AGAIN_AFTER steps."""
     if step - run.warned_at < WARN_AGAIN_AFTER:
         return
@@ -297,7 +322,7 @@ def _warn(run: _Run, record: dict, step: int) -> None:
     run.warned_at = step
 
 
-def _zero_spread(run: _Run) -> float:
+def _zero_spread(run: Run) -> float:
     """The share of groups with equal rewards over the last steps; 0 while too few were seen to tell."""
     counts = [groups for groups, _, _ in run.spreads]
     if sum(counts) < SPREAD_GROUPS and len(counts) < SPREAD_STEPS:
@@ -305,7 +330,7 @@ def _zero_spread(run: _Run) -> float:
     return float(np.average([share for _, share, _ in run.spreads], weights=counts))
 
 
-def _evaluate(run: _Run, state, step: int) -> None:
+def _evaluate(run: Run, state, step: int) -> None:
     """Logs a record for each evaluation set. The randomness of avg@k is the same at every step: differences are the policy's."""
     config = run.config
     if not run.evals:
@@ -331,7 +356,7 @@ def _evaluate(run: _Run, state, step: int) -> None:
         run.run_dir.log({"kind": "eval", "step": step, "set": name} | record | {"seconds": time.perf_counter() - began})
 
 
-def _summary(records: list[dict], config: GRPOConfig) -> dict:
+def _summary(records: list[dict], config: GRPOConfig | OnlineDPOConfig) -> dict:
     """First, best and last accuracy of each set, mean reward of the first and last ten steps, and where the time went."""
     train = [r for r in records if r["kind"] == "train"]
     mean = lambda name, rows: float(np.mean([r[name] for r in rows if r[name] is not None] or [np.nan]))  # noqa: E731

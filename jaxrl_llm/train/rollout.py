@@ -12,7 +12,7 @@ from jaxrl_llm.data.prompts import PromptBatch
 from jaxrl_llm.losses.grpo import overlong_penalty
 from jaxrl_llm.rewards import registry
 from jaxrl_llm.rewards.verdict import Reward, RewardInput, Status, Verdict, reward_values
-from jaxrl_llm.train.config import GRPOConfig
+from jaxrl_llm.train.config import GRPOConfig, OnlineDPOConfig
 from models.generate import bucket
 
 
@@ -82,7 +82,14 @@ def _gathered(score, reward, inputs):
 
 
 def collect(
-    model: models.ModelConfig, params, tokenizer, prompts: PromptBatch, reward: Reward, config: GRPOConfig, key: jax.Array, mesh=None
+    model: models.ModelConfig,
+    params,
+    tokenizer,
+    prompts: PromptBatch,
+    reward: Reward,
+    config: GRPOConfig | OnlineDPOConfig,
+    key: jax.Array,
+    mesh=None,
 ) -> Experience:
     """Samples `config.num_samples` completions of each prompt with `params` and judges them."""
     start = time.perf_counter()
@@ -105,7 +112,7 @@ def collect(
     texts = decode_completions(tokenizer, rollout)
     verdicts = judge(reward, prompts, rollout.group_ids_N, texts)
     rewards_N, valid_N = reward_values(verdicts)
-    if config.overlong_buffer:
+    if isinstance(config, GRPOConfig) and config.overlong_buffer:
         penalty_N = np.asarray(overlong_penalty(rollout.completion_lengths_N, config.max_new_tokens, config.overlong_buffer))
         rewards_N = np.where(valid_N, rewards_N + config.overlong_penalty * penalty_N, 0.0).astype(np.float32)
     return Experience(

@@ -1,0 +1,104 @@
+"""Train a policy by DPO on pairs of its own samples: the best and the worst of each prompt by a checkable reward.
+
+    jaxrl-llm online_dpo --config.model=FOLDER --config.data.source=prompts.jsonl --config.reward.name=constraints \
+        --config.reward.options='{"reduce": "mean"}' --config.evals=test=test.jsonl --workdir=runs/online_dpo
+
+Variants: "dpo" (the default), "ipo", "hinge" and "simpo" (no reference model in memory). Groups whose samples all have one reward make no
+pair and are counted ("tied"); samples without a verdict are left out. The trained policy is written to WORKDIR/policy as a Hugging Face
+folder. Started again, a run goes on where it was. Expected: reward and pass_rate rise, logp_diff_max stays below 1e-4 in fp32.
+"""
+
+import ml_collections
+
+VARIANTS = ("dpo", "ipo", "hinge", "simpo")
+
+
+def get_config(variant: str | None = None) -> ml_collections.ConfigDict:
+    """The config of a variant; None is "dpo"."""
+    placeholder = ml_collections.config_dict.placeholder
+    config = ml_collections.ConfigDict()
+    config.model = ""  # Hugging Face folder or hub id of the starting policy, which is the reference too
+    config.dtype = "float32"  # the model computes in: float32 or bfloat16 (the trained copy is fp32 in any case)
+    config.mesh = ""  # such as "fsdp=4,tensor=2" over the devices there are; empty = one device
+
+    config.data = ml_collections.ConfigDict()
+    config.data.source = ""  # training prompts: file (jsonl, json, csv, parquet), data set folder, hub id or tfds:NAME
+    config.data.curated = ""  # or: workdir of `jaxrl-llm curate`, or the set in it (its kept rows, in its order)
+    config.data.fields = ""  # field map of source and evals, such as "prompt=question,answer=answer"
+    config.data.split = "train"  # of a source that has splits
+    config.data.limit = placeholder(int)  # at most so many rows; None = all
+    config.data.on_bad = "error"  # a bad row: "error" stops, "skip" leaves it out
+    config.evals = ""  # held-out sets, "NAME=SOURCE" joined by commas; a source may end in "@SPLIT"
+    config.eval_limit = placeholder(int)  # at most so many rows a set; None = all
+
+    config.template = "none"  # "none", "chat" or a format such as "Question: {prompt}\nAnswer:"
+    config.max_prompt_tokens = 512  # room for a prompt
+    config.overflow = "error"  # a longer prompt: "error", "drop" or "truncate"
+
+    config.reward = ml_collections.ConfigDict()
+    config.reward.name = "constraints"  # of jaxrl_llm.rewards.registry: "maths", "exact", "constraints", ...
+    config.reward.options = "{}"  # its keyword arguments as JSON, such as '{"reduce": "mean"}'
+
+    config.schedule = ml_collections.ConfigDict()
+    config.schedule.batch_prompts = 8  # prompts a step: at most so many pairs
+    config.schedule.kind = ""  # "shuffled"; with data.curated "order", "band" or a kind of jaxrl_llm.curation.schedule; empty = the natural one
+    config.schedule.options = "{}"  # of a kind of jaxrl_llm.curation.schedule as JSON, such as '{"rho": 0.125}'
+    config.schedule.band = ml_collections.ConfigDict()  # kind "band", see configs/grpo.py
+    config.schedule.band.temperature = 0.5  # how sharply prompts that pass half the time are preferred
+    config.schedule.band.easy_floor = 0.125  # share of every batch that stays with easy prompts
+    config.schedule.band.epoch_share = 0.3  # of the prompts that an epoch visits
+    config.schedule.band.balance = "items"  # clusters in a batch: in proportion to their "items", "equal", by "utility" or "none"
+    config.schedule.band.refilter_every = 0  # steps after which the policy judges anew which rows to keep; 0 = never
+
+    config.train = ml_collections.ConfigDict()  # see jaxrl_llm.train.config.OnlineDPOConfig
+    config.train.steps = 100  # rollouts, each followed by one update
+    config.train.num_samples = 8  # completions a prompt, of which two make the pair
+    config.train.max_new_tokens = 256  # limit of a completion in tokens
+    config.train.temperature = 1.0  # of sampling and of the log-probabilities in the loss
+    config.train.top_k = 0  # 0 = off
+    config.train.top_p = 1.0  # 1 = off
+    config.train.stop_strings = ()  # a completion ends after any of these
+    config.train.rollout_rows = 512  # most completions decoded at once
+    config.train.micro_batch_rows = 0  # pairs a micro-batch, gradients accumulated; 0 = all at once
+    config.train.shared_prefix = True  # forward each prompt once for both completions: same gradient, less work
+    config.train.remat = False  # recompute layers in the backward pass: less memory, a third more work
+    config.train.logprob_chunk = placeholder(int)  # tokens a chunk of the unembedding; None picks by vocabulary
+    config.train.seed = 0  # of sampling and of the shuffled order
+    config.train.eval_every = 20  # steps between evaluations; 0 = only before and after
+    config.train.eval_samples = 0  # samples a prompt for avg@k beside greedy; 0 = greedy only
+    config.train.eval_temperature = 1.0  # of those samples
+    config.train.eval_batch = 256  # rows generated at once in an evaluation
+    config.train.eval_by = ()  # row fields to break accuracy down by, such as ("level",)
+    config.train.checkpoint_every = 20  # steps; 0 = only at the end and on SIGTERM
+    config.train.keep_checkpoints = 2  # the newest so many stay
+    config.train.sample_every = 10  # steps between lines of samples.jsonl; 0 = none
+    config.train.samples_per_log = 2  # prompts shown each time, with all their completions
+    config.train.zero_spread_warning = 0.9  # share of groups with equal rewards past which a warning is printed
+
+    config.train.loss = ml_collections.ConfigDict()  # see jaxrl_llm.losses.preference for the formulas
+    config.train.loss.kind = "sigmoid"  # "sigmoid" (DPO), "robust", "hinge", "ipo", "simpo" or "orpo"
+    config.train.loss.beta = 0.1  # scale of the implicit reward: the higher, the nearer to the reference
+    config.train.loss.label_smoothing = 0.0  # share of verdicts taken to be flipped: "sigmoid" (conservative DPO), "robust", "simpo"
+    config.train.loss.gamma = 1.0  # margin that "simpo" asks for
+    config.train.loss.reference = True  # compare with the starting policy; False = reference-free; "simpo" and "orpo" never have one
+
+    config.train.optimizer = ml_collections.ConfigDict()  # AdamW
+    config.train.optimizer.learning_rate = 5e-7  # peak
+    config.train.optimizer.schedule = "constant"  # after warm-up: "constant", "linear" or "cosine"
+    config.train.optimizer.warmup_steps = 0  # linear, from 0
+    config.train.optimizer.decay_steps = 0  # updates at which a falling schedule ends; 0 = with the run
+    config.train.optimizer.final_share = 0.0  # of the peak, at that end
+    config.train.optimizer.b1 = 0.9
+    config.train.optimizer.b2 = 0.999
+    config.train.optimizer.eps = 1e-8
+    config.train.optimizer.weight_decay = 0.0  # on matrices; never on norms and biases
+    config.train.optimizer.clip_norm = 1.0  # global gradient norm; 0 = no clip
+
+    config.overwrite = False  # clear a workdir that holds another run
+
+    loss = config.train.loss
+    if variant in ("ipo", "hinge", "simpo"):
+        loss.kind = variant
+    if variant == "simpo":
+        loss.beta = 2.0
+    return config
