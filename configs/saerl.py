@@ -2,6 +2,7 @@
 
     jaxrl-llm saerl --config=configs/saerl.py:demo --workdir=runs/demo      two arms, one seed, under ten minutes on two cores
     jaxrl-llm saerl --config=configs/saerl.py:lab --workdir=runs/lab        the matrix behind docs/saerl.md
+    jaxrl-llm saerl --config=configs/saerl.py:dapo --workdir=runs/dapo      the claim under another algorithm (or ":rloo")
     jaxrl-llm plan --config=configs/plan.py --config.target=configs/saerl.py:qwen2.5-math-1.5b --config.mesh=v5e:2x4
 
 Expected: docs/saerl.md has the measured tables of ":lab", README.md the figures of ":demo".
@@ -9,7 +10,7 @@ Expected: docs/saerl.md has the measured tables of ":lab", README.md the figures
 
 from ml_collections import ConfigDict
 
-VARIANTS = ("demo", "lab", "headline", "qwen2.5-math-1.5b", "qwen2.5-math-7b")
+VARIANTS = ("demo", "lab", "headline", "dapo", "rloo", "qwen2.5-math-1.5b", "qwen2.5-math-7b")
 
 # Every arm: which rows are kept, which features speak, and what orders the rows. Options go to the schedule.
 FULL = dict(filter="sae", schedule="band", strata=True)
@@ -42,6 +43,8 @@ def get_config(variant: str | None = "demo") -> ConfigDict:
         "demo": _demo,
         "lab": _lab,
         "headline": _headline,
+        "dapo": _dapo,
+        "rloo": _rloo,
         "qwen2.5-math-1.5b": lambda c: _qwen(c, "Qwen/Qwen2.5-Math-1.5B", 28, 1536, "fsdp=8"),
         "qwen2.5-math-7b": lambda c: _qwen(c, "Qwen/Qwen2.5-Math-7B", 28, 3584, "fsdp=64"),
     }[variant or "demo"](config)
@@ -167,9 +170,13 @@ def _grpo(c: ConfigDict) -> None:
     c.grpo.max_new_tokens = 8
     c.grpo.learning_rate = 1e-4
     c.grpo.b2 = 0.99
-    c.grpo.clip_high = 0.2
+    c.grpo.clip_high = 0.2  # DAPO: 0.28
+    c.grpo.baseline = "group_mean"  # "group_mean", "leave_one_out" (RLOO) or "batch_mean" (REINFORCE++)
     c.grpo.aggregation = "token_mean"  # "token_mean" (DAPO), "sequence_mean" (GRPO) or "dr_grpo"
     c.grpo.advantage_scale = "group_std"  # "group_std", "batch_std" or "none" (Dr. GRPO)
+    c.grpo.rollout_tries = 1  # most rollouts a step: groups of equal rewards are replaced by the schedule's next prompts (DAPO); 1 = never
+    c.grpo.overlong_buffer = 0  # last tokens before max_new_tokens over which a penalty of the reward grows (DAPO); 0 = no penalty
+    c.grpo.overlong_penalty = 1.0  # what a completion that reaches max_new_tokens loses of its reward
     c.grpo.micro_batch_rows = 0  # completions a micro-batch; 0 = all at once
     c.grpo.remat = False
     c.grpo.eval_every = 40
@@ -199,6 +206,27 @@ def _headline(c: ConfigDict) -> None:
     c.pools = ("wrong", "web")
     c.bases, c.seeds, c.data.test_seed = (4, 5, 6), tuple(range(200, 208)), 995
     c.workers = 2
+
+
+def _algorithm(c: ConfigDict, name: str) -> None:
+    """The claim and its nearest controls under another algorithm, on policies, seeds and problems of the headline's kind."""
+    c.title = f"SAERL, {name}"
+    c.arms = ("vanilla", "full", "full_random_clusters", "full_words")
+    c.pools = ("wrong",)
+    c.bases, c.seeds, c.data.test_seed = (8, 9), (400, 401, 402), 996
+    c.workers = 2
+
+
+def _dapo(c: ConfigDict) -> None:
+    """Dynamic sampling and the raised clip, as `configs/grpo.py:dapo`; answers here are of a length."""
+    _algorithm(c, "DAPO")
+    c.grpo.clip_high, c.grpo.rollout_tries = 0.28, 10
+
+
+def _rloo(c: ConfigDict) -> None:
+    """A leave-one-out baseline without scale, summed over a sequence; no KL, as in the other runs here."""
+    _algorithm(c, "RLOO")
+    c.grpo.baseline, c.grpo.advantage_scale, c.grpo.aggregation = "leave_one_out", "none", "dr_grpo"
 
 
 def _qwen(c: ConfigDict, model: str, layers: int, d_model: int, mesh: str) -> None:

@@ -42,6 +42,7 @@ def check_values(config) -> None:
         "policy.dtype": ("float32", "bfloat16"),
         "sae.pooling": features.POOLINGS,
         "curation.band_balance": trainability.BALANCES,
+        "grpo.baseline": tuple(kind for kind in grpo.BASELINES if kind != "value"),  # a critic is set in more ways than these fields tell
         "grpo.aggregation": grpo.AGGREGATIONS,
         "grpo.advantage_scale": grpo.ADVANTAGE_SCALES,
     }
@@ -49,13 +50,14 @@ def check_values(config) -> None:
         "workers", "map_prompts", "data.rows", "data.test_rows", "data.max_prompt_tokens", "policy.d_model", "policy.n_layers", "policy.n_heads",
         "policy.d_ff", "policy.clean_steps", "policy.mixed_steps", "policy.batch", "sae.d_sae", "sae.k", "sae.context", "sae.steps", "sae.batch",
         "curation.label_samples", "curation.label_batch", "curation.clusters", "curation.dims", "curation.told_epochs", "curation.strata",
-        "grpo.steps", "grpo.prompts_per_step", "grpo.max_new_tokens", "grpo.eval_samples",
+        "grpo.steps", "grpo.prompts_per_step", "grpo.max_new_tokens", "grpo.rollout_tries", "grpo.eval_samples",
     )  # fmt: skip
     naught = ("curation.quality_labels", "curation.refilter_every", "curation.copies", "grpo.eval_every", "grpo.checkpoint_every",
-              "grpo.micro_batch_rows")
+              "grpo.micro_batch_rows", "grpo.overlong_penalty")
     shares = ("curation.band_easy_floor", "curation.band_epoch_share")
     ranges = dict.fromkeys(counts, (1, inf)) | dict.fromkeys(naught, (0, inf)) | dict.fromkeys(shares, (0, 1)) | {
         "grpo.num_samples": (2, inf),  # advantages compare the samples of a prompt
+        "grpo.overlong_buffer": (0, config.grpo.max_new_tokens),
         "curation.labels": (2, inf),
         "curation.rho": orders.ALLOWED["rho"],
         "curation.drop": (0, 0.999),

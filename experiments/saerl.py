@@ -470,8 +470,9 @@ def make_arm_schedule(bench: Bench, name: str, signals):
     c, size, keep = config.curation, config.grpo.prompts_per_step, keep_rows(bench, arm, signals)
     clusters, hard = arm_clusters(bench, arm, signals, keep), arm_difficulty(arm, signals)
     if arm.schedule != "band":
-        # An order spans the rows that the run gets to: cut off before its end, an easy-to-hard pass would never meet a hard one.
-        rows, visits = np.flatnonzero(keep), arm_steps(config, arm) * size
+        # An order spans the rows that the run gets to (at most, with resampling): cut off before its end, an easy-to-hard pass would never
+        # meet a hard one.
+        rows, visits = np.flatnonzero(keep), arm_steps(config, arm) * config.grpo.rollout_tries * size
         keep = np.isin(np.arange(len(keep)), np.random.default_rng([seed, 14]).permutation(rows)[:visits])
         options = dict(rho=c.rho, within=arm.within) if arm.schedule == "published" else {}
         return make_schedule(arm.schedule, batch_size=size, seed=seed, difficulty=hard, cluster=clusters, keep=keep, **options)
@@ -542,9 +543,10 @@ def arm_steps(config, arm) -> int:
 def grpo_settings(config, cell: Cell, arm) -> dict[str, Any]:
     """The fields of `GRPOConfig` for an arm."""
     g = config.grpo
-    loss = dict(clip_high=g.clip_high, aggregation=g.aggregation, advantage_scale=g.advantage_scale)
+    loss = dict(clip_high=g.clip_high, baseline=g.baseline, aggregation=g.aggregation, advantage_scale=g.advantage_scale)
     return dict(
-        steps=arm_steps(config, arm), num_samples=g.num_samples, max_new_tokens=g.max_new_tokens, micro_batch_rows=g.micro_batch_rows, remat=g.remat,
+        steps=arm_steps(config, arm), num_samples=g.num_samples, max_new_tokens=g.max_new_tokens, rollout_tries=g.rollout_tries,
+        overlong_buffer=g.overlong_buffer, overlong_penalty=g.overlong_penalty, micro_batch_rows=g.micro_batch_rows, remat=g.remat,
         seed=cell.seed, eval_every=g.eval_every, eval_samples=g.eval_samples, eval_by=("level",), checkpoint_every=g.checkpoint_every,
         loss=loss, optimizer=dict(learning_rate=g.learning_rate, b2=g.b2),
     )  # fmt: skip

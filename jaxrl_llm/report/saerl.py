@@ -39,6 +39,7 @@ class ArmRuns:
         train = [[r for r in cell if r["kind"] == "train"] for cell in self.records]
         self.mixed = np.array([[1 - r["zero_spread"] for r in c] for c in train])  # [cells, steps]
         self.rows = [[r["rows"] for r in c] for c in train]
+        self.rollouts = float(np.mean([r.get("rollouts", 1) for c in train for r in c]))  # a step: above 1 with resampling
 
 
 def build(config, root: Path, cells: Sequence[Any], seconds: float) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -86,12 +87,15 @@ def markdown(config, summary: dict[str, Any]) -> str:
         levels = list(next(iter(arms.values()))["per_level"])
         head = ["arm", "accuracy %", f"minus {baseline}", "by base policy", "steps saved", "mixed groups", f"{main} minus it"]
         head += [f"level {level}" for level in levels]
+        resampled = any(row["rollouts"] > 1 for row in arms.values())
+        head += ["rollouts a step"] if resampled else []
         lines += [f"Pool `{pool}`, {next(iter(arms.values()))['seeds']} paired runs", "", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
         for arm, row in arms.items():
             by_base = ", ".join(f"{100 * v:+.1f}" for v in row.get("by_base", {}).values())
             cells = [f"`{arm}`", f"{100 * row['accuracy']['value']:.1f}", cell(row.get("difference"), "+.1f"), by_base]
             cells += [cell(row.get("steps_saved"), ".0f", "%")]
             cells += [f"{row['mixed_groups']:.0%}", cell(row.get("main_minus"), "+.1f")] + [f"{100 * v:+.1f}" for v in row["per_level"].values()]
+            cells += [f"{row['rollouts']:.2f}"] if resampled else []
             lines.append(f"| {' | '.join(cells)} |")
         lines.append("")
     return "\n".join(lines)
@@ -113,6 +117,7 @@ def _arm_row(arm: ArmRuns, baseline: ArmRuns, main: ArmRuns, bases: Sequence[int
         "per_level": {level: float((arm.levels[level] - baseline.levels[level]).mean()) for level in arm.levels},
         "mixed_groups": float(arm.mixed.mean()),
         "seeds": len(arm.items),
+        "rollouts": arm.rollouts,
     }
     if arm is not baseline:
         row["difference"] = _estimate(paired_bootstrap(arm.items, baseline.items, bases))

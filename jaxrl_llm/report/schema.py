@@ -88,6 +88,7 @@ class ArmRow(TypedDict):
     main_minus: NotRequired[Estimate | None]  # the main arm's difference to this one, paired; shown where there are controls
     mixed_groups: NotRequired[Gap]  # share of groups with mixed rewards
     seeds: NotRequired[int]
+    rollouts: NotRequired[float]  # a step; shown where it is above 1 for some arm
 
 
 class ArmsTable(TypedDict):

@@ -80,6 +80,7 @@ def _arms_table(table: dict, arms: Arms) -> str:
     # Where every arm has as many, the note under the table says how many.
     show["seeds"] = len({row.get("seeds") for row in rows}) > 1 or (show["seeds"] and not table.get("note"))
     show["main_minus"] = len(rows) > 2 and any(row.get("main_minus") for row in rows)
+    show["rollouts"] = any(row.get("rollouts", 1) > 1 for row in rows)
     limits = mark_limits([row.get("difference") for row in rows], zero=True)
     strongest = max((abs(v) for row in rows for v in (row.get("per_level") or {}).values() if v is not None), default=0.0)
     unit = "points" if percent else "difference"
@@ -94,6 +95,8 @@ def _arms_table(table: dict, arms: Arms) -> str:
     head += [_th(f"{table.get('level_name', 'level')} {level}", numeric=True, title=f"difference to {baseline}") for level in levels]
     if show["mixed_groups"]:
         head.append(_th("mixed groups", numeric=True, title="share of groups whose samples got different rewards"))
+    if show["rollouts"]:
+        head.append(_th("rollouts a step", numeric=True, title="batches sampled until one was full of mixed groups"))
     if show["seeds"]:
         head.append(_th("seeds", numeric=True))
     body = "".join(_arms_row(row, arms, percent, levels, show, limits, strongest) for row in rows)
@@ -128,6 +131,8 @@ def _arms_row(row: dict, arms: Arms, percent: bool, levels: list[str], show: dic
     cells += [_level_cell((row.get("per_level") or {}).get(level), percent, strongest) for level in levels]
     if show["mixed_groups"]:
         cells.append(tag("td", number(row.get("mixed_groups"), percent=True, digits=0), cls="num"))
+    if show["rollouts"]:
+        cells.append(tag("td", number(row.get("rollouts"), digits=2), cls="num"))
     if show["seeds"]:
         cells.append(tag("td", number(row.get("seeds")), cls="num"))
     return tag("tr", "".join(cells), cls=f"role-{arms.role(name)}")

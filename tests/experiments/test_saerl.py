@@ -393,7 +393,7 @@ def test_the_steps_settings_reach_grpo():
     for name, value in config.grpo.items():
         if name == "prompts_per_step":
             continue
-        named = {"aggregation": "dr_grpo", "advantage_scale": "none"}
+        named = {"aggregation": "dr_grpo", "advantage_scale": "none", "baseline": "leave_one_out"}
         other = named[name] if name in named else (not value) if isinstance(value, bool) else value + 1
         changed = tiny(**{f"grpo.{name}": other})
         assert saerl.grpo_settings(changed, cell, arm) != plain, name

@@ -11,6 +11,7 @@ from test_saerl import bench_of, tiny
 import models
 import sae
 from experiments import saerl
+from jaxrl_llm.config import load_config
 from jaxrl_llm.curation import labels, passes
 from jaxrl_llm.curation import signals as signals_module
 from jaxrl_llm.data import lab_world, sources
@@ -218,3 +219,21 @@ def test_rho_mixes_the_batches_of_the_published_order():
         return np.mean([len(set(signals.clusters["sae"][schedule.batch(step)])) for step in range(8)])
 
     assert mixed(0.0) < mixed(0.5)
+
+
+def test_resampling_shows_the_plain_order_as_many_rows_as_it_may_draw():
+    """Otherwise vanilla would see fewer rows than the band that it is compared with."""
+    signals = types.SimpleNamespace(difficulty={"sae": np.zeros(64)}, clusters={"sae": np.zeros(64, int)})
+
+    def distinct(tries):
+        schedule = saerl.make_arm_schedule(bench_of(tiny(**{"grpo.rollout_tries": tries, "grpo.prompts_per_step": 4})), "vanilla", signals)
+        return len({row for step in range(12) for row in schedule.batch(step).tolist()})
+
+    assert (distinct(1), distinct(3)) == (12, 36)  # 3 steps of 4 prompts
+
+
+@pytest.mark.parametrize("variant", ["dapo", "rloo"])
+def test_the_algorithms_are_those_of_the_grpo_verb(variant):
+    ours, theirs = load_config(f"configs/saerl.py:{variant}").grpo, load_config(f"configs/grpo.py:{variant}").train
+    names = ("clip_high", "baseline", "advantage_scale", "aggregation")
+    assert {name: ours[name] for name in names} == {name: theirs.loss[name] for name in names} and ours.rollout_tries == theirs.rollout_tries

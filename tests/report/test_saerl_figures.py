@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from jaxrl_llm.config import load_config
-from jaxrl_llm.report import saerl
+from jaxrl_llm.report import saerl, sections
+from jaxrl_llm.report.arms import Arms
 
 
 def arm(folder, name, curve, rates):
@@ -66,3 +67,20 @@ def test_an_item_without_a_verdict_is_left_out_of_the_difference(tmp_path):
     full = arm(tmp_path, "full", [0.0, 0.3], [1.0, 0.5, None])
     row = saerl._arm_row(full, vanilla, full, [0])
     assert row["difference"]["value"] == pytest.approx(0.5) and np.isfinite(row["difference"]["low"])
+
+
+def test_the_tables_count_rollouts_where_steps_take_several(tmp_path):
+    """Resampling makes a step dearer; without it the column is not there."""
+    vanilla, full = (arm(tmp_path, name, [0.0, 0.2], [0.2] * 4) for name in ("vanilla", "full"))
+    config = load_config("configs/saerl.py:dapo", {"arms": ("vanilla", "full")})
+
+    def tables():
+        rows = {runs.arm: saerl._arm_row(runs, vanilla, full, [0]) for runs in (vanilla, full)}
+        return saerl.markdown(config, {"pools": {"wrong": rows}}), sections.arms_tables([{"title": "", "rows": list(rows.values())}], Arms([]))
+
+    assert not any("rollouts a step" in table for table in tables())
+    vanilla.rollouts = 2.75
+    assert all("rollouts a step" in table and "2.75" in table for table in tables())
+    path = tmp_path / "full" / "metrics.jsonl"
+    path.write_text(path.read_text().replace('"rows": [0]', '"rows": [0], "rollouts": 3'))
+    assert saerl.ArmRuns([tmp_path], "full").rollouts == 3
