@@ -3,13 +3,16 @@
     jaxrl-llm sft --config.model=FOLDER --config.data.source=train.jsonl --config.data.fields="prompt=question,answer=answer" --workdir=runs/sft
     jaxrl-llm sft --config=configs/sft.py:text --config.model=FOLDER --config.data.source=stories.txt --workdir=runs/stories
 
-Variants: "pairs" (the default: the loss is on the response only) and "text" (on every token). The trained model is written to
+    jaxrl-llm sft --config=configs/sft.py:chats --config.model=FOLDER --config.data.source=chats.jsonl --config.data.fields="prompt=messages" \
+        --workdir=runs/chats
+
+Variants: "pairs" (the default: the loss is on the response only), "chats" (on every turn of the assistant) and "text" (on every token). The trained model is written to
 WORKDIR/policy as a Hugging Face folder. Started again, a run goes on where it was. Expected: the loss (nats a token) falls.
 """
 
 import ml_collections
 
-VARIANTS = ("pairs", "text")
+VARIANTS = ("pairs", "chats", "text")
 
 
 def get_config(variant: str | None = None) -> ml_collections.ConfigDict:
@@ -28,17 +31,18 @@ def get_config(variant: str | None = None) -> ml_collections.ConfigDict:
     config.data.on_bad = "error"  # a bad row: "error" stops, "skip" leaves it out
     config.data.separator = placeholder(str)  # the line between two texts of a txt file; None = a blank line
 
-    config.loss_on = "response"  # "response": the column `response_field`; "text": every token of "prompt"
+    config.loss_on = "response"  # "response": the column `response_field`; "assistant": that role's turns of chats; "text": every token of "prompt"
     config.response_field = "answer"  # the column that holds the response
     config.template = "none"  # of the prompt: "none", "chat" or a format such as "Question: {prompt}\nAnswer:"
     config.separator = ""  # text between prompt and response, such as " "
     config.max_length = 512  # tokens a row may have, end token included
     config.overflow = "drop"  # a longer row: "drop" (counted), "truncate" (its end is cut) or "error"
     config.batch_rows = 32  # rows a step
+    config.pack = False  # put the rows of a step one behind the other into rows of max_length tokens: same gradient, less padding
 
     config.train = ml_collections.ConfigDict()  # see jaxrl_llm.train.config.SFTConfig
     config.train.steps = 100  # updates
-    config.train.micro_batch_rows = 0  # rows a micro-batch, gradients accumulated; 0 = all at once
+    config.train.micro_batch_rows = 0  # rows (packed ones with pack) a micro-batch, gradients accumulated; 0 = all at once
     config.train.remat = False  # recompute layers in the backward pass: less memory, a third more work
     config.train.logprob_chunk = placeholder(int)  # tokens a chunk of the unembedding, on each device; None picks by vocabulary
     config.train.log_every = 10  # steps between lines of metrics.jsonl
@@ -60,6 +64,8 @@ def get_config(variant: str | None = None) -> ml_collections.ConfigDict:
 
     config.overwrite = False  # clear a workdir that holds another run
 
-    if variant == "text":
+    if variant == "chats":
+        config.loss_on = "assistant"
+    elif variant == "text":
         config.loss_on = "text"
     return config

@@ -166,10 +166,12 @@ def init_cache(cfg: ModelConfig, batch: int, slots: int, *, unrolled: bool = Fal
 # --- the forward pass ------------------------------------------------------------------------------------------------
 
 
-def _layer_masks(cfg: ModelConfig, q_pos: Array, k_pos: Array):
+def _layer_masks(cfg: ModelConfig, q_pos: Array, k_pos: Array, segments: Array | None = None):
     """layer -> [B, T, S] mask. Computed once a distinct window, then picked by layer inside the scan."""
     windows = list(dict.fromkeys(cfg.layer_windows or (None,)))
     masks = [attention_mask(q_pos, k_pos, w) for w in windows]
+    if segments is not None:
+        masks = [mask & (segments[:, :, None] == segments[:, None, :]) for mask in masks]
     if len(masks) == 1:
         return lambda layer: masks[0]
     stacked, which = jnp.stack(masks), jnp.asarray([windows.index(w) for w in cfg.layer_windows])
@@ -179,12 +181,14 @@ def _layer_masks(cfg: ModelConfig, q_pos: Array, k_pos: Array):
 class _Memory:
     """What the queries of a layer attend to: the prefixes if any, then the cache or just this call's own tokens."""
 
-    def __init__(self, cfg: ModelConfig, positions: Array, prefix: KV | Sequence[KV] | None, cache: KVCache | None):
+    def __init__(
+        self, cfg: ModelConfig, positions: Array, prefix: KV | Sequence[KV] | None, cache: KVCache | None, segments: Array | None = None
+    ):
         self.prefixes = () if prefix is None else (prefix,) if isinstance(prefix, KV) else tuple(prefix)
         self.cache, self.slots = cache, positions
         if cache is not None:
             self.slots = lax.dynamic_update_slice(cache.positions, positions, (0, cache.next))
-        self.mask = _layer_masks(cfg, positions, self.slots)
+        self.mask = _layer_masks(cfg, positions, self.slots, segments)
         self.n_slots = self.slots.shape[1]
         self.prefix_masks = []
         for part in self.prefixes:
@@ -211,6 +215,15 @@ class _Memory:
         )
         here = tuple(lax.dynamic_index_in_dim(c, layer, keepdims=False) for c in kept) if stacked else kept
         return here, kept
+
+
+def _packed_positions(segments_BT, *others) -> Array:
+    """The place of each token within its segment, -1 where padding; `others` would say something else of positions."""
+    if any(other is not None for other in others):
+        raise ModelError("segments say where texts packed into a row begin and end: give no lengths, positions, prefix or cache with them")
+    places = jnp.arange(segments_BT.shape[1], dtype=jnp.int32)
+    first = jnp.pad(segments_BT[:, 1:] != segments_BT[:, :-1], ((0, 0), (1, 0)), constant_values=True)
+    return jnp.where(segments_BT < 0, -1, places - lax.cummax(jnp.where(first, places, 0), axis=1))
 
 
 def _positions(tokens_BT, lengths, positions, prefix, cache, stop_at, n_layers) -> Array:
@@ -261,6 +274,7 @@ def forward(
     *,
     lengths: Int[Array, " B"] | None = None,
     positions: Int[Array, "B T"] | None = None,
+    segments: Int[Array, "B T"] | None = None,
     prefix: KV | Sequence[KV] | None = None,
     cache: KVCache | None = None,
     taps: tuple[str, ...] = (),
@@ -274,6 +288,8 @@ def forward(
 
     tokens_BT: rows right-padded; padding is known from `lengths` (tokens a row) or `positions` (-1 = padding),
       never from a token's value. positions default to 0, 1, 2, ...
+    segments: several texts packed into each row: a number for each token, the same within one text and another in the next, -1 = padding.
+      Each text starts at position 0 and sees itself only.
     prefix: keys and values of earlier tokens (see KV), attended to before the new ones and not changed; gradients
       flow into it. With P prefix rows and B = P * G, rows are grouped: row r reads prefix r // G. Needs positions.
       Several, each with its own number of rows, may follow each other.
@@ -288,14 +304,16 @@ def forward(
     return_kv: also return this call's keys and values as a KV (to be someone's prefix).
 
     Raises ModelError for an unknown tap or intervention name, one that stop_at never reaches, a stop_at out of range,
-    and a prefix or cache without positions; and, of tokens that can be looked at (outside of jit), for an id outside the
+    a prefix or cache without positions, and segments beside these; and, of tokens that can be looked at (outside of jit), for an id outside the
     vocabulary and a row past the context. Inside jit nobody looks: an id past the vocabulary makes its row NaN, a
     negative one counts from the vocabulary's end, and positions past the context are computed though the model never
     saw such.
     """
+    if segments is not None:
+        positions = _packed_positions(segments, lengths, positions, prefix, cache)
     _check_tokens(cfg, tokens_BT, lengths, positions)
     positions = _positions(tokens_BT, lengths, positions, prefix, cache, stop_at, cfg.n_layers)
-    hooks, memory = Hooks(cfg, taps, interventions, stop_at), _Memory(cfg, positions, prefix, cache)
+    hooks, memory = Hooks(cfg, taps, interventions, stop_at), _Memory(cfg, positions, prefix, cache, segments)
     rope, out_taps = rope_table(cfg, positions), {}
     x = hooks.outer("embed", embed(params["embed"]["embedding"], tokens_BT), out_taps)
     B, T, D = x.shape

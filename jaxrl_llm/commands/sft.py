@@ -1,13 +1,14 @@
 """`jaxrl-llm sft`: supervised fine-tuning on responses or on whole texts; writes the model as a Hugging Face folder."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from jaxrl_llm.data.prompts import pad_answers, tokenise_prompts
+from jaxrl_llm.data.chats import assistant_tokens
+from jaxrl_llm.data.prompts import pack_rows, pad_rows, tokenise_prompts
 from jaxrl_llm.data.sampler import ShuffledSchedule
-from jaxrl_llm.data.sources import parse_fields, read_rows
+from jaxrl_llm.data.sources import Rows, parse_fields, read_rows
 from jaxrl_llm.errors import UserError, nearest
 from jaxrl_llm.run_dir import RunDir
 from jaxrl_llm.runtime import parse_mesh
@@ -29,7 +30,7 @@ def run(config: Any, workdir: str) -> None:
         raise UserError("no model: name a Hugging Face folder or hub id with --config.model=...")
     if not config.data.source:
         raise UserError("no data: name a file or data set with --config.data.source=...")
-    for name, known in (("loss_on", ("response", "text")), ("overflow", ("drop", "truncate", "error"))):
+    for name, known in (("loss_on", ("response", "assistant", "text")), ("overflow", ("drop", "truncate", "error"))):
         if config[name] not in known:
             raise UserError(f"config key '{name}' is '{config[name]}': {nearest(config[name], known)}")
     settings = from_mapping(SFTConfig, config.train)
@@ -40,14 +41,15 @@ def run(config: Any, workdir: str) -> None:
     tokenizer = models.load_tokenizer(config.model)
     tokens_NT, mask_NT = encode(rows, tokenizer, cfg.eos_token_ids, config)
     schedule = ShuffledSchedule(len(tokens_NT), min(config.batch_rows, len(tokens_NT)), config.seed)
-    trained, history = train_sft(cfg, params, _batches(tokens_NT, mask_NT, schedule), settings, run_dir, mesh=mesh)
+    batches = _batches(tokens_NT, mask_NT, schedule, config.max_length if config.pack else None)
+    trained, history = train_sft(cfg, params, batches, settings, run_dir, mesh=mesh)
     models.save(run_dir.path / FOLDER, cfg, trained, tokenizer_from=config.model)
     run_dir.summary({"steps": settings.steps, "rows": len(tokens_NT), "loss_first": history[0]["loss"], "loss_last": history[-1]["loss"]})
     if run_dir.is_writer:
         print(f"loss {history[0]['loss']:.4f} -> {history[-1]['loss']:.4f} nats a token; model: {run_dir.path / FOLDER}")
 
 
-def _read(config: Any) -> list[dict[str, Any]]:
+def _read(config: Any) -> Rows:
     data = config.data
     required = ("prompt", config.response_field) if config.loss_on == "response" else ("prompt",)
     return read_rows(
@@ -61,45 +63,68 @@ def _read(config: Any) -> list[dict[str, Any]]:
     )
 
 
-def encode(rows: list[dict[str, Any]], tokenizer: Any, eos_token_ids: tuple[int, ...], config: Any) -> tuple[np.ndarray, np.ndarray]:
-    """(tokens [N, T] int32 right-padded, mask [N, T] bool): prompt + separator + response + end token of each row, the mask on the
-    response and its end token; with loss_on "text" the mask is on everything. Prompt and response are tokenised apart, as they will
-    be in generation.
+def encode(rows: Sequence[Mapping[str, Any]], tokenizer: Any, eos_token_ids: tuple[int, ...], config: Any) -> tuple[np.ndarray, np.ndarray]:
+    """(tokens [N, T] int32 right-padded, mask [N, T] bool on the tokens that are trained on), by `loss_on`:
 
-    Raises UserError when a row is too long and overflow is "error", or no row is left.
+    "response": prompt + separator + response + end token, the mask on the response and its end token; prompt and response are tokenised
+    apart, as they will be in generation. "text": the prompt and an end token, the mask on all. "assistant": chats under "messages" as the
+    tokenizer's chat template writes them, the mask on every turn of the assistant.
+
+    Raises UserError when a row is too long and overflow is "error", a chat has no such turn, or no row is left.
     """
+    encoded = _chats(rows, tokenizer) if config.loss_on == "assistant" else _texts(rows, tokenizer, eos_token_ids, config)
+    kept, dropped = [], 0
+    for row, (tokens, counts) in zip(rows, encoded, strict=True):
+        if len(tokens) > config.max_length:
+            if config.overflow == "error":
+                raise UserError(f"row '{row['id']}' has {len(tokens)} tokens, over max_length={config.max_length}: raise it, or set overflow")
+            # A row whose counted tokens are all cut off leaves nothing to learn from.
+            if config.overflow == "drop" or not np.any(counts[: config.max_length]):
+                dropped += 1
+                continue
+        kept.append((tokens[: config.max_length], counts[: config.max_length]))
+    if not kept:
+        raise UserError(f"no row is left: all {dropped} are longer than max_length={config.max_length} tokens")
+    if dropped:
+        print(f"{dropped} of {len(rows)} rows are longer than {config.max_length} tokens and were left out")
+    return pad_rows(kept)
+
+
+def _texts(rows, tokenizer, eos_token_ids, config) -> Iterator[tuple[list[int], np.ndarray]]:
     prompts = tokenise_prompts(rows, tokenizer, max_length=2**30, template=config.template).token_lists()
     end = list(eos_token_ids[:1])
     responses = [end] * len(rows)
     if config.loss_on == "response":
         texts = [config.separator + str(row[config.response_field]) for row in rows]
         responses = [ids + end for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
-    kept, dropped = [], 0
-    for row, prompt, response in zip(rows, prompts, responses, strict=True):
-        tokens, begin = prompt + response, 0 if config.loss_on == "text" else len(prompt)
-        if len(tokens) > config.max_length:
-            if config.overflow == "error":
-                raise UserError(f"row '{row['id']}' has {len(tokens)} tokens, over max_length={config.max_length}: raise it, or set overflow")
-            # A prompt that fills the whole row leaves nothing to learn from.
-            if config.overflow == "drop" or begin >= config.max_length:
-                dropped += 1
-                continue
-        kept.append((tokens[: config.max_length], begin))
-    if not kept:
-        raise UserError(f"no row is left: all {dropped} are longer than max_length={config.max_length} tokens")
-    if dropped:
-        print(f"{dropped} of {len(rows)} rows are longer than {config.max_length} tokens and were left out")
-    return pad_answers(kept)
+    for prompt, response in zip(prompts, responses, strict=True):
+        tokens = prompt + response
+        yield tokens, np.arange(len(tokens)) >= (0 if config.loss_on == "text" else len(prompt))
 
 
-def _batches(tokens_NT: np.ndarray, mask_NT: np.ndarray, schedule: ShuffledSchedule) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Shuffled epochs without end, each batch cut to a few widths so that short rows cost little and programs are shared."""
+def _chats(rows, tokenizer) -> Iterator[tuple[list[int], np.ndarray]]:
+    places = getattr(rows, "places", {})
+    for row in rows:
+        where = f"{places.get(row['id'], 'row')}: '{row['id']}'"
+        if not row.get("messages"):
+            raise UserError(f"{where} is no chat: loss_on=assistant reads a list of messages; name its column with data.fields prompt=COLUMN")
+        yield assistant_tokens(row["messages"], tokenizer, where)
+
+
+def _batches(tokens_NT: np.ndarray, mask_NT: np.ndarray, schedule: ShuffledSchedule, pack: int | None = None) -> Iterator[tuple[np.ndarray, ...]]:
+    """Shuffled epochs without end. Each batch is cut to a few widths, or packed into a few numbers of rows of `pack` tokens, so that short
+    rows cost little and programs are shared."""
     from models.generate import bucket
 
     reach_N = tokens_NT.shape[1] - np.argmax(mask_NT[:, ::-1], axis=1)  # up to the last counted token
     step = 0
     while True:
         chosen = schedule.batch(step)
-        width = min(bucket(int(reach_N[chosen].max()), 32), tokens_NT.shape[1])
-        yield tokens_NT[chosen, :width], mask_NT[chosen, :width]
+        if pack is None:
+            width = min(bucket(int(reach_N[chosen].max()), 32), tokens_NT.shape[1])
+            yield tokens_NT[chosen, :width], mask_NT[chosen, :width]
+        else:
+            packed = pack_rows([(tokens_NT[i, : reach_N[i]], mask_NT[i, : reach_N[i]]) for i in chosen], pack)
+            empty = ((0, bucket(len(packed[0])) - len(packed[0])), (0, 0))
+            yield tuple(np.pad(part, empty, constant_values=fill) for part, fill in zip(packed, (0, False, -1), strict=True))
         step += 1

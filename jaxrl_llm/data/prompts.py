@@ -146,15 +146,53 @@ def fill_template(template: str, row: Mapping[str, Any]) -> str:
     return _SLOT.sub(fill, template)
 
 
+def pad_rows(rows: Sequence[tuple[Sequence[int], Sequence[bool]]], width: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """(tokens [N, width] int32 right-padded with 0, mask [N, width] bool) of rows (tokens, which of them count). width: that of the longest
+    row by default."""
+    width = max(len(tokens) for tokens, _ in rows) if width is None else width
+    tokens_NT, mask_NT = np.zeros((len(rows), width), np.int32), np.zeros((len(rows), width), bool)
+    for i, (tokens, counts) in enumerate(rows):
+        tokens_NT[i, : len(tokens)], mask_NT[i, : len(tokens)] = tokens, counts
+    return tokens_NT, mask_NT
+
+
+def pack_rows(rows: Sequence[tuple[Sequence[int], Sequence[bool]]], width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Rows (tokens, which of them count) packed into few rows of `width` tokens: (tokens [n, width] int32, mask [n, width] bool, segments
+    [n, width] int32, the number of each token's row within its packed row, -1 = padding).
+
+    The longest row goes first, each into the fullest packed row that has room (best fit, decreasing). A text's first token is predicted
+    by nothing, so it does not count: a loss over the packed rows is that over the rows themselves, whose first token never counts either.
+    Raises ValueError for a row longer than `width`.
+    """
+    packed: list[list[int]] = []
+    room: list[int] = []
+    for i in sorted(range(len(rows)), key=lambda i: -len(rows[i][0])):
+        length = len(rows[i][0])
+        if length > width:
+            raise ValueError(f"pack_rows: row {i} has {length} tokens, over the width of {width}")
+        fits = [b for b, left in enumerate(room) if left >= length]
+        if not fits:
+            packed.append([])
+            room.append(width)
+        at = min(fits, key=room.__getitem__) if fits else len(room) - 1
+        packed[at].append(i)
+        room[at] -= length
+    shape = (len(packed), width)
+    tokens_NT, mask_NT, segments_NT = np.zeros(shape, np.int32), np.zeros(shape, bool), np.full(shape, -1, np.int32)
+    for b, members in enumerate(packed):
+        start = 0
+        for segment, i in enumerate(members):
+            span = slice(start, start + len(rows[i][0]))
+            tokens_NT[b, span], mask_NT[b, span], segments_NT[b, span] = *rows[i], segment
+            mask_NT[b, start] = False
+            start = span.stop
+    return tokens_NT, mask_NT, segments_NT
+
+
 def pad_answers(rows: Sequence[tuple[Sequence[int], int]], width: int | None = None) -> tuple[np.ndarray, np.ndarray]:
     """(tokens [N, width] int32 right-padded with 0, mask [N, width] bool on the answers) of rows (tokens, where the answer begins), for
     supervised fine-tuning. width: that of the longest row by default."""
-    width = max(len(tokens) for tokens, _ in rows) if width is None else width
-    tokens_NT, mask_NT = np.zeros((len(rows), width), np.int32), np.zeros((len(rows), width), bool)
-    for i, (tokens, begin) in enumerate(rows):
-        tokens_NT[i, : len(tokens)] = tokens
-        mask_NT[i, begin : len(tokens)] = True
-    return tokens_NT, mask_NT
+    return pad_rows([(tokens, np.arange(len(tokens)) >= begin) for tokens, begin in rows], width)
 
 
 def _pad(

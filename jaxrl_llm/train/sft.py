@@ -38,20 +38,22 @@ class SFTSpec:
     logprob_chunk: int | None
 
 
-def _micro_loss(params, spec: SFTSpec, tokens_BT, mask_BT, total):
+def _micro_loss(params, spec: SFTSpec, tokens_BT, mask_BT, total, segments_BT=None):
     compute = jax.tree.map(lambda p: p.astype(spec.model.dtype), params)
     # Rows are right-padded and attention is causal, so no counted token ever sees padding.
-    hidden_BTD = models.forward(spec.model, compute, tokens_BT[:, :-1], remat=spec.remat).hidden
+    segments = None if segments_BT is None else segments_BT[:, :-1]
+    hidden_BTD = models.forward(spec.model, compute, tokens_BT[:, :-1], segments=segments, remat=spec.remat).hidden
     unembed_DV = models.unembed_matrix(spec.model, compute)
     logps_BT, _ = token_logprobs(hidden_BTD, unembed_DV, tokens_BT[:, 1:], chunk=spec.logprob_chunk)
     return sft_loss(logps_BT, mask_BT[:, 1:], total_tokens=total)[0]
 
 
 def _update(spec: SFTSpec, state, batch):
-    """One update on {"tokens" [M, b, T] int32, "mask" [M, b, T] bool}: micro-batches weighted by their tokens."""
+    """One update on {"tokens" [M, b, T] int32, "mask" [M, b, T] bool} and, of packed rows, "segments" [M, b, T] int32: micro-batches
+    weighted by their tokens."""
     tokens = jnp.sum(batch["mask"][:, :, 1:], dtype=jnp.float32)
     grad_fn = jax.value_and_grad(functools.partial(_micro_loss, spec=spec, total=tokens))
-    one = lambda micro: grad_fn(state["params"], tokens_BT=micro["tokens"], mask_BT=micro["mask"])  # noqa: E731
+    one = lambda micro: grad_fn(state["params"], **{f"{name}_BT": rows for name, rows in micro.items()})  # noqa: E731
     if batch["tokens"].shape[0] == 1:
         loss, grads = one(jax.tree.map(lambda x: x[0], batch))
     else:
@@ -82,29 +84,36 @@ def _compiled_update(spec: SFTSpec, mesh=None):
     )
 
 
-def micro_batches(tokens_BT: np.ndarray, mask_BT: np.ndarray, rows: int, multiple: int = 1) -> dict[str, np.ndarray]:
-    """[B, T] -> {"tokens", "mask"} of [M, b, T], b at most `rows` (0 = B) rounded up to `multiple`, padded with uncounted rows."""
+def micro_batches(
+    tokens_BT: np.ndarray, mask_BT: np.ndarray, rows: int, multiple: int = 1, segments_BT: np.ndarray | None = None
+) -> dict[str, np.ndarray]:
+    """[B, T] -> {"tokens", "mask" and, if given, "segments"} of [M, b, T], b at most `rows` (0 = B) rounded up to `multiple`, padded with
+    uncounted rows."""
     count = len(tokens_BT)
     b = -(-min(rows or count, count) // multiple) * multiple
     M = -(-count // b)
     pad = ((0, M * b - count), (0, 0))
-    return {
+    batch = {
         "tokens": np.pad(np.asarray(tokens_BT, np.int32), pad).reshape(M, b, -1),
         "mask": np.pad(np.asarray(mask_BT, bool), pad).reshape(M, b, -1),
     }
+    if segments_BT is not None:
+        batch["segments"] = np.pad(np.asarray(segments_BT, np.int32), pad, constant_values=-1).reshape(M, b, -1)
+    return batch
 
 
 def train_sft(
     model_cfg: models.ModelConfig,
     params,
-    batches: Iterable[tuple[np.ndarray, np.ndarray]],
+    batches: Iterable[tuple[np.ndarray, ...]],
     config: SFTConfig | Mapping[str, Any],
     run_dir: RunDir | None = None,
     *,
     mesh=None,
     progress: bool = True,
 ):
-    """Trains on (tokens [B, T] int, loss_mask [B, T] bool) batches and returns (parameters, history).
+    """Trains on batches (tokens [B, T] int, loss_mask [B, T] bool), or (tokens, loss_mask, segments [B, T] int) where several texts are
+    packed into each row (see `models.forward` and `data.prompts.pack_rows`), and returns (parameters, history).
 
     tokens: right-padded rows. loss_mask: True on the tokens to be predicted (the response, or all of them; the first token of a row is
     never predicted). batches: from the first step on, at least `config.steps` of them; a resumed run draws and drops those it has
@@ -150,7 +159,7 @@ def _train(spec, state, start, batches, config, run_dir, checkpoints, mesh, prog
     # Without a run directory there is nothing to save: a signal is the caller's affair.
     with bar, contextlib.nullcontext(StopRequest()) if run_dir is None else stop_on_signal() as stop:
         for step in range(start, config.steps):
-            state, metrics = update(state, _placed(*_next(batches, step), config, mesh))
+            state, metrics = update(state, _placed(*_next(batches, step), config=config, mesh=mesh))
             pending.append(metrics)
             bar.update()
             done, last = step + 1, step + 1 == config.steps
@@ -180,9 +189,9 @@ def _next(batches, step):
         raise UserError(f"the batches ran out at step {step + 1}: give more rows, more epochs or fewer steps") from None
 
 
-def _placed(tokens_BT, mask_BT, config, mesh):
+def _placed(tokens_BT, mask_BT, segments_BT=None, *, config, mesh):
     ways = 1 if mesh is None else batch_ways(mesh)
-    batch = micro_batches(tokens_BT, mask_BT, config.micro_batch_rows, ways)
+    batch = micro_batches(tokens_BT, mask_BT, config.micro_batch_rows, ways, segments_BT)
     if mesh is None:
         return batch
     return jax.tree.map(lambda x: place(x, batch_shardings(mesh)), batch)

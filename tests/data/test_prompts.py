@@ -5,7 +5,8 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from jaxrl_llm.data.prompts import fill_template, tokenise_prompts
+from jaxrl_llm.data.chats import assistant_tokens
+from jaxrl_llm.data.prompts import fill_template, pack_rows, tokenise_prompts
 from jaxrl_llm.errors import UserError
 
 CHAT = "{% for m in messages %}<u> {{ m['content'] }} {% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
@@ -115,3 +116,77 @@ def test_real_tokenizer(assets):
     batch = tokenise_prompts(rows_of("Once upon a time"), tokenizer, max_length=64)
     assert batch.tokens_NT[0, 0] == tokenizer.bos_token_id
     assert tokenizer.decode(batch.token_lists()[0], skip_special_tokens=True) == "Once upon a time"
+
+
+def texts(seed, count=30, width=12):
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(1, width + 1, count)
+    return [(rng.integers(1, 50, n).tolist(), rng.random(n) < 0.5) for n in lengths]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_packing_keeps_every_row_whole(seed):
+    rows, width = texts(seed), 12
+    tokens, mask, segments = pack_rows(rows, width)
+    assert len(tokens) < len(rows) and (segments >= 0).mean() > 0.85
+    found = []
+    for row, counts, numbers in zip(tokens, mask, segments, strict=True):
+        assert (np.diff(numbers[numbers >= 0]) >= 0).all() and (numbers[(numbers >= 0).sum() :] == -1).all()
+        assert not counts[numbers < 0].any()
+        found += [(row[numbers == s].tolist(), counts[numbers == s].tolist()) for s in range(numbers.max() + 1)]
+    first_uncounted = [(row, [False, *counts[1:].tolist()]) for row, counts in rows]
+    assert sorted(found) == sorted(first_uncounted)
+
+
+def test_a_row_wider_than_the_packed_ones_is_refused():
+    with pytest.raises(ValueError, match="row 1 has 3 tokens, over the width of 2"):
+        pack_rows([([1], [True]), ([1, 2, 3], [True] * 3)], 2)
+
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }} {{ m.content }} <|im_end|>{{ ' ' }}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant {% endif %}"
+)
+MARKED = (
+    "{% for m in messages %}<|im_start|>{{ m.role }} {% if m.role == 'assistant' %}{% generation %}{{ m.content }} <|im_end|>"
+    "{% endgeneration %}{% else %}{{ m.content }} <|im_end|>{% endif %}{{ ' ' }}{% endfor %}"
+)
+# As Qwen3 does with reasoning: a turn is shorter once another follows.
+REWRITES = "{% for m in messages %}{{ m.role }} {% if loop.last %}thought {% endif %}{{ m.content }} {% endfor %}"
+
+
+def chat_tokenizer(template):
+    words = ["<unk>", "<|im_start|>", "<|im_end|>", "user", "assistant", "system", "thought", *"abcde"]
+    core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=core, chat_template=template)
+
+
+def chat(*turns):
+    return [{"role": role, "content": content} for role, content in turns]
+
+
+@pytest.mark.parametrize("template", [CHATML, MARKED], ids=["prefixes", "marked"])
+def test_the_assistants_tokens_of_a_chat(template):
+    """Both turns with their end, not the roles; a conversation of several turns, one that ends with the user too."""
+    tokenizer = chat_tokenizer(template)
+    messages = chat(("system", "a"), ("user", "b c"), ("assistant", "c d"), ("user", "e"), ("assistant", "a"))
+    tokens, counts = assistant_tokens(messages, tokenizer, "row 1")
+    assert tokenizer.convert_ids_to_tokens(np.array(tokens)[counts].tolist()) == ["c", "d", "<|im_end|>", "a", "<|im_end|>"]
+    assert tokens == tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True)["input_ids"]
+    tokens, counts = assistant_tokens(messages[:4], tokenizer, "row 1")
+    assert tokenizer.convert_ids_to_tokens(np.array(tokens)[counts].tolist()) == ["c", "d", "<|im_end|>"]
+
+
+@pytest.mark.parametrize(
+    ("template", "turns", "message"),
+    [
+        (None, [("user", "a"), ("assistant", "b")], "no chat template"),
+        (CHATML, [("user", "a")], "rows.jsonl:3 has no turn of the assistant.*roles are user"),
+        (REWRITES, [("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")], "rows.jsonl:3: the chat template rewrites message 2"),
+        ("{{ raise_exception('roles must alternate') }}", [("user", "a"), ("assistant", "b")], "rows.jsonl:3: .*roles must alternate"),
+    ],
+)
+def test_chats_that_cannot_be_masked_are_named(template, turns, message):
+    with pytest.raises(UserError, match=message):
+        assistant_tokens(chat(*turns), chat_tokenizer(template), "rows.jsonl:3")

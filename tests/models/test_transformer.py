@@ -303,3 +303,26 @@ def test_inside_jit_nothing_is_looked_at(model):
     run = jax.jit(lambda tokens: models.forward(cfg, params, tokens).hidden)
     assert np.isfinite(run(tokens)).all()
     assert np.isnan(run(tokens.at[0, 2].set(64))[0, 2]).all()
+
+
+@pytest.mark.parametrize("unroll", [False, True], ids=["scan", "unrolled"])
+def test_texts_packed_into_a_row_do_not_see_each_other(model, tokens, unroll):
+    """Three texts in two rows, with padding: each text's hidden states are those of a row of its own, windows included."""
+    cfg, params = model
+    lengths = (5, 7, 9)
+    rows = np.zeros((2, 14), np.int32)
+    segments = np.full((2, 14), -1, np.int32)
+    places = ((0, 0), (0, 5), (1, 2))  # the last after two tokens of padding, which a segment may have before it too
+    for number, (length, (row, start)) in enumerate(zip(lengths, places, strict=True)):
+        rows[row, start : start + length] = tokens[number, :length]
+        segments[row, start : start + length] = number
+    packed = models.forward(cfg, params, jnp.asarray(rows), segments=jnp.asarray(segments), unroll=unroll).hidden
+    for number, (length, (row, start)) in enumerate(zip(lengths, places, strict=True)):
+        alone = models.forward(cfg, params, tokens[number : number + 1, :length]).hidden
+        np.testing.assert_allclose(packed[row, start : start + length], alone[0], rtol=1e-5, atol=1e-5)
+
+
+def test_segments_stand_alone(model, tokens):
+    cfg, params = model
+    with pytest.raises(ModelError, match="segments say where texts packed into a row begin and end"):
+        models.forward(cfg, params, tokens, segments=jnp.zeros_like(tokens), lengths=jnp.full(4, T))

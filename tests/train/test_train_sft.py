@@ -10,6 +10,7 @@ import pytest
 import tiny_grpo as tiny
 
 import models
+from jaxrl_llm.data.prompts import pack_rows
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.run_dir import RunDir
 from jaxrl_llm.train.config import OptimizerConfig, SFTConfig
@@ -120,6 +121,8 @@ import dataclasses, numpy as np, models.sharding
 import tiny_grpo as tiny, test_train_sft as t
 config = dataclasses.replace(t.QUICK, steps=2)
 one, _ = t.train(config)
+packed, _ = t.train(config, t.packed(t.data(), 20), mesh=models.sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2}))
+np.testing.assert_allclose(tiny.flat(packed), tiny.flat(one), rtol=1e-4, atol=1e-5)
 many, _ = t.train(config, mesh=models.sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2}))
 np.testing.assert_allclose(tiny.flat(many), tiny.flat(one), rtol=1e-4, atol=1e-5)
 print("equal")
@@ -128,3 +131,28 @@ print("equal")
 
 def test_mesh_of_eight_devices_trains_the_same(run_python):
     assert "equal" in run_python(MESH, devices=8, env={"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"})
+
+
+def packed(batches, width):
+    """The same rows behind one another, as `pack_rows` lays them."""
+    for tokens, mask in batches:
+        lengths = tokens.shape[1] - np.argmax(mask[:, ::-1], axis=1)
+        yield pack_rows([(row[:n], counts[:n]) for row, counts, n in zip(tokens, mask, lengths, strict=True)], width)
+
+
+@pytest.mark.parametrize("changes", [{}, {"micro_batch_rows": 1}, {"remat": True}], ids=str)
+def test_packed_rows_train_as_the_rows_themselves(changes):
+    """Loss, count and parameters after two steps; the packed rows are fewer."""
+    config = dataclasses.replace(QUICK, steps=2)
+    whole, history = train(config)
+    parts, packed_history = train(dataclasses.replace(config, **changes), packed(data(), 20))
+    assert len(next(packed(data(), 20))[0]) < 4 and packed_history[0]["tokens"] == history[0]["tokens"]
+    assert packed_history[-1]["loss"] == pytest.approx(history[-1]["loss"], rel=1e-5)
+    np.testing.assert_allclose(tiny.flat(parts), tiny.flat(whole), rtol=1e-4, atol=1e-5)
+
+
+def test_rows_packed_without_segments_would_not():
+    """What the segments are for: behind one another alone, texts see those before them."""
+    config = dataclasses.replace(QUICK, steps=1)
+    mixed = (part[:2] for part in packed(data(), 20))
+    assert abs(train(config, mixed)[1][0]["loss"] - train(config)[1][0]["loss"]) > 1e-3

@@ -14,6 +14,7 @@ from jaxrl_llm.commands import grpo, sft
 from jaxrl_llm.config import import_config, load_config, resolve_path
 from jaxrl_llm.curation.curated_set import CuratedSet
 from jaxrl_llm.curation.trainability import TrainabilityBand
+from jaxrl_llm.data.sampler import ShuffledSchedule
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.train.config import GRPOConfig, check_grpo, from_mapping
 
@@ -118,6 +119,43 @@ def test_sft_masks_the_prompt_unless_it_trains_on_text(model, sums):
     assert mask.astype(int).tolist() == [[0, 0, 0, 0, 1, 1], [0, 1, 1, 1, 0, 0]]
     tokens, mask = sft.encode(rows, tokenizer, (1,), config_of("sft", model, sums, loss_on="text", max_length=6))
     assert tokens.tolist() == [[3, 12, 4, 13, 1], [6, 1, 0, 0, 0]] and mask.sum() == 7
+
+
+CHATML = "{% for m in messages %}{{ '+ ' if m.role == 'user' else '= ' }}{{ m.content }} </s>{% endfor %}{% if add_generation_prompt %}= {% endif %}"
+
+
+def test_sft_on_chats_counts_every_turn_of_the_assistant(model, tmp_path):
+    """From a file of messages to a folder; the template is the tokenizer's."""
+    tokenizer = models.load_tokenizer(model)
+    tokenizer.chat_template = CHATML
+    cfg, params = models.load(model)
+    folder = tmp_path / "chatty"
+    models.save(folder, cfg, params, tokenizer_from=tokenizer)
+    turns = [[("user", "1 2"), ("assistant", "3"), ("user", "4"), ("assistant", "5 6")], [("user", "1"), ("assistant", "2")]]
+    rows = [{"messages": [{"role": r, "content": c} for r, c in chat], "id": str(i)} for i, chat in enumerate(turns)]
+    source = tmp_path / "chats.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    fields = {"model": str(folder), "data.source": str(source), "data.fields": "prompt=messages", "train.steps": 2, "max_length": 16}
+    config = load_config("configs/sft.py:chats", fields)
+    tokens, mask = sft.encode(sft._read(config), tokenizer, (1,), config)
+    assert [tokenizer.decode(row[counts]) for row, counts in zip(tokens, mask, strict=True)] == ["3 </s> 5 6 </s>", "2 </s>"]
+    sft.run(config, str(tmp_path / "run"))
+    assert json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])["tokens"] == 2 * 7
+    with pytest.raises(UserError, match="is no chat: loss_on=assistant reads a list of messages"):
+        sft.encode([{"id": "a", "prompt": "1"}], tokenizer, (1,), config)
+
+
+def test_sft_on_packed_rows_is_sft_on_the_rows(model, sums, tmp_path):
+    """The knob saves padding and changes no result."""
+    records = {}
+    for pack in (False, True):
+        sft.run(config_of("sft", model, sums, train__steps=3, train__optimizer__learning_rate=0.02, batch_rows=12, max_length=24, pack=pack), str(tmp_path / str(pack)))
+        records[pack] = [json.loads(line) for line in (tmp_path / str(pack) / "metrics.jsonl").read_text().splitlines()]
+    for plain, packed in zip(records[False], records[True], strict=True):
+        assert packed["tokens"] == plain["tokens"] and packed["loss"] == pytest.approx(plain["loss"], rel=1e-5)
+    schedule = ShuffledSchedule(20, 12, 0)
+    tokens, mask = sft.encode(sft._read(config_of("sft", model, sums)), models.load_tokenizer(model), (1,), config_of("sft", model, sums))
+    assert len(next(sft._batches(tokens, mask, schedule, 24))[0]) == 3 < len(next(sft._batches(tokens, mask, schedule))[0])
 
 
 def test_sft_rows_longer_than_the_limit(model, sums, capsys):
@@ -284,7 +322,7 @@ def test_sft_mistakes_are_one_clear_line(model, sums, tmp_path, overrides, messa
         sft.run(config_of("sft", model, source, **arguments), str(tmp_path / "run"))
 
 
-@pytest.mark.parametrize("verb,variants", [("grpo", (None, "grpo", "dr_grpo", "dapo")), ("sft", (None, "pairs", "text"))])
+@pytest.mark.parametrize("verb,variants", [("grpo", (None, "grpo", "dr_grpo", "dapo")), ("sft", (None, "pairs", "chats", "text"))])
 def test_config_files_have_every_setting_of_the_trainer(verb, variants):
     from jaxrl_llm.train.config import GRPOConfig, SFTConfig, check_grpo, from_mapping
 

@@ -1,0 +1,50 @@
+"""Chats as a tokenizer's template writes them, and which of their tokens the assistant said."""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from jaxrl_llm.errors import UserError
+
+
+def assistant_tokens(messages: Sequence[Mapping[str, str]], tokenizer: Any, where: str) -> tuple[list[int], np.ndarray]:
+    """(token ids, bool [T]: which belong to a turn of the assistant, the token that ends it included) of a chat.
+
+    A template that marks generated text ({% generation %}) is taken at its word. Elsewhere a turn is what the template writes between the
+    opening of the assistant's turn and the next message; a template that rewrites earlier turns when later ones follow (some drop their
+    reasoning) has no such place.
+
+    Raises UserError, naming `where`: no chat template, no turn of the assistant, a template that cannot write these messages, or one that
+    rewrites earlier turns.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        raise UserError(f"{getattr(tokenizer, 'name_or_path', '') or 'this tokenizer'} has no chat template: loss_on=assistant needs one")
+    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    if not turns:
+        raise UserError(f"{where} has no turn of the assistant to train on: roles are {', '.join(m['role'] for m in messages)}")
+    if re.search(r"\{%-?\s*generation\b", tokenizer.chat_template):
+        found = tokenizer.apply_chat_template(list(messages), tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
+        return list(found["input_ids"]), np.asarray(found["assistant_masks"], bool)
+
+    def written(count: int, opening: bool = False) -> str:
+        try:
+            return tokenizer.apply_chat_template(list(messages[:count]), tokenize=False, add_generation_prompt=opening)
+        except Exception as error:  # templates raise what they like
+            raise UserError(f"{where}: the chat template refuses it: {error}") from error
+
+    text = written(len(messages))
+    # The template writes the special tokens itself.
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    starts = np.array([start for start, _ in encoded["offset_mapping"]])
+    counts = np.zeros(len(starts), bool)
+    for turn in turns:
+        head, upto = written(turn, opening=True), written(turn + 1)
+        if not (upto.startswith(head) and text.startswith(upto)):
+            raise UserError(
+                f"{where}: the chat template rewrites message {turn + 1} when others follow, so that nothing says which tokens are the "
+                "assistant's: give a template with {% generation %} marks, or chats with one answer and loss_on=response"
+            )
+        counts |= (starts >= len(head)) & (starts < len(upto))
+    return encoded["input_ids"], counts
