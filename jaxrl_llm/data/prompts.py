@@ -146,7 +146,7 @@ def fill_template(template: str, row: Mapping[str, Any]) -> str:
     return _SLOT.sub(fill, template)
 
 
-def pad_rows(rows: Sequence[tuple[Sequence[int], Sequence[bool]]], width: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+def pad_rows(rows: Sequence[tuple[Sequence[int], Sequence[bool] | np.ndarray]], width: int | None = None) -> tuple[np.ndarray, np.ndarray]:
     """(tokens [N, width] int32 right-padded with 0, mask [N, width] bool) of rows (tokens, which of them count). width: that of the longest
     row by default."""
     width = max(len(tokens) for tokens, _ in rows) if width is None else width
@@ -156,7 +156,7 @@ def pad_rows(rows: Sequence[tuple[Sequence[int], Sequence[bool]]], width: int | 
     return tokens_NT, mask_NT
 
 
-def pack_rows(rows: Sequence[tuple[Sequence[int], Sequence[bool]]], width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def pack_rows(rows: Sequence[tuple[Sequence[int], Sequence[bool] | np.ndarray]], width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Rows (tokens, which of them count) packed into few rows of `width` tokens: (tokens [n, width] int32, mask [n, width] bool, segments
     [n, width] int32, the number of each token's row within its packed row, -1 = padding).
 
