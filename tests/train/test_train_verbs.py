@@ -149,7 +149,8 @@ def test_sft_on_packed_rows_is_sft_on_the_rows(model, sums, tmp_path):
     """The knob saves padding and changes no result."""
     records = {}
     for pack in (False, True):
-        sft.run(config_of("sft", model, sums, train__steps=3, train__optimizer__learning_rate=0.02, batch_rows=12, max_length=24, pack=pack), str(tmp_path / str(pack)))
+        settings = dict(train__steps=3, train__optimizer__learning_rate=0.02, batch_rows=12, max_length=24, pack=pack)
+        sft.run(config_of("sft", model, sums, **settings), str(tmp_path / str(pack)))
         records[pack] = [json.loads(line) for line in (tmp_path / str(pack) / "metrics.jsonl").read_text().splitlines()]
     for plain, packed in zip(records[False], records[True], strict=True):
         assert packed["tokens"] == plain["tokens"] and packed["loss"] == pytest.approx(plain["loss"], rel=1e-5)
