@@ -243,7 +243,7 @@ def compare(before: Judged, after: Judged, real: Judged) -> dict[str, Any]:
     return figures | {"reward_gain": difference("reward_P"), "passed_gain": difference("passed_P")}
 
 
-HEALTH = {  # column of the report -> whether higher is better
+HEALTH = {  # guard -> its column in the report
     "nll": "NLL under the original (nats a token)",
     "distinct_2": "distinct word pairs",
     "repeated_3": "repeated word triples",
@@ -269,6 +269,7 @@ def report_data(
         " Left out, since no verdict could be reached: {} continuations before, {} after, {} real.".format(*unsaid) if any(unsaid) else ""
     )
     guards = _table("Stories still?", "guards against degeneration", list(HEALTH.values()))
+    guards["higher_is_better"] = None
     guards["note"] = "Read them together and against both other rows: none of them is to be made as large or as small as it can be."
     for key, name, kind in (
         ("before", "before training", "baseline"),
@@ -293,7 +294,7 @@ def report_data(
             {"label": "every rule kept", "value": f"{points[0]} points", "detail": f"95% {points[1]} to {points[2]}"},
             {"label": "words the corpus knows", "value": known[0], "detail": f"before {known[1]}"},
         ],
-        "signals": [kept, guards],
+        "tables": [kept, guards],
         "rollouts": [_side_by_side(prompts, group, before, after) for group in range(min(shown, len(prompts)))],
     }
 

@@ -16,6 +16,7 @@ from experiments import story_rules
 from jaxrl_llm.config import load_config
 from jaxrl_llm.data.prompts import PromptBatch
 from jaxrl_llm.errors import UserError
+from jaxrl_llm.report import build_report
 from jaxrl_llm.report.schema import validate
 from jaxrl_llm.rewards.verdict import Status, Verdict
 
@@ -87,6 +88,8 @@ def test_a_whole_run_and_a_second_start(inputs, tmp_path, capsys):
     assert "takes the opening&#x27;s word up" in page or "takes the opening's word up" in page
     data = json.loads((workdir / "report.json").read_text())
     assert len(data["rollouts"]) == 3
+    assert [chart["title"] for chart in data["curves"]] == ["Held-out accuracy", "Held-out reward"]
+    assert 0 < data["curves"][1]["series"][0]["mean"][0] < 1
     assert [response["arm"] for response in data["rollouts"][0]["responses"]] == ["before"] * 2 + ["after"] * 2
 
     cfg, params = models.load(workdir / "policy")
@@ -156,10 +159,13 @@ def test_an_error_is_no_score_and_is_counted(by_hand):
     assert figures["before"]["passed"] == 0.75 and figures["after"]["passed"] == 1.0 and figures["after"]["without_verdict"] == 2
     assert figures["passed_gain"]["value"] == 0.5  # of the one opening that has verdicts both times
     page = story_rules.report_data({}, prompts, before, after, figures, 3)
-    assert "3 continuations before, 2 after, 3 real" in page["signals"][0]["note"]
-    assert page["signals"][0]["rows"][0]["cells"] == [{"value": 0.75}, None, {"value": 0.75}]
+    assert "3 continuations before, 2 after, 3 real" in page["tables"][0]["note"]
+    assert page["tables"][0]["rows"][0]["cells"] == [{"value": 0.75}, None, {"value": 0.75}]
     assert [response["score"] for response in page["rollouts"][1]["responses"]] == [1.0, None, None, None]
     validate(page)
+    bold = {table["title"]: "<b class=\"value\">" in build_report({**page, "tables": [table]}) for table in page["tables"]}
+    assert bold == {"Rules kept": True, "Stories still?": False}  # no guard is better for being larger or smaller
+    assert "SAE" not in build_report(page)
 
 
 def test_no_verdict_at_all_stops_before_training(by_hand):
