@@ -7,6 +7,7 @@ test_train_state.py (optimizer), test_train_dpo.py and test_online_dpo.py (loop,
 import dataclasses
 import json
 import logging
+import types
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ import models
 import models.errors
 from jaxrl_llm.cli import main
 from jaxrl_llm.commands import dpo, grpo, online_dpo
+from jaxrl_llm.config import load_config
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.report import build_report, run_report
 from jaxrl_llm.rewards.verdict import RewardInput, Status, Verdict
@@ -127,6 +129,34 @@ def test_fields_of_online_dpo_alone(given, asked, tmp_path):
         given("online_dpo", data__curated=str(tmp_path))
     with pytest.raises(UserError, match="schedule"):
         given("online_dpo", schedule__kind="order")  # which only a curated set has
+
+
+@pytest.mark.parametrize("verb", ["grpo", "online_dpo"])
+def test_fields_of_the_schedule_that_follows_the_policy(monkeypatch, verb):
+    """Each changes what is drawn from a curated set, or (refilter_every, balance) arrives."""
+    rng, n = np.random.default_rng(0), 64
+    curated = types.SimpleNamespace(
+        rows=[{"id": str(i)} for i in range(n)], manifest={"config": {"difficulty": {"labels": "rollouts"}}}, difficulty=rng.random(n),
+        cluster=np.sort(rng.integers(0, 5, n) ** 2 // 4), keep=np.ones(n, bool),
+    )  # fmt: skip
+    vectors = rng.normal(size=(n, 3)).astype(np.float32)
+    monkeypatch.setattr(grpo, "_kept_arrays", lambda *_: {"vectors": vectors})
+
+    def drawn(**changes):
+        fields = {"schedule.kind": "band", "schedule.batch_prompts": 8, "data.curated": "x"}
+        config = load_config(f"configs/{verb}.py", fields | {f"schedule.band.{name}": value for name, value in changes.items()})
+        band = grpo._band(config, curated, np.arange(n), None)
+        rows = []
+        for step in range(4):
+            rows += band.batch(step).tolist()
+            band.observe(step, np.array(rows[-8:]), np.full(8, 0.5))
+        return rows, band.refilter_every
+
+    base = drawn()
+    assert drawn() == base
+    for change in (dict(temperature=0.05), dict(easy_floor=0.6), dict(epoch_share=0.9), dict(balance="equal"), dict(balance="none")):
+        assert drawn(**change)[0] != base[0], change
+    assert (base[1], drawn(refilter_every=3)[1]) == (0, 3)
 
 
 BASE = dataclasses.replace(prefs.ONLINE, steps=2, eval_every=1, eval_samples=2)
