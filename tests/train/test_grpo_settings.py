@@ -19,25 +19,25 @@ from jaxrl_llm.config import field_names, load_config
 from jaxrl_llm.train import loop
 from jaxrl_llm.train.config import DPOConfig, GRPOConfig, OnlineDPOConfig, SFTConfig, from_mapping
 
-NAMED = {"aggregation": "dr_grpo", "advantage_scale": "none", "kl": "k3", "schedule": "linear", "stop_strings": ("x",), "eval_by": ("level",)}
+NAMED = {"aggregation": "dr_grpo", "advantage_scale": "none", "kl": "k1", "schedule": "linear", "stop_strings": ("x",), "eval_by": ("level",)}
 NAMED |= {"kind": "ipo", "ratio": "sequence", "surrogate": "cispo", "baseline": "leave_one_out", "kl_place": "sequence_reward", "mismatch": "token"}
 
 
-KINDS = {"grpo": GRPOConfig, "sft": SFTConfig, "dpo": DPOConfig, "online_dpo": OnlineDPOConfig}
+KINDS = {"grpo": GRPOConfig, "sft": SFTConfig, "dpo": DPOConfig, "online_dpo": OnlineDPOConfig, "story_rules": GRPOConfig}
 
 
 @pytest.mark.parametrize(("verb", "kind"), KINDS.items(), ids=KINDS)
 def test_every_training_field_changes_its_own_setting_and_no_other(verb, kind):
-    config = load_config(f"configs/{verb}.py")
-    base = dataclasses.asdict(from_mapping(kind, config.train))
-    for name in field_names(config.train):
+    config, part = load_config(f"configs/{verb}.py"), "grpo" if verb == "story_rules" else "train"
+    base = dataclasses.asdict(from_mapping(kind, config[part]))
+    for name in field_names(config[part]):
         *groups, field = name.split(".")
         before = base
         for group in groups:
             before = before[group]
         value = before[field]
         other = NAMED[field] if field in NAMED else (not value) if isinstance(value, bool) else 7 if value is None else value + 1
-        after = dataclasses.asdict(from_mapping(kind, load_config(f"configs/{verb}.py", {f"train.{name}": other}).train))
+        after = dataclasses.asdict(from_mapping(kind, load_config(f"configs/{verb}.py", {f"{part}.{name}": other})[part]))
         inside = base, after
         for group in groups:
             assert {key for key in inside[0] if inside[0][key] != inside[1][key]} == {group}
