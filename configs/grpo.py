@@ -51,7 +51,7 @@ def get_config(variant: str | None = None) -> ml_collections.ConfigDict:
     config.schedule.band.easy_floor = 0.125  # share of every batch that stays with easy prompts, so that they are not forgotten
     config.schedule.band.epoch_share = 0.3  # of the prompts that an epoch visits; it passes over the least useful
     config.schedule.band.balance = "items"  # clusters in a batch: in proportion to their "items", "equal", by "utility" or "none"
-    config.schedule.band.refilter_every = 0  # steps after which the policy as it is then judges which rows to keep (needs labels in curate); 0 = never
+    config.schedule.band.refilter_every = 0  # training steps after which the policy as it is then judges which rows to keep (needs labels in curate); 0 = never
 
     config.train = ml_collections.ConfigDict()  # see jaxrl_llm.train.config.GRPOConfig
     config.train.steps = 100  # rollouts; each is followed by inner_epochs updates

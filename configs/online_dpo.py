@@ -48,7 +48,7 @@ def get_config(variant: str | None = None) -> ml_collections.ConfigDict:
     config.schedule.band.easy_floor = 0.125  # share of every batch that stays with easy prompts
     config.schedule.band.epoch_share = 0.3  # of the prompts that an epoch visits
     config.schedule.band.balance = "items"  # clusters in a batch: in proportion to their "items", "equal", by "utility" or "none"
-    config.schedule.band.refilter_every = 0  # steps after which the policy judges anew which rows to keep; 0 = never
+    config.schedule.band.refilter_every = 0  # training steps after which the policy judges anew which rows to keep; 0 = never
 
     config.train = ml_collections.ConfigDict()  # see jaxrl_llm.train.config.OnlineDPOConfig
     config.train.steps = 100  # rollouts, each followed by one update

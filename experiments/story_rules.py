@@ -29,7 +29,7 @@ from jaxrl_llm.rewards.constraints import check, read_constraints
 from jaxrl_llm.rewards.verdict import Reward, Status, Verdict
 from jaxrl_llm.run_dir import RunDir
 from jaxrl_llm.runtime import parse_mesh
-from jaxrl_llm.train.config import GRPOConfig, from_mapping
+from jaxrl_llm.train.config import GRPOConfig, check_grpo, from_mapping
 from jaxrl_llm.train.loop import train_grpo
 from jaxrl_llm.train.rollout import decode_completions, judge
 
@@ -70,6 +70,11 @@ def run(config: Any, workdir: str) -> None:
     for name in ("model", "stories"):
         if not config[name]:
             raise UserError(f"no {name}: give --config.{name}=...")
+    grpo = dataclasses.replace(from_mapping(GRPOConfig, config.grpo.to_dict(), "grpo."), seed=config.seed)
+    check_grpo(grpo)
+    for name in ("held_out", "judge_samples"):
+        if config[name] < 1:
+            raise UserError(f"config key '{name}' is {config[name]}: at least 1 is needed to compare before with after")
     run_dir = RunDir(workdir, config, kind="story_rules", owns=(POLICY,))
 
     # ---------------------------------------------------------------------------------------------- openings and their rules
@@ -91,7 +96,6 @@ def run(config: Any, workdir: str) -> None:
     tokenizer = models.load_tokenizer(config.model)
     cfg = _with_story_end(cfg, tokenizer, config.story_end)
     train, held_out = (tokenise_prompts(rows, tokenizer, max_length=config.max_prompt_tokens) for rows in (train_rows, held_rows))
-    grpo = dataclasses.replace(from_mapping(GRPOConfig, config.grpo.to_dict(), "grpo."), seed=config.seed)
     judged = lambda policy: judge_policy(cfg, policy, params, tokenizer, held_out, reward, grpo, config.judge_samples, stories, mesh)  # noqa: E731
     before = judged(params)
 
@@ -243,7 +247,7 @@ def compare(before: Judged, after: Judged, real: Judged) -> dict[str, Any]:
     return figures | {"reward_gain": difference("reward_P"), "passed_gain": difference("passed_P")}
 
 
-HEALTH = {  # column of the report -> whether higher is better
+HEALTH = {  # guard -> its column in the report
     "nll": "NLL under the original (nats a token)",
     "distinct_2": "distinct word pairs",
     "repeated_3": "repeated word triples",
@@ -269,6 +273,7 @@ def report_data(
         " Left out, since no verdict could be reached: {} continuations before, {} after, {} real.".format(*unsaid) if any(unsaid) else ""
     )
     guards = _table("Stories still?", "guards against degeneration", list(HEALTH.values()))
+    guards["higher_is_better"] = None
     guards["note"] = "Read them together and against both other rows: none of them is to be made as large or as small as it can be."
     for key, name, kind in (
         ("before", "before training", "baseline"),
@@ -293,7 +298,7 @@ def report_data(
             {"label": "every rule kept", "value": f"{points[0]} points", "detail": f"95% {points[1]} to {points[2]}"},
             {"label": "words the corpus knows", "value": known[0], "detail": f"before {known[1]}"},
         ],
-        "signals": [kept, guards],
+        "tables": [kept, guards],
         "rollouts": [_side_by_side(prompts, group, before, after) for group in range(min(shown, len(prompts)))],
     }
 

@@ -62,7 +62,7 @@ def run(config: Any, workdir: str) -> None:
         for name, found in summary["evals"].items():
             accuracy, margin = ("{first:.3f} -> {last:.3f}".format(**found[key]) for key in ("accuracy", "margin"))
             print(f"{name}: accuracy {accuracy}, margin {margin} of {found['n']}")
-        print(f"policy: {run_dir.path / FOLDER}")
+        print(f"policy: {run_dir.path / FOLDER}   report: jaxrl-llm report --workdir={run_dir.path}")
 
 
 def _summary(history: Sequence[Mapping[str, Any]], steps: int, rows: int) -> dict[str, Any]:

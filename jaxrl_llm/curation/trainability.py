@@ -66,7 +66,8 @@ class TrainabilityBand:
     everything that the next batch depends on; restoring it continues bit for bit.
 
     refilter: policy parameters -> keep [N] bool. A policy that has learnt tells sound answers from wrong ones better than the
-    one that training began with, so `see_policy` asks for the rows to keep anew before every `refilter_every`-th step.
+    one that training began with, so `see_policy` asks for the rows to keep anew before every `refilter_every`-th
+    training step.
     """
 
     def __init__(
@@ -240,7 +241,8 @@ class TrainabilityBand:
     # ---------------------------------------------------------------------------------------------------- learning
 
     def see_policy(self, step: int, params: Any) -> None:
-        """Shown the policy that `step` will sample from, before `batch(step)`: the rows to keep are chosen anew where it is time."""
+        """Shown the policy that training step `step` will sample from, before its first batch: the rows to keep are chosen anew where it is
+        time. A training step may take several batches, so its number is not that of `batch`."""
         if self._refilter is None or step == 0 or step % self.refilter_every:
             return
         kept = np.asarray(self._refilter(params), bool)

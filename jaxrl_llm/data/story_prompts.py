@@ -70,9 +70,20 @@ def make_story_prompts(
     once, so the two sets share neither. The order and the split depend on (stories, seed) alone.
 
     held_out: rows of the second set. limit: at most so many rows of the first.
-    Raises UserError where the stories do not give enough rows.
+    Raises UserError where the stories do not give enough rows, or a number of words or rows has no meaning.
     """
     rules, openings = rules or StoryRules(), openings or OpeningFilter()
+    if limit is not None and limit < 1:
+        raise UserError(f"limit is {limit}: give the number of openings to train on, or None for all")
+    if min(rules.words, rules.at_least_words, rules.fewer_than_words) < 0:
+        raise UserError(f"rules count words, 0 leaves a rule out, and none may be below 0: {rules}")
+    if not (rules.words or rules.no_comma or rules.at_least_words or rules.fewer_than_words or rules.full_sentence):
+        raise UserError("all rules are left out: a continuation must keep to at least one")
+    if rules.fewer_than_words and rules.fewer_than_words <= max(rules.at_least_words, rules.words):
+        raise UserError(
+            f"no continuation has at least {max(rules.at_least_words, rules.words)} and fewer than {rules.fewer_than_words} words: "
+            "raise rules.fewer_than_words"
+        )
     counts = document_frequency(stories)
     rows, seen = [], set()
     order: list[int] = epoch_order(len(stories), 0, seed).tolist()

@@ -27,7 +27,7 @@ class Section:
 
     key: str
     nav: str
-    title: str
+    title: str | Callable[[dict[str, Any]], str]
     lede: str | Callable[[dict[str, Any]], str]
     draw: Callable[[dict[str, Any], Arms], str]
     kinds: tuple[str, ...] = ("saerl",)  # page kinds that name the section as left out when it is
@@ -35,13 +35,32 @@ class Section:
 
 TARGET_LEDE = " The dashed line is where the baseline ends; a dot marks when an arm first gets there."
 
+
+def _curves_lede(data: dict[str, Any]) -> str:
+    if _of_a_run(data):
+        return "On rows that are not trained on."
+    return "Held-out accuracy at equal steps." + (TARGET_LEDE if any(c.get("target") for c in data["curves"]) else "")
+
+
+def _of_a_run(data: dict[str, Any]) -> bool:
+    return data.get("kind", "saerl") == "run"
+
+
 SECTIONS = (
     Section(
         "curves",
         "Accuracy",
-        "Accuracy over training",
-        lambda data: "Held-out accuracy at equal steps." + (TARGET_LEDE if any(c.get("target") for c in data["curves"]) else ""),
+        lambda data: "Held-out figures" if _of_a_run(data) else "Accuracy over training",
+        _curves_lede,
         lambda data, arms: sections.curves(data["curves"], arms),
+    ),
+    Section(
+        "tables",
+        "Compared",
+        "Side by side",
+        "Each row beside those it must be read against. The best of a column is bold, where more or less is better; italics are no competitor.",
+        lambda data, _: sections.signals(data["tables"]),
+        (),
     ),
     Section(
         "panels",
@@ -164,9 +183,12 @@ def write_report(path: str | os.PathLike[str], data: Any) -> None:
 
 
 def _section(section: Section, body: str, data: dict[str, Any]) -> str:
-    lede = section.lede if isinstance(section.lede, str) else section.lede(data)
-    rail = tag("div", tag("h2", esc(section.title)) + tag("p", esc(lede)), cls="rail")
+    rail = tag("div", tag("h2", esc(_words(section.title, data))) + tag("p", esc(_words(section.lede, data))), cls="rail")
     return tag("section", rail + tag("div", body, cls="body"), id=section.key)
+
+
+def _words(text: str | Callable[[dict[str, Any]], str], data: dict[str, Any]) -> str:
+    return text if isinstance(text, str) else text(data)
 
 
 def _left_out(data: dict[str, Any], there: set[Section]) -> str:
@@ -175,7 +197,8 @@ def _left_out(data: dict[str, Any], there: set[Section]) -> str:
     absent = [section for section in SECTIONS if section not in there and (kind in section.kinds or section.key in reasons)]
     if not absent:
         return ""
-    items = "".join(tag("li", esc(f"{section.title}: {reasons.get(section.key, 'this run has no data for it')}.")) for section in absent)
+    missing = "this run has no data for it"
+    items = "".join(tag("li", esc(f"{_words(section.title, data)}: {reasons.get(section.key, missing)}.")) for section in absent)
     return tag("section", tag("div", tag("h2", "Not on this page"), cls="rail") + tag("ul", items, cls="body left-out"), id="left-out")
 
 

@@ -20,6 +20,15 @@ PANELS: tuple[tuple[str, tuple[str, ...], dict[str, Any]], ...] = (
     ("Pass rate", ("pass_rate",), {"percent": True}),
     ("Loss", ("loss",), {}),
     (
+        "Pairs told apart",
+        ("accuracy",),
+        {"percent": True, "note": "The implicit reward of the chosen completion is above the other's; a tie counts half."},
+    ),
+    ("Margin of the implicit reward", ("margin",), {}),
+    ("Implicit reward", ("implicit_chosen", "implicit_rejected"), {}),
+    ("Log-probability of completions", ("logp_chosen", "logp_rejected"), {"note": "Sum over a completion, in nats."}),
+    ("Pairs to learn from", ("pairs", "tied"), {"note": "Tied: all samples of a prompt have one reward, so there is no pair."}),
+    (
         "Groups of equal rewards",
         ("zero_spread",),
         {"percent": True, "note": "All samples of such a group got the same reward: it teaches nothing."},
@@ -36,7 +45,8 @@ PANELS: tuple[tuple[str, tuple[str, ...], dict[str, Any]], ...] = (
         {"log": True, "note": "Difference of their log-probabilities of the sampled tokens; 0 is perfect agreement."},
     ),
     ("Gradient norm", ("grad_norm",), {}),
-    ("Seconds a step", ("seconds_rollout", "seconds_reward", "seconds_update"), {}),
+    ("Seconds a step", ("seconds_rollout", "seconds_reward", "seconds_update", "seconds_schedule"), {}),
+    ("Seconds a record", ("seconds",), {}),
     ("Tokens a second", ("tokens_per_s",), {}),
     ("Completions without a verdict", ("errors", "timeouts"), {}),
 )
@@ -46,6 +56,11 @@ SHORT_NAMES = {
     "seconds_rollout": "rollout",
     "seconds_reward": "reward",
     "seconds_update": "update",
+    "seconds_schedule": "schedule",
+    "implicit_chosen": "chosen",
+    "implicit_rejected": "rejected",
+    "logp_chosen": "chosen",
+    "logp_rejected": "rejected",
 }
 NOT_METRICS = {"kind", "step", "set", "n", "k", "by"}
 MAX_GROUPS = 9  # of an evaluation's breakdown (levels, topics) drawn as lines
@@ -189,21 +204,26 @@ def _title(key: str) -> str:
 
 
 def _eval_charts(evals: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Accuracy by step for every set, greedy and over samples, then each set's breakdowns."""
+    """By step: accuracy of every set, greedy and over samples; reward, where it says more; loss and margin of preferences; then each
+    set's breakdowns."""
     sets = list(dict.fromkeys(str(r.get("set", "held-out")) for r in evals))
-    charts, series = [], []
-    for name in sets:
-        records = [r for r in evals if str(r.get("set", "held-out")) == name]
-        samples = next((r["k"] for r in records if r.get("k")), "k")
-        series += [_curve(name, records, "accuracy"), _curve(f"{name}, avg@{samples}", records, "avg_at_k")]
-    charts.append(_chart("Held-out accuracy", [s for s in series if s["steps"]]))
+    graded = any(r.get("reward") != r.get("accuracy") for r in evals)  # else each verdict is 0 or 1 and the two are one
+    wanted = [("accuracy", ("accuracy", "avg_at_k")), ("reward", ("reward", "reward_at_k") if graded else ()), ("loss", ("loss",))]
+    charts = []
+    for what, keys in [*wanted, ("margin", ("margin",))]:
+        series = []
+        for name in sets:
+            records = [r for r in evals if str(r.get("set", "held-out")) == name]
+            samples = next((r["k"] for r in records if r.get("k")), "k")
+            series += [_curve(f"{name}, avg@{samples}" if key.endswith("_at_k") else name, records, key) for key in keys]
+        charts.append(_chart(f"Held-out {what}", what, [s for s in series if s["steps"]]))
     for name in sets:
         records = [r for r in evals if str(r.get("set", "held-out")) == name]
         for field in dict.fromkeys(field for r in records for field in r.get("by") or {}):
             groups = dict.fromkeys(group for r in records for group in (r.get("by") or {}).get(field, {}))
             if 1 < len(groups) <= MAX_GROUPS:
                 flat = [{"step": r.get("step"), **(r.get("by") or {}).get(field, {})} for r in records]
-                charts.append(_chart(f"{name}, by {field}", [_curve(f"{field} {g}", flat, g, sub=True) for g in groups]))
+                charts.append(_chart(f"{name}, by {field}", "accuracy", [_curve(f"{field} {g}", flat, g, sub=True) for g in groups]))
     return [chart for chart in charts if chart["series"]]
 
 
@@ -214,9 +234,10 @@ def _curve(label: str, records: list[dict[str, Any]], key: str, *, sub: bool = F
     return {"arm": label, "steps": steps, "mean": values}
 
 
-def _chart(title: str, series: list[dict[str, Any]]) -> dict[str, Any]:
+def _chart(title: str, what: str, series: list[dict[str, Any]]) -> dict[str, Any]:
     values = [v for s in series for v in s["mean"] if v is not None]
-    return {"title": title, "series": series, "x_label": "step", "percent": bool(values) and max(values) <= 1.0 and min(values) >= 0.0}
+    share = what == "accuracy" and bool(values) and max(values) <= 1.0 and min(values) >= 0.0
+    return {"title": title, "series": series, "x_label": "step", "y_label": what, "percent": share}
 
 
 def _tenths(values: Iterable[float | None]) -> tuple[float, float] | None:

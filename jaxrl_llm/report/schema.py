@@ -179,13 +179,13 @@ class SignalRow(TypedDict):
 
 
 class SignalTable(TypedDict):
-    """One property against the truth: the best cell of each column is bold."""
+    """One property against the truth, or against what it must be read beside: the best cell of each column is bold."""
 
     title: str  # "Difficulty"
     metric: str  # "Spearman with held-out pass rate"
     columns: list[str]
     rows: list[SignalRow]
-    higher_is_better: NotRequired[bool]  # default True
+    higher_is_better: NotRequired[bool | None]  # default True; None: there is no best, nothing is bold
     note: NotRequired[str]
 
 
@@ -280,6 +280,7 @@ class ReportData(TypedDict):
     calibration: NotRequired[Calibration]
     quality: NotRequired[Quality]
     signals: NotRequired[list[SignalTable]]
+    tables: NotRequired[list[SignalTable]]  # of a single run: before, after and what they are compared with
     rollouts: NotRequired[list[RolloutItem]]
     features: NotRequired[list[Feature]]
     panels: NotRequired[list[Panel]]
@@ -313,9 +314,10 @@ def validate(data: Any) -> ReportData:
     for key in cleaned.get("left_out", {}):
         if key not in ReportData.__annotations__:
             raise _fail(f"left_out.{key}", f"is not a section, {nearest(key, ReportData.__annotations__)}")
-    for i, table in enumerate(cleaned.get("signals", [])):
-        for j, row in enumerate(table["rows"]):
-            _same_length(f"signals[{i}].rows[{j}].cells", row["cells"], "columns", table["columns"])
+    for key in ("signals", "tables"):
+        for i, table in enumerate(cleaned.get(key, [])):
+            for j, row in enumerate(table["rows"]):
+                _same_length(f"{key}[{i}].rows[{j}].cells", row["cells"], "columns", table["columns"])
     for i, field in enumerate(cleaned.get("prompt_map", {}).get("fields", [])):
         _same_length(f"prompt_map.fields[{i}].values", field["values"], "x", cleaned["prompt_map"]["x"])
     for i, schedule in enumerate(cleaned.get("schedules", [])):

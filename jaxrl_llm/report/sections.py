@@ -256,7 +256,7 @@ def quality(data: dict) -> str:
 
 
 def signals(tables: list[dict]) -> str:
-    """The signals scored against the truth, a table a property."""
+    """Figures beside what they are compared with, a table a property."""
     return "".join(_signal_table(table) for table in tables)
 
 
@@ -271,11 +271,12 @@ def _signal_table(table: dict) -> str:
 
 
 def _best(table: dict, column: int) -> float | None:
-    """The best value of a column as shown, bounds apart; ties are all bold."""
+    """The best value of a column as shown, bounds apart; ties are all bold. None where no value is better than another."""
+    higher = table.get("higher_is_better", True)
     values = [row["cells"][column]["value"] for row in table["rows"] if row.get("kind") != "bound" and row["cells"][column]]
-    if not values:
+    if not values or higher is None:
         return None
-    return round(max(values) if table.get("higher_is_better", True) else min(values), 3)
+    return round(max(values) if higher else min(values), 3)
 
 
 def _signal_row(row: dict, best: list[float | None], limits: tuple[float, float]) -> str:

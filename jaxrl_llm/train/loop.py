@@ -42,8 +42,8 @@ SPREAD_GROUPS = 64  # of fewer groups in fewer steps a high share may be luck: o
 
 class Schedule(Protocol):
     """Which prompts go into which step; `data.sampler.ShuffledSchedule` is the plain one. One that has `see_policy(step, params)` is
-    shown the policy before each step: what it makes of it must depend on parameters and step only. To a schedule a step is a batch that it
-    gave: a training step that rolls out several (`rollout_tries`) asks for, and reports, as many, in order."""
+    shown the policy once before each training step: what it makes of it must depend on parameters and step only. In all else a step is a
+    batch that it gave: a training step that rolls out several (`rollout_tries`) asks for, and reports, as many, in order."""
 
     def batch(self, step: int) -> np.ndarray:
         """Row indices of a step: a function of the schedule's arguments and state only."""
@@ -254,8 +254,9 @@ def _step(run: Run, state, step: int) -> tuple[dict, dict]:
 def _roll_out(run: Run, policy, step: int, attempt: int) -> tuple[np.ndarray, float, Experience]:
     """(rows, seconds that the schedule looked at the policy, completions) of the schedule's next batch; it is told what they scored."""
     began = time.perf_counter()
-    if (see_policy := getattr(run.schedule, "see_policy", None)) is not None:
-        see_policy(run.drawn, policy)
+    # A step's further rollouts are of the same policy: there is nothing new to see.
+    if attempt == 0 and (see_policy := getattr(run.schedule, "see_policy", None)) is not None:
+        see_policy(step, policy)
     seconds = time.perf_counter() - began
     indices = np.asarray(run.schedule.batch(run.drawn))
     key = jax.random.fold_in(jax.random.fold_in(run.key, RESAMPLED + attempt) if attempt else run.key, step)

@@ -202,7 +202,7 @@ def _update(spec: PreferenceSpec, state: State, batch: Batch):
     updates, opt_state = make_optimizer(spec.optimizer).update(grads, state["opt_state"], state["params"])
     metrics |= {
         "loss": loss,
-        "grad_norm": optax.global_norm(grads),
+        "grad_norm": optax.tree.norm(grads),
         "learning_rate": learning_rate(spec.optimizer)(state["step"]),
     }
     return {"params": optax.apply_updates(state["params"], updates), "opt_state": opt_state, "step": state["step"] + 1}, metrics

@@ -62,7 +62,7 @@ def _update(spec: SFTSpec, state, batch):
     updates, opt_state = make_optimizer(spec.optimizer).update(grads, state["opt_state"], state["params"])
     metrics = {
         "loss": loss,
-        "grad_norm": optax.global_norm(grads),
+        "grad_norm": optax.tree.norm(grads),
         "tokens": tokens,
         "learning_rate": learning_rate(spec.optimizer)(state["step"]),
     }

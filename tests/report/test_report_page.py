@@ -152,6 +152,7 @@ def test_best_cells_are_bold_ties_too_and_bounds_never():
     assert (bold("ours"), bold("plain"), bold("oracle")) == (["0.710"], ["0.600", "0.710"], [])
     html = build_report({"title": "t", "headline": "h", "signals": [table | {"higher_is_better": False}]})
     assert bold("ours") == ["0.500", "0.710"]
+    assert "<b class=" not in build_report({"title": "t", "headline": "h", "signals": [table | {"higher_is_better": None}]})
 
 
 def test_the_arms_table_says_points_steps_and_what_was_not_reached(full):

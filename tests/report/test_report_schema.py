@@ -70,6 +70,7 @@ def test_a_missing_key_is_named_with_its_place(path):
         (("prompt_map", "prompts"), ["one"], "prompt_map.prompts has 1 entries, but x has 20"),
         (("prompt_map", "fields", 1, "values"), ["one"], r"prompt_map.fields\[1\].values has 1"),
         (("signals", 0, "rows", 0, "cells"), [None], "has 1 entries, but columns has 3"),
+        (("tables",), [{"title": "t", "metric": "m", "columns": ["a"], "rows": [{"name": "n", "cells": []}]}], r"tables\[0\].rows\[0\].cells has 0"),
         (("schedules", 0, "quantiles", "50"), [0.5], r"schedules\[0\].quantiles.50 has 1 entries"),
         (("schedules", 0, "clusters"), ["a"], r"counts\[0\] has 16 entries, but clusters has 1"),
         (("rollouts", 2, "responses", 0, "arm"), "nobody", "which is not in arms"),

@@ -35,6 +35,18 @@ def test_a_grpo_run_becomes_curves_panels_samples_and_config(run):
     assert "My own metric" in build_report(data)
 
 
+def test_the_held_out_reward_is_drawn_where_it_says_more_than_accuracy(tmp_path):
+    for name, reward in (("same", 0.5), ("graded", 0.75)):  # a verdict of 0 or 1, and one of degrees
+        run = RunDir(tmp_path / name, {}, kind="grpo")
+        for step in (0, 10):
+            record = {"kind": "eval", "step": step, "set": "new", "accuracy": 0.5, "reward": reward, "k": 4, "avg_at_k": 0.4}
+            run.log(record | {"reward_at_k": reward - 0.1})
+    assert [chart["title"] for chart in run_report(tmp_path / "same")["curves"]] == ["Held-out accuracy"]
+    chart = run_report(tmp_path / "graded")["curves"][1]
+    assert [(s["arm"], s["mean"]) for s in chart["series"]] == [("new", [0.75, 0.75]), ("new, avg@4", [0.65, 0.65])]
+    assert chart["percent"] is False and chart["y_label"] == "reward"
+
+
 def test_title_and_number_of_samples_are_the_callers(run):
     data = run_report(run, title="Mine", samples=1)
     assert data["title"] == "Mine" and [item["prompt"] for item in data["rollouts"]] == ["Question 30?"]

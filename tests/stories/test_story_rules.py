@@ -1,5 +1,6 @@
 """The story experiment on a tiny random model: its files, its figures, its errors, and that a second start changes nothing."""
 
+import dataclasses
 import json
 import sys
 
@@ -16,8 +17,9 @@ from experiments import story_rules
 from jaxrl_llm.config import load_config
 from jaxrl_llm.data.prompts import PromptBatch
 from jaxrl_llm.errors import UserError
+from jaxrl_llm.report import build_report
 from jaxrl_llm.report.schema import validate
-from jaxrl_llm.rewards.verdict import Status, Verdict
+from jaxrl_llm.rewards.verdict import RewardInput, Status, Verdict
 
 NAMES = ["Ann", "Ben", "Cid", "Dot", "Eve", "Fay", "Gus", "Hal"]
 THINGS = ["needle", "pumpkin", "wagon", "lantern"]
@@ -87,6 +89,8 @@ def test_a_whole_run_and_a_second_start(inputs, tmp_path, capsys):
     assert "takes the opening&#x27;s word up" in page or "takes the opening's word up" in page
     data = json.loads((workdir / "report.json").read_text())
     assert len(data["rollouts"]) == 3
+    assert [chart["title"] for chart in data["curves"]] == ["Held-out accuracy", "Held-out reward"]
+    assert 0 < data["curves"][1]["series"][0]["mean"][0] < 1
     assert [response["arm"] for response in data["rollouts"][0]["responses"]] == ["before"] * 2 + ["after"] * 2
 
     cfg, params = models.load(workdir / "policy")
@@ -108,6 +112,14 @@ def test_a_whole_run_and_a_second_start(inputs, tmp_path, capsys):
         ({"stories": ""}, "no stories: give --config.stories="),
         ({"story_end": "<end>"}, "this tokenizer has no token '<end>'"),
         ({"held_out": "32"}, "too few to hold out 32"),
+        ({"held_out": "0"}, "config key 'held_out' is 0: at least 1"),
+        ({"judge_samples": "0"}, "config key 'judge_samples' is 0: at least 1"),
+        ({"limit": "0"}, "limit is 0: give the number of openings"),
+        ({"rules.words": "-1"}, "none may be below 0"),
+        ({"rules.at_least_words": "35"}, "has at least 35 and fewer than 35 words"),
+        ({f"rules.{rule}": "0" for rule in ("words", "no_comma", "at_least_words", "fewer_than_words", "full_sentence")}, "at least one"),
+        ({"grpo.temperature": "0"}, "setting 'temperature' must be above 0"),
+        ({"grpo.loss.kl": "k4"}, "setting 'loss.kl' is 'k4'"),
         ({"reduce": "sum"}, "it must be 'all' or 'mean'"),
     ],
 )
@@ -115,6 +127,65 @@ def test_mistakes_are_said_in_one_line(inputs, tmp_path, overrides, message):
     with pytest.raises(UserError) as error:
         story_rules.run(config(inputs, **overrides), str(tmp_path / "run"))
     assert message in str(error.value)
+
+
+@pytest.fixture
+def given(inputs, tmp_path, monkeypatch):
+    """config changes -> what the policy before is judged by and what training is called with: a run that ends there."""
+
+    def call(folder=None, **changes):
+        seen = {}
+
+        def judge_policy(cfg, policy, original, tokenizer, prompts, reward, grpo, samples, stories, mesh):
+            seen.update(samples=samples, stories=stories)
+
+        def train_grpo(cfg, params, tokenizer, prompts, reward, schedule, settings, run_dir, evals, mesh):
+            values = [v.value for v in reward([RewardInput("One day.", "it went.", "", prompts.rows[0])])]
+            seen.update(cfg=cfg, rows=prompts.rows, held_out=evals["held_out"].rows, first=schedule.batch(0).tolist(), values=values)
+            seen.update(grpo=settings)
+            raise InterruptedError
+
+        monkeypatch.setattr(story_rules, "judge_policy", judge_policy)
+        monkeypatch.setattr(story_rules, "train_grpo", train_grpo)
+        with pytest.raises(InterruptedError):
+            story_rules.run(config(inputs, **changes), str(folder or tmp_path / str(len(list(tmp_path.iterdir())))))
+        return seen
+
+    return call
+
+
+def test_fields_beside_the_training_change_what_it_is_given(given, inputs, tmp_path):
+    base = given()
+    assert len(base["rows"]) == 26 and len(base["held_out"]) == 6 and base["samples"] == 2 and base["cfg"].eos_token_ids == (1, 2)
+    fewer, other = given(limit="8", held_out="3"), given(seed="1")
+    assert len(fewer["rows"]) == 8 and len(fewer["held_out"]) == 3
+    assert other["held_out"] != base["held_out"] and other["first"] != base["first"] and (base["grpo"].seed, other["grpo"].seed) == (0, 1)
+    assert given(judge_samples="5")["samples"] == 5 and len(given(batch_prompts="7")["first"]) == 7
+    assert given(dtype="bfloat16")["cfg"].dtype == "bfloat16" and given(story_end="")["cfg"].eos_token_ids == (2,)
+    assert given(reduce="all")["values"] == [0.0] and 0 < base["values"][0] < 1
+    with pytest.raises(UserError, match="has .* tokens, longer than the 5"):
+        given(max_prompt_tokens="5")
+    assert given(**{"grpo.remat": "True"})["grpo"] == dataclasses.replace(base["grpo"], remat=True)
+    # Rules and openings: every field, by what the rows ask for and which are there.
+    rules = lambda found: [(rule["name"], rule["kwargs"]) for row in found["rows"][:1] for rule in row["constraints"]]  # noqa: E731
+    for change in ("words=2", "no_comma=False", "at_least_words=3", "fewer_than_words=50", "full_sentence=False"):
+        name, _, value = change.partition("=")
+        assert rules(given(**{f"rules.{name}": value})) != rules(base), name
+    for change in ("min_words=7", "max_words=5", "min_stories=9", "max_share=0.1", "min_letters=8"):
+        name, _, value = change.partition("=")
+        with pytest.raises(UserError, match="give 0 openings"):
+            given(**{f"openings.{name}": value})
+    # The source of the stories.
+    (tmp_path / "table.jsonl").write_text("".join(json.dumps({"text": story}) + "\n" for story in STORIES[:20]))
+    (tmp_path / "plain.txt").write_text("\n---\n".join(STORIES))
+    assert len(given(stories=str(tmp_path / "table.jsonl"), fields="prompt=text")["stories"]) == 20
+    assert given(stories=str(tmp_path / "plain.txt"), separator="---")["stories"] == base["stories"]
+    # A workdir of another run is kept unless it is to be cleared.
+    given(tmp_path / "one")
+    (tmp_path / "one" / "metrics.jsonl").write_text('{"kind": "eval", "step": 0}\n')
+    with pytest.raises(UserError, match="overwrite"):
+        given(tmp_path / "one", limit="8")
+    assert len(given(tmp_path / "one", limit="8", overwrite="True")["rows"]) == 8
 
 
 def batch(*rules):
@@ -156,10 +227,13 @@ def test_an_error_is_no_score_and_is_counted(by_hand):
     assert figures["before"]["passed"] == 0.75 and figures["after"]["passed"] == 1.0 and figures["after"]["without_verdict"] == 2
     assert figures["passed_gain"]["value"] == 0.5  # of the one opening that has verdicts both times
     page = story_rules.report_data({}, prompts, before, after, figures, 3)
-    assert "3 continuations before, 2 after, 3 real" in page["signals"][0]["note"]
-    assert page["signals"][0]["rows"][0]["cells"] == [{"value": 0.75}, None, {"value": 0.75}]
+    assert "3 continuations before, 2 after, 3 real" in page["tables"][0]["note"]
+    assert page["tables"][0]["rows"][0]["cells"] == [{"value": 0.75}, None, {"value": 0.75}]
     assert [response["score"] for response in page["rollouts"][1]["responses"]] == [1.0, None, None, None]
     validate(page)
+    bold = {table["title"]: "<b class=\"value\">" in build_report({**page, "tables": [table]}) for table in page["tables"]}
+    assert bold == {"Rules kept": True, "Stories still?": False}  # no guard is better for being larger or smaller
+    assert "SAE" not in build_report(page)
 
 
 def test_no_verdict_at_all_stops_before_training(by_hand):

@@ -49,6 +49,24 @@ def test_avg_at_k_counts_every_sample_and_seed_matters():
     assert run(samples=5, temperature=1e-4)["avg_at_k"] == pytest.approx(record["accuracy"])
 
 
+def test_the_reward_is_the_mean_value_of_the_verdicts():
+    """Beside accuracy, where a verdict has degrees: here the share of odd numbers, PASS where all are; errors are left out of both."""
+
+    def graded(inputs):
+        shares = [np.mean([int(word) % 2 for word in i.response.split()] or [0]) for i in inputs]
+        made = [Verdict(Status.PASS if share == 1 else Status.FAIL, score=float(share)) for share in shares]
+        return [Verdict(Status.ERROR) if i.prompt == "prompt 0" else v for i, v in zip(inputs, made, strict=True)]
+
+    record = run(graded, samples=3)
+    rollout = models.generate(tiny.CONFIG, tiny.params(), tiny.prompts().token_lists(), max_new_tokens=6, temperature=0.0)
+    texts = [tiny.Tokenizer().decode(c) for c in rollout.completions()][1:]
+    shares = [np.mean([int(word) % 2 for word in text.split()] or [0]) for text in texts]
+    assert record["reward"] == pytest.approx(np.mean(shares)) and record["accuracy"] == np.mean(np.equal(shares, 1)) != record["reward"]
+    assert record["avg_at_k"] < record["reward_at_k"] < 1 and record["reward_at_k"] != record["reward"]
+    plain = run(samples=2)
+    assert (plain["reward"], plain["reward_at_k"]) == (plain["accuracy"], plain["avg_at_k"]) and "reward_at_k" not in run()
+
+
 def test_batch_size_changes_nothing():
     assert run(samples=2, batch_rows=4) == run(samples=2)
 

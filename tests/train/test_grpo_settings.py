@@ -17,24 +17,27 @@ import models
 from jaxrl_llm.commands import grpo
 from jaxrl_llm.config import field_names, load_config
 from jaxrl_llm.train import loop
-from jaxrl_llm.train.config import GRPOConfig, SFTConfig, from_mapping
+from jaxrl_llm.train.config import DPOConfig, GRPOConfig, OnlineDPOConfig, SFTConfig, from_mapping
 
-NAMED = {"aggregation": "dr_grpo", "advantage_scale": "none", "kl": "k3", "schedule": "linear", "stop_strings": ("x",), "eval_by": ("level",)}
-NAMED |= {"ratio": "sequence", "surrogate": "cispo", "baseline": "leave_one_out", "kl_place": "sequence_reward", "mismatch": "token"}
+NAMED = {"aggregation": "dr_grpo", "advantage_scale": "none", "kl": "k1", "schedule": "linear", "stop_strings": ("x",), "eval_by": ("level",)}
+NAMED |= {"kind": "ipo", "ratio": "sequence", "surrogate": "cispo", "baseline": "leave_one_out", "kl_place": "sequence_reward", "mismatch": "token"}
 
 
-@pytest.mark.parametrize(("verb", "kind"), [("grpo", GRPOConfig), ("sft", SFTConfig)])
+KINDS = {"grpo": GRPOConfig, "sft": SFTConfig, "dpo": DPOConfig, "online_dpo": OnlineDPOConfig, "story_rules": GRPOConfig}
+
+
+@pytest.mark.parametrize(("verb", "kind"), KINDS.items(), ids=KINDS)
 def test_every_training_field_changes_its_own_setting_and_no_other(verb, kind):
-    config = load_config(f"configs/{verb}.py")
-    base = dataclasses.asdict(from_mapping(kind, config.train))
-    for name in field_names(config.train):
+    config, part = load_config(f"configs/{verb}.py"), "grpo" if verb == "story_rules" else "train"
+    base = dataclasses.asdict(from_mapping(kind, config[part]))
+    for name in field_names(config[part]):
         *groups, field = name.split(".")
         before = base
         for group in groups:
             before = before[group]
         value = before[field]
         other = NAMED[field] if field in NAMED else (not value) if isinstance(value, bool) else 7 if value is None else value + 1
-        after = dataclasses.asdict(from_mapping(kind, load_config(f"configs/{verb}.py", {f"train.{name}": other}).train))
+        after = dataclasses.asdict(from_mapping(kind, load_config(f"configs/{verb}.py", {f"{part}.{name}": other})[part]))
         inside = base, after
         for group in groups:
             assert {key for key in inside[0] if inside[0][key] != inside[1][key]} == {group}
@@ -99,8 +102,8 @@ def test_options_of_the_reward_reach_it(given):
 BASE = dataclasses.replace(tiny.TINY, steps=2, checkpoint_every=1, sample_every=1, eval_every=1, eval_samples=2)
 
 
-def left_by(folder, monkeypatch, **changes):
-    """What a run of two steps leaves: evaluations, samples and checkpoints, and in how large batches it sampled."""
+def sampled_by(monkeypatch):
+    """A list to which every sampling adds (rows at once, samples a prompt, temperature)."""
     batches, generate = [], models.generate
 
     def watched(*args, max_rows, num_samples, temperature, **how):
@@ -109,6 +112,12 @@ def left_by(folder, monkeypatch, **changes):
 
     for module in (rollout, evaluation):
         monkeypatch.setattr(module.models, "generate", watched)
+    return batches
+
+
+def left_by(folder, monkeypatch, **changes):
+    """What a run of two steps leaves: evaluations, samples and checkpoints, and in how large batches it sampled."""
+    batches = sampled_by(monkeypatch)
     tiny.run(folder, dataclasses.replace(BASE, **changes), evals={"held_out": tiny.prompts(6, seed=1)})
     monkeypatch.undo()
     read = lambda name: [json.loads(line) for line in (folder / name).read_text().splitlines()] if (folder / name).exists() else []  # noqa: E731

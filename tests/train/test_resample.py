@@ -129,9 +129,9 @@ class Recorder:
 class Watched(TrainabilityBand):
     """The schedule that follows the policy; it writes down what it is told."""
 
-    def __init__(self):
+    def __init__(self, **options):
         prior = np.linspace(0.3, 0.6, 12)
-        super().__init__(prior, np.eye(12, dtype=np.float32)[:, :3], PROMPTS, seed=1, samples_per_prompt=S)
+        super().__init__(prior, np.eye(12, dtype=np.float32)[:, :3], PROMPTS, seed=1, samples_per_prompt=S, **options)
         self.told = []
 
     def observe(self, step, indices, pass_rates):
@@ -204,6 +204,19 @@ def test_where_nothing_is_mixed_the_tries_end_and_nothing_is_learnt(tmp_path):
         assert (record["rollouts"], record["flat_groups"], record["unfilled_groups"]) == (3, 3 * PROMPTS, PROMPTS)
         assert record["rows"] == record["rows_rolled"][:PROMPTS] and record["loss"] == 0 and record["zero_spread"] == 1
     np.testing.assert_array_equal(tiny.flat(trained), tiny.flat(tiny.params()))
+
+
+def test_rows_are_judged_anew_by_training_steps_whatever_they_roll_out(tmp_path):
+    """Every second step, of three rollouts each: the policy is the same for all of a step's batches."""
+    after = []  # batches that the schedule had given when it asked
+
+    def refilter(params):
+        after.append(len(schedule.told))
+        return np.ones(12, bool)
+
+    schedule = Watched(refilter=refilter, refilter_every=2)
+    tiny.run(tmp_path / "run", dataclasses.replace(TRIES, steps=5), schedule=schedule, reward=lambda inputs: [Verdict(Status.FAIL)] * len(inputs))
+    assert len(schedule.told) == 15 and after == [6, 12]
 
 
 def test_resampled_batches_have_one_shape_of_prompts(undisturbed):
