@@ -8,9 +8,11 @@ TPU meshes are compiled for by the TPU compiler itself, on any machine with `pip
 
 import ml_collections
 
+VARIANTS = ()
+
 
 def get_config(variant: str | None = None) -> ml_collections.ConfigDict:
-    """The config; there are no variants."""
+    """The config."""
     placeholder = ml_collections.config_dict.placeholder
     config = ml_collections.ConfigDict()
     config.target = ""  # a grpo or saerl config: its sizes, and its model if it names one, are taken where none is given below

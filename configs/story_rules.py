@@ -8,9 +8,11 @@ With the 260K-parameter stories model of llama2.c and 2 MB of TinyStories on 2 C
 
 import ml_collections
 
+VARIANTS = ()
+
 
 def get_config(variant: str | None = None) -> ml_collections.ConfigDict:
-    """The config; there are no variants."""
+    """The config."""
     config = ml_collections.ConfigDict()
     config.model = ""  # Hugging Face folder or hub id of the policy before training
     config.dtype = "float32"  # of parameters and activations: float32 or bfloat16
