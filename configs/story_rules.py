@@ -9,6 +9,7 @@ With the 260K-parameter stories model of llama2.c and 2 MB of TinyStories on 2 C
 import ml_collections
 
 VARIANTS = ()
+OPEN = ("grpo",)  # a config file of one's own may set any field of GRPOConfig there
 
 
 def get_config(variant: str | None = None) -> ml_collections.ConfigDict:

@@ -91,7 +91,7 @@ def _run(arguments: list[str]) -> int:
         default = f"configs/{name}.py"
         spec = flags.get("config", default)
         config = load_config(spec, overrides)
-        check_shape(config, load_config(str(PACKAGE_ROOT / default)), spec, default)
+        check_shape(config, spec, str(PACKAGE_ROOT / default))
     workdir = flags.get("workdir")
     if verb.workdir == "needed" and not workdir:
         raise UserError(f"{name} needs --workdir=DIR, the directory for what it writes")

@@ -201,21 +201,27 @@ def _mistakes_in(path: Path) -> Iterator[None]:
         raise UserError(f"{where}: the config file stops with {type(error).__name__}: {reason}") from error
 
 
-def check_shape(config: ConfigDict, like: ConfigDict, spec: str, like_spec: str) -> None:
+def check_shape(config: ConfigDict, spec: str, like_spec: str) -> None:
     """Refuses a config file of another shape than the one that the verb reads: a misspelt field would be passed over, a missing one a crash.
 
-    A table, whose rows the file names as it likes (see `tables`), may have others.
+    Args:
+      config: of the file `spec`.
+      like_spec: the verb's own config file. A table of it (see `tables`) may have other rows, and a group in its `OPEN` more fields, which
+        are checked where they are read.
 
     Raises:
       UserError: naming the first field that one has and the other has not, and the nearest.
     """
+    name = f"configs/{Path(like_spec).name}"
+    like, free = load_config(like_spec), getattr(import_config(config_path(like_spec)[0]), "OPEN", ())
     inside = [*tables(config, least=1), *tables(like, least=1)]
     given, known = ([key for key in field_names(one) if not any(key.startswith(table + ".") for table in inside)] for one in (config, like))
     unknown, missing = ([key for key in one if key not in other] for one, other in ((given, known), (known, given)))
+    unknown = [key for key in unknown if key.partition(".")[0] not in free]
     if unknown:
-        raise UserError(f"{spec} has a field '{unknown[0]}' that {like_spec} has not: {nearest(unknown[0], missing or known)}")
+        raise UserError(f"{spec} has a field '{unknown[0]}' that {name} has not: {nearest(unknown[0], missing or known)}")
     if missing:
-        raise UserError(f"{spec} has no field '{missing[0]}', which {like_spec} has: start from that file's get_config()")
+        raise UserError(f"{spec} has no field '{missing[0]}', which {name} has: start from that file's get_config()")
 
 
 def tables(config: ConfigDict, prefix: str = "", least: int = 2) -> list[str]:
