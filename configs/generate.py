@@ -8,9 +8,11 @@ Without a workdir the samples are printed; with one they go to its samples.jsonl
 
 import ml_collections
 
+VARIANTS = ()
+
 
 def get_config(variant: str | None = None) -> ml_collections.ConfigDict:
-    """The config; there are no variants."""
+    """The config."""
     config = ml_collections.ConfigDict()
     config.model = ""  # Hugging Face folder or hub id
     config.dtype = "float32"  # of parameters and activations: float32 or bfloat16
@@ -25,14 +27,14 @@ def get_config(variant: str | None = None) -> ml_collections.ConfigDict:
     config.data.on_bad = "error"  # a bad row: "error" stops, "skip" leaves it out
 
     config.template = "none"  # "none", "chat" or a format such as "Question: {prompt}\nAnswer:"
-    config.max_prompt_tokens = 512  # room for a prompt
+    config.max_prompt_tokens = 512  # room for a prompt; less where the model's context less max_new_tokens is less
     config.overflow = "error"  # a longer prompt: "error", "drop" or "truncate" (its beginning)
     config.num_samples = 1  # completions a prompt
     config.max_new_tokens = 128  # limit of a completion
     config.temperature = 1.0  # 0 = greedy
     config.top_k = 0  # 0 = off
     config.top_p = 1.0  # 1 = off
-    config.stop_strings = ()  # a completion ends after any of these
+    config.stop_strings = ()  # a completion ends after any of these, such as "'\n','Question:'", quotes included
     config.batch_prompts = 32  # prompts sampled at once
     config.seed = 0  # of the sampling
     config.overwrite = False  # clear a workdir that holds another run

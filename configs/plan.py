@@ -8,12 +8,14 @@ TPU meshes are compiled for by the TPU compiler itself, on any machine with `pip
 
 import ml_collections
 
+VARIANTS = ()
+
 
 def get_config(variant: str | None = None) -> ml_collections.ConfigDict:
-    """The config; there are no variants."""
+    """The config."""
     placeholder = ml_collections.config_dict.placeholder
     config = ml_collections.ConfigDict()
-    config.target = ""  # a grpo or saerl config: its sizes, and its model if it names one, are taken where none is given below
+    config.target = ""  # a grpo or saerl config: its loss (KL, critic), and its sizes and model where none is given below
     config.model = ""  # a preset such as "qwen2.5-0.5b", a Hugging Face folder or a hub id (only its config.json is read)
     config.mesh = "here"  # "here" (the devices of this machine), "cpu:4", or a TPU slice such as "v5e:2x4" or "v5p:4x4x4"
     config.layout = placeholder(str)  # how the mesh is used: data=, fsdp= and tensor=, one of them -1 for all remaining devices; None = the target's if it fits, or a fitting one

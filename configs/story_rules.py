@@ -11,9 +11,12 @@ while NLL under the original model and the share of known words stay near those 
 
 import ml_collections
 
+VARIANTS = ()
+OPEN = ("grpo",)  # a config file of one's own may set any field of GRPOConfig there
+
 
 def get_config(variant: str | None = None) -> ml_collections.ConfigDict:
-    """The config; there are no variants."""
+    """The config."""
     config = ml_collections.ConfigDict()
     config.model = ""  # Hugging Face folder or hub id of the policy before training
     config.dtype = "float32"  # of parameters and activations: float32 or bfloat16

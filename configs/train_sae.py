@@ -11,9 +11,11 @@ Llama of the README, the defaults explain about 0.9 of the variance.
 
 import ml_collections
 
+VARIANTS = ()
+
 
 def get_config(variant: str | None = None) -> ml_collections.ConfigDict:
-    """The config; there are no variants."""
+    """The config."""
     config = ml_collections.ConfigDict()
     config.model = ""  # Hugging Face folder or hub id
     config.dtype = "float32"  # of the model's parameters and activations: float32 or bfloat16

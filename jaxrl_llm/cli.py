@@ -86,9 +86,12 @@ def _run(arguments: list[str]) -> int:
         return 0
     config = None
     if verb.config == "default":
-        from jaxrl_llm.config import load_config
+        from jaxrl_llm.config import PACKAGE_ROOT, check_shape, load_config
 
-        config = load_config(flags.get("config", f"configs/{name}.py"), overrides)
+        default = f"configs/{name}.py"
+        spec = flags.get("config", default)
+        config = load_config(spec, overrides)
+        check_shape(config, spec, str(PACKAGE_ROOT / default))
     workdir = flags.get("workdir")
     if verb.workdir == "needed" and not workdir:
         raise UserError(f"{name} needs --workdir=DIR, the directory for what it writes")
@@ -97,11 +100,11 @@ def _run(arguments: list[str]) -> int:
     return run(config, workdir) or 0
 
 
-def _parse(name: str, verb: Verb, arguments: list[str]) -> tuple[dict[str, str], dict[str, str], bool]:
+def _parse(name: str, verb: Verb, arguments: list[str]) -> tuple[dict[str, str], dict[str, Any], bool]:
     """Splits a verb's arguments into flags (config, workdir), config overrides, and whether help is asked for."""
     known = [flag for flag, use in (("config", verb.config), ("workdir", verb.workdir)) if use != "none"]
     flags: dict[str, str] = {}
-    overrides: dict[str, str] = {}
+    overrides: dict[str, Any] = {}
     rest = list(arguments)
     while rest:
         argument = rest.pop(0)
@@ -118,7 +121,8 @@ def _parse(name: str, verb: Verb, arguments: list[str]) -> tuple[dict[str, str],
             if rest and not rest[0].startswith("--"):
                 value = rest.pop(0)
             elif is_override:
-                value = "True"  # a bare --config.overwrite switches it on
+                overrides[key.removeprefix("config.")] = True  # a bare --config.overwrite switches it on
+                continue
             else:
                 raise UserError(f"{name}: --{key} needs a value: --{key}=...")
         if is_override:

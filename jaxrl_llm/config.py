@@ -4,10 +4,12 @@ A config file has `get_config(variant: str | None = None) -> ConfigDict`, and `V
 """
 
 import ast
+import contextlib
 import hashlib
 import importlib.util
 import json
-from collections.abc import Mapping, Sequence
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +33,16 @@ def load_config(spec: str, overrides: Mapping[str, Any] | None = None) -> Config
         values must have that type.
 
     Raises:
-      UserError: no such file, variant or key (the nearest known one is named), or a value that does not fit its field.
+      UserError: no such file, variant or key (the nearest known one is named), a value that does not fit its field, or a file that is
+        no Python that runs (its line is named).
     """
     path, variant = config_path(spec)
     module = import_config(path)
     known = getattr(module, "VARIANTS", None)
     if variant is not None and known is not None and variant not in known:
         raise UserError(f"unknown variant '{variant}' of {path.name}: {nearest(variant, known)}")
-    config = module.get_config(variant)
+    with _mistakes_in(path):
+        config = module.get_config(variant)
     if not isinstance(config, ConfigDict):
         raise UserError(f"{path}: get_config returned {type(config).__name__}, not an ml_collections ConfigDict")
     for key, value in (overrides or {}).items():
@@ -62,6 +66,8 @@ def set_field(config: ConfigDict, key: str, value: Any) -> None:
         inside = ", ".join(f"{key}.{entry}" for entry in list(node[name])[:6])
         raise UserError(f"config key '{key}' is a group of fields, set one of them: {inside}")
     field_type = node.get_type(name)
+    if value is True and field_type not in (bool, type(None)):
+        raise UserError(f"config key '{key}' is {_type_name(field_type)} and needs a value: --config.{key}=...")
     new = _parse(value, field_type, node.get(name), key) if isinstance(value, str) else value
     try:
         with node.unlocked():
@@ -166,15 +172,71 @@ def config_path(spec: str) -> tuple[Path, str | None]:
 
 
 def import_config(path: Path) -> Any:
-    """The module of a config file; raises UserError where it has no get_config."""
+    """The module of a config file; raises UserError where it cannot run (its line is named) or has no get_config."""
     spec = importlib.util.spec_from_file_location(f"_config_{path.stem}", path)
     if spec is None or spec.loader is None:
         raise UserError(f"{path} is not a Python file")
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    with _mistakes_in(path):
+        spec.loader.exec_module(module)
     if not hasattr(module, "get_config"):
         raise UserError(f"{path} has no get_config(variant=None): it is not a config file")
     return module
+
+
+@contextlib.contextmanager
+def _mistakes_in(path: Path) -> Iterator[None]:
+    """Says of whatever is raised inside in which line of the config file it arose: it is a user's own program."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        # A file that is no Python has no frame of its own, and is named by the error.
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename).resolve() == path.resolve()]
+        if isinstance(error, SyntaxError):
+            lines = [error.lineno]
+        where = f"{path}:{lines[-1]}" if lines else str(path)
+        reason = error.msg if isinstance(error, SyntaxError) else " ".join(str(error).split())
+        raise UserError(f"{where}: the config file stops with {type(error).__name__}: {reason}") from error
+
+
+def check_shape(config: ConfigDict, spec: str, like_spec: str) -> None:
+    """Refuses a config file of another shape than the one that the verb reads: a misspelt field would be passed over, a missing one a crash.
+
+    Args:
+      config: of the file `spec`.
+      like_spec: the verb's own config file. A table of it (see `tables`) may have other rows, and a group in its `OPEN` more fields, which
+        are checked where they are read.
+
+    Raises:
+      UserError: naming the first field that one has and the other has not, and the nearest.
+    """
+    name = f"configs/{Path(like_spec).name}"
+    like, free = load_config(like_spec), getattr(import_config(config_path(like_spec)[0]), "OPEN", ())
+    inside = [*tables(config, least=1), *tables(like, least=1)]
+    given, known = ([key for key in field_names(one) if not any(key.startswith(table + ".") for table in inside)] for one in (config, like))
+    unknown, missing = ([key for key in one if key not in other] for one, other in ((given, known), (known, given)))
+    unknown = [key for key in unknown if key.partition(".")[0] not in free]
+    if unknown:
+        raise UserError(f"{spec} has a field '{unknown[0]}' that {name} has not: {nearest(unknown[0], missing or known)}")
+    if missing:
+        raise UserError(f"{spec} has no field '{missing[0]}', which {name} has: start from that file's get_config()")
+
+
+def tables(config: ConfigDict, prefix: str = "", least: int = 2) -> list[str]:
+    """The dotted keys of groups that hold nothing but groups with the same fields, `least` of them or more: rows of a table."""
+    found = []
+    for name in config:
+        group = config.get(name)
+        if not isinstance(group, ConfigDict):
+            continue
+        rows = list(group.values())
+        if len(rows) >= least and all(isinstance(row, ConfigDict) and set(row) == set(rows[0]) for row in rows):
+            found.append(prefix + name)
+        else:
+            found += tables(group, f"{prefix}{name}.", least)
+    return found
 
 
 def _parse(text: str, field_type: type, current: Any, key: str) -> Any:
@@ -201,6 +263,10 @@ def _parse(text: str, field_type: type, current: Any, key: str) -> Any:
 
 
 def _parse_sequence(text: str, current: Any) -> list[Any]:
+    """Entries between commas; those in quotes may hold commas, spaces and escapes such as \\n, as in Python."""
+    if (not current or isinstance(current[0], str)) and any(quote in text for quote in "'\""):
+        with contextlib.suppress(ValueError, SyntaxError):
+            return list(ast.literal_eval(f"[{text.strip().strip('()[]')}]"))
     entries = [entry.strip() for entry in text.strip().strip("()[]").split(",")]
     entries = [entry.strip("'\"") for entry in entries if entry]
     if current:

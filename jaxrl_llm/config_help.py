@@ -6,7 +6,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from jaxrl_llm.config import config_path, field_names, import_config, load_config
+from jaxrl_llm.config import config_path, field_names, import_config, load_config, tables
 
 
 def describe(spec: str) -> str:
@@ -59,21 +59,6 @@ def field_comments(path: Path, config: ConfigDict) -> dict[str, str]:
         return own or (comment(group) if group else "")
 
     return {key: comment(key) for key in sorted(places, key=lambda key: places[key])}
-
-
-def tables(config: ConfigDict, prefix: str = "") -> list[str]:
-    """The dotted keys of groups that hold two or more groups with the same fields: rows of a table, described as one."""
-    found = []
-    for name in config:
-        group = config.get(name)
-        if not isinstance(group, ConfigDict):
-            continue
-        rows = list(group.values())
-        if len(rows) > 1 and all(isinstance(row, ConfigDict) and set(row) == set(rows[0]) for row in rows):
-            found.append(prefix + name)
-        else:
-            found += tables(group, f"{prefix}{name}.")
-    return found
 
 
 def _place(key: str, written: list[str], used: set[int]) -> int | None:

@@ -1,47 +1,62 @@
 """`jaxrl-llm generate`: samples from a model, printed or written to a run directory."""
 
+import sys
 import zlib
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
+from jaxrl_llm.config import check_fields
 from jaxrl_llm.data.prompts import PromptBatch, tokenise_prompts
-from jaxrl_llm.data.sources import parse_fields, read_rows
+from jaxrl_llm.data.sources import Rows, parse_fields, read_rows
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.run_dir import RunDir
 from jaxrl_llm.runtime import parse_mesh
 
 FINISH = ("length", "stop token", "stop string")
+INF = float("inf")
+CHOICES = {"overflow": ("error", "drop", "truncate"), "data.on_bad": ("error", "skip"), "dtype": ("float32", "bfloat16", "float16")}
+RANGES = dict.fromkeys(("max_prompt_tokens", "num_samples", "max_new_tokens", "batch_prompts", "data.limit"), (1, INF))
+RANGES |= {"temperature": (0, INF), "top_k": (0, INF), "top_p": (1e-9, 1)}
 
 
 def run(config: Any, workdir: str | None = None) -> None:
     """Samples every prompt of the config; see configs/generate.py for the fields.
 
     Raises:
-      UserError: no model or no prompt named; and what reading, tokenising and loading raise.
+      UserError: no model or no prompt named, a field out of its range, a prompt that with max_new_tokens does not fit the model's context
+        (as `overflow` says); and what reading, tokenising and loading raise.
     """
     import models
     from jaxrl_llm.curation.processes import from_first, is_writer
 
     if not config.model:
         raise UserError("no model: name a Hugging Face folder or hub id with --config.model=...")
+    check_fields(config, CHOICES, RANGES)
     rows = _rows(config)
+    tokenizer = models.load_tokenizer(config.model)  # before the weights, which may take minutes
     run_dir = RunDir(workdir, config, kind="generate") if workdir else None
     mesh = parse_mesh(config.mesh)
     cfg, params = models.load(config.model, dtype=config.dtype, mesh=mesh)
-    tokenizer = models.load_tokenizer(config.model)
-    prompts = tokenise_prompts(
-        rows, tokenizer, max_length=config.max_prompt_tokens, template=config.template, overflow=config.overflow
-    )
+    if skipped := sum(rows.skipped.values()):
+        print(f"bad rows left out: {skipped}", file=sys.stderr)
+    room = cfg.max_position - config.max_new_tokens
+    if room < 1:
+        told = f"config key 'max_new_tokens' is {config.max_new_tokens}, the context of {config.model} {cfg.max_position} tokens"
+        raise UserError(f"{told}: leave room for a prompt")
+    room = min(room, config.max_prompt_tokens)
+    prompts = tokenise_prompts(rows, tokenizer, max_length=room, template=config.template, overflow=config.overflow)
+    if prompts.dropped or prompts.truncated:
+        print(f"prompts longer than {room} tokens: {prompts.dropped} left out, {prompts.truncated} shortened", file=sys.stderr)
     written = {(sample["id"], sample["sample"]) for sample in run_dir.samples()} if run_dir and is_writer() else set()
     # A stop may fall inside a batch. It is then sampled again, whole, since its noise belongs to it, and what is missing is written. All
     # processes must sample the same batches, so what the first one finds written goes.
     whole = from_first([all((name, k) in written for k in range(config.num_samples)) for name in prompts.ids])
     batches = [range(start, min(start + config.batch_prompts, len(prompts))) for start in range(0, len(prompts), config.batch_prompts)]
     left = [batch for batch in batches if not np.all(whole[list(batch)])]
-    for rows in tqdm(left, desc="generate", unit="batch", disable=None if run_dir else True, mininterval=0.5):
-        for record in _samples(models, cfg, params, tokenizer, prompts.take(rows), config, mesh):
+    for batch in tqdm(left, desc="generate", unit="batch", disable=None if run_dir else True, mininterval=0.5):
+        for record in _samples(models, cfg, params, tokenizer, prompts.take(batch), config, mesh):
             if (record["id"], record["sample"]) in written:
                 continue
             if run_dir:
@@ -49,16 +64,19 @@ def run(config: Any, workdir: str | None = None) -> None:
             elif is_writer():
                 _show(record)
     if run_dir and is_writer():
-        counts = {"prompts": len(prompts), "samples": len(prompts) * config.num_samples, "dropped": prompts.dropped}
+        counts = {"prompts": len(prompts), "samples": len(prompts) * config.num_samples}
+        counts |= {"skipped": skipped, "dropped": prompts.dropped, "truncated": prompts.truncated}
         run_dir.summary(counts)
         print(f"{counts['samples']} samples of {counts['prompts']} prompts in {run_dir.path / 'samples.jsonl'}")
 
 
-def _rows(config: Any) -> list[dict[str, Any]]:
+def _rows(config: Any) -> Rows:
     if config.prompt and config.data.source:
         raise UserError("both --config.prompt and --config.data.source are given: leave one out")
     if config.prompt:
-        return [{"id": "prompt", "prompt": config.prompt}]
+        rows = Rows()
+        rows.append({"id": "prompt", "prompt": config.prompt})
+        return rows
     if not config.data.source:
         raise UserError("no prompt: give --config.prompt=TEXT or --config.data.source=FILE")
     data = config.data
@@ -76,7 +94,7 @@ def _samples(models: Any, cfg: Any, params: Any, tokenizer: Any, batch: PromptBa
         temperature=config.temperature,
         top_k=config.top_k,
         top_p=config.top_p,
-        stop_strings=tuple(config.stop_strings),
+        stop_strings=tuple(map(str, config.stop_strings)),
         tokenizer=tokenizer,
         seed=_batch_seed(config.seed, batch.ids),
         mesh=mesh,

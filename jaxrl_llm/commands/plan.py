@@ -13,6 +13,7 @@ from typing import Any
 
 from jaxrl_llm.commands.doctor import memory_gib
 from jaxrl_llm.commands.plan_target import choose_layout, resolve_model, target_sizes
+from jaxrl_llm.config import check_fields
 from jaxrl_llm.errors import UserError, nearest
 
 GIB = 2**30
@@ -41,11 +42,12 @@ def run(config: Any, workdir: str | None = None) -> None:
 def plan(sizes: Mapping[str, Any]) -> dict[str, Any]:
     """Memory and FLOPs of the sizes in configs/plan.py, as one JSON object.
 
-    Bytes are a device's and come from the compiler; FLOPs are the whole step's and come from the model's formulas, since the
-    compiler's own count takes the body of a loop once. `memory_gib` is None where the device does not tell.
+    Bytes are a device's and come from the compiler, beside those that a run holds meanwhile (`held_bytes`): the policy that it started
+    from, which is the reference of a KL term, and while it samples the training state. FLOPs are the whole step's and come from the
+    model's formulas, since the compiler's own count takes the body of a loop once. `memory_gib` is None where the device does not tell.
 
     Raises:
-      UserError: an unknown model or mesh, sizes that do not fit the mesh, or no TPU compiler here.
+      UserError: an unknown model or mesh, sizes out of range or that do not fit the mesh or the model's context, or no TPU compiler here.
     """
     _need(sizes)
     devices, room, peak = resolve_devices(sizes["mesh"])
@@ -54,19 +56,26 @@ def plan(sizes: Mapping[str, Any]) -> dict[str, Any]:
 
     mesh = make_mesh(parse_axes(choose_layout(sizes, len(devices))), devices)
     model = resolve_model(sizes["model"], sizes["dtype"])
+    if (width := sizes["prompt_tokens"] + sizes["max_new_tokens"]) > model.max_position:
+        told = f"prompt_tokens={sizes['prompt_tokens']} and max_new_tokens={sizes['max_new_tokens']} make {width}"
+        raise UserError(f"{told}, the context of {sizes['model']} is {model.max_position}: lower one of them")
     kind = getattr(devices[0], "device_kind", "device")
     programs = {}
     for name, compile_program in (("generate", _plan_generate), ("train_step", _plan_train)):
         print(f"compiling {name} for {len(devices)} x {kind} ...", file=sys.stderr, flush=True)
         began = time.perf_counter()
         programs[name] = compile_program(model, sizes, mesh) | {"compile_seconds": time.perf_counter() - began}
-    for program in programs.values():
-        program["fits"] = False if program["refused"] else None if room is None else program["total_bytes"] <= room * GIB
+    held = _held(model, sizes, mesh)
+    for name, program in programs.items():
+        program["held_bytes"] = held[name]
+        program["fits"] = False if program["refused"] else None if room is None else program["total_bytes"] + held[name] <= room * GIB
         program["seconds_at_peak"] = None if peak is None else program["flops"] / (peak * len(devices))
     return {
         "model": sizes["model"],
         "parameters": model.param_count(),
         "dtype": model.dtype,
+        "kl": sizes["loss"].kl,
+        "critic": sizes["loss"].critic,
         "mesh": sizes["mesh"],
         "devices": len(devices),
         "device_kind": kind,
@@ -145,11 +154,41 @@ def _plan_on_cpu() -> None:
 
 
 def _need(sizes: Mapping[str, Any]) -> None:
-    for name in ("prompts", "num_samples", "prompt_tokens", "max_new_tokens", "rollout_rows"):
-        if sizes[name] < 1:
-            raise UserError(f"config key '{name}' is {sizes[name]}; at least 1 is needed")
-    if sizes["dtype"] not in ("float32", "bfloat16"):
-        raise UserError(f"config key 'dtype' is '{sizes['dtype']}': {nearest(sizes['dtype'], ['float32', 'bfloat16'])}")
+    endless = float("inf")
+    ranges = dict.fromkeys(("prompts", "num_samples", "prompt_tokens", "max_new_tokens", "rollout_rows"), (1, endless))
+    check_fields(sizes, {"dtype": ("float32", "bfloat16")}, ranges | {"micro_batch_rows": (0, endless)})
+
+
+def _params(model: Any, mesh: Any) -> Any:
+    """The policy as it computes, as shapes with their shardings."""
+    import jax
+
+    import models
+    from models import sharding
+
+    shaped = lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)  # noqa: E731
+    return jax.tree.map(shaped, models.abstract_params(model), sharding.param_shardings(model, mesh))
+
+
+def _train_settings(model: Any, sizes: Mapping[str, Any]) -> Any:
+    """The StepSpec of the update that is planned."""
+    from jaxrl_llm.train.config import GRPOConfig, check_grpo
+    from jaxrl_llm.train.step import step_spec
+
+    names = ("num_samples", "max_new_tokens", "micro_batch_rows", "remat", "loss")
+    config = GRPOConfig(**{name: sizes[name] for name in names})
+    check_grpo(config)
+    return step_spec(model, config)
+
+
+def _held(model: Any, sizes: Mapping[str, Any], mesh: Any) -> dict[str, int]:
+    """Bytes a device of what a run keeps while each program runs, beside that program's own arguments."""
+    from jaxrl_llm.train.state import abstract_state
+
+    spec = _train_settings(model, sizes)
+    start, state = _bytes_a_device(_params(model, mesh)), _bytes_a_device(abstract_state(model, spec.optimizer, mesh, spec.loss.critic))
+    # In float32 the sampler's parameters are the state's own.
+    return {"generate": start + state - (start if model.dtype == "float32" else 0), "train_step": start}
 
 
 def _plan_generate(model: Any, sizes: Mapping[str, Any], mesh: Any) -> dict[str, Any]:
@@ -167,11 +206,7 @@ def _plan_generate(model: Any, sizes: Mapping[str, Any], mesh: Any) -> dict[str,
     prompts = _round_up(min(sizes["prompts"], max(sizes["rollout_rows"] // samples, 1)), ways)
     batches = math.ceil(sizes["prompts"] / prompts)
     rows = sharding.batch_sharding(mesh)
-    params = jax.tree.map(
-        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
-        models.abstract_params(model),
-        sharding.param_shardings(model, mesh),
-    )
+    params = _params(model, mesh)
     tokens = jax.ShapeDtypeStruct((prompts, sizes["prompt_tokens"]), jnp.int32, sharding=rows)
     lengths = jax.ShapeDtypeStruct((prompts,), jnp.int32, sharding=rows)
     key = jax.eval_shape(lambda: jax.random.key(0))
@@ -204,18 +239,19 @@ def _one_stage(new: int):
 
 
 def _plan_train(model: Any, sizes: Mapping[str, Any], mesh: Any) -> dict[str, Any]:
-    """The GRPO update on the whole step's completions: gradients by micro-batches, AdamW, no reference model."""
+    """The GRPO update on the whole step's completions: gradients by micro-batches, AdamW, the target's loss.
+
+    A reference's log-probabilities and a critic's values come from passes before it, without gradients, that take less.
+    """
     import jax
     import jax.numpy as jnp
 
-    from jaxrl_llm.train.config import GRPOConfig
     from jaxrl_llm.train.state import abstract_state
-    from jaxrl_llm.train.step import batch_shardings, compiled_update, step_spec
+    from jaxrl_llm.train.step import batch_shardings, compiled_update
 
     samples, new, width = sizes["num_samples"], sizes["max_new_tokens"], sizes["prompt_tokens"]
     micro_rows = sizes["micro_batch_rows"]
-    config = GRPOConfig(num_samples=samples, max_new_tokens=new, micro_batch_rows=micro_rows, remat=sizes["remat"])
-    spec = step_spec(model, config)
+    spec = _train_settings(model, sizes)
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
     wanted = max(micro_rows // samples, 1) if micro_rows else sizes["prompts"]
     prompts = _round_up(min(wanted, sizes["prompts"]), ways)
@@ -235,11 +271,21 @@ def _plan_train(model: Any, sizes: Mapping[str, Any], mesh: Any) -> dict[str, An
         "valid": array((rows,), jnp.bool_),
         "group_ids": array((rows,), jnp.int32),
     }
-    memory = _memory(compiled_update(spec, mesh), abstract_state(model, spec.optimizer, mesh), batch)
+    if spec.loss.kl:
+        batch["ref_logps" if spec.loss.kl_place == "loss" else "kl"] = batch["sampler_logps"]
+    if spec.loss.critic:
+        batch["values"] = batch["sampler_logps"]
+    memory = _memory(compiled_update(spec, mesh), abstract_state(model, spec.optimizer, mesh, spec.loss.critic), batch)
     forward = width * model.flops_per_token(width // 2) + samples * new * model.flops_per_token(width + new // 2)
     # Backward costs two forwards; recomputing each layer one more.
-    flops = sizes["prompts"] * forward * (4 if sizes["remat"] else 3)
+    passes = (4 if sizes["remat"] else 3) + _passes_before(spec.loss)
+    flops = sizes["prompts"] * forward * passes
     return {"rows": rows, "micro_batches": micros, "flops": flops, **memory}
+
+
+def _passes_before(loss: Any) -> int:
+    """Forward passes over the batch before the update: the reference's, the policy's where KL is taken from the reward, the critic's."""
+    return (0 if not loss.kl else 1 if loss.kl_place == "loss" else 2) + loss.critic
 
 
 def _memory(program: Any, *arguments: Any) -> dict[str, Any]:
@@ -290,14 +336,16 @@ def table(found: Mapping[str, Any]) -> str:
         f"model  {found['model']}: {found['parameters'] / 1e9:.3f} B parameters in {found['dtype']}",
         f"mesh   {found['mesh']}: {found['devices']} x {found['device_kind']}{room}; {layout}",
         "",
-        f"{'a device, GiB':<16}{'arguments':>10}{'outputs':>9}{'working':>9}{'total':>8}  fits",
+        f"{'a device, GiB':<16}{'arguments':>10}{'outputs':>9}{'working':>9}{'held':>8}{'total':>8}  fits",
     ]
     for name in ("generate", "train_step"):
         program = found[name]
-        sizes = [program[key] for key in ("argument_bytes", "output_bytes", "temporary_bytes", "total_bytes")]
+        sizes = [program[key] for key in ("argument_bytes", "output_bytes", "temporary_bytes", "held_bytes")]
+        sizes.append(None if program["total_bytes"] is None else program["total_bytes"] + program["held_bytes"])
         cells = ["-" if size is None else f"{size / GIB:.2f}" for size in sizes]
         fits = {True: "yes", False: "NO", None: "(memory not known)"}[program["fits"]]
-        lines.append(f"{name:<16}{cells[0]:>10}{cells[1]:>9}{cells[2]:>9}{cells[3]:>8}  {fits}")
+        lines.append(f"{name:<16}{cells[0]:>10}{cells[1]:>9}{cells[2]:>9}{cells[3]:>8}{cells[4]:>8}  {fits}")
+    lines.append("held: the policy that training starts from, and while sampling the training state")
     lines.append("")
     for name, what in (("generate", "batches"), ("train_step", "micro_batches")):
         program = found[name]

@@ -1,6 +1,5 @@
 """What `plan` is asked about: the sizes of a config, its own or another run's, and the shape of a model without its weights."""
 
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +10,7 @@ from ml_collections import ConfigDict
 from jaxrl_llm.config import field_names, load_config
 from jaxrl_llm.errors import UserError, nearest
 from jaxrl_llm.runtime import parse_axes
+from jaxrl_llm.train.config import LossConfig, from_mapping
 
 _QWEN = {"model_type": "qwen2", "rms_norm_eps": 1e-6, "rope_theta": 1e6, "max_position_embeddings": 32768, "eos_token_id": 151645}
 _QWEN_05 = {"hidden_size": 896, "num_hidden_layers": 24, "num_attention_heads": 14, "num_key_value_heads": 2, "intermediate_size": 4864}
@@ -59,10 +59,11 @@ NAMES: dict[str, tuple[str, ...]] = {
 
 
 def target_sizes(config: Any) -> dict[str, Any]:
-    """The fields of configs/plan.py: as given, else the target config's, else `DEFAULTS`; and the target's mesh as target_layout.
+    """The fields of configs/plan.py: as given, else the target config's, else `DEFAULTS`; the target's mesh as target_layout, and its
+    `LossConfig`, for a KL term and a critic take memory, as loss.
 
     Raises:
-      UserError: neither names a model.
+      UserError: neither names a model, or the target's loss is none of GRPO's.
     """
     given = {name: config[name] for name in config if config[name] is not None}
     sizes = DEFAULTS | given
@@ -72,10 +73,19 @@ def target_sizes(config: Any) -> dict[str, Any]:
         value = _first(target, paths, names)
         if value not in (None, "") and type(value) is type(sizes[ours]) and given.get(ours, "") == "":
             sizes[ours] = value
+    sizes["loss"] = _loss(target, config.target)
     if not sizes["model"]:
         whose = f"{config.target} names no model to load" if config.target else "no model"
         raise UserError(f"{whose}: give --config.model=..., a preset ({', '.join(PRESETS)}), a folder or a hub id")
     return sizes
+
+
+def _loss(target: ConfigDict, name: str) -> LossConfig:
+    found = next((group["loss"] for group in map(target.get, ("train", "grpo")) if isinstance(group, ConfigDict) and "loss" in group), {})
+    try:
+        return from_mapping(LossConfig, found, "loss.")
+    except UserError as error:
+        raise UserError(f"{name} is no config of a GRPO step, which is what plan is of: {error}") from None
 
 
 def choose_layout(sizes: Mapping[str, Any], devices: int) -> str:
@@ -109,23 +119,19 @@ def resolve_model(name: str, dtype: str) -> Any:
     """The ModelConfig of a preset, of a folder's config.json, or of a hub id's (only config.json is fetched).
 
     Raises:
-      UserError: no such preset or folder; models.errors.ModelError: an architecture that is not known.
+      UserError: no such preset or folder; models.errors.ModelError: no config.json there, or none of a known architecture.
     """
     import dataclasses
 
     from models import ModelConfig, hub
     from models.errors import ModelError
+    from models.hf import read_config
 
     preset = name.rsplit("/", 1)[-1].lower()
-    if not Path(name).is_dir() and preset in PRESETS:
-        shape: Mapping[str, Any] = PRESETS[preset]
-    else:
+    if Path(name).is_dir() or preset not in PRESETS:
         try:
-            shape = json.loads((hub.resolve(name, ("config.json",)) / "config.json").read_text())
-        except FileNotFoundError as error:
-            raise UserError(f"{name} has no config.json") from error
+            folder = hub.resolve(name, ("config.json",))
         except ModelError as error:
             raise UserError(f"no preset, folder or hub id '{name}': {nearest(preset, PRESETS)}") from error
-        except ValueError as error:
-            raise UserError(f"{name}/config.json is not JSON ({error})") from error
-    return dataclasses.replace(ModelConfig.from_hf(dict(shape)), dtype=dtype)
+        return dataclasses.replace(read_config(folder), dtype=dtype)
+    return dataclasses.replace(ModelConfig.from_hf(PRESETS[preset]), dtype=dtype)

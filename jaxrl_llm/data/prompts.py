@@ -115,9 +115,10 @@ def _tokenise(rows: Sequence[Mapping[str, Any]], tokenizer: Any, template: str) 
         chats = [row.get("messages") or [{"role": "user", "content": row["prompt"]}] for row in rows]
         texts = [tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) for chat in chats]
         # The template writes the special tokens itself; a second beginning-of-text token would be a different prompt.
-        return tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+        return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
     texts = [row["prompt"] if template == "none" else fill_template(template, row) for row in rows]
-    token_lists = tokenizer(texts)["input_ids"] if texts else []
+    # Not verbose: of long texts it would say that the model fails on them, before we say what to do.
+    token_lists = tokenizer(texts, verbose=False)["input_ids"] if texts else []
     eos = getattr(tokenizer, "eos_token_id", None)
     # A prompt is to be gone on with: an end token that the tokenizer adds by itself would end it.
     return [tokens[:-1] if len(tokens) > 1 and tokens[-1] == eos else tokens for tokens in token_lists]

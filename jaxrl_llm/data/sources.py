@@ -52,10 +52,12 @@ def read_rows(
 
     Raises:
       UserError: names file:line (or row) and field: malformed row, non-UTF-8 text, blank or missing field (with the nearest
-        there is), two rows of one id (both lines), no row at all.
+        there is), two rows of one id (both lines), no row at all; a limit below 1.
     """
     if on_bad not in ("error", "skip"):
         raise UserError(f"on_bad '{on_bad}': {nearest(on_bad, ['error', 'skip'])}")
+    if limit is not None and limit < 1:
+        raise UserError(f"limit {limit}: give the number of rows to read, or None for all")
     rows, hashes = Rows(), Counter()
     seen = rows.places
     for record in read_records(source, split=split, separator=separator):

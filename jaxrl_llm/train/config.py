@@ -206,7 +206,7 @@ def _convert(hint, value, name):
     if typing.get_origin(hint) is tuple:
         if isinstance(value, str) or not isinstance(value, (list, tuple)):
             raise UserError(f"setting '{name}' must be a list, got {value!r}")
-        return tuple(value)
+        return tuple(map(str, value) if str in typing.get_args(hint) else value)  # "7" on a command line was read as a number
     allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     if type(value) is int and float in allowed:
         return float(value)

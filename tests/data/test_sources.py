@@ -261,3 +261,9 @@ def test_bytes_of_a_tfds_row_that_are_no_text_are_told():
     record = readers._tfds_record("tfds:x: row 3", {"prompt": b"caf\xe9"})
     assert record.where == "tfds:x: row 3" and "not UTF-8" in record.problem
     assert readers._tfds_record("x", {"prompt": "caf\u00e9".encode()}).columns == {"prompt": "caf\u00e9"}
+
+
+def test_a_limit_below_one_is_refused(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a"}\n')
+    with pytest.raises(UserError, match="limit 0: give the number of rows"):
+        read_rows(str(tmp_path / "rows.jsonl"), limit=0)

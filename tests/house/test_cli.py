@@ -53,8 +53,11 @@ def test_python_m_and_console_script_are_the_same_door(repo):
         (["generate", "--config"], "--config needs a value"),
         (["generate", "--config.modle=x"], "unknown config key 'modle': did you mean model?"),
         (["generate", "--config=configs/genrate.py"], "did you mean configs/generate.py?"),
+        (["generate", "--config=configs/generate.py:demo"], "unknown variant 'demo' of generate.py: there are none"),
+        (["generate", "--config.model"], "config key 'model' is text and needs a value: --config.model=..."),
+        (["plan", "--config=configs/generate.py"], "has a field 'batch_prompts' that configs/plan.py has not: did you mean prompts?"),
         (["generate", "--config.num_samples=few"], "config key 'num_samples' is a whole number, cannot read 'few'"),
-        (["grpo", "--config=configs/generate.py"], "grpo needs --workdir=DIR"),
+        (["grpo", "--config=configs/grpo.py"], "grpo needs --workdir=DIR"),
         (["generate"], "no model: name a Hugging Face folder"),
         (["generate", "--config.model=x"], "no prompt: give"),
         (["generate", "--config.model=x", "--config.prompt=a", "--config.data.source=b"], "leave one out"),
@@ -68,13 +71,13 @@ def test_mistakes_are_one_line_and_exit_2(capsys, argv, message):
 
 @pytest.fixture
 def fake_verb(monkeypatch):
-    """A verb whose run is the function given."""
+    """The verb generate with the function given for its run."""
 
     def install(run):
         module = type(sys)("fake_verb")
         module.run = run
         monkeypatch.setitem(sys.modules, "fake_verb", module)
-        monkeypatch.setitem(cli.VERBS, "fake", cli.Verb("fake_verb", "a verb of the tests", workdir="optional"))
+        monkeypatch.setitem(cli.VERBS, "generate", cli.Verb("fake_verb", "a verb of the tests", workdir="optional"))
 
     return install
 
@@ -83,8 +86,8 @@ def test_flags_reach_the_verb_in_every_spelling(capsys, fake_verb):
     seen = []
     fake_verb(lambda config, workdir: seen.append((config.model, config.seed, config.overwrite, workdir)))
     spec = "--config=configs/generate.py"
-    assert call(capsys, "fake", spec, "--config.model=a=b", "--workdir", "w", "--config.seed", "3", "--config.overwrite")[0] == 0
-    assert call(capsys, "fake", spec)[0] == 0
+    assert call(capsys, "generate", spec, "--config.model=a=b", "--workdir", "w", "--config.seed", "3", "--config.overwrite")[0] == 0
+    assert call(capsys, "generate", spec)[0] == 0
     assert seen == [("a=b", 3, True, "w"), ("", 0, False, None)]
 
 
@@ -96,7 +99,7 @@ def test_which_errors_keep_their_traceback(capsys, fake_verb):
             raise error
 
         fake_verb(run)
-        return call(capsys, "fake", "--config=configs/generate.py")
+        return call(capsys, "generate", "--config=configs/generate.py")
 
     assert raising(UserError("two\nlines"))[::2] == (2, "jaxrl-llm: two lines\n")
     assert raising(ModelError("config.json: bad"))[::2] == (2, "jaxrl-llm: config.json: bad\n")
@@ -113,7 +116,7 @@ def test_which_errors_keep_their_traceback(capsys, fake_verb):
 
 def test_exit_code_of_the_verb_is_passed_on(capsys, fake_verb):
     fake_verb(lambda config, workdir: 3)
-    assert call(capsys, "fake", "--config=configs/generate.py")[0] == 3
+    assert call(capsys, "generate", "--config=configs/generate.py")[0] == 3
 
 
 @pytest.mark.parametrize("verb", [name for name, verb in cli.VERBS.items() if verb.config == "default"])

@@ -1,9 +1,11 @@
 """Loading, overriding, locking and comparing configs."""
 
+from pathlib import Path
+
 import ml_collections
 import pytest
 
-from jaxrl_llm.config import config_hash, field_names, first_difference, import_config, load_config, resolve_path, to_dict, to_json
+from jaxrl_llm.config import check_shape, config_hash, field_names, first_difference, import_config, load_config, resolve_path, to_dict, to_json
 from jaxrl_llm.config_help import describe, field_comments
 from jaxrl_llm.errors import UserError, nearest
 
@@ -25,6 +27,7 @@ def get_config(variant=None):
     config.name = "run"
     config.sizes = (1, 2)
     config.names = ()
+    config.stops = ("\\n",)
     config.free = None
     config.limit = ml_collections.config_dict.placeholder(int)  # at most
     return config
@@ -63,6 +66,9 @@ def test_variant_changes_values_and_the_config_is_locked(spec):
         ("sizes", "(6,)", (6,)),
         ("sizes", "", ()),
         ("names", "a,'b'", ("a", "b")),
+        ("names", r"'\n\n', ' Q, A:'", ("\n\n", " Q, A:")),
+        ("stops", r"'\t'", ("\t",)),
+        ("names", "it's, so", ("it's", "so")),
         ("free", "5", 5),
         ("free", "text", "text"),
         ("limit", "5", 5),
@@ -97,6 +103,8 @@ def test_overrides_are_read_by_the_type_of_the_field(spec, key, text, value):
         ("sizes", "1,x", "cannot read 'x'"),
         ("limit", "many", "'limit' is a whole number"),
         ("zeta", "None", "'zeta' is a whole number and cannot be None"),
+        ("name", True, "'name' is text and needs a value: --config.name="),
+        ("zeta", True, "'zeta' is a whole number and needs a value"),
         ("name", "None", "'name' is text and cannot be None; to empty it write --config.name="),
     ],
 )
@@ -120,6 +128,66 @@ def test_missing_files_name_the_nearest(tmp_path):
     (tmp_path / "wrong.py").write_text("def get_config(variant=None): return {}\n")
     with pytest.raises(UserError, match="get_config returned dict"):
         load_config(str(tmp_path / "wrong.py"))
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("x = 1\ndef get_config(variant=None:\n", r"thing.py:2: the config file stops with SyntaxError"),
+        ("import ml_collection\n", r"thing.py:1: the config file stops with ModuleNotFoundError: No module named 'ml_collection'"),
+        ("def get_config(variant=None):\n\n    return here()\n", r"thing.py:3: the config file stops with NameError: name 'here'"),
+        ("def get_config():\n    return 1\n", r"thing.py: the config file stops with TypeError: .*positional"),
+        ("def get_config(variant=None):\n    import json\n    json.loads('{')\n", r"thing.py:3: .*JSONDecodeError"),
+    ],
+)
+def test_a_config_file_that_cannot_run_is_named_with_its_line(tmp_path, source, message):
+    (tmp_path / "thing.py").write_text(source)
+    with pytest.raises(UserError, match=message):
+        load_config(str(tmp_path / "thing.py"))
+
+
+def test_a_config_file_has_the_fields_of_its_verb(tmp_path):
+    """Also a file of one's own: a misspelt field there would be passed over, for ConfigDict takes any new name."""
+    base = "from configs.generate import get_config as base\ndef get_config(variant=None):\n    config = base()\n"
+    path = tmp_path / "own.py"
+
+    def check(lines):
+        path.write_text(base + lines + "    return config\n")
+        check_shape(load_config(str(path)), str(path), "configs/generate.py")
+
+    check("    config.temperature = 0.5\n")
+    with pytest.raises(UserError, match=r"own.py has a field 'temprature' that configs/generate.py has not: did you mean temperature\?"):
+        check("    config.temprature = 0.5\n")
+    with pytest.raises(UserError, match=r"own.py has no field 'data.on_bad', which configs/generate.py has: start from"):
+        check("    del config.data.on_bad\n")
+
+
+def test_tables_may_have_other_rows_and_open_groups_more_fields(tmp_path):
+    like = """
+from ml_collections import ConfigDict
+OPEN = ("grpo",)
+def get_config(variant=None):
+    return ConfigDict({"evals": {"test": {"source": "", "limit": 1}}, "grpo": {"steps": 1, "loss": {"kl": ""}}, "seed": 1})
+"""
+    (tmp_path / "like.py").write_text(like)
+
+    def check(**changes):
+        fields = {"evals": {"a": {"source": "x", "limit": 1}, "b": {"source": "y", "limit": 1}}, "grpo": {"steps": 1, "loss": {"kl": ""}}, "seed": 1}
+        check_shape(ml_collections.ConfigDict(fields | changes), "own.py", str(tmp_path / "like.py"))
+
+    check()
+    check(grpo={"steps": 1, "loss": {"kl": "", "kl_coef": 1}, "temperature": 1.0})
+    with pytest.raises(UserError, match="own.py has a field 'sead' that configs/like.py has not: did you mean seed"):
+        check(sead=2)
+    with pytest.raises(UserError, match="own.py has no field 'grpo.steps'"):
+        check(grpo={"loss": {"kl": ""}, "temperature": 1.0})
+
+
+@pytest.mark.parametrize("name", [path.stem for path in sorted((Path(__file__).parents[2] / "configs").glob("[!_]*.py"))])
+def test_every_variant_has_the_fields_of_its_file(name):
+    spec = f"configs/{name}.py"
+    for variant in import_config(resolve_path(spec)).VARIANTS:
+        check_shape(load_config(f"{spec}:{variant}"), f"{spec}:{variant}", spec)
 
 
 def test_paths_are_found_from_here_then_beside_the_package(repo, tmp_path, monkeypatch):

@@ -11,9 +11,11 @@ import pytest
 from jaxrl_llm import cli
 from jaxrl_llm.commands import plan as plan_command
 from jaxrl_llm.commands.plan_target import DEFAULTS, PRESETS, choose_layout, resolve_model, target_sizes
-from jaxrl_llm.config import load_config
+from jaxrl_llm.config import field_names, load_config
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.runtime import parse_axes
+from jaxrl_llm.train.config import LossConfig
+from models.errors import ModelError
 
 TINY = {
     "model_type": "qwen2",
@@ -49,13 +51,14 @@ def test_a_model_that_is_nowhere_names_the_nearest_preset(tmp_path, monkeypatch)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(UserError, match=r"no preset, folder or hub id 'qwen2.5-05b': did you mean qwen2.5-0.5b"):
         resolve_model("qwen2.5-05b", "float32")
-    with pytest.raises(UserError, match="has no config.json"):
+    with pytest.raises(ModelError, match=r"config.json: no such file"):
         resolve_model(str(tmp_path), "float32")
 
 
 PLANS = {
     "one": ("--config.mesh=cpu:1",),
     "four": ("--config.mesh=cpu:4",),
+    "tensor": ("--config.mesh=cpu:4", "--config.layout=fsdp=2,tensor=2"),
     "split": ("--config.mesh=cpu:1", "--config.micro_batch_rows=4", "--config.rollout_rows=8", "--config.max_new_tokens=16"),
 }
 RUN_PLANS = """
@@ -84,6 +87,7 @@ def test_numbers_follow_the_sizes(plans, tiny):
     assert four["layout"]["fsdp"] == 4
     assert four["train_step"]["argument_bytes"] < 0.3 * one["train_step"]["argument_bytes"]
     assert four["train_step"]["flops"] == one["train_step"]["flops"] == pytest.approx(4 * one["generate"]["flops"], rel=1e-6)
+    assert four["layout"] | {"tensor": 2, "fsdp": 2} == plans["tensor"]["layout"] != four["layout"]
     assert one["generate"]["fits"] is True and one["memory_gib"] > four["memory_gib"] > 0
 
 
@@ -97,13 +101,73 @@ def test_batches_and_length_change_the_plan(plans):
     assert split["generate"]["flops"] > 1.2 * one["generate"]["flops"]
 
 
+SIZES = {"mesh": "cpu:1", "dtype": "float32", "prompts": 4, "num_samples": 2, "prompt_tokens": 16, "max_new_tokens": 8}
+OTHERS = {"dtype": "bfloat16", "prompts": 6, "num_samples": 4, "prompt_tokens": 24, "max_new_tokens": 12, "rollout_rows": 4}
+OTHERS |= {"micro_batch_rows": 2, "remat": False}
+
+
+@pytest.fixture
+def planned(tiny, monkeypatch):
+    """(loss, changes) -> the plan of SIZES with them, traced but not compiled: the arguments stand for all memory."""
+
+    def memory(program, *arguments):
+        program.trace(*arguments)
+        own = plan_command._bytes_a_device(arguments)
+        return {"argument_bytes": own, "output_bytes": 0, "temporary_bytes": 0, "total_bytes": own, "refused": ""}
+
+    def plan(loss=None, **changes):
+        sizes = target_sizes(load_config("configs/plan.py", {"model": tiny, **SIZES, **changes}))
+        found = plan_command.plan(sizes | ({"loss": LossConfig(**loss)} if loss else {}))
+        return {name: {key: value for key, value in found[name].items() if key != "compile_seconds"} for name in ("generate", "train_step")}
+
+    monkeypatch.setattr(plan_command, "_memory", memory)
+    return plan
+
+
+@pytest.mark.parametrize("field", OTHERS)
+def test_another_value_of_a_size_changes_the_plan(planned, field):
+    assert planned(**{field: OTHERS[field]}) != planned()
+
+
+def test_every_field_has_such_a_test():
+    elsewhere = {"target", "model", "mesh", "layout", "json"}
+    assert elsewhere | set(OTHERS) == set(field_names(load_config("configs/plan.py")))
+
+
+def test_what_a_run_holds_beside_each_program_is_counted(planned, tiny):
+    base, half, one = planned(), planned(dtype="bfloat16"), 4 * resolve_model(tiny, "float32").param_count()
+    # While it samples: the training state (fp32, two moments), of which the sampler's arguments are a part, and the policy it started from.
+    counters = base["generate"]["held_bytes"] - 3 * one
+    assert 0 < counters < 64 and base["train_step"]["held_bytes"] == one
+    assert half["generate"]["held_bytes"] == 3 * one + counters + one // 2 and half["train_step"]["held_bytes"] == one // 2
+
+
+def test_kl_and_a_critic_are_counted(planned, tiny):
+    step, rows = planned()["train_step"], 4 * 8 * 8
+    kl = planned({"kl": "k3", "kl_coef": 0.1})["train_step"]
+    assert kl["argument_bytes"] == step["argument_bytes"] + rows and kl["flops"] == step["flops"] * 5 // 4
+    priced = planned({"kl": "k1", "kl_coef": 0.1, "kl_place": "sequence_reward"})["train_step"]
+    assert priced["flops"] == step["flops"] * 6 // 4
+    ppo = planned({"baseline": "value", "advantage_scale": "batch_std"})["train_step"]
+    head = 3 * 4 * (resolve_model(tiny, "float32").d_model + 1)
+    assert ppo["argument_bytes"] == step["argument_bytes"] + head + rows and ppo["flops"] == step["flops"] * 5 // 4
+
+
+def test_the_loss_is_the_targets(tiny):
+    sizes = lambda spec: target_sizes(load_config("configs/plan.py", {"model": tiny, "target": spec}))  # noqa: E731
+    assert sizes("configs/grpo.py:ppo")["loss"].critic and sizes("configs/grpo.py:ppo")["loss"].kl == "k1"
+    assert sizes("configs/story_rules.py")["loss"].kl == "k3" and sizes("configs/saerl.py")["loss"].kl is None
+    with pytest.raises(UserError, match=r"configs/dpo.py is no config of a GRPO step, which is what plan is of: unknown setting 'loss.beta'"):
+        sizes("configs/dpo.py")
+
+
 def test_one_stage_needs_what_all_need_together(tiny, monkeypatch):
     import jax
 
     from models.sharding import make_mesh
 
     model, mesh = dataclasses.replace(resolve_model(tiny, "float32"), n_layers=2), make_mesh({}, jax.devices()[:1])
-    sizes = DEFAULTS | {"prompts": 4, "num_samples": 2, "prompt_tokens": 16, "max_new_tokens": 150}
+    sizes = DEFAULTS | {"prompts": 4, "num_samples": 2, "prompt_tokens": 16, "max_new_tokens": 150, "loss": LossConfig()}
     one = plan_command._plan_generate(model, sizes, mesh)
     module = importlib.import_module("models.generate")
     assert one["stages"] == 4 and module.STAGE == 32
@@ -177,6 +241,8 @@ def test_the_large_configs_have_a_layout_on_each_slice(variant, name, devices):
         ("--config.layout=fsdp", "'fsdp' is not AXIS=NUMBER"),
         ("--config.layout=expert=2", "unknown mesh axis 'expert'"),
         ("--config.prompts=0", "config key 'prompts' is 0"),
+        ("--config.micro_batch_rows=-1", "config key 'micro_batch_rows' is -1: give 0 or more"),
+        ("--config.max_new_tokens=999999", "prompt_tokens=256 and max_new_tokens=999999 make 1000255, the context of"),
         ("--config.dtype=float8", "config key 'dtype' is 'float8'"),
     ],
 )
@@ -235,6 +301,7 @@ def test_what_the_compiler_refuses_is_an_answer_not_a_failure(monkeypatch, tiny)
 def test_table_says_what_does_not_fit():
     program = {"compile_seconds": 7.0, "flops": 1e12}
     program |= {"rows": 8, "argument_bytes": 2**30, "output_bytes": 0, "temporary_bytes": 2**31, "total_bytes": 3 * 2**30, "refused": ""}
+    program |= {"held_bytes": 2**30}
     found = {
         "model": "m", "parameters": 10**9, "dtype": "bfloat16", "mesh": "v5e:2x4", "devices": 8, "device_kind": "TPU", "memory_gib": 2,
         "layout": {"fsdp": 8},
@@ -242,6 +309,8 @@ def test_table_says_what_does_not_fit():
         "train_step": {**program, "micro_batches": 3, "fits": False, "seconds_at_peak": None},
     }  # fmt: skip
     text = plan_command.table(found)
+    row = next(line for line in text.splitlines() if line.startswith("train_step"))
+    assert row.split() == ["train_step", "1.00", "0.00", "2.00", "1.00", "4.00", "NO"]
     assert "1.000 B parameters" in text and "2 GiB each" in text
     lines = {line.split()[0]: line for line in text.splitlines() if "TFLOP" in line}
     assert "compiled in 7 s" in lines["generate"] and "one cache for all new tokens; a run's 6 stages" in text

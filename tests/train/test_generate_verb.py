@@ -2,26 +2,33 @@
 
 import json
 
+import datasets
 import jax
 import pytest
 
 import models
 from jaxrl_llm.commands import generate
-from jaxrl_llm.config import load_config
+from jaxrl_llm.config import field_names, load_config
 from jaxrl_llm.data.lab_world import build_tokenizer, generate_problems
+from jaxrl_llm.errors import UserError
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """A folder with a random model, its tokenizer and rows.jsonl."""
+    """A folder with two random models, their tokenizer, rows.jsonl, bad.jsonl and a data set of two splits."""
     folder, tokenizer = tmp_path_factory.mktemp("world"), build_tokenizer()
     cfg = models.ModelConfig(
         family="llama", vocab_size=len(tokenizer), d_model=16, n_layers=1, n_heads=2, n_kv_heads=2, head_dim=8, d_ff=24,
         tie_embeddings=True, max_position=48, bos_token_id=1, eos_token_ids=(2,), pad_token_id=0,
     )  # fmt: skip
-    models.save(folder / "model", cfg, models.init(cfg, jax.random.key(0)), tokenizer_from=tokenizer)
-    rows = [json.dumps({"id": r["id"], "prompt": r["prompt"]}) for r in generate_problems(10, seed=0)]
-    (folder / "rows.jsonl").write_text("\n".join(rows))
+    for name, seed in (("model", 0), ("other", 1)):
+        models.save(folder / name, cfg, models.init(cfg, jax.random.key(seed)), tokenizer_from=tokenizer)
+    problems = generate_problems(14, seed=0)
+    rows = [json.dumps({"id": r["id"], "prompt": r["prompt"], "hint": r["topic"]}) for r in problems]
+    (folder / "rows.jsonl").write_text("\n".join(rows[:10]))
+    (folder / "bad.jsonl").write_text("\n".join([*rows[:2], "{", *rows[2:4]]))
+    splits = {name: datasets.Dataset.from_list(list(map(json.loads, part))) for name, part in (("train", rows[:4]), ("test", rows[10:]))}
+    datasets.DatasetDict(splits).save_to_disk(str(folder / "splits"))
     return folder
 
 
@@ -46,6 +53,99 @@ def test_samples_every_prompt_and_goes_on_after_a_stop(world, tmp_path, capsys):
         assert samples(tmp_path) == whole
     generate.run(config_of(world, **{"data.source": "", "prompt": "1 plus 1 ="}))
     assert "=== prompt, sample 2" in capsys.readouterr().out
+
+
+# Every field beside mesh, overwrite, model and data.source: (what the run is otherwise, another value of the field).
+LONG = {"max_prompt_tokens": "4", "overflow": "truncate"}
+FIELDS = {
+    "model": ({}, "other"), "dtype": ({}, "bfloat16"), "prompt": ({"data.source": "", "prompt": "1 plus 1 ="}, "1 plus 2 ="),
+    "data.source": ({}, "splits"), "data.fields": ({}, "prompt=hint"), "data.split": ({"data.source": "splits"}, "test"),
+    "data.limit": ({}, "3"), "data.on_bad": ({"data.source": "bad.jsonl"}, "skip"), "template": ({}, "{prompt} {hint}"),
+    "max_prompt_tokens": (LONG, "6"), "overflow": (LONG, "error"), "num_samples": ({}, "3"), "max_new_tokens": ({}, "5"),
+    "temperature": ({}, "0.3"), "top_k": ({}, "1"), "top_p": ({}, "0.01"), "stop_strings": ({"max_new_tokens": "8"}, "'t','c','1'"),
+    "batch_prompts": ({}, "3"), "seed": ({}, "7"),
+}  # fmt: skip
+
+
+def outcome(world, folder, changes):
+    """The samples without their ids' names, or the message."""
+    changes = {key: str(world / value) if key in ("model", "data.source") and value else value for key, value in changes.items()}
+    try:
+        generate.run(config_of(world, **changes), str(folder))
+    except UserError as error:
+        return str(error)
+    return samples(folder)
+
+
+@pytest.mark.parametrize("field", FIELDS)
+def test_another_value_of_a_field_changes_the_samples(world, tmp_path, field):
+    base, value = FIELDS[field]
+    one, other = outcome(world, tmp_path / "one", base), outcome(world, tmp_path / "other", base | {field: value})
+    assert one != other
+    if field in ("data.on_bad", "overflow"):
+        assert any(isinstance(found, str) for found in (one, other)) and any(isinstance(found, list) for found in (one, other))
+    elif field in ("top_k", "top_p"):  # what is left to draw is the most likely token: greedy, but for the temperature of the log-probability
+        greedy = outcome(world, tmp_path / "greedy", {"temperature": "0"})
+        assert [s["completion"] for s in other] == [s["completion"] for s in greedy]
+    elif field == "stop_strings":
+        words = [s["completion"].split() for s in other if s["finish"] == "stop string"]
+        holds = lambda word: any(stop in word for stop in "tc1")  # noqa: E731
+        assert words and all(holds(row[-1]) and not any(map(holds, row[:-1])) for row in words)
+    elif field in ("num_samples", "data.limit"):
+        assert len(other) == {"num_samples": 30, "data.limit": 6}[field]
+    elif field == "max_new_tokens":
+        assert max(s["tokens"] for s in one) == 3 and max(s["tokens"] for s in other) == 5
+
+
+def test_no_field_is_left_out():
+    assert {*FIELDS, "mesh", "overwrite"} == set(field_names(load_config("configs/generate.py")))
+
+
+def test_overwriting_clears_the_samples_of_another_run(world, tmp_path):
+    generate.run(config_of(world), str(tmp_path))
+    with pytest.raises(UserError, match="config key 'seed' is 0 there and 1 here"):
+        generate.run(config_of(world, seed="1"), str(tmp_path))
+    before = samples(tmp_path)
+    generate.run(config_of(world, seed="1", overwrite="True"), str(tmp_path))
+    assert len(samples(tmp_path)) == len(before) and samples(tmp_path) != before
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch_prompts": "0"}, "'batch_prompts' is 0: give 1 or more"),
+        ({"num_samples": "-1"}, "'num_samples' is -1: give 1 or more"),
+        ({"data.limit": "0"}, "'data.limit' is 0: give 1 or more"),
+        ({"temperature": "nan"}, "'temperature' is nan"),
+        ({"top_p": "1.5"}, "'top_p' is 1.5"),
+        ({"top_k": "-1"}, "'top_k' is -1"),
+        ({"overflow": "eror"}, "'overflow' is 'eror'.*did you mean error"),
+        ({"dtype": "fp16"}, "'dtype' is 'fp16'.*known: bfloat16, float16, float32"),
+        ({"max_new_tokens": "48"}, "'max_new_tokens' is 48, the context of .*model 48 tokens: leave room for a prompt"),
+        # Before a token is sampled, by file and line: 48 tokens of context less 44.
+        ({"max_new_tokens": "44"}, r"rows.jsonl:1: prompt '.*' has \d+ tokens, longer than the 4 there is room for"),
+    ],
+)
+def test_mistakes_name_the_field(world, tmp_path, changes, message):
+    with pytest.raises(UserError, match=message):
+        generate.run(config_of(world, **changes), str(tmp_path))
+
+
+def test_the_room_for_a_prompt_is_what_the_context_leaves(world, tmp_path, capsys):
+    skipping = {"data.source": str(world / "bad.jsonl"), "data.on_bad": "skip"}
+    generate.run(config_of(world, max_new_tokens="44", overflow="truncate", **skipping), str(tmp_path))
+    assert len(samples(tmp_path)) == 8
+    told = capsys.readouterr().err
+    assert "bad rows left out: 1" in told and "prompts longer than 4 tokens: 0 left out, 4 shortened" in told
+    assert json.loads((tmp_path / "summary.json").read_text()) == {"prompts": 4, "samples": 8, "skipped": 1, "dropped": 0, "truncated": 4}
+
+
+def test_a_missing_tokenizer_is_found_before_the_weights_are_read(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(models, "load", lambda *_, **__: pytest.fail("the weights were read"))
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text((world / "model" / "config.json").read_text())
+    with pytest.raises(models.ModelError, match="no tokenizer"):
+        generate.run(config_of(world, model=str(tmp_path / "model")))
 
 
 ON_A_MESH = """

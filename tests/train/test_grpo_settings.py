@@ -45,6 +45,11 @@ def test_every_training_field_changes_its_own_setting_and_no_other(verb, kind):
         assert {key for key in inside[0] if inside[0][key] != inside[1][key]} == {field} and inside[1][field] == other
 
 
+def test_stop_strings_are_text_even_where_they_look_like_numbers():
+    config = load_config("configs/grpo.py", {"train.stop_strings": "7,x"})
+    assert from_mapping(GRPOConfig, config.train).stop_strings == ("7", "x")
+
+
 @pytest.fixture
 def given(model, sums, tmp_path, monkeypatch):  # noqa: F811
     """config changes -> what `train_grpo` is called with: a run that ends there."""
