@@ -33,6 +33,7 @@ RULES: dict[str, str | None] = {
     "head_dim": None,
     "norm": None,
     "layers": None,
+    "rank": None,  # of an adapter (models.lora)
 }
 
 
@@ -68,8 +69,12 @@ def param_shardings(cfg: ModelConfig, mesh: Mesh) -> Params:
     """A NamedSharding for each parameter. Dimensions that do not divide are replicated and logged as a warning."""
     for line in fallbacks(cfg, mesh):
         logging.getLogger(__name__).warning(line)
-    sharding_of = lambda leaf, axes: NamedSharding(mesh, partition_spec(leaf.shape, axes, mesh))  # noqa: E731
-    return jax.tree.map(sharding_of, abstract_params(cfg), logical_axes(cfg))
+    return shardings_of(abstract_params(cfg), logical_axes(cfg), mesh)
+
+
+def shardings_of(tree: Params, axes: Params, mesh: Mesh) -> Params:
+    """A NamedSharding for each array of `tree`, whose logical axes stand in a tree of the same shape; what does not divide is replicated."""
+    return jax.tree.map(lambda leaf, names: NamedSharding(mesh, partition_spec(leaf.shape, names, mesh)), tree, axes)
 
 
 def fallbacks(cfg: ModelConfig, mesh: Mesh) -> list[str]:

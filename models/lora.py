@@ -1,0 +1,219 @@
+"""Low-rank adapters (LoRA; Hu et al. 2021, arXiv 2106.09685): a matrix W becomes W + (alpha / rank) A B, and only A and B are trained.
+
+An adapter is a plain dict beside the parameters, with the same groups and names: {"blocks": {"q": {"a": [L, in..., r], "b": [L, r, out...]}}}.
+`merge` adds it to the parameters inside jit, so that every path that takes parameters (training, sampling, taps) takes an adapted model, and
+gradients flow to A and B alone. `save_lora` and `load_lora` speak the folder layout of Hugging Face's PEFT.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from models.config import ModelConfig
+from models.errors import ModelError
+from models.families import tensor_of
+from models.hf import leaves_of, read_json
+from models.transformer import Params, abstract_params, logical_axes
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # PEFT's names
+_PREFIX = "base_model.model."
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """Which matrices are adapted, and how.
+
+    targets: patterns over the names of parameters ("blocks.q", "blocks.*", "lm_head.*"), as a shell's; norms and biases have no matrix
+      and are passed over by "*". rank: columns of A. alpha: the product is scaled by alpha / rank, or by alpha / sqrt(rank) where
+      rank_stabilised (Kalajdzievski 2023, arXiv 2312.03732).
+    """
+
+    targets: tuple[str, ...] = ("blocks.q", "blocks.k", "blocks.v", "blocks.o", "blocks.gate", "blocks.up", "blocks.down")
+    rank: int = 16
+    alpha: float = 32.0
+    rank_stabilised: bool = False
+
+    @property
+    def scale(self) -> float:
+        """What A B is multiplied by."""
+        return self.alpha / (math.sqrt(self.rank) if self.rank_stabilised else self.rank)
+
+
+def lora_targets(cfg: ModelConfig, config: LoraConfig) -> list[str]:
+    """The names of the adapted parameters, such as "blocks.q". Raises ModelError for a pattern that names none."""
+    matrices = [name for name, _ in leaves_of(abstract_params(cfg)) if _is_matrix(cfg, name)]
+    chosen: list[str] = []
+    for pattern in config.targets:
+        found = fnmatch.filter(matrices, pattern)
+        if not found:
+            raise ModelError(f"LoRA target {pattern!r} names no matrix of this {cfg.family} model; there are: {', '.join(matrices)}")
+        chosen += found
+    if config.rank < 1 or not config.alpha > 0:
+        raise ModelError(f"LoRA needs a rank of at least 1 and an alpha above 0, not rank={config.rank}, alpha={config.alpha}")
+    return list(dict.fromkeys(chosen))
+
+
+def _is_matrix(cfg: ModelConfig, name: str) -> bool:
+    return name != "embed.embedding" and len(tensor_of(cfg, name).stored.split()) == 2
+
+
+def _sides(cfg: ModelConfig, name: str) -> tuple[int, bool]:
+    """(how many axes of a matrix are inputs, whether layers are stacked in front). Ours lie [in..., out...], however a checkpoint's do."""
+    tensor = tensor_of(cfg, name)
+    return len(next(run for run in tensor.stored.split() if tensor.ours.startswith(run))), "{layer}" in tensor.name
+
+
+def _shapes(cfg: ModelConfig, name: str, shape: Sequence[int], rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The shapes of A and B for a parameter of `shape`."""
+    inputs, stacked = _sides(cfg, name)
+    head, body = tuple(shape[:stacked]), tuple(shape[stacked:])
+    return (*head, *body[:inputs], rank), (*head, rank, *body[inputs:])
+
+
+def init_lora(cfg: ModelConfig, config: LoraConfig, key: Array) -> Params:
+    """A fresh adapter in fp32: A uniform within 1 / sqrt(inputs) on both sides, as PEFT draws it, and B zero, so that nothing changes yet."""
+    shapes, lora = dict(leaves_of(abstract_params(cfg))), {}
+    targets = lora_targets(cfg, config)
+    for name, each in zip(targets, jax.random.split(key, len(targets)), strict=True):
+        group, _, leaf = name.partition(".")
+        a, b = _shapes(cfg, name, shapes[name].shape, config.rank)
+        bound = 1 / math.sqrt(math.prod(a[_sides(cfg, name)[1] : -1]))
+        drawn = jax.random.uniform(each, a, jnp.float32, -bound, bound)
+        lora.setdefault(group, {})[leaf] = {"a": drawn, "b": jnp.zeros(b, jnp.float32)}
+    return lora
+
+
+def lora_axes(cfg: ModelConfig, config: LoraConfig) -> Params:
+    """For each array of an adapter, the tuple of its logical axis names (see `models.sharding.RULES`); the rank is whole everywhere."""
+    axes, found = logical_axes(cfg), {}
+    for name in lora_targets(cfg, config):
+        group, _, leaf = name.partition(".")
+        inputs, stacked = _sides(cfg, name)
+        head, body = axes[group][leaf][:stacked], axes[group][leaf][stacked:]
+        found.setdefault(group, {})[leaf] = {"a": (*head, *body[:inputs], "rank"), "b": (*head, "rank", *body[inputs:])}
+    return found
+
+
+def merge(cfg: ModelConfig, params: Params, lora: Params, scale: float) -> Params:
+    """The parameters with the adapter added: W + scale A B, computed in fp32, in W's dtype. Pure; gradients reach both.
+
+    params: any dtype. lora: of `init_lora`. scale: `LoraConfig.scale`.
+    """
+    merged = {group: dict(leaves) for group, leaves in params.items()}
+    for group, leaves in lora.items():
+        for leaf, pair in leaves.items():
+            weight = params[group][leaf]
+            inputs, stacked = _sides(cfg, f"{group}.{leaf}")
+            head, rank = weight.shape[:stacked], pair["a"].shape[-1]
+            a = pair["a"].astype(jnp.float32).reshape(*head, -1, rank)
+            b = pair["b"].astype(jnp.float32).reshape(*head, rank, -1)
+            delta = jnp.matmul(a, b).reshape(weight.shape)
+            merged[group][leaf] = (weight.astype(jnp.float32) + scale * delta).astype(weight.dtype)
+    return merged
+
+
+def save_lora(folder: str | os.PathLike, cfg: ModelConfig, lora: Params, config: LoraConfig, base: str = "") -> None:
+    """Writes an adapter as PEFT does (adapter_config.json and adapter_model.safetensors). base: the model that it adapts, by name or folder.
+
+    Raises ModelError where the folder cannot be written.
+    """
+    target, tensors, modules = Path(folder), {}, {}
+    for group, leaves in lora.items():
+        for leaf, pair in leaves.items():
+            name = f"{group}.{leaf}"
+            inputs, stacked = _sides(cfg, name)
+            a, b = (np.asarray(pair[side], np.float32) for side in "ab")
+            for layer, stored in enumerate(tensor_of(cfg, name).names(cfg.n_layers)):
+                module = stored.removesuffix(".weight")
+                modules[module.rpartition(".")[2]] = None
+                one = (lambda x, i=layer: x[i]) if stacked else (lambda x: x)
+                tensors[f"{_PREFIX}{module}.lora_A.weight"] = np.ascontiguousarray(one(a).reshape(-1, config.rank).T)
+                tensors[f"{_PREFIX}{module}.lora_B.weight"] = np.ascontiguousarray(one(b).reshape(config.rank, -1).T)
+    told = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": config.rank,
+        "lora_alpha": config.alpha,
+        "use_rslora": config.rank_stabilised,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "target_modules": list(modules),
+    }
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        # The config goes last: it says that the folder is whole.
+        save_file(tensors, target / WEIGHTS, metadata={"format": "pt"})
+        (target / CONFIG).write_text(json.dumps(told, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise ModelError(f"{target}: cannot be written: {error.strerror or error}") from error
+
+
+_NEUTRAL: Mapping[str, Any] = {  # fields of a PEFT config that change the result, and the values of them that we have
+    "peft_type": "LORA", "bias": "none", "fan_in_fan_out": False, "use_dora": False, "rank_pattern": {}, "alpha_pattern": {},
+    "modules_to_save": None, "lora_bias": False, "layer_replication": None,
+}  # fmt: skip
+
+
+def load_lora(folder: str | os.PathLike, cfg: ModelConfig) -> tuple[Params, LoraConfig]:
+    """(adapter, its config) of a PEFT folder.
+
+    Raises ModelError, naming file and field or tensor: a file that is missing or damaged, a kind of adapter that we do not have, a tensor
+    of another shape or of no matrix of this model, or a matrix that is adapted in some layers only.
+    """
+    target = Path(folder)
+    told = read_json(target / CONFIG)
+    for field, neutral in _NEUTRAL.items():
+        if told.get(field, neutral) not in (neutral, None):
+            raise ModelError(f"{target / CONFIG}: {field}={told[field]!r} is not supported; known: {neutral!r}")
+    rank, alpha = told.get("r"), told.get("lora_alpha")
+    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1 or not isinstance(alpha, (int, float)) or not alpha > 0:
+        raise ModelError(f"{target / CONFIG}: r must be a whole number of at least 1 and lora_alpha above 0, not {rank!r} and {alpha!r}")
+    try:
+        tensors = load_file(target / WEIGHTS)
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{target / WEIGHTS}: not a complete safetensors file ({error})") from error
+    lora, shapes = {}, dict(leaves_of(abstract_params(cfg)))
+    for name, abstract in shapes.items():
+        if not _is_matrix(cfg, name):
+            continue
+        modules = [stored.removesuffix(".weight") for stored in tensor_of(cfg, name).names(cfg.n_layers)]
+        keys = {side: [f"{_PREFIX}{module}.lora_{side.upper()}.weight" for module in modules] for side in "ab"}
+        missing = [key for both in keys.values() for key in both if key not in tensors]
+        if len(missing) == 2 * len(modules):
+            continue
+        if missing:
+            raise ModelError(f"{target / WEIGHTS}: missing tensor {missing[0]}: a matrix is adapted in every layer or in none")
+        group, _, leaf = name.partition(".")
+        both = {}
+        for side, shape in zip("ab", _shapes(cfg, name, abstract.shape, rank), strict=True):
+            parts = [tensors.pop(key) for key in keys[side]]
+            one = shape[_sides(cfg, name)[1] :]
+            flat = (rank, math.prod(one[:-1])) if side == "a" else (math.prod(one[1:]), rank)
+            for key, part in zip(keys[side], parts, strict=True):
+                if part.shape != flat:
+                    raise ModelError(f"{target / WEIGHTS}: {key}: expected shape {list(flat)}, found {list(part.shape)}")
+            both[side] = jnp.asarray(np.stack([part.astype(np.float32).T.reshape(one) for part in parts]).reshape(shape))
+        lora.setdefault(group, {})[leaf] = both
+    if tensors:
+        raise ModelError(f"{target / WEIGHTS}: unexpected tensor {min(tensors)}: no matrix of this {cfg.family} model")
+    if not lora:
+        raise ModelError(f"{target / WEIGHTS}: holds no adapter")
+    targets = tuple(f"{group}.{leaf}" for group, leaves in lora.items() for leaf in leaves)
+    return lora, LoraConfig(targets, rank, float(alpha), bool(told.get("use_rslora", False)))
