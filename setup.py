@@ -64,6 +64,7 @@ setup(
         "ml-collections>=1.1,<2",
         "absl-py>=2.1,<3",
         "tqdm>=4.66,<5",
+        "packaging>=24",
     ],
     extras_require={
         "cuda": [f"jax[cuda12]{JAX}"],

@@ -23,6 +23,7 @@ from jax import lax
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
+from models.checks import check_prompts
 from models.config import ModelConfig
 from models.errors import ModelError
 from models.sampling import sample
@@ -280,12 +281,14 @@ def generate(
     mesh: of `models.sharding.make_mesh`, with `params` on it: rows are spread over its batch axes. Every process calls
       with the same prompts and gets all completions: the same as on one device, up to rounding.
 
-    Raises ModelError for an empty prompt, an id outside the vocabulary, a prompt that with max_new_tokens does not
-    fit the context, stop strings without a tokenizer, or a sampling argument out of range.
+    Raises ModelError for a prompt that is text or no list of whole numbers, an empty one, an id outside the vocabulary, a prompt that
+    with max_new_tokens does not fit the context, stop strings without a tokenizer, or a sampling argument out of range.
     """
     plan = _plan_of(cfg, num_samples, max_new_tokens, temperature, top_k, top_p, stop_tokens)
-    _check_prompts(cfg, prompts, max_new_tokens)
+    check_prompts(cfg, prompts, max_new_tokens)
     stop_strings = [stop_strings] if isinstance(stop_strings, str) else [s for s in stop_strings if s]
+    if odd := [s for s in stop_strings if not isinstance(s, str)]:
+        raise ModelError(f"stop_strings hold {odd[0]!r}, which is no text; ids belong into stop_tokens")
     if stop_strings and tokenizer is None:
         raise ModelError("stop_strings needs the tokenizer: pass tokenizer=models.load_tokenizer(folder)")
     P, G, T = len(prompts), num_samples, max_new_tokens
@@ -315,20 +318,6 @@ def generate(
         np.repeat(np.arange(P, dtype=np.int32), G),
         reasons,
     )
-
-
-def _check_prompts(cfg: ModelConfig, prompts, max_new_tokens: int) -> None:
-    for i, prompt in enumerate(prompts):
-        if len(prompt) == 0:
-            raise ModelError(f"prompt {i} is empty; give at least one token (the model's beginning-of-text id, say)")
-        if len(prompt) + max_new_tokens > cfg.max_position:
-            raise ModelError(
-                f"prompt {i} has {len(prompt)} tokens and max_new_tokens is {max_new_tokens}, but the model's context is "
-                f"{cfg.max_position}; shorten one of them"
-            )
-        low, high = min(prompt), max(prompt)
-        if low < 0 or high >= cfg.vocab_size:
-            raise ModelError(f"prompt {i} holds token id {low if low < 0 else high}, outside the vocabulary of {cfg.vocab_size}")
 
 
 def _pad(prompts, width: int, n: int) -> tuple[np.ndarray, np.ndarray]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -30,6 +31,6 @@ def resolve(source: str | os.PathLike, patterns: Sequence[str]) -> Path:
     try:
         return Path(huggingface_hub.snapshot_download(name, revision=revision or None, allow_patterns=list(patterns)))
     except Exception as error:  # many kinds: not found, gated, offline, no route, a full disk
-        reason = " ".join(str(error).split())[:200]
+        reason = textwrap.shorten(str(error), 200, placeholder=" ...")
         kind = type(error).__name__
         raise ModelError(f"{source}: no such folder, and not to be had from the hub ({kind}: {reason})") from error

@@ -43,7 +43,8 @@ def load_tokenizer(source: str | os.PathLike) -> Any:
         reader = transformers.PreTrainedTokenizerFast if exact else transformers.AutoTokenizer
         tokenizer = reader.from_pretrained(str(folder), local_files_only=True)
     except Exception as error:  # transformers and tokenizers raise bare Exception for a broken file
-        raise ModelError(f"{folder}: tokenizer cannot be read: {str(error).splitlines()[0]}") from error
+        reason = (str(error).splitlines() or [""])[0]
+        raise ModelError(f"{folder}: tokenizer cannot be read: {type(error).__name__}: {reason}") from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     return tokenizer

@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import linen as nn
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from models.checks import check_tokens
 from models.config import ModelConfig
 from models.errors import ModelError
 from models.layers import Block, attention_mask, embed, fuse_qkv, rms_norm, rope_table
@@ -240,33 +240,6 @@ def _positions(tokens_BT, lengths, positions, prefix, cache, stop_at, n_layers) 
     return positions if lengths is None else jnp.where(positions < lengths[:, None], positions, -1)
 
 
-def _check_tokens(cfg: ModelConfig, tokens, lengths=None, positions=None) -> None:
-    """Raises ModelError for ids outside the vocabulary and rows past the context; padding may hold anything.
-
-    Only of arrays that are there to be looked at: inside jit they are tracers, and this costs nothing.
-    """
-    given = [a for a in (tokens, lengths, positions) if a is not None]
-    if any(isinstance(a, jax.core.Tracer) or not getattr(a, "is_fully_addressable", True) for a in given):
-        return
-    tokens = np.asarray(tokens)
-    if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer):
-        raise ModelError(f"tokens are {tokens.dtype} of shape {tokens.shape}; give whole numbers, [rows, tokens]")
-    places = np.broadcast_to(np.arange(tokens.shape[1]) if positions is None else np.asarray(positions), tokens.shape)
-    real = places >= 0
-    if positions is None and lengths is not None:
-        real = places < np.asarray(lengths)[:, None]
-    wrong = np.argwhere(real & ((tokens < 0) | (tokens >= cfg.vocab_size)))
-    if len(wrong):
-        row, column = wrong[0]
-        told = f"token id {tokens[row, column]} (row {row}, column {column}) is outside the vocabulary of {cfg.vocab_size}"
-        raise ModelError(f"{told}: is the tokenizer this model's?")
-    past = np.argwhere(real & (places >= cfg.max_position))
-    if len(past) and cfg.rope_scaling.kind != "dynamic":  # which is made for longer rows
-        row = past[0][0]
-        told = f"row {row} reaches position {places[row][real[row]].max()}, the model's context ends at {cfg.max_position - 1}"
-        raise ModelError(f"{told} (max_position): cut the row, or run it in pieces")
-
-
 def forward(
     cfg: ModelConfig,
     params: Params,
@@ -303,15 +276,15 @@ def forward(
       params may be `unstacked`).
     return_kv: also return this call's keys and values as a KV (to be someone's prefix).
 
-    Raises ModelError for an unknown tap or intervention name, one that stop_at never reaches, a stop_at out of range,
-    a prefix or cache without positions, and segments beside these; and, of tokens that can be looked at (outside of jit), for an id outside the
-    vocabulary and a row past the context. Inside jit nobody looks: an id past the vocabulary makes its row NaN, a
-    negative one counts from the vocabulary's end, and positions past the context are computed though the model never
-    saw such.
+    Raises ModelError for an unknown tap or intervention name, one that stop_at never reaches, a stop_at out of range, a prefix or
+    cache without positions, and segments beside these; and, of tokens that can be looked at (outside of jit), for an id outside the vocabulary, a row past
+    the context, no token at all, and lengths that are not one a row or pass its end. Inside jit nobody looks: an id past the
+    vocabulary makes its row NaN, a negative one counts from the vocabulary's end, and positions past the context are computed
+    though the model never saw such.
     """
     if segments is not None:
         positions = _packed_positions(segments, lengths, positions, prefix, cache)
-    _check_tokens(cfg, tokens_BT, lengths, positions)
+    check_tokens(cfg, tokens_BT, lengths, positions)
     positions = _positions(tokens_BT, lengths, positions, prefix, cache, stop_at, cfg.n_layers)
     hooks, memory = Hooks(cfg, taps, interventions, stop_at), _Memory(cfg, positions, prefix, cache, segments)
     rope, out_taps = rope_table(cfg, positions), {}
@@ -402,7 +375,7 @@ def apply(
       reads besides its argument is fixed at its first call. For another value give another function (a new lambda or
       functools.partial); for many, write your own jit around `forward` with the value as its argument.
     """
-    _check_tokens(cfg, tokens, lengths)
+    check_tokens(cfg, tokens, lengths)
     tokens = jnp.asarray(tokens, jnp.int32)
     lengths = None if lengths is None else jnp.asarray(lengths, jnp.int32)
     if not interventions:

@@ -1,5 +1,6 @@
 """`jaxrl-llm doctor`: what this machine has, one collective over all its devices, and what is missing for what."""
 
+import importlib
 import importlib.metadata
 import importlib.util
 import os
@@ -10,13 +11,18 @@ import time
 from pathlib import Path
 from typing import Any
 
+from packaging.requirements import Requirement
+
 from jaxrl_llm import __version__
 
+OURS = "jaxrl-llm"
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "transformers", "datasets", "tensorflow-datasets")
+IMPORTED = ("models", "sae", "optax", "orbax.checkpoint", "transformers", "datasets")  # models brings flax, which may not fit jax
 
 # import name, what it is for, how to get it; what a plain install brings is not listed.
 OPTIONAL = (
     ("pytest", "the tests", "pip install 'jaxrl-llm[test]'"),
+    ("langdetect", "the rule on a response's language", "pip install 'jaxrl-llm[constraints]'"),
     ("fastapi", "serving", "pip install 'jaxrl-llm[serve]'"),
     ("libtpu", "plan on TPU meshes", "pip install 'jaxrl-llm[tpu]'"),
     ("torch", "the live parity tests against transformers", "pip install torch"),
@@ -30,6 +36,7 @@ def run(config: Any = None, workdir: str | None = None) -> int:
     for title, lines in (
         ("machine", machine()),
         ("versions", versions(problems)),
+        ("imports", imports(problems)),
         ("devices", devices(problems)),
         ("compilation cache", compilation_cache()),
         ("optional", optional()),
@@ -60,7 +67,7 @@ def memory_gib() -> tuple[float, float] | None:
 
 
 def versions(problems: list[str]) -> list[str]:
-    """The versions that matter; a missing package is a problem."""
+    """The versions that matter; a missing package is a problem, and so is one outside the bounds that were tested."""
     lines = [f"jaxrl-llm {__version__} from {Path(__file__).resolve().parents[2]}"]
     found = []
     for name in PACKAGES:
@@ -68,7 +75,42 @@ def versions(problems: list[str]) -> list[str]:
             found.append(f"{name} {importlib.metadata.version(name)}")
         except importlib.metadata.PackageNotFoundError:
             problems.append(f"{name} is not installed: pip install jaxrl-llm (again)")
+    problems += out_of_bounds()
     return [*lines, ", ".join(found)]
+
+
+def out_of_bounds() -> list[str]:
+    """A line for each dependency that is missing or not of a version that setup.py allows; none where we run without being installed."""
+    try:
+        requirements = map(Requirement, importlib.metadata.requires(OURS) or ())
+    except importlib.metadata.PackageNotFoundError:
+        return []
+    lines = []
+    for wanted in requirements:
+        if wanted.marker is not None and not wanted.marker.evaluate({"extra": ""}):
+            continue
+        try:
+            version = importlib.metadata.version(wanted.name)
+        except importlib.metadata.PackageNotFoundError:
+            if wanted.name not in PACKAGES:
+                lines.append(f"{wanted.name} is not installed: pip install '{wanted.name}{wanted.specifier}'")
+            continue
+        if not wanted.specifier.contains(version, prereleases=True):
+            told = f"{wanted.name} {version} is not among the versions this was tested with"
+            lines.append(f"{told}: pip install '{wanted.name}{wanted.specifier}'")
+    return lines
+
+
+def imports(problems: list[str]) -> list[str]:
+    """What every verb imports, each tried; what fails is a problem: two packages may be there and not fit each other."""
+    works = []
+    for name in IMPORTED:
+        try:
+            importlib.import_module(name)
+            works.append(name)
+        except Exception as error:  # whatever a broken installation raises is the finding
+            problems.append(f"import {name} fails: {type(error).__name__}: {(str(error).strip().splitlines() or ['no reason given'])[0]}")
+    return [", ".join(works) or "none"]
 
 
 def devices(problems: list[str]) -> list[str]:

@@ -14,4 +14,4 @@ def run(config: Any, workdir: str) -> None:
     """
     path = Path(workdir) / "report.html"
     write_report(path, run_report(workdir))
-    print(f"{path} ({path.stat().st_size / 1e6:.1f} MB): open it in a browser")
+    print(f"{path} ({path.stat().st_size / 1e3:,.0f} kB): open it in a browser")

@@ -203,6 +203,29 @@ def test_doctor_names_what_is_missing(capsys, monkeypatch):
     assert "a sum over the devices gives -1, not" in out and "one sum over all devices: right" not in out
 
 
+def test_doctor_names_versions_that_do_not_fit_and_imports_that_fail(capsys, monkeypatch):
+    """A jax that flax does not know is there, has devices and sums over them; nothing else works."""
+    import importlib.metadata
+
+    from jaxrl_llm.commands import doctor
+
+    requires = ["numpy>=1", "jax<0.2,>=0.1", "no-such-package>=3", "torch>=99; extra == 'test'"]
+    monkeypatch.setattr(importlib.metadata, "requires", lambda name: requires)
+    monkeypatch.setattr(doctor, "IMPORTED", ("json", "no_such_module"))
+    assert doctor.run() == 1
+    problems = capsys.readouterr().out.split("problems\n")[1].splitlines()
+    assert len(problems) == 3
+    assert "is not among the versions this was tested with: pip install 'jax<0.2,>=0.1'" in problems[0] and problems[0].startswith("  jax ")
+    assert problems[1] == "  no-such-package is not installed: pip install 'no-such-package>=3'"
+    assert problems[2] == "  import no_such_module fails: ModuleNotFoundError: No module named 'no_such_module'"
+
+    def missing(name):
+        raise importlib.metadata.PackageNotFoundError
+
+    monkeypatch.setattr(importlib.metadata, "requires", missing)
+    assert doctor.out_of_bounds() == []  # run from a checkout that is not installed
+
+
 def test_generate_on_the_real_checkpoint(capsys, assets, tmp_path):
     model = f"--config.model={assets / 'checkpoints' / 'stories260k'}"
     common = [model, "--config.temperature=0", "--config.max_new_tokens=24"]

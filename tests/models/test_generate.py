@@ -522,6 +522,12 @@ PROMPT_MISTAKES = [
         {"prompts": [[3] * 250], "max_new_tokens": 7},
         "prompt 0 has 250 tokens and max_new_tokens is 7, but the model's context is 256; shorten one of them",
     ),
+    ({"prompts": "text"}, 'prompts are text; give lists of token ids: tokenizer(texts)["input_ids"]'),
+    ({"prompts": ["text"]}, 'prompts are text; give lists of token ids: tokenizer(texts)["input_ids"]'),
+    ({"prompts": [3, 4]}, "prompt 0 is 3; give a list of token ids for each prompt"),
+    ({"prompts": [[3], [[4]]]}, "prompt 1 is [[4]]; give a list of token ids for each prompt"),
+    ({"prompts": [[3], [1.5]]}, "prompt 1 holds float64 numbers; token ids are whole numbers"),
+    ({"stop_strings": [7]}, "stop_strings hold 7, which is no text; ids belong into stop_tokens"),
     ({"stop_strings": ["end"]}, "stop_strings needs the tokenizer: pass tokenizer=models.load_tokenizer(folder)"),
 ]
 

@@ -274,6 +274,8 @@ def test_missing_and_broken_tokenizer(checkpoint):
     fails(folder, str(folder), "no tokenizer", "tokenizer.json", load=models.load_tokenizer)
     (folder / "tokenizer.json").write_text("{")
     fails(folder, str(folder), "tokenizer cannot be read", load=models.load_tokenizer)
+    (folder / "tokenizer.json").write_text('{"a": 1}')
+    fails(folder, str(folder), "tokenizer cannot be read: KeyError: 'added_tokens'", load=models.load_tokenizer)
 
 
 def test_tokenizer_without_padding_token(tmp_path):
@@ -300,7 +302,7 @@ def test_hub_ids(checkpoint, monkeypatch, tmp_path):
     def download(name, revision=None, allow_patterns=None):
         asked.append((name, revision, allow_patterns))
         if name == "org/absent":
-            raise huggingface_hub.errors.LocalEntryNotFoundError("offline\nand not cached")
+            raise huggingface_hub.errors.LocalEntryNotFoundError("offline\nand not cached" + " or so" * 50)
         return str(folder)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
@@ -309,7 +311,7 @@ def test_hub_ids(checkpoint, monkeypatch, tmp_path):
     models.load("org/name@v1.0")
     assert [a[:2] for a in asked] == [("org/name", None), ("org/name", "v1.0")]
     assert "*.safetensors" in asked[0][2] and not any("bin" in pattern for pattern in asked[0][2])
-    fails("org/absent", "org/absent", "no such folder", "hub", "offline and not cached")
+    fails("org/absent", "org/absent", "no such folder", "hub", "offline and not cached or so", "or so ...)")
     fails("./org/name", "./org/name: no such folder")
     fails("a/b/c", "a/b/c: no such folder")
     assert len(asked) == 3

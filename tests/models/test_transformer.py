@@ -282,6 +282,24 @@ def test_tokens_that_no_row_of_the_vocabulary_is_for_are_refused(run, model):
 
 
 @pytest.mark.parametrize("run", [models.apply, models.forward])
+@pytest.mark.parametrize(
+    ("shape", "lengths", "message"),
+    [
+        ((0, 5), None, r"tokens are of shape \(0, 5\): there is nothing to run"),
+        ((2, 0), None, r"tokens are of shape \(2, 0\): there is nothing to run"),
+        ((2, 5), [5], r"lengths are of shape \(1,\); 2 rows of tokens have one each"),
+        ((2, 5), [[5, 5]], r"lengths are of shape \(1, 2\)"),
+        ((2, 5), [5, 6], "lengths hold 6; rows are 5 tokens wide"),
+        ((2, 5), [-1, 5], "lengths hold -1; rows are 5 tokens wide"),
+    ],
+)
+def test_shapes_that_do_not_belong_together_are_refused(run, model, shape, lengths, message):
+    cfg, params = model
+    with pytest.raises(ModelError, match=message):
+        run(cfg, params, np.full(shape, 7, np.int32), lengths=None if lengths is None else jnp.asarray(lengths))
+
+
+@pytest.mark.parametrize("run", [models.apply, models.forward])
 def test_rows_past_the_context_are_refused(run, model):
     cfg, params = dataclasses.replace(model[0], max_position=8), model[1]
     tokens = jnp.full((2, 9), 7, jnp.int32)
