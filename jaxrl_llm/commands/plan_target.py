@@ -41,6 +41,8 @@ DEFAULTS: dict[str, Any] = {
     "rollout_rows": 512,
     "micro_batch_rows": 0,
     "remat": True,
+    "loss": None,  # of preferences: the settings of their loss; None is GRPO
+    "sampled": True,  # whether the policy samples what it is trained on
 }
 
 # Our field -> the names it goes by in the configs of runs, most telling first; a path matches where it ends in one of them.
@@ -48,7 +50,7 @@ NAMES: dict[str, tuple[str, ...]] = {
     "model": ("policy.model", "model.path", "model.source", "model", "policy"),
     "dtype": ("policy.dtype", "model.dtype", "dtype"),
     "target_layout": ("mesh",),
-    "prompts": ("grpo.prompts_per_step", "prompts_per_step", "batch_prompts", "batch_size"),
+    "prompts": ("grpo.prompts_per_step", "prompts_per_step", "batch_prompts", "batch_rows", "batch_size"),
     "num_samples": ("grpo.num_samples", "num_samples"),
     "prompt_tokens": ("grpo.max_prompt_tokens", "max_prompt_tokens", "prompt_tokens"),
     "max_new_tokens": ("grpo.max_new_tokens", "max_new_tokens"),
@@ -65,9 +67,9 @@ def target_sizes(config: Any) -> dict[str, Any]:
       UserError: neither names a model.
     """
     given = {name: config[name] for name in config if config[name] is not None}
-    sizes = DEFAULTS | given
     target = load_config(config.target) if config.target else ConfigDict()
     paths = field_names(target)
+    sizes = DEFAULTS | _pairs(config.target, target, paths) | given
     for ours, names in NAMES.items():
         value = _first(target, paths, names)
         if value not in (None, "") and type(value) is type(sizes[ours]) and given.get(ours, "") == "":
@@ -76,6 +78,25 @@ def target_sizes(config: Any) -> dict[str, Any]:
         whose = f"{config.target} names no model to load" if config.target else "no model"
         raise UserError(f"{whose}: give --config.model=..., a preset ({', '.join(PRESETS)}), a folder or a hub id")
     return sizes
+
+
+def _pairs(name: str, target: ConfigDict, paths: list[str]) -> dict[str, Any]:
+    """What a config of preferences adds: the settings of its loss, and where it samples nothing, widths.
+
+    Raises:
+      UserError: the target neither samples nor has preferences, so that there is no step here like its own.
+    """
+    sampled = any(path.rpartition(".")[2] == "num_samples" for path in paths)
+    if "train.loss.kind" in paths:
+        found: dict[str, Any] = {"loss": target.train.loss.to_dict()}
+        # Prompts and completions are padded each to their own longest: half of a row's room is a guess that the command line may better.
+        widths = {} if sampled else dict.fromkeys(("prompt_tokens", "max_new_tokens"), max(target.max_length // 2, 1))
+        return found | widths | {"sampled": sampled}
+    if paths and not sampled:
+        raise UserError(
+            f"{name} has no step that plan knows: give a config of grpo, saerl, story_rules, dpo or online_dpo, or --config.model and sizes"
+        )
+    return {}
 
 
 def choose_layout(sizes: Mapping[str, Any], devices: int) -> str:
