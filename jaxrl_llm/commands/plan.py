@@ -276,7 +276,7 @@ def _plan_pairs(model: Any, sizes: Mapping[str, Any], mesh: Any) -> dict[str, An
     batch |= {"sampler_logps": array((2 * pairs, new), jnp.float32)} if sizes["sampled"] else {}
     found = _memory(compiled_update(spec, mesh), abstract_state(model, spec.optimizer, mesh), batch)
     prompt, completion = width * model.flops_per_token(width // 2), new * model.flops_per_token(width + new // 2)
-    # Backward costs two forwards; recomputing each layer one more. KTO's unrelated completions are only read, and so is the reference's pair.
+    # Backward costs two forwards; recomputing each layer one more. KTO's unrelated completions are only read, as the reference's pair is.
     passes = 4 if sizes["remat"] else 3
     flops = (prompt + completion) * (passes + 1) if kto else (prompt + 2 * completion) * passes
     if loss.needs_reference and sizes["sampled"]:
