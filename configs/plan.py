@@ -1,4 +1,4 @@
-"""Memory and FLOPs of generation and of a GRPO step, on a named mesh, before anything is rented: no weights are needed.
+"""Memory and FLOPs of generation and of a step of GRPO or DPO, on a named mesh, before anything is rented: no weights are needed.
 
     jaxrl-llm plan --config.model=qwen2.5-1.5b --config.mesh=v5e:2x4
     jaxrl-llm plan --config.target=configs/saerl.py:qwen2.5-math-1.5b --config.mesh=v5e:2x4
@@ -15,7 +15,8 @@ def get_config(variant: str | None = None) -> ml_collections.ConfigDict:
     """The config."""
     placeholder = ml_collections.config_dict.placeholder
     config = ml_collections.ConfigDict()
-    config.target = ""  # a grpo or saerl config: its loss (KL, critic), and its sizes and model where none is given below
+    # A config of grpo, saerl, story_rules, dpo or online_dpo: its loss, and its sizes and model where none is given below.
+    config.target = ""  # such as configs/grpo.py:ppo; empty = GRPO with the sizes below
     config.model = ""  # a preset such as "qwen2.5-0.5b", a Hugging Face folder or a hub id (only its config.json is read)
     config.mesh = "here"  # "here" (the devices of this machine), "cpu:4", or a TPU slice such as "v5e:2x4" or "v5p:4x4x4"
     config.layout = placeholder(str)  # how the mesh is used: data=, fsdp= and tensor=, one of them -1 for all remaining devices; None = the target's if it fits, or a fitting one
@@ -25,7 +26,7 @@ def get_config(variant: str | None = None) -> ml_collections.ConfigDict:
     config.prompt_tokens = placeholder(int)  # width of the prompts; None = the target's, or 256
     config.max_new_tokens = placeholder(int)  # width of the completions; None = the target's, or 512
     config.rollout_rows = placeholder(int)  # completions sampled at once; None = the target's, or 512
-    config.micro_batch_rows = placeholder(int)  # completions a micro-batch of the update, 0 = all at once; None = the target's, or 0
+    config.micro_batch_rows = placeholder(int)  # completions (of dpo and online_dpo: pairs) a micro-batch of the update, 0 = all at once; None = the target's, or 0
     config.remat = placeholder(bool)  # recompute each layer in the backward pass; None = the target's, or True
     config.json = False  # print one JSON object instead of a table
     return config

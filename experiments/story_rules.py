@@ -267,7 +267,7 @@ def report_data(
     known = [f"{100 * f['health']['known_words']:.1f}%" for f in (new, old)]
     points = [f"{100 * passed[key]:+.1f}" for key in ("value", "low", "high")]
     rules = list(old["rules"])
-    kept = _table("Rules kept", "share of continuations of held-out openings", [*rules, "all rules"])
+    kept = _table("Rules kept", "share of continuations of held-out openings", ["all rules", *rules])
     unsaid = [figures[key]["without_verdict"] for key in ("before", "after", "real")]
     kept["note"] = "Real stories were not written to these rules." + (
         " Left out, since no verdict could be reached: {} continuations before, {} after, {} real.".format(*unsaid) if any(unsaid) else ""
@@ -280,7 +280,7 @@ def report_data(
         ("after", "after training", "ours"),
         ("real", "real stories", "bound"),
     ):
-        shares = [*(figures[key]["rules"][rule] for rule in rules), figures[key]["passed"]]
+        shares = [figures[key]["passed"], *(figures[key]["rules"][rule] for rule in rules)]
         kept["rows"].append({"name": name, "kind": kind, "cells": _cells(shares)})
         guards["rows"].append({"name": name, "kind": kind, "cells": _cells([figures[key]["health"][guard] for guard in HEALTH])})
     return {

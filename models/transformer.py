@@ -277,10 +277,10 @@ def forward(
     return_kv: also return this call's keys and values as a KV (to be someone's prefix).
 
     Raises ModelError for an unknown tap or intervention name, one that stop_at never reaches, a stop_at out of range, a prefix or
-    cache without positions, and segments beside these; and, of tokens that can be looked at (outside of jit), for an id outside the vocabulary, a row past
-    the context, no token at all, and lengths that are not one a row or pass its end. Inside jit nobody looks: an id past the
-    vocabulary makes its row NaN, a negative one counts from the vocabulary's end, and positions past the context are computed
-    though the model never saw such.
+    cache without positions, and segments beside these; and, of tokens that can be looked at (outside of jit), for an id outside the
+    vocabulary, a row past the context, no token at all, and lengths that are not one a row or pass its end. Inside jit nobody looks:
+    an id past the vocabulary makes its row NaN, a negative one counts from the vocabulary's end, and positions past the context are
+    computed though the model never saw such.
     """
     if segments is not None:
         positions = _packed_positions(segments, lengths, positions, prefix, cache)

@@ -1,4 +1,4 @@
-"""`jaxrl-llm plan`: what generation and a GRPO step need on a mesh that need not be here, by compiling them without data."""
+"""`jaxrl-llm plan`: what generation and a step of GRPO or DPO need on a mesh that need not be here, by compiling them without data."""
 
 import contextlib
 import importlib
@@ -52,6 +52,7 @@ def plan(sizes: Mapping[str, Any]) -> dict[str, Any]:
     _need(sizes)
     devices, room, peak = resolve_devices(sizes["mesh"])
     from jaxrl_llm.runtime import parse_axes
+    from jaxrl_llm.train.config import PreferenceLossConfig
     from models.sharding import make_mesh
 
     mesh = make_mesh(parse_axes(choose_layout(sizes, len(devices))), devices)
@@ -61,7 +62,8 @@ def plan(sizes: Mapping[str, Any]) -> dict[str, Any]:
         raise UserError(f"{told}, the context of {sizes['model']} is {model.max_position}: lower one of them")
     kind = getattr(devices[0], "device_kind", "device")
     programs = {}
-    for name, compile_program in (("generate", _plan_generate), ("train_step", _plan_train)):
+    wanted = [("generate", _plan_generate)] if sizes["sampled"] else []
+    for name, compile_program in [*wanted, ("train_step", _plan_pairs if isinstance(sizes["loss"], PreferenceLossConfig) else _plan_train)]:
         print(f"compiling {name} for {len(devices)} x {kind} ...", file=sys.stderr, flush=True)
         began = time.perf_counter()
         programs[name] = compile_program(model, sizes, mesh) | {"compile_seconds": time.perf_counter() - began}
@@ -74,8 +76,8 @@ def plan(sizes: Mapping[str, Any]) -> dict[str, Any]:
         "model": sizes["model"],
         "parameters": model.param_count(),
         "dtype": model.dtype,
-        "kl": sizes["loss"].kl,
-        "critic": sizes["loss"].critic,
+        "kl": getattr(sizes["loss"], "kl", None),
+        "critic": _critic(sizes),
         "mesh": sizes["mesh"],
         "devices": len(devices),
         "device_kind": kind,
@@ -181,12 +183,16 @@ def _train_settings(model: Any, sizes: Mapping[str, Any]) -> Any:
     return step_spec(model, config)
 
 
+def _critic(sizes: Mapping[str, Any]) -> bool:
+    return getattr(sizes["loss"], "critic", False)
+
+
 def _held(model: Any, sizes: Mapping[str, Any], mesh: Any) -> dict[str, int]:
     """Bytes a device of what a run keeps while each program runs, beside that program's own arguments."""
+    from jaxrl_llm.train.config import OptimizerConfig
     from jaxrl_llm.train.state import abstract_state
 
-    spec = _train_settings(model, sizes)
-    start, state = _bytes_a_device(_params(model, mesh)), _bytes_a_device(abstract_state(model, spec.optimizer, mesh, spec.loss.critic))
+    start, state = _bytes_a_device(_params(model, mesh)), _bytes_a_device(abstract_state(model, OptimizerConfig(), mesh, _critic(sizes)))
     # In float32 the sampler's parameters are the state's own.
     return {"generate": start + state - (start if model.dtype == "float32" else 0), "train_step": start}
 
@@ -288,6 +294,44 @@ def _passes_before(loss: Any) -> int:
     return (0 if not loss.kl else 1 if loss.kl_place == "loss" else 2) + loss.critic
 
 
+def _plan_pairs(model: Any, sizes: Mapping[str, Any], mesh: Any) -> dict[str, Any]:
+    """The update on pairs, one a prompt: gradients by micro-batches, AdamW."""
+    import jax
+    import jax.numpy as jnp
+
+    from jaxrl_llm.train.config import OptimizerConfig
+    from jaxrl_llm.train.preference_step import PreferenceSpec, compiled_update
+    from jaxrl_llm.train.state import abstract_state
+    from jaxrl_llm.train.step import batch_shardings
+
+    new, width, kto = sizes["max_new_tokens"], sizes["prompt_tokens"], sizes["loss"].kind == "kto"
+    loss = sizes["loss"]
+    spec = PreferenceSpec(model, loss, OptimizerConfig(), remat=sizes["remat"])
+    pairs = _round_up(min(sizes["micro_batch_rows"] or sizes["prompts"], sizes["prompts"]), mesh.shape["data"] * mesh.shape["fsdp"])
+    micros, place = math.ceil(sizes["prompts"] / pairs), batch_shardings(mesh)
+
+    def array(shape: tuple[int, ...], dtype: Any) -> Any:
+        return jax.ShapeDtypeStruct((micros, *shape), dtype, sharding=place)
+
+    batch = {
+        "prompts": array((pairs, width), jnp.int32),
+        "prompt_lengths": array((pairs,), jnp.int32),
+        "completions": array((2 * pairs, new), jnp.int32),
+        "lengths": array((2 * pairs,), jnp.int32),
+    }
+    batch |= {"labels": array((pairs,), jnp.bool_)} if kto else {}
+    batch |= {"ref_sums": array((2 * pairs,), jnp.float32)} if loss.needs_reference else {}
+    batch |= {"sampler_logps": array((2 * pairs, new), jnp.float32)} if sizes["sampled"] else {}
+    found = _memory(compiled_update(spec, mesh), abstract_state(model, spec.optimizer, mesh), batch)
+    prompt, completion = width * model.flops_per_token(width // 2), new * model.flops_per_token(width + new // 2)
+    # Backward costs two forwards; recomputing each layer one more. KTO's unrelated completions are only read, as the reference's pair is.
+    passes = 4 if sizes["remat"] else 3
+    flops = (prompt + completion) * (passes + 1) if kto else (prompt + 2 * completion) * passes
+    if loss.needs_reference and sizes["sampled"]:
+        flops += prompt + 2 * completion
+    return {"rows": 2 * pairs, "micro_batches": micros, "flops": sizes["prompts"] * flops, **found}
+
+
 def _memory(program: Any, *arguments: Any) -> dict[str, Any]:
     """Bytes a device of a jitted program, compiled for arguments that are shapes; the donated state is counted once.
 
@@ -338,7 +382,8 @@ def table(found: Mapping[str, Any]) -> str:
         "",
         f"{'a device, GiB':<16}{'arguments':>10}{'outputs':>9}{'working':>9}{'held':>8}{'total':>8}  fits",
     ]
-    for name in ("generate", "train_step"):
+    programs = [name for name in ("generate", "train_step") if name in found]  # of given texts nothing is generated
+    for name in programs:
         program = found[name]
         sizes = [program[key] for key in ("argument_bytes", "output_bytes", "temporary_bytes", "held_bytes")]
         sizes.append(None if program["total_bytes"] is None else program["total_bytes"] + program["held_bytes"])
@@ -347,14 +392,14 @@ def table(found: Mapping[str, Any]) -> str:
         lines.append(f"{name:<16}{cells[0]:>10}{cells[1]:>9}{cells[2]:>9}{cells[3]:>8}{cells[4]:>8}  {fits}")
     lines.append("held: the policy that training starts from, and while sampling the training state")
     lines.append("")
-    for name, what in (("generate", "batches"), ("train_step", "micro_batches")):
-        program = found[name]
+    for name in programs:
+        program, what = found[name], "batches" if name == "generate" else "micro_batches"
         at_peak = "" if program["seconds_at_peak"] is None else f", {program['seconds_at_peak']:.2f} s at the mesh's peak"
         split = f"{program[what]} x {program['rows']} rows"
         compiled = f"compiled in {program['compile_seconds']:.0f} s"
         lines.append(f"{name:<16}{program['flops'] / 1e12:.1f} TFLOP a step in {split}{at_peak}; {compiled}")
-    lines += [f"{name} was refused: {found[name]['refused']}" for name in ("generate", "train_step") if found[name]["refused"]]
-    stages = found["generate"]["stages"]
+    lines += [f"{name} was refused: {found[name]['refused']}" for name in programs if found[name]["refused"]]
+    stages = found["generate"]["stages"] if "generate" in found else 1
     if stages > 1:
         lines.append(f"generate was compiled with one cache for all new tokens; a run's {stages} stages compile for longer, and need no more")
     return "\n".join(lines)

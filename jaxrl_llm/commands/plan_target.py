@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from jaxrl_llm.config import field_names, load_config
 from jaxrl_llm.errors import UserError, nearest
 from jaxrl_llm.runtime import parse_axes
-from jaxrl_llm.train.config import LossConfig, from_mapping
+from jaxrl_llm.train.config import LossConfig, PreferenceLossConfig, from_mapping
 
 _QWEN = {"model_type": "qwen2", "rms_norm_eps": 1e-6, "rope_theta": 1e6, "max_position_embeddings": 32768, "eos_token_id": 151645}
 _QWEN_05 = {"hidden_size": 896, "num_hidden_layers": 24, "num_attention_heads": 14, "num_key_value_heads": 2, "intermediate_size": 4864}
@@ -48,7 +48,7 @@ NAMES: dict[str, tuple[str, ...]] = {
     "model": ("policy.model", "model.path", "model.source", "model", "policy"),
     "dtype": ("policy.dtype", "model.dtype", "dtype"),
     "target_layout": ("mesh",),
-    "prompts": ("grpo.prompts_per_step", "prompts_per_step", "batch_prompts", "batch_size"),
+    "prompts": ("grpo.prompts_per_step", "prompts_per_step", "batch_prompts", "batch_rows", "batch_size"),
     "num_samples": ("grpo.num_samples", "num_samples"),
     "prompt_tokens": ("grpo.max_prompt_tokens", "max_prompt_tokens", "prompt_tokens"),
     "max_new_tokens": ("grpo.max_new_tokens", "max_new_tokens"),
@@ -59,33 +59,38 @@ NAMES: dict[str, tuple[str, ...]] = {
 
 
 def target_sizes(config: Any) -> dict[str, Any]:
-    """The fields of configs/plan.py: as given, else the target config's, else `DEFAULTS`; the target's mesh as target_layout, and its
-    `LossConfig`, for a KL term and a critic take memory, as loss.
+    """The fields of configs/plan.py: as given, else the target config's, else `DEFAULTS`; the target's mesh as target_layout; its
+    `LossConfig` or `PreferenceLossConfig`, for a KL term and a critic take memory, as loss; and whether it samples, as sampled.
 
     Raises:
-      UserError: neither names a model, or the target's loss is none of GRPO's.
+      UserError: neither names a model, or the target has no step that is planned here.
     """
     given = {name: config[name] for name in config if config[name] is not None}
-    sizes = DEFAULTS | given
     target = load_config(config.target) if config.target else ConfigDict()
     paths = field_names(target)
+    sizes = DEFAULTS | _step(config.target, target, paths) | given
     for ours, names in NAMES.items():
         value = _first(target, paths, names)
         if value not in (None, "") and type(value) is type(sizes[ours]) and given.get(ours, "") == "":
             sizes[ours] = value
-    sizes["loss"] = _loss(target, config.target)
     if not sizes["model"]:
         whose = f"{config.target} names no model to load" if config.target else "no model"
         raise UserError(f"{whose}: give --config.model=..., a preset ({', '.join(PRESETS)}), a folder or a hub id")
     return sizes
 
 
-def _loss(target: ConfigDict, name: str) -> LossConfig:
+def _step(name: str, target: ConfigDict, paths: list[str]) -> dict[str, Any]:
+    """The loss of a target's step, whether the policy samples what it is trained on, and where it does not, widths."""
+    sampled = any(path.rpartition(".")[2] == "num_samples" for path in paths)
+    if paths and not sampled and "train.loss.kind" not in paths:
+        raise UserError(
+            f"{name} has no step that plan knows: give a config of grpo, saerl, story_rules, dpo or online_dpo, or --config.model and sizes"
+        )
     found = next((group["loss"] for group in map(target.get, ("train", "grpo")) if isinstance(group, ConfigDict) and "loss" in group), {})
-    try:
-        return from_mapping(LossConfig, found, "loss.")
-    except UserError as error:
-        raise UserError(f"{name} is no config of a GRPO step, which is what plan is of: {error}") from None
+    loss = from_mapping(PreferenceLossConfig if "kind" in found else LossConfig, found, "loss.")
+    # Prompts and completions are padded each to their own longest: half of a row's room is a guess that the command line may better.
+    widths = dict.fromkeys(("prompt_tokens", "max_new_tokens"), max(target.max_length // 2, 1)) if paths and not sampled else {}
+    return {"loss": loss, "sampled": sampled or not paths, **widths}
 
 
 def choose_layout(sizes: Mapping[str, Any], devices: int) -> str:

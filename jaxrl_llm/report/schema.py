@@ -185,7 +185,7 @@ class SignalTable(TypedDict):
     metric: str  # "Spearman with held-out pass rate"
     columns: list[str]
     rows: list[SignalRow]
-    higher_is_better: NotRequired[bool | None]  # default True; None: there is no best, nothing is bold
+    higher_is_better: NotRequired[bool | None]  # default True; None: columns of several kinds, none has a best
     note: NotRequired[str]
 
 

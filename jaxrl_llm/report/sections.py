@@ -261,7 +261,11 @@ def signals(tables: list[dict]) -> str:
 
 
 def _signal_table(table: dict) -> str:
-    limits = mark_limits([cell for row in table["rows"] for cell in row["cells"]])
+    columns = [[row["cells"][column] for row in table["rows"]] for column in range(len(table["columns"]))]
+    # One scale for all columns, unless they are no measures of one kind: then each has its own.
+    one_kind = table.get("higher_is_better", True) is not None
+    together = mark_limits([cell for cells in columns for cell in cells])
+    limits = [together if one_kind else mark_limits(cells) for cells in columns]
     best = [_best(table, column) for column in range(len(table["columns"]))]
     head = tag("tr", _th("from") + "".join(_th(column, numeric=True) for column in table["columns"]))
     body = "".join(_signal_row(row, best, limits) for row in table["rows"])
@@ -279,14 +283,14 @@ def _best(table: dict, column: int) -> float | None:
     return round(max(values) if higher else min(values), 3)
 
 
-def _signal_row(row: dict, best: list[float | None], limits: tuple[float, float]) -> str:
+def _signal_row(row: dict, best: list[float | None], limits: list[tuple[float, float]]) -> str:
     kind = row.get("kind", "baseline")
     colour = {"ours": "var(--main)", "bound": "var(--muted)"}.get(kind, "var(--baseline)")
     cells = [tag("th", esc(row["name"]), scope="row")]
-    for cell, top in zip(row["cells"], best, strict=True):
+    for cell, top, ends in zip(row["cells"], best, limits, strict=True):
         if cell is None:
             cells.append('<td class="num quiet">–</td>')
             continue
         strong = kind != "bound" and top is not None and round(cell["value"], 3) == top
-        cells.append(_estimate_cell(cell, strong=strong, extra=interval_mark(cell, limits, colour=colour, width=96)))
+        cells.append(_estimate_cell(cell, strong=strong, extra=interval_mark(cell, ends, colour=colour, width=96)))
     return tag("tr", "".join(cells), cls=f"kind-{kind}")

@@ -234,6 +234,7 @@ def check_grpo(config: GRPOConfig) -> None:
         check_choice(f"loss.{name}", getattr(config.loss, name), known)
     _check_loss(config.loss)
     check_optimizer(config.optimizer)
+    check_counts(config)
     for name in ("steps", "num_samples", "max_new_tokens", "inner_epochs", "rollout_rows", "rollout_tries", "eval_batch"):
         if getattr(config, name) < 1:
             raise UserError(f"setting '{name}' must be at least 1, got {getattr(config, name)}")
@@ -286,10 +287,23 @@ def _check_loss(loss: LossConfig) -> None:
 
 
 def check_optimizer(config: OptimizerConfig) -> None:
-    """Raises UserError for an unknown schedule or a learning rate below zero."""
+    """Raises UserError for an unknown schedule or a number out of its range."""
     check_choice("optimizer.schedule", config.schedule, ("constant", "linear", "cosine"))
-    if config.learning_rate < 0:
-        raise UserError(f"setting 'optimizer.learning_rate' must not be below 0, got {config.learning_rate}")
+    for name in ("learning_rate", "warmup_steps", "decay_steps", "final_share", "eps", "weight_decay", "clip_norm"):
+        if getattr(config, name) < 0:
+            raise UserError(f"setting 'optimizer.{name}' must not be below 0, got {getattr(config, name)}")
+    for name in ("b1", "b2"):
+        if not 0 <= getattr(config, name) < 1:
+            raise UserError(f"setting 'optimizer.{name}' must be from 0 to below 1, got {getattr(config, name)}")
+
+
+def check_counts(config: GRPOConfig | SFTConfig | DPOConfig | OnlineDPOConfig) -> None:
+    """Raises UserError for a count (rows, steps, samples) below 0, and where one at least is needed to mean anything, below that."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        least = 1 if field.name in ("keep_checkpoints", "logprob_chunk") else 0
+        if field.name != "seed" and type(value) is int and value < least:
+            raise UserError(f"setting '{field.name}' must be at least {least}, got {value}")
 
 
 def check_dpo(config: DPOConfig) -> None:
@@ -315,6 +329,7 @@ def _check_preference(config: DPOConfig | OnlineDPOConfig) -> None:
     from jaxrl_llm.losses import preference
 
     loss = config.loss
+    check_counts(config)
     check_choice("loss.kind", loss.kind, (*preference.DPO_KINDS, "simpo", "orpo", "kto"))
     check_optimizer(config.optimizer)
     if not loss.beta > 0:

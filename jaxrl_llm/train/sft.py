@@ -21,7 +21,7 @@ from jaxrl_llm.errors import UserError
 from jaxrl_llm.losses.logprobs import token_logprobs
 from jaxrl_llm.losses.sft import sft_loss
 from jaxrl_llm.run_dir import RunDir
-from jaxrl_llm.train.config import OptimizerConfig, SFTConfig, check_optimizer, from_mapping
+from jaxrl_llm.train.config import OptimizerConfig, SFTConfig, check_counts, check_optimizer, from_mapping
 from jaxrl_llm.train.signals import Interrupted, StopRequest, stop_on_signal
 from jaxrl_llm.train.state import abstract_state, init_state, learning_rate, make_optimizer, policy_params, resolve_decay, state_shardings
 from jaxrl_llm.train.step import batch_shardings, chunk_on
@@ -125,6 +125,7 @@ def train_sft(
     """
     config = from_mapping(SFTConfig, config)
     check_optimizer(config.optimizer)
+    check_counts(config)
     spec = SFTSpec(model_cfg, resolve_decay(config.optimizer, config.steps), config.remat, config.logprob_chunk)
     checkpoints = None if run_dir is None else Checkpoints(run_dir.checkpoints, config.keep_checkpoints)
     found = None if checkpoints is None else checkpoints.restore(abstract_state(model_cfg, spec.optimizer, mesh))

@@ -59,6 +59,10 @@ PLANS = {
     "one": ("--config.mesh=cpu:1",),
     "four": ("--config.mesh=cpu:4",),
     "tensor": ("--config.mesh=cpu:4", "--config.layout=fsdp=2,tensor=2"),
+    "dpo": ("--config.mesh=cpu:1", "--config.target=configs/dpo.py", "--config.remat=True"),
+    "kto": ("--config.mesh=cpu:1", "--config.target=configs/dpo.py:kto", "--config.remat=True"),
+    "online": ("--config.mesh=cpu:4", "--config.target=configs/online_dpo.py", "--config.remat=True"),
+    "simpo": ("--config.mesh=cpu:1", "--config.target=configs/online_dpo.py:simpo", "--config.micro_batch_rows=2"),
     "split": ("--config.mesh=cpu:1", "--config.micro_batch_rows=4", "--config.rollout_rows=8", "--config.max_new_tokens=16"),
 }
 RUN_PLANS = """
@@ -157,8 +161,34 @@ def test_the_loss_is_the_targets(tiny):
     sizes = lambda spec: target_sizes(load_config("configs/plan.py", {"model": tiny, "target": spec}))  # noqa: E731
     assert sizes("configs/grpo.py:ppo")["loss"].critic and sizes("configs/grpo.py:ppo")["loss"].kl == "k1"
     assert sizes("configs/story_rules.py")["loss"].kl == "k3" and sizes("configs/saerl.py")["loss"].kl is None
-    with pytest.raises(UserError, match=r"configs/dpo.py is no config of a GRPO step, which is what plan is of: unknown setting 'loss.beta'"):
-        sizes("configs/dpo.py")
+    assert sizes("configs/dpo.py:ipo")["loss"].kind == "ipo"
+
+
+def test_preferences_are_planned_as_pairs(plans, tiny):
+    model = resolve_model(tiny, "float32")
+    state = 3 * 4 * model.param_count()
+    dpo, kto, online, simpo = (plans[name] for name in ("dpo", "kto", "online", "simpo"))
+    # Given pairs: nothing is generated.
+    assert "generate" not in dpo and dpo["train_step"]["rows"] == 16 and state < dpo["train_step"]["argument_bytes"] < state + 4000
+    assert "train_step" in plan_command.table(dpo) and "generate" not in plan_command.table(dpo)
+    assert 0.5 < kto["train_step"]["flops"] / dpo["train_step"]["flops"] < 1
+    # Sampled ones, over four devices; what is held beside them is the reference.
+    assert online["generate"]["rows"] == 16 and online["layout"]["fsdp"] == 4
+    held = online["train_step"]["held_bytes"]
+    assert model.param_count() <= held < 2 * model.param_count() and online["train_step"]["argument_bytes"] > state / 4
+    assert simpo["train_step"]["micro_batches"] == 4 and simpo["train_step"]["rows"] == 4
+    assert online["train_step"]["flops"] == pytest.approx(1.25 * dpo["train_step"]["flops"])
+
+
+def test_the_sizes_of_preferences_and_what_has_none(tmp_path):
+    sizes = target_sizes(load_config("configs/plan.py", {"target": "configs/dpo.py:ipo", "model": "m"}))
+    wanted = {"prompts": 32, "prompt_tokens": 256, "max_new_tokens": 256, "sampled": False, "remat": False, "dtype": "float32"}
+    assert {name: sizes[name] for name in wanted} == wanted and sizes["loss"].kind == "ipo"
+    sizes = target_sizes(load_config("configs/plan.py", {"target": "configs/online_dpo.py", "model": "m", "prompt_tokens": "64"}))
+    wanted = {"prompts": 8, "num_samples": 8, "prompt_tokens": 64, "max_new_tokens": 256, "sampled": True}
+    assert {name: sizes[name] for name in wanted} == wanted
+    with pytest.raises(UserError, match="configs/sft.py has no step that plan knows"):
+        target_sizes(load_config("configs/plan.py", {"target": "configs/sft.py", "model": "m"}))
 
 
 def test_one_stage_needs_what_all_need_together(tiny, monkeypatch):

@@ -155,6 +155,20 @@ def test_best_cells_are_bold_ties_too_and_bounds_never():
     assert "<b class=" not in build_report({"title": "t", "headline": "h", "signals": [table | {"higher_is_better": None}]})
 
 
+def test_columns_of_several_kinds_have_a_scale_each():
+    rows = [{"name": "one", "cells": [{"value": 0.1}, {"value": 10.0}]}, {"name": "two", "cells": [{"value": 0.2}, {"value": 20.0}]}]
+    table = {"title": "T", "metric": "m", "columns": ["a", "b"], "rows": rows}
+
+    def places(**more):
+        html = build_report({"title": "t", "headline": "h", "tables": [table | more]})
+        return [[float(x) for x in re.findall(r"<circle[^>]*cx=\"([\d.]+)", row_of(html, name))] for name in ("one", "two")]
+
+    one, two = places(higher_is_better=None)
+    assert one[0] == one[1] < two[0] == two[1]
+    one, two = places()
+    assert one[0] < one[1] < two[1] and two[0] - one[0] < 0.02 * (two[1] - one[1])
+
+
 def test_the_arms_table_says_points_steps_and_what_was_not_reached(full):
     table = section(full, "arms_tables")
     row = row_of(table, "SAERL, full")

@@ -228,7 +228,7 @@ def test_an_error_is_no_score_and_is_counted(by_hand):
     assert figures["passed_gain"]["value"] == 0.5  # of the one opening that has verdicts both times
     page = story_rules.report_data({}, prompts, before, after, figures, 3)
     assert "3 continuations before, 2 after, 3 real" in page["tables"][0]["note"]
-    assert page["tables"][0]["rows"][0]["cells"] == [{"value": 0.75}, None, {"value": 0.75}]
+    assert page["tables"][0]["rows"][0]["cells"] == [{"value": 0.75}, {"value": 0.75}, None]
     assert [response["score"] for response in page["rollouts"][1]["responses"]] == [1.0, None, None, None]
     validate(page)
     bold = {table["title"]: "<b class=\"value\">" in build_report({**page, "tables": [table]}) for table in page["tables"]}

@@ -16,8 +16,9 @@ import jaxrl_llm.train.rollout as rollout
 import models
 from jaxrl_llm.commands import grpo
 from jaxrl_llm.config import field_names, load_config
+from jaxrl_llm.errors import UserError
 from jaxrl_llm.train import loop
-from jaxrl_llm.train.config import DPOConfig, GRPOConfig, OnlineDPOConfig, SFTConfig, from_mapping
+from jaxrl_llm.train.config import DPOConfig, GRPOConfig, OnlineDPOConfig, SFTConfig, check_dpo, check_grpo, check_online_dpo, from_mapping
 
 NAMED = {"aggregation": "dr_grpo", "advantage_scale": "none", "kl": "k1", "schedule": "linear", "stop_strings": ("x",), "eval_by": ("level",)}
 NAMED |= {"kind": "ipo", "ratio": "sequence", "surrogate": "cispo", "baseline": "leave_one_out", "kl_place": "sequence_reward", "mismatch": "token"}
@@ -48,6 +49,23 @@ def test_every_training_field_changes_its_own_setting_and_no_other(verb, kind):
 def test_stop_strings_are_text_even_where_they_look_like_numbers():
     config = load_config("configs/grpo.py", {"train.stop_strings": "7,x"})
     assert from_mapping(GRPOConfig, config.train).stop_strings == ("7", "x")
+
+
+COUNTS = {"micro_batch_rows": -1, "keep_checkpoints": 0, "checkpoint_every": -1, "logprob_chunk": 0}
+SAMPLED = {"sample_every": -1, "samples_per_log": -1, "eval_samples": -1, "eval_every": -3}
+OPTIMIZER = {"warmup_steps": -1, "decay_steps": -1, "clip_norm": -1.0, "b1": 1.0, "b2": -0.1, "eps": -1e-8, "weight_decay": -0.1, "final_share": -1.0}
+
+
+@pytest.mark.parametrize(("verb", "check"), [("grpo", check_grpo), ("dpo", check_dpo), ("online_dpo", check_online_dpo)])
+def test_numbers_out_of_range_are_one_clear_line(verb, check):
+    kind = KINDS[verb]
+    for name, value in (COUNTS if verb == "dpo" else COUNTS | SAMPLED).items():
+        with pytest.raises(UserError, match=f"^setting '{name}' must be at least [01], got {value}$"):
+            check(from_mapping(kind, {name: value}))
+    for name, value in OPTIMIZER.items():
+        with pytest.raises(UserError, match=f"^setting 'optimizer.{name}' must .*, got {value}$"):
+            check(from_mapping(kind, {"optimizer": {name: value}}))
+    check(from_mapping(kind, {name: -1 for name in ("seed",) if verb != "dpo"}))
 
 
 @pytest.fixture
