@@ -53,7 +53,9 @@ def run(config: Any, workdir: str) -> None:
             raise UserError(f"data.held_out is {count} of {len(data)} rows: leave rows to train on, and name no set of evals 'held_out'")
         data, held_out["held_out"] = data.take(np.arange(len(data) - count)), data.take(np.arange(len(data) - count, len(data)))
     schedule = ShuffledSchedule(len(data), min(config.batch_rows, len(data)), config.seed)
-    trained, history = train_dpo(cfg, params, data, schedule, settings, run_dir, held_out, mesh=mesh)
+    start = [params]
+    del params  # handed over: training has its own copy
+    trained, history = train_dpo(cfg, start.pop, data, schedule, settings, run_dir, held_out, mesh=mesh)
     models.save(run_dir.path / FOLDER, cfg, trained, tokenizer_from=config.model)
     summary = _summary(history, settings.steps, len(data))
     run_dir.summary(summary)

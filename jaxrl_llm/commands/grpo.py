@@ -65,7 +65,9 @@ def train_policy(config: Any, workdir: str, kind: str, settings: Any, train: Cal
         print(f"prompts longer than {config.max_prompt_tokens} tokens: {prompts.dropped} left out, {prompts.truncated} shortened")
     schedule = _schedule(config, prompts, curated, (LanguageModel(cfg, None, tokenizer, config.model), mesh))
     evals = {name: tokenised(rows) for name, rows in sets.items()}
-    trained, summary = train(cfg, params, tokenizer, prompts, reward, schedule, settings, run_dir, evals, mesh=mesh)
+    start = [params]
+    del params  # handed over: training has its own copy, and keeps this one only where a KL term reads it
+    trained, summary = train(cfg, start.pop, tokenizer, prompts, reward, schedule, settings, run_dir, evals, mesh=mesh)
     models.save(run_dir.path / FOLDER, cfg, trained, tokenizer_from=config.model)
     if run_dir.is_writer:
         _tell(summary, run_dir)

@@ -43,7 +43,7 @@ def plan(sizes: Mapping[str, Any]) -> dict[str, Any]:
     """Memory and FLOPs of the sizes in configs/plan.py, as one JSON object.
 
     Bytes are a device's and come from the compiler, beside those that a run holds meanwhile (`held_bytes`): the policy that it started
-    from, which is the reference of a KL term, and while it samples the training state. FLOPs are the whole step's and come from the
+    from, where a reference, other arms or judges read it, and while it samples the training state. FLOPs are the whole step's and come from the
     model's formulas, since the compiler's own count takes the body of a loop once. `memory_gib` is None where the device does not tell.
 
     Raises:
@@ -194,7 +194,8 @@ def _held(model: Any, sizes: Mapping[str, Any], mesh: Any) -> dict[str, int]:
 
     start, state = _bytes_a_device(_params(model, mesh)), _bytes_a_device(abstract_state(model, OptimizerConfig(), mesh, _critic(sizes)))
     # In float32 the sampler's parameters are the state's own.
-    return {"generate": start + state - (start if model.dtype == "float32" else 0), "train_step": start}
+    kept = start if sizes["keeps_start"] else 0
+    return {"generate": kept + state - (start if model.dtype == "float32" else 0), "train_step": kept}
 
 
 def _plan_generate(model: Any, sizes: Mapping[str, Any], mesh: Any) -> dict[str, Any]:
@@ -390,7 +391,7 @@ def table(found: Mapping[str, Any]) -> str:
         cells = ["-" if size is None else f"{size / GIB:.2f}" for size in sizes]
         fits = {True: "yes", False: "NO", None: "(memory not known)"}[program["fits"]]
         lines.append(f"{name:<16}{cells[0]:>10}{cells[1]:>9}{cells[2]:>9}{cells[3]:>8}{cells[4]:>8}  {fits}")
-    lines.append("held: the policy that training starts from, and while sampling the training state")
+    lines.append("held: the policy that training started from, where something still reads it, and while sampling the training state")
     lines.append("")
     for name in programs:
         program, what = found[name], "batches" if name == "generate" else "micro_batches"

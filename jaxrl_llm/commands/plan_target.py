@@ -60,7 +60,8 @@ NAMES: dict[str, tuple[str, ...]] = {
 
 def target_sizes(config: Any) -> dict[str, Any]:
     """The fields of configs/plan.py: as given, else the target config's, else `DEFAULTS`; the target's mesh as target_layout; its
-    `LossConfig` or `PreferenceLossConfig`, for a KL term and a critic take memory, as loss; and whether it samples, as sampled.
+    `LossConfig` or `PreferenceLossConfig`, for a KL term and a critic take memory, as loss; whether it samples, as sampled; and whether the policy that training starts
+    from stays in memory, as keeps_start.
 
     Raises:
       UserError: neither names a model, or the target has no step that is planned here.
@@ -90,7 +91,10 @@ def _step(name: str, target: ConfigDict, paths: list[str]) -> dict[str, Any]:
     loss = from_mapping(PreferenceLossConfig if "kind" in found else LossConfig, found, "loss.")
     # Prompts and completions are padded each to their own longest: half of a row's room is a guess that the command line may better.
     widths = dict.fromkeys(("prompt_tokens", "max_new_tokens"), max(target.max_length // 2, 1)) if paths and not sampled else {}
-    return {"loss": loss, "sampled": sampled or not paths, **widths}
+    # Pairs that are given need sums of their reference only; arms share the policy they start from, and stories are judged by it.
+    reference = sampled and loss.needs_reference if isinstance(loss, PreferenceLossConfig) else bool(loss.kl)
+    keeps_start = reference or "arm_table" in target or "stories" in target
+    return {"loss": loss, "sampled": sampled or not paths, "keeps_start": keeps_start, **widths}
 
 
 def choose_layout(sizes: Mapping[str, Any], devices: int) -> str:

@@ -42,7 +42,9 @@ def run(config: Any, workdir: str) -> None:
     tokens_NT, mask_NT = encode(rows, tokenizer, cfg.eos_token_ids, config)
     schedule = ShuffledSchedule(len(tokens_NT), min(config.batch_rows, len(tokens_NT)), config.seed)
     batches = _batches(tokens_NT, mask_NT, schedule, config.max_length if config.pack else None)
-    trained, history = train_sft(cfg, params, batches, settings, run_dir, mesh=mesh)
+    start = [params]
+    del params  # handed over: training has its own copy
+    trained, history = train_sft(cfg, start.pop, batches, settings, run_dir, mesh=mesh)
     models.save(run_dir.path / FOLDER, cfg, trained, tokenizer_from=config.model)
     run_dir.summary({"steps": settings.steps, "rows": len(tokens_NT), "loss_first": history[0]["loss"], "loss_last": history[-1]["loss"]})
     if run_dir.is_writer:

@@ -32,7 +32,7 @@ from jaxrl_llm.train.preference_step import (
     to_host,
 )
 from jaxrl_llm.train.signals import Interrupted, StopRequest, stop_on_signal
-from jaxrl_llm.train.state import abstract_state, init_state, policy_params
+from jaxrl_llm.train.state import abstract_state, given, init_state, policy_params
 from jaxrl_llm.train.step import batch_shardings
 from models.sharding import batch_ways, place
 
@@ -114,11 +114,11 @@ def train_dpo(
 ):
     """Trains on preferences and returns (parameters, history).
 
-    params: the starting policy, any float dtype; it is also the reference. schedule: which rows of `data` go into which step. config: a
-    DPOConfig or a mapping with its fields. run_dir: metrics and checkpoints go there, and a run that is found there goes on; None keeps
-    nothing on disk. held_out: name -> rows whose loss, accuracy and margin are logged before the first step, every `eval_every` steps
-    and at the end. history: the logged records: of kind "dpo" (step, loss, margin, accuracy, implicit_chosen, implicit_rejected,
-    logp_chosen, logp_rejected, grad_norm, learning_rate, tokens, tokens_per_s, seconds) and of kind "eval".
+    params: the starting policy, any float dtype, or a function that gives it; it is also the reference. schedule: which rows of `data` go
+    into which step. config: a DPOConfig or a mapping with its fields. run_dir: metrics and checkpoints go there, and a run that is found
+    there goes on; None keeps nothing on disk. held_out: name -> rows whose loss, accuracy and margin are logged before the first step,
+    every `eval_every` steps and at the end. history: the logged records: of kind "dpo" (step, loss, margin, accuracy, implicit_chosen,
+    implicit_rejected, logp_chosen, logp_rejected, grad_norm, learning_rate, tokens, tokens_per_s, seconds) and of kind "eval".
 
     Raises UserError for settings without meaning, rows that do not fit the loss or the model's context, a loss that is not finite (the
     step is named, the last checkpoint kept) or a disk that refuses; Interrupted after SIGTERM, state saved.
@@ -130,7 +130,9 @@ def train_dpo(
     spec = preference_spec(model_cfg, config)
     checkpoints = None if run_dir is None else Checkpoints(run_dir.checkpoints, config.keep_checkpoints)
     found = None if checkpoints is None else checkpoints.restore(abstract_state(model_cfg, spec.optimizer, mesh))
+    params = given(params)
     start, state, references = found or (0, init_state(model_cfg, spec.optimizer, params, mesh), {})
+    del params  # the state has a copy
     if run_dir is not None:
         run_dir.truncate_after(start if found else -1)
     history = [] if run_dir is None else run_dir.metrics()

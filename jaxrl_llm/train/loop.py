@@ -29,7 +29,7 @@ from jaxrl_llm.train.preference_step import PreferenceSpec
 from jaxrl_llm.train.resample import fill
 from jaxrl_llm.train.rollout import Experience, build_batch, collect
 from jaxrl_llm.train.signals import Interrupted, stop_on_signal
-from jaxrl_llm.train.state import State, abstract_state, init_state, policy_params, trunk
+from jaxrl_llm.train.state import State, abstract_state, given, init_state, policy_params, trunk
 from jaxrl_llm.train.step import StepSpec, batch_shardings, compiled_kl, compiled_logprobs, compiled_update, compiled_values, step_spec
 from models.sharding import batch_ways, place
 
@@ -109,11 +109,11 @@ def train_grpo(
 ):
     """Trains a policy by GRPO and returns (parameters, summary).
 
-    params: the starting policy, any float dtype (kept unchanged; it is also the reference of the KL term). prompts: what the
-    schedule's indices point into. reward: list[RewardInput] -> list[Verdict]. config: a GRPOConfig or a mapping with its fields.
-    run_dir: metrics, samples, summary and checkpoints go there; if it holds checkpoints of this run, training goes on from the newest.
-    evals: name -> held-out prompts, evaluated before the first step, every `eval_every` steps and at the end. mesh: a mesh of
-    `models.sharding.make_mesh`, or None for one device.
+    params: the starting policy, any float dtype (kept unchanged; it is also the reference of the KL term), or a function that gives it and
+    keeps no hold of it: without KL it is then out of memory before the first step. prompts: what the schedule's indices point into.
+    reward: list[RewardInput] -> list[Verdict]. config: a GRPOConfig or a mapping with its fields. run_dir: metrics, samples, summary and
+    checkpoints go there; if it holds checkpoints of this run, training goes on from the newest. evals: name -> held-out prompts, evaluated
+    before the first step, every `eval_every` steps and at the end. mesh: a mesh of `models.sharding.make_mesh`, or None for one device.
 
     Returned parameters have the model's dtype. Raises UserError for settings without meaning, a disk that refuses, or a loss that is
     not finite (the step is named, the last good checkpoint stays); Interrupted (a SystemExit) after SIGTERM, state saved.
@@ -122,6 +122,8 @@ def train_grpo(
     check_grpo(config)
     if config.top_k > 0 or config.top_p < 1.0:
         logging.warning("training on samples truncated by top_k or top_p: the ratio is biased, see allow_truncated_sampling")
+    if config.loss.kl:
+        params = given(params)
     run = Run(
         model_cfg,
         tokenizer,
@@ -168,7 +170,7 @@ def _check_lengths(model_cfg, prompts: PromptBatch, config: GRPOConfig | OnlineD
 
 def _restore(run: Run, params) -> tuple[dict, int]:
     """(state, step): the newest checkpoint, or the start."""
-    optimizer, critic = run.spec.optimizer, run.critic
+    params, optimizer, critic = given(params), run.spec.optimizer, run.critic
     found = run.checkpoints.restore(abstract_state(run.model, optimizer, run.mesh, critic))
     if found is None:
         run.run_dir.truncate_after(-1)

@@ -19,7 +19,7 @@ from jaxrl_llm.train.config import OnlineDPOConfig, check_online_dpo, from_mappi
 from jaxrl_llm.train.loop import Run, Schedule, train
 from jaxrl_llm.train.preference_step import compiled_sums, compiled_update, preference_batch, preference_spec, to_host
 from jaxrl_llm.train.rollout import Experience
-from jaxrl_llm.train.state import State, policy_params
+from jaxrl_llm.train.state import State, given, policy_params
 from jaxrl_llm.train.step import batch_shardings
 from models.sharding import batch_ways, place
 
@@ -83,6 +83,8 @@ def train_online_dpo(
     """
     config = from_mapping(OnlineDPOConfig, config)
     check_online_dpo(config)
+    if config.loss.needs_reference:
+        params = given(params)
     spec, reference = preference_spec(model_cfg, config), policy_params(model_cfg, params) if config.loss.needs_reference else None
     run = Run(
         model_cfg, tokenizer, prompts, reward, schedule, config, spec, _update, run_dir, evals or {}, mesh, reference, "online dpo"

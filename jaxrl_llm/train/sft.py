@@ -23,7 +23,7 @@ from jaxrl_llm.losses.sft import sft_loss
 from jaxrl_llm.run_dir import RunDir
 from jaxrl_llm.train.config import OptimizerConfig, SFTConfig, check_counts, check_optimizer, from_mapping
 from jaxrl_llm.train.signals import Interrupted, StopRequest, stop_on_signal
-from jaxrl_llm.train.state import abstract_state, init_state, learning_rate, make_optimizer, policy_params, resolve_decay, state_shardings
+from jaxrl_llm.train.state import abstract_state, given, init_state, learning_rate, make_optimizer, policy_params, resolve_decay, state_shardings
 from jaxrl_llm.train.step import batch_shardings, chunk_on
 from models.sharding import batch_ways, place
 
@@ -115,10 +115,10 @@ def train_sft(
     """Trains on batches (tokens [B, T] int, loss_mask [B, T] bool), or (tokens, loss_mask, segments [B, T] int) where several texts are
     packed into each row (see `models.forward` and `data.prompts.pack_rows`), and returns (parameters, history).
 
-    tokens: right-padded rows. loss_mask: True on the tokens to be predicted (the response, or all of them; the first token of a row is
-    never predicted). batches: from the first step on, at least `config.steps` of them; a resumed run draws and drops those it has
-    seen. run_dir: where metrics and checkpoints go; None keeps nothing on disk. history: the logged records (step, loss in nats a
-    token, grad_norm, tokens, tokens_per_s, learning_rate, seconds).
+    params: the starting model, any float dtype, or a function that gives it. tokens: right-padded rows. loss_mask: True on the tokens to be
+    predicted (the response, or all of them; the first token of a row is never predicted). batches: from the first step on, at least
+    `config.steps` of them; a resumed run draws and drops those it has seen. run_dir: where metrics and checkpoints go; None keeps nothing
+    on disk. history: the logged records (step, loss in nats a token, grad_norm, tokens, tokens_per_s, learning_rate, seconds).
 
     Raises UserError when the batches run out, the loss is not finite (step named, last checkpoint kept) or the disk refuses;
     Interrupted after SIGTERM, state saved.
@@ -129,7 +129,9 @@ def train_sft(
     spec = SFTSpec(model_cfg, resolve_decay(config.optimizer, config.steps), config.remat, config.logprob_chunk)
     checkpoints = None if run_dir is None else Checkpoints(run_dir.checkpoints, config.keep_checkpoints)
     found = None if checkpoints is None else checkpoints.restore(abstract_state(model_cfg, spec.optimizer, mesh))
+    params = given(params)
     start, state = (found[0], found[1]) if found else (0, init_state(model_cfg, spec.optimizer, params, mesh))
+    del params  # the state has a copy
     if run_dir is not None:
         run_dir.truncate_after(start if found else -1)
     try:

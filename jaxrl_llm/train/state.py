@@ -115,6 +115,12 @@ def _compiled_init(model: ModelConfig, optimizer: OptimizerConfig, mesh, critic)
     return jax.jit(functools.partial(_make_state, optimizer, critic * model.d_model), out_shardings=shardings)
 
 
+def given(params):
+    """Starting parameters, or what a function gives that was passed in their place: then nothing else need keep them in memory, once the
+    training state is a copy of them."""
+    return params() if callable(params) else params
+
+
 def init_state(model: ModelConfig, optimizer: OptimizerConfig, params, mesh=None, critic: bool = False) -> State:
     """The state at step 0: an fp32 copy of `params` (any float dtype), sharded over `mesh` if there is one; critic: with a value head of
     zeros among the parameters."""

@@ -121,7 +121,7 @@ def planned(tiny, monkeypatch):
 
     def plan(loss=None, **changes):
         sizes = target_sizes(load_config("configs/plan.py", {"model": tiny, **SIZES, **changes}))
-        found = plan_command.plan(sizes | ({"loss": LossConfig(**loss)} if loss else {}))
+        found = plan_command.plan(sizes | ({"loss": LossConfig(**loss), "keeps_start": "kl" in loss} if loss else {}))
         return {name: {key: value for key, value in found[name].items() if key != "compile_seconds"} for name in ("generate", "train_step")}
 
     monkeypatch.setattr(plan_command, "_memory", memory)
@@ -140,10 +140,20 @@ def test_every_field_has_such_a_test():
 
 def test_what_a_run_holds_beside_each_program_is_counted(planned, tiny):
     base, half, one = planned(), planned(dtype="bfloat16"), 4 * resolve_model(tiny, "float32").param_count()
-    # While it samples: the training state (fp32, two moments), of which the sampler's arguments are a part, and the policy it started from.
-    counters = base["generate"]["held_bytes"] - 3 * one
-    assert 0 < counters < 64 and base["train_step"]["held_bytes"] == one
-    assert half["generate"]["held_bytes"] == 3 * one + counters + one // 2 and half["train_step"]["held_bytes"] == one // 2
+    # While it samples: the training state (fp32, two moments), of which the sampler's arguments are a part.
+    counters = base["generate"]["held_bytes"] - 2 * one
+    assert 0 < counters < 64 and base["train_step"]["held_bytes"] == 0
+    assert half["generate"]["held_bytes"] == 3 * one + counters and half["train_step"]["held_bytes"] == 0
+    # Where something reads it later, the policy that training started from too.
+    kl = planned({"kl": "k3", "kl_coef": 0.1}, dtype="bfloat16")
+    assert kl["generate"]["held_bytes"] == 3 * one + counters + one // 2 and kl["train_step"]["held_bytes"] == one // 2
+
+
+def test_the_start_is_kept_where_something_reads_it(tiny):
+    keeps = lambda target: target_sizes(load_config("configs/plan.py", {"model": tiny, "target": target}))["keeps_start"]  # noqa: E731
+    named = ("grpo", "grpo.py:ppo", "saerl", "story_rules", "dpo", "online_dpo", "online_dpo.py:simpo")
+    found = [name for name in named if keeps(f"configs/{name}" if ":" in name else f"configs/{name}.py")]
+    assert found == ["grpo.py:ppo", "saerl", "story_rules", "online_dpo"]
 
 
 def test_kl_and_a_critic_are_counted(planned, tiny):

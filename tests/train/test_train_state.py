@@ -1,6 +1,8 @@
 """Optimizer settings that each matter, and the learning-rate schedules."""
 
 import dataclasses
+import gc
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +10,8 @@ import numpy as np
 import pytest
 import tiny_grpo as tiny
 
-from jaxrl_llm.train.config import OptimizerConfig
+from jaxrl_llm.train.config import LossConfig, OptimizerConfig
+from jaxrl_llm.train.sft import train_sft
 from jaxrl_llm.train.state import abstract_state, init_state, learning_rate, make_optimizer, resolve_decay
 
 BASE = OptimizerConfig(learning_rate=0.1, clip_norm=0.0)
@@ -66,3 +69,42 @@ def test_abstract_state_has_the_shapes_of_the_state():
     abstract = abstract_state(tiny.CONFIG, BASE)
     assert jax.tree.structure(state) == jax.tree.structure(abstract)
     assert [(x.shape, x.dtype) for x in jax.tree.leaves(state)] == [(x.shape, x.dtype) for x in jax.tree.leaves(abstract)]
+
+
+def handed_over():
+    """(function that gives a policy and keeps no hold of it, function that tells whether it is still in memory)."""
+    given = [tiny.params()]
+    leaf = weakref.ref(jax.tree.leaves(given[0])[0])
+
+    def alive():
+        gc.collect()
+        return leaf() is not None
+
+    return given.pop, alive
+
+
+@pytest.mark.parametrize("kl", [False, True])
+def test_the_start_of_grpo_stays_in_memory_for_kl_only(tmp_path, kl):
+    start, alive = handed_over()
+    seen = []
+
+    def reward(inputs):
+        seen.append(alive())
+        return tiny.reward(inputs)
+
+    loss = LossConfig(kl="k3", kl_coef=0.1) if kl else LossConfig()
+    tiny.run(tmp_path, dataclasses.replace(tiny.TINY, steps=2, loss=loss), reward=reward, start=start)
+    assert set(seen) == {kl} and not alive()
+
+
+def test_the_start_of_fine_tuning_is_let_go():
+    start, alive = handed_over()
+    seen = []
+
+    def batches():
+        for _ in range(2):
+            seen.append(alive())
+            yield np.full((2, 6), 3), np.ones((2, 6), bool)
+
+    train_sft(tiny.CONFIG, start, batches(), {"steps": 2}, progress=False)
+    assert seen == [False, False]
