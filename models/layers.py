@@ -8,18 +8,18 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
-from models.config import ModelConfig, rope_frequencies, rope_stretch
+from models.attention import attention, attention_in_chunks
+from models.config import ModelConfig
+from models.rope import rotate
 
-NEGATIVE = -1e30  # finite, so that a row with nothing to attend to gives no NaN
 QUERIES, QUERY_CHUNK = 1024, 256  # more queries than QUERIES attend in chunks of QUERY_CHUNK: their scores do not all fit in memory
 BATCH_AXES = ("data", "fsdp")  # the mesh axes over which the rows of a batch are spread
 
@@ -45,131 +45,11 @@ def dense(equation: str, x: Array, kernel: Array) -> Array:
     return y.astype(x.dtype).reshape(*rows, *width)
 
 
-def batched_matmul(a: Float[Array, "... M C"], b: Float[Array, "... C N"]) -> Float[Array, "... M N"]:
-    """Matmul of arrays that share their leading dimensions, with fp32 accumulation and result.
-
-    The operands lie as the product reads them: XLA's CPU backend takes an einsum that leaves it to transpose them three
-    to seven times longer. It also counts on a library for products of narrower types, then finds that the library takes
-    no batched product whose first operand lies transposed, and fails at run time. So there, and only there, they are
-    widened.
-    """
-    return _accumulated(a, b) if a.dtype == b.dtype == jnp.float32 else _narrow_matmul(a, b)
-
-
-def _accumulated(a, b):
-    return jnp.matmul(a, b, preferred_element_type=jnp.float32)
-
-
-@jax.custom_jvp
-def _narrow_matmul(a, b):
-    return lax.platform_dependent(
-        a, b, cpu=lambda a, b: _accumulated(a.astype(jnp.float32), b.astype(jnp.float32)), default=_accumulated
-    )
-
-
-@_narrow_matmul.defjvp
-def _narrow_matmul_jvp(primals, tangents):
-    """The plain product's: its gradient's products have one fp32 operand, which CPUs take, and it keeps a and b as they
-    are for them, where differentiating the choice of platform would keep the wide copies too."""
-    (a, b), (da, db) = primals, tangents
-    return _narrow_matmul(a, b), _accumulated(da, b) + _accumulated(a, db)
-
-
 def rms_norm(x: Array, scale: Array, eps: float) -> Array:
     """Root-mean-square norm (Zhang and Sennrich 2019) over the last axis, computed in fp32."""
     y = x.astype(jnp.float32)
     y = y * lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
     return (scale * y.astype(x.dtype)).astype(x.dtype)
-
-
-def rope_table(cfg: ModelConfig, positions_BT: Int[Array, "B T"]) -> tuple[Array, Array]:
-    """cos and sin [B, T, 1, H / 2] in fp32 at integer positions; padding (-1) is treated as position 0.
-
-    "dynamic" scaling stretches the base by each row's own length (last position + 1) once it passes max_position;
-    cached keys stay as they were written, so a row that crosses max_position while it is sampled differs a little
-    from the same row in one pass.
-    """
-    freqs, factor = rope_frequencies(cfg)
-    freqs = jnp.asarray(freqs)
-    if cfg.rope_scaling.kind == "dynamic":
-        length = jnp.maximum(jnp.max(positions_BT, axis=1) + 1, cfg.max_position)[:, None, None]
-        freqs = freqs * rope_stretch(cfg, length) ** -(jnp.arange(freqs.size) * 2 / cfg.head_dim)
-    angles = jnp.maximum(positions_BT, 0)[..., None].astype(jnp.float32) * freqs
-    # The barrier keeps XLA from computing cosines again in every layer that uses them.
-    return lax.optimization_barrier((factor * jnp.cos(angles)[:, :, None], factor * jnp.sin(angles)[:, :, None]))
-
-
-def rotate(x_BTNH: Array, cos: Array, sin: Array) -> Array:
-    """Rotary position embedding, half-split convention (dimension i is paired with i + H / 2)."""
-    a, b = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BTNH.dtype)
-
-
-def attention_mask(
-    q_pos_BT: Int[Array, "B T"], k_pos_BS: Int[Array, "B S"], window: int | None
-) -> Bool[Array, "B T S"]:
-    """A query sees filled slots at its own or an earlier position, fewer than `window` positions back."""
-    q, k = q_pos_BT[:, :, None], k_pos_BS[:, None, :]
-    mask = (k >= 0) & (k <= q)
-    return mask if window is None else mask & (q - k < window)
-
-
-def attention_scores(q_BTNH: Array, k_PKHS: Array) -> Float[Array, "B K R T S"]:
-    """fp32 scaled scores; P may divide B, then rows p*G .. p*G+G-1 read prompt p's keys.
-
-    Keys lie [P, K, H, S] and values [P, K, S, H]: as a matrix product reads them, so that sampling, which reads all of
-    them for one query, transposes nothing.
-    """
-    B, T, N, H = q_BTNH.shape
-    P, K, _, S = k_PKHS.shape
-    q = q_BTNH.reshape(P, B // P, T, K, N // K, H).transpose(0, 3, 1, 4, 2, 5)
-    scores = batched_matmul(q.reshape(P, K, -1, H), k_PKHS).reshape(P, K, B // P, N // K, T, S)
-    return scores.transpose(0, 2, 1, 3, 4, 5).reshape(B, K, N // K, T, S) * (H**-0.5)
-
-
-def attention_values(probs_BKRTS: Array, v_PKSH: Array) -> Float[Array, "B T N H"]:
-    """The probability-weighted values in fp32; P may divide B as in `attention_scores`."""
-    B, K, R, T, S = probs_BKRTS.shape
-    P, H = v_PKSH.shape[0], v_PKSH.shape[-1]
-    probs = probs_BKRTS.reshape(P, B // P, K, R, T, S).transpose(0, 2, 1, 3, 4, 5).astype(v_PKSH.dtype)
-    out = batched_matmul(probs.reshape(P, K, -1, S), v_PKSH).reshape(P, K, B // P, R, T, H)
-    return out.transpose(0, 2, 4, 1, 3, 5).reshape(B, T, K * R, H)
-
-
-Segments = list[tuple[Array, Array, Array]]  # keys, values and mask [B, T, S] of each part of what is attended to
-
-
-def attention(q_BTNH: Array, segments: Segments, probs_hook: Callable[[Array], Array] = lambda x: x) -> Float[Array, "B T N H"]:
-    """Softmax attention over all segments together, in fp32; probs_hook sees, and may replace, the probabilities [B, N, T, S]."""
-    scores = jnp.concatenate([jnp.where(mask[:, None, None], attention_scores(q_BTNH, k), NEGATIVE) for k, _, mask in segments], axis=-1)
-    B, K, R, T, S = scores.shape
-    probs = probs_hook(jax.nn.softmax(scores, axis=-1).reshape(B, K * R, T, S)).reshape(B, K, R, T, S)
-    parts, start = [], 0
-    for k, v, _ in segments:
-        parts.append(attention_values(probs[..., start : start + k.shape[-1]], v))
-        start += k.shape[-1]
-    return functools.reduce(jnp.add, parts)
-
-
-def attention_in_chunks(q_BTNH: Array, segments: Segments, chunk: int) -> Float[Array, "B T N H"]:
-    """`attention`, the scores of `chunk` queries in memory at a time, forwards and (computed again) backwards."""
-    B, T, N, H = q_BTNH.shape
-    count = -(-T // chunk)
-
-    def cut(x):  # [B, T, ...] -> [count, B, chunk, ...]; queries of the padding attend to nothing and are dropped
-        x = jnp.pad(x, ((0, 0), (0, count * chunk - T), *((0, 0),) * (x.ndim - 2)))
-        return x.reshape(B, count, chunk, *x.shape[2:]).swapaxes(0, 1)
-
-    dtype = q_BTNH.dtype
-    # In fp32 where the chunks' gradients add up.
-    keys_values = [(k.astype(jnp.float32), v.astype(jnp.float32)) for k, v, _ in segments]
-
-    def attend(given):
-        q, masks = given
-        return attention(q, [(k.astype(dtype), v.astype(dtype), mask) for (k, v), mask in zip(keys_values, masks, strict=True)])
-
-    out = lax.map(jax.checkpoint(attend, prevent_cse=False), (cut(q_BTNH), [cut(mask) for _, _, mask in segments]))
-    return out.swapaxes(0, 1).reshape(B, count * chunk, N, H)[:, :T]
 
 
 def constrain(x: Array, like: Array, *axes: tuple[str, ...]) -> Array:

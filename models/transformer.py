@@ -19,9 +19,11 @@ from flax import linen as nn
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from models.attention import attention_mask
 from models.config import ModelConfig
 from models.errors import ModelError
-from models.layers import Block, attention_mask, embed, fuse_qkv, rms_norm, rope_table
+from models.layers import Block, embed, fuse_qkv, rms_norm
+from models.rope import rope_table
 from models.taps import BLOCK_TAPS, Hooks, Interventions
 
 __all__ = [
