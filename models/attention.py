@@ -56,8 +56,16 @@ def attention_mask(
     return mask if window is None else mask & (q - k < window)
 
 
-def attention_scores(q_BTNH: Array, k_PKHS: Array) -> Float[Array, "B K R T S"]:
-    """fp32 scaled scores; P may divide B, then rows p*G .. p*G+G-1 read prompt p's keys.
+def soft_cap(x: Array, cap: float | None) -> Array:
+    """x squeezed smoothly into (-cap, cap); unchanged where cap is None. Gemma 2 (2024), after Bello et al. 2016."""
+    return x if cap is None else cap * jnp.tanh(x / cap)
+
+
+def attention_scores(
+    q_BTNH: Array, k_PKHS: Array, query_scalar: float | None = None, cap: float | None = None
+) -> Float[Array, "B K R T S"]:
+    """fp32 scores over the square root of query_scalar (None = H), soft-capped; P may divide B, then rows p*G .. p*G+G-1 read prompt
+    p's keys.
 
     Keys lie [P, K, H, S] and values [P, K, S, H]: as a matrix product reads them, so that sampling, which reads all of
     them for one query, transposes nothing.
@@ -66,7 +74,8 @@ def attention_scores(q_BTNH: Array, k_PKHS: Array) -> Float[Array, "B K R T S"]:
     P, K, _, S = k_PKHS.shape
     q = q_BTNH.reshape(P, B // P, T, K, N // K, H).transpose(0, 3, 1, 4, 2, 5)
     scores = batched_matmul(q.reshape(P, K, -1, H), k_PKHS).reshape(P, K, B // P, N // K, T, S)
-    return scores.transpose(0, 2, 1, 3, 4, 5).reshape(B, K, N // K, T, S) * (H**-0.5)
+    scores = scores.transpose(0, 2, 1, 3, 4, 5).reshape(B, K, N // K, T, S) * ((H if query_scalar is None else query_scalar) ** -0.5)
+    return soft_cap(scores, cap)
 
 
 def attention_values(probs_BKRTS: Array, v_PKSH: Array) -> Float[Array, "B T N H"]:
@@ -79,11 +88,14 @@ def attention_values(probs_BKRTS: Array, v_PKSH: Array) -> Float[Array, "B T N H
 
 
 Segments = list[tuple[Array, Array, Array]]  # keys, values and mask [B, T, S] of each part of what is attended to
+Scores = Callable[[Array, Array], Array]  # `attention_scores`, its options given
 
 
-def attention(q_BTNH: Array, segments: Segments, probs_hook: Callable[[Array], Array] = lambda x: x) -> Float[Array, "B T N H"]:
+def attention(
+    q_BTNH: Array, segments: Segments, probs_hook: Callable[[Array], Array] = lambda x: x, scores_of: Scores = attention_scores
+) -> Float[Array, "B T N H"]:
     """Softmax attention over all segments together, in fp32; probs_hook sees, and may replace, the probabilities [B, N, T, S]."""
-    scores = jnp.concatenate([jnp.where(mask[:, None, None], attention_scores(q_BTNH, k), NEGATIVE) for k, _, mask in segments], axis=-1)
+    scores = jnp.concatenate([jnp.where(mask[:, None, None], scores_of(q_BTNH, k), NEGATIVE) for k, _, mask in segments], axis=-1)
     B, K, R, T, S = scores.shape
     probs = probs_hook(jax.nn.softmax(scores, axis=-1).reshape(B, K * R, T, S)).reshape(B, K, R, T, S)
     parts, start = [], 0
@@ -93,7 +105,7 @@ def attention(q_BTNH: Array, segments: Segments, probs_hook: Callable[[Array], A
     return functools.reduce(jnp.add, parts)
 
 
-def attention_in_chunks(q_BTNH: Array, segments: Segments, chunk: int) -> Float[Array, "B T N H"]:
+def attention_in_chunks(q_BTNH: Array, segments: Segments, chunk: int, scores_of: Scores = attention_scores) -> Float[Array, "B T N H"]:
     """`attention`, the scores of `chunk` queries in memory at a time, forwards and (computed again) backwards."""
     B, T, N, H = q_BTNH.shape
     count = -(-T // chunk)
@@ -108,7 +120,8 @@ def attention_in_chunks(q_BTNH: Array, segments: Segments, chunk: int) -> Float[
 
     def attend(given):
         q, masks = given
-        return attention(q, [(k.astype(dtype), v.astype(dtype), mask) for (k, v), mask in zip(keys_values, masks, strict=True)])
+        given = [(k.astype(dtype), v.astype(dtype), mask) for (k, v), mask in zip(keys_values, masks, strict=True)]
+        return attention(q, given, scores_of=scores_of)
 
     out = lax.map(jax.checkpoint(attend, prevent_cse=False), (cut(q_BTNH), [cut(mask) for _, _, mask in segments]))
     return out.swapaxes(0, 1).reshape(B, count * chunk, N, H)[:, :T]

@@ -27,6 +27,24 @@ class RopeScaling:
     truncate: bool = True
 
 
+# The norms of a block, by its layout.
+BLOCK_NORMS: dict[str, tuple[str, ...]] = {
+    "pre": ("attn_norm", "mlp_norm"),
+    "post": ("attn_post_norm", "mlp_post_norm"),
+    "pre_post": ("attn_norm", "mlp_norm", "attn_post_norm", "mlp_post_norm"),
+    "parallel": ("attn_norm", "mlp_norm"),
+    "parallel_shared": ("attn_norm",),
+}
+CHOICES: dict[str, tuple[str, ...]] = {
+    "norm": ("rms", "rms_fp32", "rms_plus_one", "layer"),
+    "block": tuple(BLOCK_NORMS),
+    "positions": ("rotary", "learned"),
+    "rotary_pairs": ("half", "adjacent"),
+    "mlp": ("gated", "plain"),
+    "qk_norm_over": ("head", "all"),
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """A decoder-only transformer. Hashable, so it is a static argument of every jitted function.
@@ -34,6 +52,20 @@ class ModelConfig:
     Lengths are in tokens, widths in units. `layer_windows` gives each layer's sliding window
     (None = full attention); an empty tuple means full attention everywhere. `dtype` is the dtype of
     parameters and activations; norms, softmax, logits and log-probabilities are fp32 in any case.
+
+    What families differ in; the first value of each is the plain pre-norm decoder:
+    norm: "rms"; "rms_fp32", scaled before the result is rounded (OLMo 2); "rms_plus_one", that with a scale of 1 + w (Gemma);
+      "layer", LayerNorm with a bias (Ba et al. 2016).
+    block: "pre", norms before attention and MLP; "post", after them (OLMo 2); "pre_post", both (Gemma 2); "parallel", attention and
+      MLP of the same input, a norm each (GPT-NeoX); "parallel_shared", with one norm for both (GPT-J).
+    positions: "rotary", or "learned": a vector for each of max_position positions, added to the embedding (GPT-2).
+    rotary_dim: how many units of a head are rotated, the first ones (None = all). rotary_pairs: "half", unit i with
+      i + rotary_dim / 2, or "adjacent", 2 i with 2 i + 1. local_rope_theta: rope base of the layers with a window, which are then not
+      scaled (None = as all layers).
+    mlp: "gated", or "plain": down(activation(up(x))).
+    qk_norm_over: the q/k norm is over each "head", or over "all" heads together.
+    query_scalar: scores are divided by its square root (None = head_dim). attn_softcap, logit_softcap: scores and logits x become
+      cap * tanh(x / cap). embed_scale: factor on the embeddings, rounded to their dtype. head_bias: the unembedding has a bias.
     """
 
     family: str = "llama"
@@ -60,8 +92,26 @@ class ModelConfig:
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     pad_token_id: int | None = None
+    norm: str = "rms"
+    block: str = "pre"
+    positions: str = "rotary"
+    rotary_dim: int | None = None
+    rotary_pairs: str = "half"
+    local_rope_theta: float | None = None
+    mlp: str = "gated"
+    qk_norm_over: str = "head"
+    query_scalar: float | None = None
+    attn_softcap: float | None = None
+    logit_softcap: float | None = None
+    embed_scale: float = 1.0
+    head_bias: bool = False
 
     def __post_init__(self):
+        for field, known in CHOICES.items():
+            if getattr(self, field) not in known:
+                raise ModelError(f"{field}={getattr(self, field)!r} is not known; known: {', '.join(known)}")
+        if self.rotary_dim is not None and not (0 < self.rotary_dim <= self.head_dim and self.rotary_dim % 2 == 0):
+            raise ModelError(f"rotary_dim={self.rotary_dim} must be even and within 1..head_dim={self.head_dim}")
         if self.n_heads % self.n_kv_heads:
             raise ModelError(f"n_heads={self.n_heads} must be a multiple of n_kv_heads={self.n_kv_heads}")
         if self.layer_windows and len(self.layer_windows) != self.n_layers:
@@ -75,10 +125,13 @@ class ModelConfig:
         """Number of parameters, by formula (equals the size of the parameter tree)."""
         d, n, k, h, f = self.d_model, self.n_heads, self.n_kv_heads, self.head_dim, self.d_ff
         attn = d * h * (2 * n + 2 * k) + (h * (n + 2 * k) if self.qkv_bias else 0) + (d if self.o_bias else 0)
-        attn += 2 * h if self.qk_norm else 0
-        mlp = 3 * d * f + (2 * f + d if self.mlp_bias else 0)
-        head = 0 if self.tie_embeddings else d * self.vocab_size
-        return self.vocab_size * d + self.n_layers * (attn + mlp + 2 * d) + d + head
+        attn += ((n + k if self.qk_norm_over == "all" else 2) * h) if self.qk_norm else 0
+        into = 2 if self.mlp == "gated" else 1  # matrices that read the MLP's input
+        mlp = (into + 1) * d * f + (into * f + d if self.mlp_bias else 0)
+        norm = 2 * d if self.norm == "layer" else d
+        head = (0 if self.tie_embeddings else d * self.vocab_size) + (self.vocab_size if self.head_bias else 0)
+        embedding = (self.vocab_size + (self.max_position if self.positions == "learned" else 0)) * d
+        return embedding + self.n_layers * (attn + mlp + len(BLOCK_NORMS[self.block]) * norm) + norm + head
 
     def flops_per_token(self, context: int = 0) -> int:
         """Forward FLOPs a token (multiply and add are two) at a mean attended context of `context` tokens.
@@ -86,7 +139,7 @@ class ModelConfig:
         Backward is twice that. The embedding look-up costs nothing; the unembedding counts whether tied or not.
         """
         d, n, k, h, f = self.d_model, self.n_heads, self.n_kv_heads, self.head_dim, self.d_ff
-        layer = 2 * d * h * (2 * n + 2 * k) + 6 * d * f
+        layer = 2 * d * h * (2 * n + 2 * k) + (6 if self.mlp == "gated" else 4) * d * f
         attention = sum(4 * n * h * min(context, self.window(i) or context) for i in range(self.n_layers))
         return self.n_layers * layer + attention + 2 * d * self.vocab_size
 
