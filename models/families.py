@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from models.config import ModelConfig
-from models.tensors import TENSORS, Tensor
+from models.tensors import GEMMA_TENSORS, OLMO2_TENSORS, PHI3_TENSORS, TENSORS, Tensor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +64,28 @@ _MISTRAL_DEFAULTS = {
     "max_position_embeddings": 131072,
     "sliding_window": 4096,
 }
+_GEMMA: dict[str, Any] = {
+    "qkv_bias": "attention_bias",
+    "o_bias": "attention_bias",
+    "norm": "rms_plus_one",
+    "block": "pre_post",
+    "windows": "pattern",
+    "embed_scale": True,
+    "numbers": {"query_scalar": "query_pre_attn_scalar"},
+    "tensors": GEMMA_TENSORS,
+}
+_GEMMA_NAMES = {"hidden_act": ("hidden_activation",)}
+_GEMMA_DEFAULTS = {
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "hidden_act": "gelu_pytorch_tanh",
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+    "bos_token_id": 2,
+    "tie_word_embeddings": True,
+    "sliding_window": 4096,
+    "query_pre_attn_scalar": 256,
+}
 _ROWS = (
     Family(
         "llama",
@@ -85,6 +107,70 @@ _ROWS = (
     ),
     Family("mistral", "MistralForCausalLM", windows="all", defaults=_MISTRAL_DEFAULTS),
     Family("ministral", "MinistralForCausalLM", windows="listed", defaults=_MISTRAL_DEFAULTS),
+    Family(
+        "olmo2",
+        "Olmo2ForCausalLM",
+        qkv_bias="attention_bias",
+        o_bias="attention_bias",
+        qk_norm=True,
+        qk_norm_over="all",
+        norm="rms_fp32",
+        block="post",
+        defaults={"eos_token_id": 50279, "pad_token_id": 1, "max_position_embeddings": 2048, "rms_norm_eps": 1e-5},
+        tensors=OLMO2_TENSORS,
+    ),
+    Family(
+        "phi3",
+        "Phi3ForCausalLM",
+        windows="all",
+        rope="part",
+        rope_kinds=("default",),
+        # transformers knows one window for all layers and takes no bias.
+        only={"layer_types": (None,), "attention_bias": (False,)},
+        defaults={
+            "bos_token_id": 1,
+            "eos_token_id": 32000,
+            "pad_token_id": 32000,
+            "max_position_embeddings": 4096,
+            "rms_norm_eps": 1e-5,
+            "partial_rotary_factor": 1.0,
+            "attention_bias": False,
+        },
+        tensors=PHI3_TENSORS,
+    ),
+    Family(
+        "gemma2",
+        "Gemma2ForCausalLM",
+        **_GEMMA,
+        optional_numbers={"attn_softcap": "attn_logit_softcapping", "logit_softcap": "final_logit_softcapping"},
+        names={**_GEMMA_NAMES, "sliding_window_pattern": ()},
+        only={"use_bidirectional_attention": (None, False)},
+        defaults={
+            **_GEMMA_DEFAULTS,
+            "max_position_embeddings": 8192,
+            "sliding_window_pattern": 2,
+            "attn_logit_softcapping": 50.0,
+            "final_logit_softcapping": 30.0,
+        },
+    ),
+    Family(
+        "gemma3_text",
+        "Gemma3ForCausalLM",
+        **_GEMMA,
+        qk_norm=True,
+        rope="by_window",
+        optional_numbers={"logit_softcap": "final_logit_softcapping"},
+        names=_GEMMA_NAMES,
+        # What transformers' class would do with a cap on the scores is not what it says: it leaves it out.
+        only={"use_bidirectional_attention": (None, False), "attn_logit_softcapping": (None,)},
+        defaults={
+            **_GEMMA_DEFAULTS,
+            "max_position_embeddings": 131072,
+            "sliding_window_pattern": 6,
+            "rope_theta": 1e6,
+            "rope_local_base_freq": 1e4,
+        },
+    ),
 )
 FAMILIES: dict[str, Family] = {family.model_type: family for family in _ROWS}
 

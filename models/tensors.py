@@ -137,3 +137,24 @@ TENSORS: dict[str, Tensor] = {
     "final_norm.scale": Tensor("model.norm.weight", "D", "D"),
     "lm_head.kernel": Tensor("lm_head.weight", "DV", "V D"),
 }
+
+# Blocks with norms after attention and MLP: post_attention_layernorm is then what its name says.
+POST_NORMS: dict[str, Tensor] = {
+    "blocks.attn_post_norm": Tensor(_LAYER + "post_attention_layernorm.weight", "D", "D"),
+    "blocks.mlp_post_norm": Tensor(_LAYER + "post_feedforward_layernorm.weight", "D", "D"),
+}
+OLMO2_TENSORS: dict[str, Tensor] = {
+    **POST_NORMS,
+    "blocks.q_norm": Tensor(_LAYER + "self_attn.q_norm.weight", "NH", "NH"),
+    "blocks.k_norm": Tensor(_LAYER + "self_attn.k_norm.weight", "KH", "KH"),
+}
+GEMMA_TENSORS: dict[str, Tensor] = {**POST_NORMS, "blocks.mlp_norm": Tensor(_LAYER + "pre_feedforward_layernorm.weight", "D", "D")}
+
+_QKV = ("NH", "KH", "KH")
+PHI3_TENSORS: dict[str, Tensor] = {
+    "blocks.q": Tensor(_LAYER + "self_attn.qkv_proj.weight", "DNH", "|NH D", _QKV, 0),
+    "blocks.k": Tensor(_LAYER + "self_attn.qkv_proj.weight", "DKH", "|KH D", _QKV, 1),
+    "blocks.v": Tensor(_LAYER + "self_attn.qkv_proj.weight", "DKH", "|KH D", _QKV, 2),
+    "blocks.gate": Tensor(_LAYER + "mlp.gate_up_proj.weight", "DF", "|F D", ("F", "F"), 0),
+    "blocks.up": Tensor(_LAYER + "mlp.gate_up_proj.weight", "DF", "|F D", ("F", "F"), 1),
+}
