@@ -25,7 +25,9 @@ def bare_forward(cfg):
     import jax
     import jax.numpy as jnp
 
-    from models.layers import Block, attention_mask, embed, rms_norm, rope_table
+    from models.attention import attention_mask
+    from models.layers import Block, embed, rms_norm
+    from models.rope import rope_table
 
     def forward(params, tokens):
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)

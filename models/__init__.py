@@ -3,6 +3,7 @@
 from models.config import ModelConfig, RopeScaling
 from models.errors import ModelError
 from models.generate import Rollout, Samples, generate, sample_tokens
+from models.head import Head, head, unembed, unembed_matrix
 from models.hf import load
 from models.hf_export import save
 from models.tokenizer import load_tokenizer
@@ -16,13 +17,12 @@ from models.transformer import (
     init,
     init_cache,
     logical_axes,
-    unembed,
-    unembed_matrix,
 )
 
 __all__ = [
     "KV",
     "ForwardOutput",
+    "Head",
     "KVCache",
     "ModelConfig",
     "ModelError",
@@ -33,6 +33,7 @@ __all__ = [
     "apply",
     "forward",
     "generate",
+    "head",
     "init",
     "init_cache",
     "load",

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-
-import numpy as np
 
 from models.errors import ModelError
 
@@ -30,6 +27,24 @@ class RopeScaling:
     truncate: bool = True
 
 
+# The norms of a block, by its layout.
+BLOCK_NORMS: dict[str, tuple[str, ...]] = {
+    "pre": ("attn_norm", "mlp_norm"),
+    "post": ("attn_post_norm", "mlp_post_norm"),
+    "pre_post": ("attn_norm", "mlp_norm", "attn_post_norm", "mlp_post_norm"),
+    "parallel": ("attn_norm", "mlp_norm"),
+    "parallel_shared": ("attn_norm",),
+}
+CHOICES: dict[str, tuple[str, ...]] = {
+    "norm": ("rms", "rms_fp32", "rms_plus_one", "layer"),
+    "block": tuple(BLOCK_NORMS),
+    "positions": ("rotary", "learned"),
+    "rotary_pairs": ("half", "adjacent"),
+    "mlp": ("gated", "plain"),
+    "qk_norm_over": ("head", "all"),
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """A decoder-only transformer. Hashable, so it is a static argument of every jitted function.
@@ -37,6 +52,20 @@ class ModelConfig:
     Lengths are in tokens, widths in units. `layer_windows` gives each layer's sliding window
     (None = full attention); an empty tuple means full attention everywhere. `dtype` is the dtype of
     parameters and activations; norms, softmax, logits and log-probabilities are fp32 in any case.
+
+    What families differ in; the first value of each is the plain pre-norm decoder:
+    norm: "rms"; "rms_fp32", scaled before the result is rounded (OLMo 2); "rms_plus_one", that with a scale of 1 + w (Gemma);
+      "layer", LayerNorm with a bias (Ba et al. 2016).
+    block: "pre", norms before attention and MLP; "post", after them (OLMo 2); "pre_post", both (Gemma 2); "parallel", attention and
+      MLP of the same input, a norm each (GPT-NeoX); "parallel_shared", with one norm for both (GPT-J).
+    positions: "rotary", or "learned": a vector for each of max_position positions, added to the embedding (GPT-2).
+    rotary_dim: how many units of a head are rotated, the first ones (None = all). rotary_pairs: "half", unit i with
+      i + rotary_dim / 2, or "adjacent", 2 i with 2 i + 1. local_rope_theta: rope base of the layers with a window, which are then not
+      scaled (None = as all layers).
+    mlp: "gated", or "plain": down(activation(up(x))).
+    qk_norm_over: the q/k norm is over each "head", or over "all" heads together.
+    query_scalar: scores are divided by its square root (None = head_dim). attn_softcap, logit_softcap: scores and logits x become
+      cap * tanh(x / cap). embed_scale: factor on the embeddings, rounded to their dtype. head_bias: the unembedding has a bias.
     """
 
     family: str = "llama"
@@ -63,8 +92,26 @@ class ModelConfig:
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     pad_token_id: int | None = None
+    norm: str = "rms"
+    block: str = "pre"
+    positions: str = "rotary"
+    rotary_dim: int | None = None
+    rotary_pairs: str = "half"
+    local_rope_theta: float | None = None
+    mlp: str = "gated"
+    qk_norm_over: str = "head"
+    query_scalar: float | None = None
+    attn_softcap: float | None = None
+    logit_softcap: float | None = None
+    embed_scale: float = 1.0
+    head_bias: bool = False
 
     def __post_init__(self):
+        for field, known in CHOICES.items():
+            if getattr(self, field) not in known:
+                raise ModelError(f"{field}={getattr(self, field)!r} is not known; known: {', '.join(known)}")
+        if self.rotary_dim is not None and not (0 < self.rotary_dim <= self.head_dim and self.rotary_dim % 2 == 0):
+            raise ModelError(f"rotary_dim={self.rotary_dim} must be even and within 1..head_dim={self.head_dim}")
         if self.n_heads % self.n_kv_heads:
             raise ModelError(f"n_heads={self.n_heads} must be a multiple of n_kv_heads={self.n_kv_heads}")
         if self.layer_windows and len(self.layer_windows) != self.n_layers:
@@ -78,10 +125,13 @@ class ModelConfig:
         """Number of parameters, by formula (equals the size of the parameter tree)."""
         d, n, k, h, f = self.d_model, self.n_heads, self.n_kv_heads, self.head_dim, self.d_ff
         attn = d * h * (2 * n + 2 * k) + (h * (n + 2 * k) if self.qkv_bias else 0) + (d if self.o_bias else 0)
-        attn += 2 * h if self.qk_norm else 0
-        mlp = 3 * d * f + (2 * f + d if self.mlp_bias else 0)
-        head = 0 if self.tie_embeddings else d * self.vocab_size
-        return self.vocab_size * d + self.n_layers * (attn + mlp + 2 * d) + d + head
+        attn += ((n + k if self.qk_norm_over == "all" else 2) * h) if self.qk_norm else 0
+        into = 2 if self.mlp == "gated" else 1  # matrices that read the MLP's input
+        mlp = (into + 1) * d * f + (into * f + d if self.mlp_bias else 0)
+        norm = 2 * d if self.norm == "layer" else d
+        head = (0 if self.tie_embeddings else d * self.vocab_size) + (self.vocab_size if self.head_bias else 0)
+        embedding = (self.vocab_size + (self.max_position if self.positions == "learned" else 0)) * d
+        return embedding + self.n_layers * (attn + mlp + len(BLOCK_NORMS[self.block]) * norm) + norm + head
 
     def flops_per_token(self, context: int = 0) -> int:
         """Forward FLOPs a token (multiply and add are two) at a mean attended context of `context` tokens.
@@ -89,7 +139,7 @@ class ModelConfig:
         Backward is twice that. The embedding look-up costs nothing; the unembedding counts whether tied or not.
         """
         d, n, k, h, f = self.d_model, self.n_heads, self.n_kv_heads, self.head_dim, self.d_ff
-        layer = 2 * d * h * (2 * n + 2 * k) + 6 * d * f
+        layer = 2 * d * h * (2 * n + 2 * k) + (6 if self.mlp == "gated" else 4) * d * f
         attention = sum(4 * n * h * min(context, self.window(i) or context) for i in range(self.n_layers))
         return self.n_layers * layer + attention + 2 * d * self.vocab_size
 
@@ -105,66 +155,3 @@ class ModelConfig:
         from models.hf_config import config_to_hf
 
         return config_to_hf(self)
-
-
-def rope_frequencies(cfg: ModelConfig) -> tuple[np.ndarray, float]:
-    """Inverse frequencies [head_dim / 2] in radians a token (fp32), and the factor on cos and sin (YaRN's; else 1).
-
-    Formulas: RoPE (Su et al. 2021), position interpolation (linear; Chen et al. 2023), Llama 3.1's band-wise scaling,
-    YaRN (Peng et al. 2023, eq. 17-23). "dynamic" depends on the length: these are its frequencies up to max_position,
-    `rope_stretch` changes them past it. Each step rounds to fp32 as in `transformers`, because one unit in the last
-    place of a frequency is milliradians at position 100,000.
-    """
-    s, f32 = cfg.rope_scaling, np.float32
-    exponents = (np.arange(0, cfg.head_dim, 2, dtype=f32) / f32(cfg.head_dim)).astype(np.float64)
-    wavelengths = np.power(float(cfg.rope_theta), exponents).astype(f32)  # over 2 pi
-    base = f32(1) / wavelengths
-    if s.kind in ("default", "dynamic"):
-        return base, 1.0
-    if s.kind == "linear":
-        return base / f32(s.factor), 1.0
-    if s.kind == "llama3":
-        return _llama3_frequencies(base, s), 1.0
-    if s.kind == "yarn":
-        return _yarn_frequencies(cfg, wavelengths)
-    raise ModelError(f"unknown rope scaling {s.kind!r}; known: default, linear, dynamic, llama3, yarn")
-
-
-def rope_stretch(cfg: ModelConfig, length):
-    """Factor on rope_theta for rows of `length` >= max_position tokens under "dynamic" NTK scaling."""
-    s, h = cfg.rope_scaling, cfg.head_dim
-    return (s.factor * (length / cfg.max_position) - (s.factor - 1)) ** (h / (h - 2))
-
-
-def _llama3_frequencies(base: np.ndarray, s: RopeScaling) -> np.ndarray:
-    """Long waves are slowed by `factor`, short ones kept, those between blended linearly in turns a context."""
-    turns = np.float32(s.original_max_position) / (np.float32(2 * math.pi) / base)
-    blend = (turns - np.float32(s.low_freq_factor)) / np.float32(s.high_freq_factor - s.low_freq_factor)
-    blend = np.clip(blend, 0, 1)
-    return (1 - blend) * base / np.float32(s.factor) + blend * base
-
-
-def _yarn_frequencies(cfg: ModelConfig, wavelengths: np.ndarray) -> tuple[np.ndarray, float]:
-    s, half = cfg.rope_scaling, cfg.head_dim // 2
-
-    def dim_of(rotations: float) -> float:
-        # The dimension whose wave turns `rotations` times over the original context.
-        turns = math.log(s.original_max_position / (rotations * 2 * math.pi))
-        return cfg.head_dim * turns / (2 * math.log(cfg.rope_theta))
-
-    def mscale(scale: float, m: float = 1.0) -> float:
-        return 1.0 if scale <= 1 else 0.1 * m * math.log(scale) + 1.0
-
-    low, high = dim_of(s.beta_fast), dim_of(s.beta_slow)
-    if s.truncate:
-        low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, cfg.head_dim - 1)
-    high = high + 0.001 if low == high else high
-    keep = 1 - np.clip((np.arange(half, dtype=np.float32) - np.float32(low)) / np.float32(high - low), 0, 1)
-    slowed = 1 / (np.float32(s.factor) * wavelengths)
-    freqs = slowed * (1 - keep) + 1 / wavelengths * keep
-    if s.attention_factor is not None:
-        return freqs, s.attention_factor
-    if s.mscale and s.mscale_all_dim:
-        return freqs, mscale(s.factor, s.mscale) / mscale(s.factor, s.mscale_all_dim)
-    return freqs, mscale(s.factor)

@@ -1,91 +1,17 @@
 """The model families as a table of differences (`models/hf_config.py` reads and writes their `config.json`).
 
-To add a family whose block is the same pre-norm decoder: add a row to FAMILIES (and its parity case to
-tests/models/parity_cases.py). A new kind of block belongs in `models/transformer.py`.
+To add a family whose parts are all there: add a row to FAMILIES (and its parity case to tests/models/parity_cases.py). A new part
+is a field of `ModelConfig` and a branch in `models/layers.py`; where its tensors lie is said in `models/tensors.py`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-
 from models.config import ModelConfig
-
-
-@dataclasses.dataclass(frozen=True)
-class Tensor:
-    """Where one parameter lives in a checkpoint.
-
-    name: "{layer}" stands for the layer's number; such a leaf is stacked on a leading axis that is not counted below.
-    ours: a letter for each axis of our leaf. stored: the axes of the tensor, each a run of our letters flattened
-      together; torch's matrices are [out, in], ours [in..., out...], so "DNH" is stored as "NH D".
-    """
-
-    name: str
-    ours: str
-    stored: str
-
-    def names(self, n_layers: int) -> list[str]:
-        """The tensor's name, or its name in each layer."""
-        return [self.name.format(layer=i) for i in range(n_layers)] if "{layer}" in self.name else [self.name]
-
-    def stored_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
-        """The shape in the file of our (unstacked) leaf of `shape`."""
-        sizes = dict(zip(self.ours, shape, strict=True))
-        return tuple(math.prod(sizes[a] for a in group) for group in self.stored.split())
-
-    def to_stored(self, value: np.ndarray) -> np.ndarray:
-        """Our (unstacked) leaf, laid out as in the file."""
-        order = [self.ours.index(a) for a in self.stored.replace(" ", "")]
-        return value.transpose(order).reshape(self.stored_shape(value.shape))
-
-    def read(self, read: Callable[[tuple[slice, ...]], np.ndarray], shape: Sequence[int], index: Sequence[slice]):
-        """The part of our (unstacked) leaf of `shape` within `index`, through `read(slices of the stored tensor)`.
-
-        Reads no more than it must as long as only the first letter of each run is cut (which is how we shard).
-        """
-        sizes = dict(zip(self.ours, shape, strict=True))
-        cut = dict(zip(self.ours, index, strict=True))
-        wanted = []
-        for first, *rest in self.stored.split():
-            start, stop, _ = cut[first].indices(sizes[first])
-            row = math.prod(sizes[a] for a in rest)
-            wanted.append(slice(start * row, stop * row))
-            sizes[first], cut[first] = stop - start, slice(None)
-        letters = self.stored.replace(" ", "")
-        part = read(tuple(wanted)).reshape([sizes[a] for a in letters])
-        return part.transpose([letters.index(a) for a in self.ours])[tuple(cut[a] for a in self.ours)]
-
-
-# One for each parameter, the same for all families so far; a family lists only those it keeps elsewhere.
-_LAYER = "model.layers.{layer}."
-TENSORS: dict[str, Tensor] = {
-    "embed.embedding": Tensor("model.embed_tokens.weight", "VD", "V D"),
-    "blocks.attn_norm": Tensor(_LAYER + "input_layernorm.weight", "D", "D"),
-    "blocks.q": Tensor(_LAYER + "self_attn.q_proj.weight", "DNH", "NH D"),
-    "blocks.k": Tensor(_LAYER + "self_attn.k_proj.weight", "DKH", "KH D"),
-    "blocks.v": Tensor(_LAYER + "self_attn.v_proj.weight", "DKH", "KH D"),
-    "blocks.o": Tensor(_LAYER + "self_attn.o_proj.weight", "NHD", "D NH"),
-    "blocks.q_bias": Tensor(_LAYER + "self_attn.q_proj.bias", "NH", "NH"),
-    "blocks.k_bias": Tensor(_LAYER + "self_attn.k_proj.bias", "KH", "KH"),
-    "blocks.v_bias": Tensor(_LAYER + "self_attn.v_proj.bias", "KH", "KH"),
-    "blocks.o_bias": Tensor(_LAYER + "self_attn.o_proj.bias", "D", "D"),
-    "blocks.q_norm": Tensor(_LAYER + "self_attn.q_norm.weight", "H", "H"),
-    "blocks.k_norm": Tensor(_LAYER + "self_attn.k_norm.weight", "H", "H"),
-    "blocks.mlp_norm": Tensor(_LAYER + "post_attention_layernorm.weight", "D", "D"),
-    "blocks.gate": Tensor(_LAYER + "mlp.gate_proj.weight", "DF", "F D"),
-    "blocks.up": Tensor(_LAYER + "mlp.up_proj.weight", "DF", "F D"),
-    "blocks.down": Tensor(_LAYER + "mlp.down_proj.weight", "FD", "D F"),
-    "blocks.gate_bias": Tensor(_LAYER + "mlp.gate_proj.bias", "F", "F"),
-    "blocks.up_bias": Tensor(_LAYER + "mlp.up_proj.bias", "F", "F"),
-    "blocks.down_bias": Tensor(_LAYER + "mlp.down_proj.bias", "D", "D"),
-    "final_norm.scale": Tensor("model.norm.weight", "D", "D"),
-    "lm_head.kernel": Tensor("lm_head.weight", "DV", "V D"),
-}
+from models.tensors import GEMMA_TENSORS, OLMO2_TENSORS, PHI3_TENSORS, TENSORS, Tensor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,8 +19,14 @@ class Family:
     """What sets one family apart. A bias is True, False or the name of the config field that decides.
 
     windows: "none"; "all" or "listed" (`sliding_window` on every layer, or on those of `layer_types`, which "listed"
-      always writes); "by_layer" (if `use_sliding_window`: on those of `layer_types`, or from `max_window_layers` on).
+      always writes); "by_layer" (if `use_sliding_window`: on those of `layer_types`, or from `max_window_layers` on); "pattern" (on
+      those of `layer_types`, or on all but every `sliding_window_pattern`-th).
+    rope: "whole"; "part" (of a head: `partial_rotary_factor`); "by_window" (layers with a window have their own base); "none".
+    numbers, optional_numbers: fields of ModelConfig that are a number of config.json; the optional ones may be null there.
+    names: what config.json calls a field, where not by the usual name; the first is written, () is not there at all.
+    only: fields of config.json with the values of them that are implemented. always: fields that are written as they are here.
     defaults: what `transformers` assumes where config.json is silent. tensors: what is stored elsewhere than TENSORS.
+    The rest are the fields of ModelConfig of the same name; embed_scale: by the square root of d_model.
     """
 
     model_type: str
@@ -104,6 +36,17 @@ class Family:
     mlp_bias: bool | str = False
     qk_norm: bool = False
     windows: str = "none"
+    rope: str = "whole"
+    rope_kinds: tuple[str, ...] = ("default", "linear", "dynamic", "llama3", "yarn")
+    norm: str = "rms"
+    block: str = "pre"
+    qk_norm_over: str = "head"
+    embed_scale: bool = False
+    numbers: dict[str, str] = dataclasses.field(default_factory=dict)
+    optional_numbers: dict[str, str] = dataclasses.field(default_factory=dict)
+    names: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    only: Mapping[str, tuple[Any, ...]] = dataclasses.field(default_factory=dict)
+    always: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     tensors: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
 
@@ -120,6 +63,28 @@ _MISTRAL_DEFAULTS = {
     "num_key_value_heads": 8,
     "max_position_embeddings": 131072,
     "sliding_window": 4096,
+}
+_GEMMA: dict[str, Any] = {
+    "qkv_bias": "attention_bias",
+    "o_bias": "attention_bias",
+    "norm": "rms_plus_one",
+    "block": "pre_post",
+    "windows": "pattern",
+    "embed_scale": True,
+    "numbers": {"query_scalar": "query_pre_attn_scalar"},
+    "tensors": GEMMA_TENSORS,
+}
+_GEMMA_NAMES = {"hidden_act": ("hidden_activation",)}
+_GEMMA_DEFAULTS = {
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "hidden_act": "gelu_pytorch_tanh",
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+    "bos_token_id": 2,
+    "tie_word_embeddings": True,
+    "sliding_window": 4096,
+    "query_pre_attn_scalar": 256,
 }
 _ROWS = (
     Family(
@@ -142,13 +107,77 @@ _ROWS = (
     ),
     Family("mistral", "MistralForCausalLM", windows="all", defaults=_MISTRAL_DEFAULTS),
     Family("ministral", "MinistralForCausalLM", windows="listed", defaults=_MISTRAL_DEFAULTS),
+    Family(
+        "olmo2",
+        "Olmo2ForCausalLM",
+        qkv_bias="attention_bias",
+        o_bias="attention_bias",
+        qk_norm=True,
+        qk_norm_over="all",
+        norm="rms_fp32",
+        block="post",
+        defaults={"eos_token_id": 50279, "pad_token_id": 1, "max_position_embeddings": 2048, "rms_norm_eps": 1e-5},
+        tensors=OLMO2_TENSORS,
+    ),
+    Family(
+        "phi3",
+        "Phi3ForCausalLM",
+        windows="all",
+        rope="part",
+        rope_kinds=("default",),
+        # transformers knows one window for all layers and takes no bias.
+        only={"layer_types": (None,), "attention_bias": (False,)},
+        defaults={
+            "bos_token_id": 1,
+            "eos_token_id": 32000,
+            "pad_token_id": 32000,
+            "max_position_embeddings": 4096,
+            "rms_norm_eps": 1e-5,
+            "partial_rotary_factor": 1.0,
+            "attention_bias": False,
+        },
+        tensors=PHI3_TENSORS,
+    ),
+    Family(
+        "gemma2",
+        "Gemma2ForCausalLM",
+        **_GEMMA,
+        optional_numbers={"attn_softcap": "attn_logit_softcapping", "logit_softcap": "final_logit_softcapping"},
+        names={**_GEMMA_NAMES, "sliding_window_pattern": ()},
+        only={"use_bidirectional_attention": (None, False)},
+        defaults={
+            **_GEMMA_DEFAULTS,
+            "max_position_embeddings": 8192,
+            "sliding_window_pattern": 2,
+            "attn_logit_softcapping": 50.0,
+            "final_logit_softcapping": 30.0,
+        },
+    ),
+    Family(
+        "gemma3_text",
+        "Gemma3ForCausalLM",
+        **_GEMMA,
+        qk_norm=True,
+        rope="by_window",
+        optional_numbers={"logit_softcap": "final_logit_softcapping"},
+        names=_GEMMA_NAMES,
+        # What transformers' class would do with a cap on the scores is not what it says: it leaves it out.
+        only={"use_bidirectional_attention": (None, False), "attn_logit_softcapping": (None,)},
+        defaults={
+            **_GEMMA_DEFAULTS,
+            "max_position_embeddings": 131072,
+            "sliding_window_pattern": 6,
+            "rope_theta": 1e6,
+            "rope_local_base_freq": 1e4,
+        },
+    ),
 )
 FAMILIES: dict[str, Family] = {family.model_type: family for family in _ROWS}
 
-ACTIVATION_NAMES = ("silu", "gelu", "gelu_pytorch_tanh", "relu")
+ACTIVATION_NAMES = ("silu", "gelu", "gelu_pytorch_tanh", "relu", "gelu_new", "gelu_fast")
 DTYPES = ("float32", "bfloat16", "float16")
 
 
 def tensor_of(cfg: ModelConfig, leaf: str) -> Tensor:
     """The checkpoint tensor of the parameter `leaf`, named like "blocks.q"."""
-    return FAMILIES[cfg.family].tensors.get(leaf) or TENSORS[leaf]
+    return (FAMILIES[cfg.family].tensors.get(leaf) or TENSORS[leaf]).at(cfg)

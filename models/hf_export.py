@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
@@ -21,6 +22,7 @@ from models.families import tensor_of
 from models.hf import INDEX, SINGLE, leaves_of, read_json
 from models.hf_config import config_to_hf
 from models.hub import resolve
+from models.tensors import Tensor
 from models.tokenizer import TOKENIZER_FILES, tokenizer_files
 from models.transformer import Params, abstract_params
 
@@ -124,14 +126,30 @@ class _Entry:
 
 
 def _entries(cfg: ModelConfig, params: Params) -> Iterator[tuple[str, _Entry]]:
+    """What is written, in order: each tensor where the first of the leaves that lie in it stands."""
+    shared: dict[str, list[tuple[Tensor, jax.Array | np.ndarray]]] = {}
     for leaf, array in leaves_of(params):
-        tensor = tensor_of(cfg, leaf)
+        shared.setdefault(tensor_of(cfg, leaf).name, []).append((tensor_of(cfg, leaf), array))
+    for parts in shared.values():
+        tensor, array = parts[0]
+        if len({str(a.dtype) for _, a in parts}) > 1:
+            raise ModelError(f"params: leaves that lie in one tensor, {tensor.name}, have several dtypes: {[str(a.dtype) for _, a in parts]}")
         shape = tensor.stored_shape(array.shape[-len(tensor.ours) :])
-        here = np.asarray(array) if _is_host_memory(array) else array
+        here = [(part, np.asarray(a) if _is_host_memory(a) else a) for part, a in parts]
         for layer, name in enumerate(tensor.names(cfg.n_layers)):
-            part = (lambda a=here, i=layer: a[i]) if array.ndim > len(tensor.ours) else (lambda a=here: a)
-            contents = lambda t=tensor, part=part: t.to_stored(_to_host(part()))  # noqa: E731
+            contents = functools.partial(_contents, here, layer if array.ndim > len(tensor.ours) else None, shape)
             yield name, _Entry(_DTYPE_NAMES[str(array.dtype)], shape, array.dtype.itemsize, contents)
+
+
+def _contents(parts: list[tuple[Tensor, Any]], layer: int | None, shape: tuple[int, ...]) -> np.ndarray:
+    """One tensor as in the file, put together from the leaves (or one layer of them) that lie in it."""
+    values = [(tensor, _to_host(array if layer is None else array[layer])) for tensor, array in parts]
+    if len(values) == 1 and not values[0][0].beside:
+        return values[0][0].to_stored(values[0][1])
+    whole = np.empty(shape, values[0][1].dtype)
+    for tensor, value in values:
+        tensor.write(whole, value)
+    return whole
 
 
 def _is_host_memory(array: jax.Array | np.ndarray) -> bool:

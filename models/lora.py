@@ -74,7 +74,8 @@ def _is_matrix(cfg: ModelConfig, name: str) -> bool:
 def _sides(cfg: ModelConfig, name: str) -> tuple[int, bool]:
     """(how many axes of a matrix are inputs, whether layers are stacked in front). Ours lie [in..., out...], however a checkpoint's do."""
     tensor = tensor_of(cfg, name)
-    return len(next(run for run in tensor.stored.split() if tensor.ours.startswith(run))), "{layer}" in tensor.name
+    runs = tensor.stored.replace("|", "").split()
+    return len(next(run for run in runs if tensor.ours.startswith(run))), "{layer}" in tensor.name
 
 
 def _shapes(cfg: ModelConfig, name: str, shape: Sequence[int], rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -129,12 +130,16 @@ def merge(cfg: ModelConfig, params: Params, lora: Params, scale: float) -> Param
 def save_lora(folder: str | os.PathLike, cfg: ModelConfig, lora: Params, config: LoraConfig, base: str = "") -> None:
     """Writes an adapter as PEFT does (adapter_config.json and adapter_model.safetensors). base: the model that it adapts, by name or folder.
 
-    Raises ModelError where the folder cannot be written.
+    Raises ModelError where the folder cannot be written, and for a matrix that a checkpoint keeps in one tensor with others (Phi-3's
+    queries, keys and values): PEFT adapts that tensor as a whole, by one A.
     """
     target, tensors, modules = Path(folder), {}, {}
     for group, leaves in lora.items():
         for leaf, pair in leaves.items():
             name = f"{group}.{leaf}"
+            if tensor_of(cfg, name).beside:
+                told = f"LoRA target {name!r} lies with others in {tensor_of(cfg, name).name} of a {cfg.family} checkpoint"
+                raise ModelError(f"{told}, which PEFT adapts as a whole: merge the adapter and save the model instead")
             inputs, stacked = _sides(cfg, name)
             a, b = (np.asarray(pair[side], np.float32) for side in "ab")
             for layer, stored in enumerate(tensor_of(cfg, name).names(cfg.n_layers)):
@@ -191,7 +196,7 @@ def load_lora(folder: str | os.PathLike, cfg: ModelConfig) -> tuple[Params, Lora
         raise ModelError(f"{target / WEIGHTS}: not a complete safetensors file ({error})") from error
     lora, shapes = {}, dict(leaves_of(abstract_params(cfg)))
     for name, abstract in shapes.items():
-        if not _is_matrix(cfg, name):
+        if not _is_matrix(cfg, name) or tensor_of(cfg, name).beside:
             continue
         modules = [stored.removesuffix(".weight") for stored in tensor_of(cfg, name).names(cfg.n_layers)]
         keys = {side: [f"{_PREFIX}{module}.lora_{side.upper()}.weight" for module in modules] for side in "ab"}

@@ -18,10 +18,13 @@ from flax import linen as nn
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from models.attention import attention_mask
 from models.checks import check_tokens
 from models.config import ModelConfig
 from models.errors import ModelError
-from models.layers import Block, attention_mask, embed, fuse_qkv, rms_norm, rope_table
+from models.head import head, unembed, unembed_matrix
+from models.layers import Block, embed_at, fuse_qkv, norm
+from models.rope import layer_ropes
 from models.taps import BLOCK_TAPS, Hooks, Interventions
 
 __all__ = [
@@ -35,6 +38,7 @@ __all__ = [
     "apply",
     "forward",
     "fused",
+    "head",
     "init",
     "init_cache",
     "logical_axes",
@@ -95,7 +99,7 @@ def _boxed_init(cfg: ModelConfig, key: Array) -> Params:
     dtype = jnp.dtype(cfg.dtype)
     normal = nn.initializers.normal(cfg.initializer_range)
     x = jnp.zeros((1, 1, cfg.d_model), dtype)
-    rope = rope_table(cfg, jnp.zeros((1, 1), jnp.int32))
+    rope = layer_ropes(cfg, jnp.zeros((1, 1), jnp.int32))(0)
     mask = jnp.ones((1, 1, 1), bool)
 
     def block(key):
@@ -108,11 +112,19 @@ def _boxed_init(cfg: ModelConfig, key: Array) -> Params:
     params: Params = {
         "embed": {"embedding": Boxed(embedding, ("vocab", "embed"))},
         "blocks": blocks,
-        "final_norm": {"scale": Boxed(jnp.ones((cfg.d_model,), dtype), ("norm",))},
+        "final_norm": {"scale": Boxed((jnp.zeros if cfg.norm == "rms_plus_one" else jnp.ones)((cfg.d_model,), dtype), ("norm",))},
     }
+    if cfg.norm == "layer":
+        params["final_norm"]["bias"] = Boxed(jnp.zeros((cfg.d_model,), dtype), ("norm",))
+    if cfg.positions == "learned":
+        places = normal(jax.random.fold_in(embed_key, 1), (cfg.max_position, cfg.d_model), dtype)
+        params["embed"]["positions"] = Boxed(places, ("positions", "embed"))
     if not cfg.tie_embeddings:
         kernel = normal(head_key, (cfg.d_model, cfg.vocab_size), dtype)
         params["lm_head"] = {"kernel": Boxed(kernel, ("embed", "vocab"))}
+    if cfg.head_bias:
+        bias = Boxed(jnp.zeros((cfg.vocab_size,), dtype), ("vocab",))
+        params["lm_head"] = params.get("lm_head", {}) | {"bias": bias}
     return params
 
 
@@ -146,7 +158,7 @@ def fused(params: Params) -> Params:
 def unstacked(params: Params) -> Params:
     """A copy of the `fused` parameters with a tuple of layers, so that `forward(unroll=True)` cuts none out of the stack."""
     blocks = fused(params)["blocks"]
-    layers = tuple(jax.tree.map(lambda a, i=i: a[i], blocks) for i in range(len(blocks["attn_norm"])))
+    layers = tuple(jax.tree.map(lambda a, i=i: a[i], blocks) for i in range(len(blocks["o"])))
     return params | {"blocks": layers}
 
 
@@ -287,8 +299,8 @@ def forward(
     check_tokens(cfg, tokens_BT, lengths, positions)
     positions = _positions(tokens_BT, lengths, positions, prefix, cache, stop_at, cfg.n_layers)
     hooks, memory = Hooks(cfg, taps, interventions, stop_at), _Memory(cfg, positions, prefix, cache, segments)
-    rope, out_taps = rope_table(cfg, positions), {}
-    x = hooks.outer("embed", embed(params["embed"]["embedding"], tokens_BT), out_taps)
+    rope_of, out_taps = layer_ropes(cfg, positions), {}
+    x = hooks.outer("embed", embed_at(cfg, params["embed"], tokens_BT, positions), out_taps)
     B, T, D = x.shape
     shapes = dict.fromkeys(BLOCK_TAPS, (B, T, D)) | dict.fromkeys(("mlp_pre", "mlp_act"), (B, T, cfg.d_ff))
     buffers = hooks.buffers(shapes | {"attn_probs": (B, cfg.n_heads, T, memory.n_slots)}, x.dtype)
@@ -298,7 +310,7 @@ def forward(
         x, buffers = carry[0], dict(carry[1])
         segments_of = functools.partial(memory.segments, layer, prefix_kvs, cache_kv)
         module = Block(cfg, "qkv" in p, hooks.wants("attn_probs"))
-        x, kept = module.apply({"params": p}, x, rope, segments_of, hooks.at(layer, buffers))
+        x, kept = module.apply({"params": p}, x, rope_of(layer), segments_of, hooks.at(layer, buffers))
         return (x, buffers), kept if return_kv or cache is not None else None
 
     run = _unrolled if unroll else _scanned
@@ -310,7 +322,7 @@ def forward(
     kv = KV(k, v, memory.slots) if return_kv else None
     if stop_at is not None:
         return ForwardOutput(None, out_taps, new_cache, kv)
-    hidden = hooks.outer("final_norm", rms_norm(x, params["final_norm"]["scale"], cfg.norm_eps), out_taps)
+    hidden = hooks.outer("final_norm", norm(cfg, x, **params["final_norm"]), out_taps)
     return ForwardOutput(hidden, out_taps, new_cache, kv)
 
 
@@ -349,16 +361,6 @@ def _unrolled(block, carry, layers, n_layers, total_layers, remat):
 
 def _call(block, layer, carry, *given):
     return block(carry, layer, *given)
-
-
-def unembed_matrix(cfg: ModelConfig, params: Params) -> Float[Array, "D V"]:
-    """The unembedding, whether tied or not."""
-    return params["embed"]["embedding"].T if cfg.tie_embeddings else params["lm_head"]["kernel"]
-
-
-def unembed(cfg: ModelConfig, params: Params, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
-    """fp32 logits of final-normed hidden states."""
-    return jnp.einsum("...D,DV->...V", hidden, unembed_matrix(cfg, params), preferred_element_type=jnp.float32)
 
 
 def apply(

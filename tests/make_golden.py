@@ -63,7 +63,7 @@ def case_logits(name: str) -> dict[str, np.ndarray]:
 
 
 # Where the first prompts that come to hand all end early, these give completions past the cache's first stage.
-PROMPT_SEEDS = {"llama_yarn": 10, "mistral": 5}
+PROMPT_SEEDS = {"llama_yarn": 10, "mistral": 5, "phi3": 1}
 
 
 def prompts(name: str) -> list[list[int]]:
@@ -117,7 +117,7 @@ def check_options_matter(name: str, logits: np.ndarray) -> None:
     theta = (config.get("rope_parameters") or config).get("rope_theta", 10000.0)
     no_scaling = {k: v for k, v in config.items() if not k.startswith("rope_")} | {"rope_theta": theta}
     no_window = config | {"sliding_window": None}
-    if "layer_types" in config:
+    if "layer_types" in config or "gemma" in name:  # a Gemma has windows in any case
         no_window = config | {"layer_types": ["full_attention"] * config["num_hidden_layers"]}
     for other in (no_scaling, no_window):
         with tempfile.TemporaryDirectory() as folder:
@@ -176,9 +176,17 @@ def write_cases() -> str:
         logits |= case_logits(name)
         check_options_matter(name, logits[f"{name}/padded"])
         completions |= case_completions(name)
-    np.savez_compressed(GOLDEN / "logits.npz", **logits)
-    np.savez_compressed(GOLDEN / "completions.npz", **completions)
+    for file, found in (("logits.npz", logits), ("completions.npz", completions)):
+        np.savez_compressed(GOLDEN / file, **{name: as_before(GOLDEN / file, name, value) for name, value in found.items()})
     return weights_digest()
+
+
+def as_before(path: Path, name: str, value: np.ndarray) -> np.ndarray:
+    """The stored value where today's differs from it by no more than another machine's rounding: then the file keeps it."""
+    if not path.exists() or name not in (stored := np.load(path)).files or stored[name].shape != value.shape:
+        return value
+    near = value.dtype == np.float32 and cases.relative_error(value, stored[name]) < 2e-5
+    return stored[name] if near else value
 
 
 def main(parts: list[str]) -> None:

@@ -60,8 +60,8 @@ NAMES: dict[str, tuple[str, ...]] = {
 
 def target_sizes(config: Any) -> dict[str, Any]:
     """The fields of configs/plan.py: as given, else the target config's, else `DEFAULTS`; the target's mesh as target_layout; its
-    `LossConfig` or `PreferenceLossConfig`, for a KL term and a critic take memory, as loss; whether it samples, as sampled; and whether the policy that training starts
-    from stays in memory, as keeps_start.
+    `LossConfig` or `PreferenceLossConfig`, for a KL term and a critic take memory, as loss; whether it samples, as sampled; and whether the
+    policy that training starts from stays in memory, as keeps_start.
 
     Raises:
       UserError: neither names a model, or the target has no step that is planned here.

@@ -5,6 +5,8 @@ arrays. Here the head runs over chunks of positions inside a `lax.scan` whose bo
 time, forwards and backwards.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -20,17 +22,18 @@ def default_chunk(vocab_size: int) -> int:
 
 def token_logprobs(
     hidden_BTD: Float[Array, "batch seq d_model"],
-    unembed_DV: Float[Array, "d_model vocab"],
+    unembed: Float[Array, "d_model vocab"] | Callable[[Float[Array, "... d_model"]], Float[Array, "... vocab"]],
     targets_BT: Int[Array, "batch seq"],
     *,
     temperature: float = 1.0,
     chunk: int | None = None,
     with_entropy: bool = False,
 ) -> tuple[Float[Array, "batch seq"], Float[Array, "batch seq"] | None]:
-    """Log-probability (nats, fp32) of each target under softmax(hidden @ unembed / temperature), over the full vocabulary.
+    """Log-probability (nats, fp32) of each target under softmax(logits / temperature), over the full vocabulary.
 
-    hidden_BTD: the state that predicts targets_BT at the same index (the caller shifts). unembed_DV: head, any float dtype; the
-    product is accumulated in fp32. chunk: tokens (batch x positions) a chunk; None picks one by `default_chunk`. The split is along
+    hidden_BTD: the state that predicts targets_BT at the same index (the caller shifts). unembed: from hidden states to fp32 logits, the
+    sampler's own function (`models.head(cfg, params)`, with its bias and soft-cap); or a plain matrix, any float dtype, whose product
+    is accumulated in fp32. chunk: tokens (batch x positions) a chunk; None picks one by `default_chunk`. The split is along
     the sequence, so a batch axis sharded over devices stays sharded. with_entropy: also return the entropy (nats) of each predictive
     distribution; it is a metric, no gradient flows through it.
     Raises ValueError for a temperature that is not above zero or a chunk below one.
@@ -38,14 +41,14 @@ def token_logprobs(
     if not temperature > 0:
         raise ValueError(f"token_logprobs: temperature must be above 0, got {temperature}")
     batch, seq, d_model = hidden_BTD.shape
-    chunk = default_chunk(unembed_DV.shape[-1]) if chunk is None else chunk
+    logits_of = unembed if callable(unembed) else lambda hidden: jnp.einsum("BCD,DV->BCV", hidden, unembed, preferred_element_type=jnp.float32)
+    chunk = default_chunk(jax.eval_shape(logits_of, hidden_BTD).shape[-1]) if chunk is None else chunk
     if chunk < 1:
         raise ValueError(f"token_logprobs: chunk must be at least 1 token, got {chunk}")
     width = max(1, min(seq, chunk // max(batch, 1)))
 
     def head(hidden_BCD, targets_BC):
-        logits_BCV = jnp.einsum("BCD,DV->BCV", hidden_BCD, unembed_DV, preferred_element_type=jnp.float32)
-        return _gather_logprobs(logits_BCV / temperature, targets_BC, with_entropy)
+        return _gather_logprobs(logits_of(hidden_BCD) / temperature, targets_BC, with_entropy)
 
     if width == seq:  # one chunk: its logits are kept for the backward pass, which is cheaper than a second product
         logps_BT, entropy_BT = head(hidden_BTD, targets_BT)

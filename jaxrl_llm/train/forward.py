@@ -36,8 +36,7 @@ def completion_logprobs(
     hidden_NCD = completion_hidden(
         cfg, params, prompts_GP, prompt_lengths_G, completions_NC, completion_lengths_N, remat=remat, shared_prefix=shared_prefix
     )
-    unembed_DV = models.unembed_matrix(cfg, params)
-    return token_logprobs(hidden_NCD, unembed_DV, completions_NC, temperature=temperature, chunk=chunk, with_entropy=with_entropy)
+    return token_logprobs(hidden_NCD, models.head(cfg, params), completions_NC, temperature=temperature, chunk=chunk, with_entropy=with_entropy)
 
 
 def completion_hidden(

@@ -43,8 +43,7 @@ def _micro_loss(params, spec: SFTSpec, tokens_BT, mask_BT, total, segments_BT=No
     # Rows are right-padded and attention is causal, so no counted token ever sees padding.
     segments = None if segments_BT is None else segments_BT[:, :-1]
     hidden_BTD = models.forward(spec.model, compute, tokens_BT[:, :-1], segments=segments, remat=spec.remat).hidden
-    unembed_DV = models.unembed_matrix(spec.model, compute)
-    logps_BT, _ = token_logprobs(hidden_BTD, unembed_DV, tokens_BT[:, 1:], chunk=spec.logprob_chunk)
+    logps_BT, _ = token_logprobs(hidden_BTD, models.head(spec.model, compute), tokens_BT[:, 1:], chunk=spec.logprob_chunk)
     return sft_loss(logps_BT, mask_BT[:, 1:], total_tokens=total)[0]
 
 

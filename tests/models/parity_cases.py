@@ -36,6 +36,18 @@ QWEN2 = {**SMALL, "model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], 
 QWEN3 = {**SMALL, "model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "use_sliding_window": False}
 MISTRAL = {**SMALL, "model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": None}
 
+OLMO2 = {**SMALL, "model_type": "olmo2", "architectures": ["Olmo2ForCausalLM"]}
+PHI3 = {**SMALL, "model_type": "phi3", "architectures": ["Phi3ForCausalLM"], "pad_token_id": 0}
+_GEMMA = {
+    **{name: value for name, value in SMALL.items() if name != "hidden_act"},
+    "hidden_activation": "gelu_pytorch_tanh",
+    "head_dim": 16,
+    "sliding_window": 7,
+    "query_pre_attn_scalar": 24,
+}
+GEMMA2 = {**_GEMMA, "model_type": "gemma2", "architectures": ["Gemma2ForCausalLM"]}
+GEMMA3 = {**_GEMMA, "model_type": "gemma3_text", "architectures": ["Gemma3ForCausalLM"]}
+
 
 def rope(kind: str, theta: float = 10000.0, **values) -> dict:
     """The rope_parameters of transformers 5."""
@@ -109,6 +121,44 @@ CASES: dict[str, dict] = {
         "rope_theta": 10000.0,
     },
     "mistral_window": {**MISTRAL, "sliding_window": 7, "rope_theta": 10000.0},
+    "olmo2": {**OLMO2, **rope("default", 5e5)},
+    "olmo2_biases": {**OLMO2, "attention_bias": True, "num_key_value_heads": 1, "rope_theta": 10000.0},
+    "gemma2": {
+        **GEMMA2,
+        "tie_word_embeddings": True,
+        "attn_logit_softcapping": 3.0,
+        "final_logit_softcapping": 10.0,
+        "rope_theta": 10000.0,
+    },
+    "gemma2_uncapped": {
+        **GEMMA2,
+        "attention_bias": True,
+        "attn_logit_softcapping": None,
+        "final_logit_softcapping": None,
+        "layer_types": ["full_attention", "sliding_attention"],
+        **rope("linear", factor=4.0),
+    },
+    # The style of transformers 4, then that of 5.
+    "gemma3_pattern": {
+        **GEMMA3,
+        "tie_word_embeddings": True,
+        "sliding_window_pattern": 2,
+        "rope_theta": 1e6,
+        "rope_local_base_freq": 1000.0,
+        "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+    },
+    "gemma3": {
+        **GEMMA3,
+        "num_hidden_layers": 3,
+        "final_logit_softcapping": 10.0,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "rope_parameters": {
+            "full_attention": {"rope_type": "default", "rope_theta": 1e6},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+        },
+    },
+    "phi3": {**PHI3, "sliding_window": 7, "rope_theta": 10000.0},
+    "phi3_part": {**PHI3, "num_key_value_heads": 4, **rope("default", partial_rotary_factor=0.5)},
 }
 
 
@@ -118,6 +168,7 @@ def tensors(config: dict, seed: int) -> dict[str, np.ndarray]:
     d, f, h = config["hidden_size"], config["intermediate_size"], config["head_dim"]
     n, k = config["num_attention_heads"], config["num_key_value_heads"]
     kind = config["model_type"]
+    gemma = kind.startswith("gemma")
     bias = config.get("attention_bias", kind == "qwen2")
     out: dict[str, np.ndarray] = {}
 
@@ -127,20 +178,30 @@ def tensors(config: dict, seed: int) -> dict[str, np.ndarray]:
             out[f"{name}.bias"] = rng.standard_normal(rows) * 0.3
 
     def norm(name, size):
-        out[f"{name}.weight"] = 1 + 0.2 * rng.standard_normal(size)
+        out[f"{name}.weight"] = (0 if gemma else 1) + 0.2 * rng.standard_normal(size)
 
-    out["model.embed_tokens.weight"] = rng.standard_normal((config["vocab_size"], d))
+    # Gemma's are scaled up when read; tied, large ones would make every model repeat its last token.
+    out["model.embed_tokens.weight"] = rng.standard_normal((config["vocab_size"], d)) * (0.3 if gemma else 1)
     for i in range(config["num_hidden_layers"]):
         layer = f"model.layers.{i}"
-        norm(f"{layer}.input_layernorm", d)
+        if kind != "olmo2":
+            norm(f"{layer}.input_layernorm", d)
         norm(f"{layer}.post_attention_layernorm", d)
-        for name, rows in (("q", n * h), ("k", k * h), ("v", k * h)):
+        if gemma:
+            norm(f"{layer}.pre_feedforward_layernorm", d)
+        if gemma or kind == "olmo2":
+            norm(f"{layer}.post_feedforward_layernorm", d)
+        fused = kind == "phi3"
+        for name, rows in (("qkv", (n + 2 * k) * h),) if fused else (("q", n * h), ("k", k * h), ("v", k * h)):
             linear(f"{layer}.self_attn.{name}_proj", rows, d, bias)
         linear(f"{layer}.self_attn.o_proj", d, n * h, bias and kind != "qwen2")
-        if kind == "qwen3":
+        if kind in ("qwen3", "gemma3_text"):
             norm(f"{layer}.self_attn.q_norm", h)
             norm(f"{layer}.self_attn.k_norm", h)
-        for name, rows, columns in (("gate", f, d), ("up", f, d), ("down", d, f)):
+        if kind == "olmo2":
+            norm(f"{layer}.self_attn.q_norm", n * h)
+            norm(f"{layer}.self_attn.k_norm", k * h)
+        for name, rows, columns in (*((("gate_up", 2 * f, d),) if fused else (("gate", f, d), ("up", f, d))), ("down", d, f)):
             linear(f"{layer}.mlp.{name}_proj", rows, columns, config.get("mlp_bias", False))
     norm("model.norm", d)
     if not config["tie_word_embeddings"]:

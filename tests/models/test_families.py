@@ -95,8 +95,9 @@ def test_defaults_agree_with_transformers(model_type):
     transformers = pytest.importorskip("transformers")
     sizes = {"num_attention_heads": 32, "hidden_size": 64, "num_hidden_layers": 30, "model_type": model_type}
     theirs = transformers.AutoConfig.for_model(**sizes)
-    silent = ModelConfig.from_hf({**sizes, "vocab_size": 10, "intermediate_size": 10})
-    spoken = ModelConfig.from_hf({**theirs.to_dict(), "vocab_size": 10, "intermediate_size": 10})
+    given = {"vocab_size": 60_000, "intermediate_size": 10}  # end-of-text ids have defaults up to 50,279
+    silent = ModelConfig.from_hf({**sizes, **given})
+    spoken = ModelConfig.from_hf({**theirs.to_dict(), **given})
     assert silent == spoken
 
 

@@ -14,7 +14,8 @@ from safetensors.numpy import load_file, save_file
 import models
 from models import ModelError, hf_export
 
-NAMES = ("llama_biases_linear", "qwen2", "qwen3_layer_types", "mistral_window")  # every tensor that there is
+# Every tensor that there is.
+NAMES = ("llama_biases_linear", "qwen2", "qwen3_layer_types", "mistral_window", "olmo2_biases", "gemma2_uncapped", "gemma3", "phi3")
 
 
 @pytest.fixture

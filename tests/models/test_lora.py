@@ -105,6 +105,17 @@ def test_folders_round_trip_bit_for_bit(name, tmp_path):
     assert set(found.targets) == set(lora.lora_targets(cfg, config)) and (found.rank, found.scale) == (2, config.scale)
 
 
+def test_matrices_that_share_a_tensor_are_merged_but_not_saved_apart(tmp_path):
+    cfg = models.ModelConfig.from_hf(cases.CASES["phi3"])
+    params, adapter = cases.random_params(cfg), drawn(cfg)
+    assert np.abs(np.asarray(lora.merge(cfg, params, adapter, 2.0)["blocks"]["k"] - params["blocks"]["k"])).max() > 0.1
+    with pytest.raises(ModelError, match="'blocks.q' lies with others in .*qkv_proj.*merge the adapter"):
+        lora.save_lora(tmp_path, cfg, {"blocks": {"q": adapter["blocks"]["q"]}}, CONFIG)
+    config = dataclasses.replace(CONFIG, targets=("blocks.o", "blocks.down"))
+    lora.save_lora(tmp_path, cfg, drawn(cfg, config), config)
+    jax.tree.map(np.testing.assert_array_equal, lora.load_lora(tmp_path, cfg)[0], drawn(cfg, config))
+
+
 @needs_peft
 def test_peft_reads_ours_and_we_read_peft_s(base, tmp_path):
     """The same logits on both sides, whoever wrote the adapter."""

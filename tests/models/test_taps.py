@@ -11,7 +11,9 @@ import pytest
 
 import models
 from models import ModelError
-from models.layers import Block, attention_mask, rms_norm, rope_table
+from models.attention import attention_mask
+from models.layers import Block, rms_norm
+from models.rope import rope_table
 from models.taps import BLOCK_TAPS
 
 CASE = "qwen3_layer_types"  # one windowed layer, one full; biases; q/k norm; YaRN

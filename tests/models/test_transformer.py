@@ -12,7 +12,7 @@ import pytest
 
 import models
 from models import ModelError, layers
-from models.layers import batched_matmul
+from models.attention import batched_matmul
 from models.transformer import unstacked
 
 T = 12

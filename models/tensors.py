@@ -1,0 +1,160 @@
+"""Where parameters lie in a checkpoint's tensors: axes, order, and parts of one tensor, for reading and for writing."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from models.config import ModelConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """Where one parameter lives in a checkpoint.
+
+    name: "{layer}" stands for the layer's number; such a leaf is stacked on a leading axis that is not counted below.
+    ours: a letter for each axis of our leaf. stored: the axes of the tensor, each a run of our letters flattened
+      together; torch's matrices are [out, in], ours [in..., out...], so "DNH" is stored as "NH D".
+    Several leaves may lie in one tensor. A "|" then stands where they follow each other, and `beside` names what each of them has
+      there, in order, `place` which of them is ours: "|NH D" with beside ("NH", "KH", "KH") has all queries first, then the keys,
+      then the values; "N|H D" with beside ("H", "H", "H") has these three for each head.
+    span: (where our part begins, its size, the size of all parts), as `at` fills it in.
+    """
+
+    name: str
+    ours: str
+    stored: str
+    beside: tuple[str, ...] = ()
+    place: int = 0
+    span: tuple[int, int, int] | None = None
+
+    def at(self, cfg: ModelConfig) -> Tensor:
+        """This tensor in a model of known sizes."""
+        if not self.beside:
+            return self
+        sizes = {"D": cfg.d_model, "N": cfg.n_heads, "K": cfg.n_kv_heads, "H": cfg.head_dim, "F": cfg.d_ff}
+        parts = [math.prod(sizes[letter] for letter in run) for run in self.beside]
+        return dataclasses.replace(self, span=(sum(parts[: self.place]), parts[self.place], sum(parts)))
+
+    def names(self, n_layers: int) -> list[str]:
+        """The tensor's name, or its name in each layer."""
+        return [self.name.format(layer=i) for i in range(n_layers)] if "{layer}" in self.name else [self.name]
+
+    def stored_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """The shape in the file of the tensor that holds our (unstacked) leaf of `shape`."""
+        sizes = dict(zip(self.ours, shape, strict=True))
+        shapes = []
+        for group in self.stored.split():
+            shared, bar, own = group.rpartition("|")
+            whole = self._span[2] if bar else math.prod(sizes[a] for a in own)
+            shapes.append(math.prod(sizes[a] for a in shared) * whole)
+        return tuple(shapes)
+
+    def write(self, tensor: np.ndarray, value: np.ndarray) -> None:
+        """Puts our (unstacked) leaf where it belongs in the tensor of `stored_shape`."""
+        order = [self.ours.index(a) for a in self._letters]
+        place = self._part(tensor)
+        place[...] = value.transpose(order).reshape(place.shape)
+
+    def to_stored(self, value: np.ndarray) -> np.ndarray:
+        """Our (unstacked) leaf that is a tensor of its own, laid out as in the file."""
+        return value.transpose([self.ours.index(a) for a in self._letters]).reshape(self.stored_shape(value.shape))
+
+    def read(self, read: Callable[[tuple[slice, ...]], np.ndarray], shape: Sequence[int], index: Sequence[slice]):
+        """The part of our (unstacked) leaf of `shape` within `index`, through `read(slices of the stored tensor)`.
+
+        Reads no more than it must as long as only the first letter of each run is cut (which is how we shard); of leaves that
+        follow each other for each head, it reads all of those heads.
+        """
+        sizes = dict(zip(self.ours, shape, strict=True))
+        cut = dict(zip(self.ours, index, strict=True))
+        wanted = []
+        for group in self.stored.split():
+            shared, bar, own = group.rpartition("|")
+            first, *rest = shared + own
+            start, stop, _ = cut[first].indices(sizes[first])
+            if shared:
+                row, offset = math.prod(sizes[a] for a in shared[1:]) * self._span[2], 0
+            else:
+                row, offset = math.prod(sizes[a] for a in rest), self._span[0] if bar else 0
+            wanted.append(slice(offset + start * row, offset + stop * row))
+            sizes[first], cut[first] = stop - start, slice(None)
+        got = read(tuple(wanted))
+        got = self._part(got) if self._shares else got
+        part = got.reshape([sizes[a] for a in self._letters])
+        return part.transpose([self._letters.index(a) for a in self.ours])[tuple(cut[a] for a in self.ours)]
+
+    @property
+    def _letters(self) -> str:
+        return self.stored.replace(" ", "").replace("|", "")
+
+    @property
+    def _shares(self) -> bool:
+        """Whether the leaves follow each other within an axis, again and again."""
+        return any(group.rpartition("|")[0] for group in self.stored.split())
+
+    @property
+    def _span(self) -> tuple[int, int, int]:
+        assert self.span is not None, f"{self.name}: several leaves lie in it, so its place depends on the model: use `at`"
+        return self.span
+
+    def _part(self, tensor: np.ndarray) -> np.ndarray:
+        """A view of our part of (a piece of) the stored tensor; the axis with the "|" becomes two."""
+        for axis, group in enumerate(self.stored.split()):
+            if "|" in group:
+                start, size, whole = self._span
+                before, after = tensor.shape[:axis], tensor.shape[axis + 1 :]
+                split = tensor.reshape(*before, tensor.shape[axis] // whole, whole, *after)
+                return split[(slice(None),) * (axis + 1) + (slice(start, start + size),)]
+        return tensor
+
+
+# One for each parameter, where most families keep it; a family lists only those it keeps elsewhere.
+_LAYER = "model.layers.{layer}."
+TENSORS: dict[str, Tensor] = {
+    "embed.embedding": Tensor("model.embed_tokens.weight", "VD", "V D"),
+    "blocks.attn_norm": Tensor(_LAYER + "input_layernorm.weight", "D", "D"),
+    "blocks.q": Tensor(_LAYER + "self_attn.q_proj.weight", "DNH", "NH D"),
+    "blocks.k": Tensor(_LAYER + "self_attn.k_proj.weight", "DKH", "KH D"),
+    "blocks.v": Tensor(_LAYER + "self_attn.v_proj.weight", "DKH", "KH D"),
+    "blocks.o": Tensor(_LAYER + "self_attn.o_proj.weight", "NHD", "D NH"),
+    "blocks.q_bias": Tensor(_LAYER + "self_attn.q_proj.bias", "NH", "NH"),
+    "blocks.k_bias": Tensor(_LAYER + "self_attn.k_proj.bias", "KH", "KH"),
+    "blocks.v_bias": Tensor(_LAYER + "self_attn.v_proj.bias", "KH", "KH"),
+    "blocks.o_bias": Tensor(_LAYER + "self_attn.o_proj.bias", "D", "D"),
+    "blocks.q_norm": Tensor(_LAYER + "self_attn.q_norm.weight", "H", "H"),
+    "blocks.k_norm": Tensor(_LAYER + "self_attn.k_norm.weight", "H", "H"),
+    "blocks.mlp_norm": Tensor(_LAYER + "post_attention_layernorm.weight", "D", "D"),
+    "blocks.gate": Tensor(_LAYER + "mlp.gate_proj.weight", "DF", "F D"),
+    "blocks.up": Tensor(_LAYER + "mlp.up_proj.weight", "DF", "F D"),
+    "blocks.down": Tensor(_LAYER + "mlp.down_proj.weight", "FD", "D F"),
+    "blocks.gate_bias": Tensor(_LAYER + "mlp.gate_proj.bias", "F", "F"),
+    "blocks.up_bias": Tensor(_LAYER + "mlp.up_proj.bias", "F", "F"),
+    "blocks.down_bias": Tensor(_LAYER + "mlp.down_proj.bias", "D", "D"),
+    "final_norm.scale": Tensor("model.norm.weight", "D", "D"),
+    "lm_head.kernel": Tensor("lm_head.weight", "DV", "V D"),
+}
+
+# Blocks with norms after attention and MLP: post_attention_layernorm is then what its name says.
+POST_NORMS: dict[str, Tensor] = {
+    "blocks.attn_post_norm": Tensor(_LAYER + "post_attention_layernorm.weight", "D", "D"),
+    "blocks.mlp_post_norm": Tensor(_LAYER + "post_feedforward_layernorm.weight", "D", "D"),
+}
+OLMO2_TENSORS: dict[str, Tensor] = {
+    **POST_NORMS,
+    "blocks.q_norm": Tensor(_LAYER + "self_attn.q_norm.weight", "NH", "NH"),
+    "blocks.k_norm": Tensor(_LAYER + "self_attn.k_norm.weight", "KH", "KH"),
+}
+GEMMA_TENSORS: dict[str, Tensor] = {**POST_NORMS, "blocks.mlp_norm": Tensor(_LAYER + "pre_feedforward_layernorm.weight", "D", "D")}
+
+_QKV = ("NH", "KH", "KH")
+PHI3_TENSORS: dict[str, Tensor] = {
+    "blocks.q": Tensor(_LAYER + "self_attn.qkv_proj.weight", "DNH", "|NH D", _QKV, 0),
+    "blocks.k": Tensor(_LAYER + "self_attn.qkv_proj.weight", "DKH", "|KH D", _QKV, 1),
+    "blocks.v": Tensor(_LAYER + "self_attn.qkv_proj.weight", "DKH", "|KH D", _QKV, 2),
+    "blocks.gate": Tensor(_LAYER + "mlp.gate_up_proj.weight", "DF", "|F D", ("F", "F"), 0),
+    "blocks.up": Tensor(_LAYER + "mlp.gate_up_proj.weight", "DF", "|F D", ("F", "F"), 1),
+}
