@@ -29,7 +29,7 @@ from jaxrl_llm.rewards.constraints import check, read_constraints
 from jaxrl_llm.rewards.verdict import Reward, Status, Verdict
 from jaxrl_llm.run_dir import RunDir
 from jaxrl_llm.runtime import parse_mesh
-from jaxrl_llm.train.config import GRPOConfig, check_grpo, from_mapping
+from jaxrl_llm.train.config import GRPOConfig, check_dtype, check_grpo, from_mapping
 from jaxrl_llm.train.loop import train_grpo
 from jaxrl_llm.train.rollout import decode_completions, judge
 
@@ -70,6 +70,7 @@ def run(config: Any, workdir: str) -> None:
     for name in ("model", "stories"):
         if not config[name]:
             raise UserError(f"no {name}: give --config.{name}=...")
+    check_dtype(config.dtype)
     grpo = dataclasses.replace(from_mapping(GRPOConfig, config.grpo.to_dict(), "grpo."), seed=config.seed)
     check_grpo(grpo)
     for name in ("held_out", "judge_samples"):

@@ -29,13 +29,14 @@ def run(config: Any, workdir: str) -> None:
       UserError: no model or data named, a row without what the loss needs, no row short enough; and what reading and training raise.
     """
     import models
-    from jaxrl_llm.train.config import DPOConfig, check_choice, check_dpo, from_mapping
+    from jaxrl_llm.train.config import DPOConfig, check_choice, check_dpo, check_dtype, from_mapping
     from jaxrl_llm.train.dpo import train_dpo
 
     if not config.model:
         raise UserError("no model: name a Hugging Face folder or hub id with --config.model=...")
     if not config.data.source:
         raise UserError("no data: name a file or data set with --config.data.source=...")
+    check_dtype(config.dtype)
     check_choice("overflow", config.overflow, OVERFLOWS)
     settings = from_mapping(DPOConfig, config.train)
     check_dpo(settings)

@@ -44,7 +44,9 @@ def train_policy(config: Any, workdir: str, kind: str, settings: Any, train: Cal
     """What every verb that trains on the policy's own samples does around `train` (arguments and result of `loop.train_grpo`). kind: of
     the run directory. settings: of the training, checked."""
     import models
+    from jaxrl_llm.train.config import check_dtype
 
+    check_dtype(config.dtype)
     if not config.model:
         raise UserError("no model: name a Hugging Face folder or hub id with --config.model=...")
     reward = registry.get_reward(config.reward.name, **parse_options("reward.options", config.reward.options))

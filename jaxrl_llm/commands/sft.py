@@ -23,7 +23,7 @@ def run(config: Any, workdir: str) -> None:
       UserError: no model or data named, a missing response, no row short enough; and what reading and training raise.
     """
     import models
-    from jaxrl_llm.train.config import SFTConfig, from_mapping
+    from jaxrl_llm.train.config import SFTConfig, check_dtype, from_mapping
     from jaxrl_llm.train.sft import train_sft
 
     if not config.model:
@@ -33,6 +33,7 @@ def run(config: Any, workdir: str) -> None:
     for name, known in (("loss_on", ("response", "assistant", "text")), ("overflow", ("drop", "truncate", "error"))):
         if config[name] not in known:
             raise UserError(f"config key '{name}' is '{config[name]}': {nearest(config[name], known)}")
+    check_dtype(config.dtype)
     settings = from_mapping(SFTConfig, config.train)
     rows = _read(config)
     run_dir = RunDir(workdir, config, kind="sft")

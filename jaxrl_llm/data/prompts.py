@@ -74,6 +74,8 @@ def tokenise_prompts(
         raise UserError(f"overflow '{overflow}': {nearest(overflow, ['error', 'drop', 'truncate'])}")
     if max_length < 1:
         raise UserError(f"max_length {max_length}: a prompt needs room for at least one token")
+    if not rows:
+        raise UserError("no prompt: the rows are none; look at data.limit and the source")
     token_lists = _tokenise(rows, tokenizer, template)
     places = getattr(rows, "places", {})  # rows that `read_rows` read know where they stand
     kept_rows, kept_tokens, dropped, truncated = [], [], 0, 0

@@ -66,7 +66,7 @@ SECTIONS = (
         "panels",
         "Training",
         "Training metrics",
-        "One small chart a metric. Thin: every step. Thick: the running mean.",
+        "One small chart a metric. Thin: every step. Thick, in runs that are long enough: the running mean.",
         lambda data, _: sections.panels(data["panels"], data.get("panels_note")),
         ("run",),
     ),

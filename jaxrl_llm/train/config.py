@@ -222,6 +222,11 @@ def check_choice(name: str, value: Any, known: tuple) -> None:
         raise UserError(f"setting '{name}' is {value!r}; it must be one of {', '.join(map(repr, known))}")
 
 
+def check_dtype(dtype: str) -> None:
+    """Raises UserError for a precision that training does not run in: half precision overflows."""
+    check_choice("dtype", dtype, ("float32", "bfloat16"))
+
+
 def check_grpo(config: GRPOConfig) -> None:
     """Raises UserError for settings that have no meaning, before anything is compiled."""
     from jaxrl_llm.losses import grpo

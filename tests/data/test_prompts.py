@@ -96,6 +96,8 @@ def test_overflow_policies():
     assert bare.token_lists()[0] == [6, 7, 8]
     with pytest.raises(UserError, match="no prompt is left: all 1"):
         tokenise_prompts(rows[:1], make_tokenizer(), max_length=3, overflow="drop")
+    with pytest.raises(UserError, match="the rows are none"):
+        tokenise_prompts([], make_tokenizer(), max_length=3)
     with pytest.raises(UserError, match="overflow 'trunc': did you mean truncate"):
         tokenise_prompts(rows, make_tokenizer(), max_length=3, overflow="trunc")
 

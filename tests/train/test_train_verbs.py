@@ -297,6 +297,7 @@ def test_band_without_the_vectors_of_its_set_is_refused(model, tmp_path):
         (dict(schedule__kind="published"), "data.curated"),
         (dict(schedule__kind="band"), "data.curated"),
         (dict(schedule__batch_prompts=500), "larger than the 20 rows"),
+        (dict(dtype="float16"), "'dtype' is 'float16'; it must be one of 'float32', 'bfloat16'"),
     ],
 )
 def test_grpo_mistakes_are_one_clear_line(model, sums, tmp_path, overrides, message):
@@ -314,6 +315,7 @@ def test_grpo_mistakes_are_one_clear_line(model, sums, tmp_path, overrides, mess
         (dict(loss_on="respons"), "did you mean response"),
         (dict(overflow="cut"), "overflow"),
         (dict(response_field="anser"), "anser"),
+        (dict(dtype="float16"), "'dtype' is 'float16'"),
     ],
 )
 def test_sft_mistakes_are_one_clear_line(model, sums, tmp_path, overrides, message):
