@@ -90,7 +90,7 @@ def test_settings_of_the_features_reach_their_space(monkeypatch, field, value):
 )  # fmt: skip
 def test_settings_of_the_sae_reach_its_training(monkeypatch, field, value):
     """The rows held out and the order of the others depend on the seed, all else on the fields of the same name."""
-    model = passes.LanguageModel(type("Cfg", (), dict(d_model=4, max_position=24, n_layers=2))(), {}, None, "model")
+    model = passes.LanguageModel(type("Cfg", (), dict(d_model=4, d_ff=6, max_position=24, n_layers=2))(), {}, None, "model")
 
     def trained(config):
         seen = []
@@ -102,7 +102,10 @@ def test_settings_of_the_sae_reach_its_training(monkeypatch, field, value):
         passes.train_dictionary(model, [{"prompt": str(i)} for i in range(20)], config, None)
         return seen
 
-    assert trained(config_of()) == trained(config_of()) != trained(config_of(**{field: value}))
+    other = trained(config_of(**{field: value}))
+    assert trained(config_of()) == trained(config_of()) != other
+    (cfg,) = [entry[0] for entry in other if isinstance(entry[0], sae.SAEConfig)]
+    assert cfg.d_in == (6 if "mlp_act" in value else 4) and cfg.d_sae == cfg.d_in * (5 if field == "train_sae.expansion" else 16)
 
 
 @pytest.mark.parametrize(
