@@ -118,7 +118,8 @@ def test_checkpoint_every_zero_keeps_none_on_the_way(repo, tmp_path, assets, sou
 
 
 def test_other_taps_architectures_and_layouts(tmp_path, assets, source):
-    changes = {"hook": "blocks.0.mlp_act", "sae.architecture": "relu", "train.l1_coefficient": 0.1, "sae.layout": "saelens", "sae.d_sae": 200, "train.steps": 2}
+    changes = {"hook": "blocks.0.mlp_act", "sae.architecture": "relu", "train.l1_coefficient": 0.1, "sae.layout": "saelens", "sae.d_sae": 200}
+    changes |= {"train.steps": 2}
     assert call(tmp_path, assets, source, **changes) == 0
     assert (tmp_path / "sae" / "cfg.json").exists()
     d = sae.load(tmp_path / "sae")
@@ -226,7 +227,8 @@ def test_every_setting_reaches_what_it_is_for(monkeypatch, tmp_path, field):
         monkeypatch.setattr(sae, "save", lambda folder, *how, **named: keep("save")(*how, **named))
         monkeypatch.setattr(checkpoint, "until_done", lambda folder: contextlib.nullcontext())
         monkeypatch.setattr(processes, "on_this_process", lambda dictionary, mesh: dictionary)
-        command.run(load_config("configs/train_sae.py", {"model": "m", "data.source": "s.txt", "train.l1_coefficient": "0.1"} | changes), str(workdir))
+        given = {"model": "m", "data.source": "s.txt", "train.l1_coefficient": "0.1"}
+        command.run(load_config("configs/train_sae.py", given | changes), str(workdir))
         return seen
 
     plain, again, other = seen_with(tmp_path / "a"), seen_with(tmp_path / "b"), seen_with(tmp_path / "c", **{field: OTHER[field]})
