@@ -59,10 +59,19 @@ class SAETrainConfig:
         choice("decoder_norm", self.decoder_norm, ("unit", "free"))
         choice("b_dec_init", self.b_dec_init, ("geometric_median", "mean", "zero"))
         choice("method", self.method, ("auto", "dense", "sparse"))
-        if self.steps < 1 or self.log_every < 1 or self.init_rows < 1:
-            raise SAEError("SAE training: steps, log_every and init_rows must be at least 1")
+        least = dict.fromkeys(("steps", "log_every", "init_rows", "dead_after", "aux_k"), 1)
+        least |= dict.fromkeys(("warmup_steps", "l1_warmup_steps", "grad_clip", "l1_coefficient", "aux_coefficient"), 0)
+        for name, low in least.items():
+            value = getattr(self, name)
+            if value is not None and not low <= value < math.inf:
+                raise SAEError(f"SAE training: {name} is {value}; give {low} or more")
+        if self.learning_rate is not None and not 0.0 < self.learning_rate < math.inf:
+            raise SAEError(f"SAE training: learning_rate is {self.learning_rate}; give a positive number")
         if not 0.0 <= self.decay_share <= 1.0:
             raise SAEError(f"SAE training: decay_share is {self.decay_share}; give a share between 0 and 1")
+        for name in ("beta1", "beta2"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise SAEError(f"SAE training: {name} is {getattr(self, name)}; give a number from 0 to below 1")
 
 
 @flax.struct.dataclass

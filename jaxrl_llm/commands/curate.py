@@ -53,7 +53,7 @@ def check(config: Any) -> None:
     }
     counts = (
         "data.limit", "features.min_rows", "features.batch_tokens", "features.shard_rows", "train_sae.expansion", "train_sae.k", "train_sae.steps",
-        "train_sae.batch_size", "train_sae.buffer_rows", "clusters.k", "clusters.dims", "clusters.restarts", "difficulty.samples",
+        "train_sae.batch_size", "clusters.k", "clusters.dims", "clusters.restarts", "difficulty.samples",
         "difficulty.max_new_tokens", "difficulty.max_prompt_tokens", "difficulty.batch_prompts", "quality.samples", "schedule.batch_size",
     )  # fmt: skip
     tiny = 1e-6  # where 0 itself has no meaning
@@ -70,6 +70,8 @@ def check(config: Any) -> None:
         "quality.duplicate_threshold": (tiny, 1),
         "schedule.rho": orders.ALLOWED["rho"],
         "bootstrap": (0, inf),
+        "seed": (0, inf),
+        "train_sae.buffer_rows": (2 * config.train_sae.batch_size, inf),
     }
     check_fields(config, choices, ranges)
     if not config.formats:

@@ -1,9 +1,11 @@
 """`jaxrl-llm train_sae`: a dictionary for one tap of a model, from text or prompt rows, with its metrics on held-out rows."""
 
 import json
+from math import inf
 from pathlib import Path
 from typing import Any
 
+from jaxrl_llm.config import check_fields
 from jaxrl_llm.data.prompts import fill_template
 from jaxrl_llm.data.sources import parse_fields, read_rows
 from jaxrl_llm.errors import UserError
@@ -17,12 +19,9 @@ def run(config: Any, workdir: str) -> None:
     """Harvests, trains, judges and saves; see configs/train_sae.py for the fields.
 
     Raises:
-      UserError: no model or no text named, too few rows; and what reading, loading, harvesting and training raise.
+      UserError: no model or no text named, a setting out of its range, too few rows; and what reading, loading, harvesting and training raise.
     """
-    if not config.model:
-        raise UserError("no model: name a Hugging Face folder or hub id with --config.model=...")
-    if not config.data.source:
-        raise UserError("no text: name a file or data set with --config.data.source=...")
+    check(config)
     texts = _texts(config.data)
 
     import jax
@@ -54,12 +53,12 @@ def run(config: Any, workdir: str) -> None:
             model_cfg, params, rows, hook, harvest.batch_rows, harvest.context_size, skip_bos=harvest.skip_bos, mesh=mesh
         )
 
-    width, kind = next(iter(activations(eval_rows))).shape[1], ARCHITECTURES.get(config.sae.architecture)
+    width, kind = next(iter(activations(eval_rows))).shape[1], ARCHITECTURES[config.sae.architecture]
     cfg = sae.SAEConfig(
         architecture=config.sae.architecture,
         d_in=width,
         d_sae=config.sae.d_sae or config.sae.expansion * width,
-        k=config.sae.k if kind is None or kind.needs_k else None,  # SAEConfig names an unknown architecture
+        k=config.sae.k if kind.needs_k else None,
         normalize_activations=config.sae.normalize_activations,
         apply_b_dec_to_input=config.sae.apply_b_dec_to_input,
         hook_name=hook,
@@ -68,7 +67,7 @@ def run(config: Any, workdir: str) -> None:
         dtype=config.sae.dtype,
     )
     buffer = sae.ActivationBuffer(lambda: activations(train_rows), config.batch_size, harvest.buffer_rows, config.seed)
-    settings = sae.SAETrainConfig(**config.train.to_dict())
+    settings = sae.SAETrainConfig(**config.train)
     with until_done(run_dir.checkpoints) as checkpoints:
         dictionary, _ = sae.train_sae(
             cfg, buffer, settings, jax.random.key(config.seed), mesh=mesh, on_log=lambda record: run_dir.log({"kind": "train", **record}),
@@ -81,6 +80,40 @@ def run(config: Any, workdir: str) -> None:
             sae.save(folder, dictionary, layout=config.sae.layout)
             run_dir.summary(summary)
             _report(folder, summary)
+
+
+def check(config: Any) -> None:
+    """Raises UserError or SAEError for a config that could not be run to its end, before anything is read."""
+    if not config.model:
+        raise UserError("no model: name a Hugging Face folder or hub id with --config.model=...")
+    if not config.data.source:
+        raise UserError("no text: name a file or data set with --config.data.source=...")
+    import sae
+    from sae.architectures import ARCHITECTURES
+    from sae.config import DTYPES, NORMALISATIONS
+    from sae.formats import LAYOUTS
+
+    choices = {
+        "dtype": ("float32", "bfloat16"),
+        "data.on_bad": ("error", "skip"),
+        "sae.architecture": tuple(ARCHITECTURES),
+        "sae.normalize_activations": NORMALISATIONS,
+        "sae.dtype": DTYPES,
+        "sae.layout": tuple(LAYOUTS),
+    }
+    ones = ("data.limit", "data.eval_rows", "harvest.batch_rows", "sae.expansion", "sae.k", "batch_size")
+    zeros = ("sae.d_sae", "checkpoint_every", "seed")
+    ranges = {
+        **dict.fromkeys(ones, (1, inf)),
+        **dict.fromkeys(zeros, (0, inf)),
+        "harvest.context_size": (2, inf),  # of one token nothing is predicted
+        "harvest.buffer_rows": (2 * config.batch_size, inf),
+    }
+    check_fields(config, choices, ranges)
+    sae.SAETrainConfig(**config.train)  # checks its own fields
+    if ARCHITECTURES[config.sae.architecture].penalty is not None and not config.train.l1_coefficient:
+        kind = config.sae.architecture
+        raise UserError(f"config key 'train.l1_coefficient' is 0, and nothing else makes a {kind!r} dictionary sparse: give a positive weight")
 
 
 def _texts(data: Any) -> list[str]:

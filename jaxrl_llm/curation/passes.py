@@ -17,7 +17,7 @@ import models
 import sae
 from jaxrl_llm.checkpoint import until_done
 from jaxrl_llm.curation.feature_space import FeatureSpace, SpaceView, dense_space
-from jaxrl_llm.curation.features import extract_features, middle_hook, random_dictionary
+from jaxrl_llm.curation.features import extract_features, hook_width, middle_hook, random_dictionary
 from jaxrl_llm.curation.processes import on_this_process
 from jaxrl_llm.curation.streaming import Results
 from jaxrl_llm.curation.texts import with_bos
@@ -78,9 +78,10 @@ def train_dictionary(
         return sae.harvest_activations(model.cfg, model.params, texts(), hook, batch_rows, context, mesh=mesh)
 
     train, test = (order[held_out:] if len(rows) > 1 else order), order[:held_out]
+    width = hook_width(model.cfg, hook)
     cfg = sae.SAEConfig(
-        d_in=model.cfg.d_model,
-        d_sae=settings.expansion * model.cfg.d_model,
+        d_in=width,
+        d_sae=settings.expansion * width,
         k=settings.k,
         hook_name=hook,
         model_name=model.name,

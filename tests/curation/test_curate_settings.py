@@ -10,7 +10,8 @@ import tiny_curation as tiny
 import sae
 from jaxrl_llm.commands import curate as command
 from jaxrl_llm.config import load_config
-from jaxrl_llm.curation import passes, pipeline
+from jaxrl_llm.curation import judging, passes, pipeline
+from jaxrl_llm.curation.probes import ArrayDesign
 from jaxrl_llm.data.lab_world import build_tokenizer
 
 ROWS = [
@@ -90,7 +91,7 @@ def test_settings_of_the_features_reach_their_space(monkeypatch, field, value):
 )  # fmt: skip
 def test_settings_of_the_sae_reach_its_training(monkeypatch, field, value):
     """The rows held out and the order of the others depend on the seed, all else on the fields of the same name."""
-    model = passes.LanguageModel(type("Cfg", (), dict(d_model=4, max_position=24, n_layers=2))(), {}, None, "model")
+    model = passes.LanguageModel(type("Cfg", (), dict(d_model=4, d_ff=6, max_position=24, n_layers=2))(), {}, None, "model")
 
     def trained(config):
         seen = []
@@ -102,7 +103,73 @@ def test_settings_of_the_sae_reach_its_training(monkeypatch, field, value):
         passes.train_dictionary(model, [{"prompt": str(i)} for i in range(20)], config, None)
         return seen
 
-    assert trained(config_of()) == trained(config_of()) != trained(config_of(**{field: value}))
+    other = trained(config_of(**{field: value}))
+    assert trained(config_of()) == trained(config_of()) != other
+    (cfg,) = [entry[0] for entry in other if isinstance(entry[0], sae.SAEConfig)]
+    assert cfg.d_in == (6 if "mlp_act" in value else 4) and cfg.d_sae == cfg.d_in * (5 if field == "train_sae.expansion" else 16)
+
+
+STAGES = [
+    ("clusters.k", "3", {"cluster"}), ("clusters.dims", "3", {"reduce"}), ("clusters.restarts", "3", {"cluster"}),
+    ("difficulty.use", "dense_max", {"difficulty"}), ("difficulty.models", "ridge", {"difficulty"}),
+    ("difficulty.max_labels", "3", {"difficulty"}), ("difficulty.folds", "3", {"difficulty"}), ("difficulty.free", "active_count", {"label-free"}),
+    ("quality.use", "dense_mean", {"quality"}), ("quality.samples", "3", {"copies"}), ("quality.corruptions", "garble", {"copies"}),
+    ("quality.separator", "|", {"tokens", "opinions"}), ("features.batch_tokens", "99", {"opinions"}), ("features.shard_rows", "9", {"opinions"}),
+    ("bootstrap", "3", {"difficulty", "quality"}), ("seed", "3", {"cluster", "reduce", "difficulty", "copies", "quality", "opinions"}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("field", "value", "reached"), STAGES, ids=[field for field, *_ in STAGES])
+def test_settings_of_the_stages_reach_them_and_no_other(monkeypatch, field, value, reached):
+    rows = [{"id": str(i), "prompt": f"{i} red balls and {i % 5} blue", "answer": str(i)} for i in range(40)]
+
+    def seen_with(config):
+        seen = {}
+
+        def keep(name, result=None):
+            return lambda *args, **named: (seen.setdefault(name, []).append(repr((args, sorted(named.items())))), result)[1]
+
+        class View(ArrayDesign):
+            def reduce(self, dims, seed):
+                return keep("reduce", np.eye(40))(dims, seed)
+
+        space = type("Space", (), {"view": lambda self, *_: View(np.eye(40))})
+        clusters = pipeline.diversity.Clusters(np.arange(40) % 4, np.eye(4), 0.0)
+        results = type("Results", (), {"lengths": np.arange(40), "widths": {"sae": 40}, "blocks": lambda *_: type("Blocks", (), {"blocks": None})})()
+        views = passes.Views(results, {"sae": View(np.eye(40))})
+        monkeypatch.setattr(pipeline.FeatureSpace, "fit", lambda *_, **__: space())
+        monkeypatch.setattr(pipeline.diversity, "cluster", lambda x, *how, **named: keep("cluster", clusters)(*how, **named))
+        monkeypatch.setattr(pipeline, "surprisal", lambda *_: np.arange(40))
+        monkeypatch.setattr(pipeline, "active_count", lambda *_: -np.arange(40))
+        skip = ("free_scores", "tick")
+        fit = lambda *_, **named: keep("difficulty")({k: v for k, v in named.items() if k not in skip})  # noqa: E731
+        monkeypatch.setattr(pipeline, "fit_difficulty", fit)
+        pipeline.cluster_stage(views, rows, config, None, lambda: None)
+        pipeline.difficulty_stage(views, rows, np.arange(40.0), config, None)
+        keep("label-free")(pipeline.difficulty_stage(views, rows, None, config, None).values.tolist())
+
+        model = passes.LanguageModel(None, {}, None, "m")
+        judge = judging.Judge(model, lambda: model, None, config, None, None, passes.Stages(), True)
+        monkeypatch.setattr(judging, "answer_tokens", lambda rows, tokenizer, separator: keep("tokens")(separator))
+        monkeypatch.setattr(judging, "extract", keep("extract"))
+        monkeypatch.setattr(judging, "opinion_columns", lambda rows, *how, progress, **named: keep("opinions")(*how, **named))
+        judge.features(rows, "answers")
+        judge.opinions(rows, "answers", None)
+        seen.pop("extract")
+
+        copies, sources = rows[:2], np.arange(2)
+        made = lambda rows, chosen, kinds, seed: keep("copies", (copies, sources, None))(chosen.tolist(), kinds, seed)  # noqa: E731
+        monkeypatch.setattr(judging, "corrupt_rows", made)
+        monkeypatch.setattr(judging, "pooled_views", lambda *_: views)
+        monkeypatch.setattr(judging, "fit_quality", lambda *_, free_scores, tick, **named: keep("quality")(named))
+        monkeypatch.setattr(judging.Judge, "features", lambda *_: None)
+        monkeypatch.setattr(judging.Judge, "designs", lambda *_: ({"sae": None}, None))
+        judging.quality_stage(judge, rows, views)
+        monkeypatch.undo()
+        return seen
+
+    before, again, after = seen_with(config_of()), seen_with(config_of()), seen_with(config_of(**{field: value}))
+    assert before == again and {name for name in before if before[name] != after[name]} == reached
 
 
 @pytest.mark.parametrize(
@@ -212,3 +279,6 @@ def test_settings_of_the_data_and_the_models_reach_what_reads_them(monkeypatch, 
     ((args, options),) = rows.calls
     assert args[0] == "rows.jsonl" and args[1]["prompt"] == "question" and options == {"split": "test", "limit": 7, "on_bad": "skip"}
     assert loaded == [("folder", "bfloat16", None)]
+    with pytest.raises(InterruptedError):
+        command.run(config_of(model="folder", mesh="data=1", **{"data.source": "rows.jsonl"}), str(tmp_path / "mesh"))
+    assert loaded[1][:2] == ("folder", "float32") and dict(loaded[1][2].shape)["data"] == 1

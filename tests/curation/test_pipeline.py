@@ -324,6 +324,8 @@ def test_pass_rates_of_other_rows_are_not_taken(world, tmp_path, monkeypatch):
         ({"quality.drop_fraction": "1.0"}, "quality.drop_fraction"),
         ({"difficulty.batch_prompts": "0"}, "difficulty.batch_prompts"),
         ({"bootstrap": "-1"}, "bootstrap"),
+        ({"seed": "-1"}, "'seed' is -1"),
+        ({"train_sae.buffer_rows": "127"}, "train_sae.buffer_rows' is 127: give 128 or more"),
         ({"data.limit": "0"}, "data.limit"),
     ],
 )

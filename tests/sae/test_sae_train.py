@@ -224,8 +224,13 @@ def test_batch_mistakes(batches, message):
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [({"decoder_norm": "unti"}, "'unit'"), ({"b_dec_init": "median"}, "b_dec_init"), ({"steps": 0}, "steps"), ({"decay_share": 2.0}, "share")],
-)
+    [
+        ({"decoder_norm": "unti"}, "'unit'"), ({"b_dec_init": "median"}, "b_dec_init"), ({"steps": 0}, "steps is 0"), ({"decay_share": 2.0}, "share"),
+        ({"learning_rate": -1e-3}, "learning_rate is -0.001"), ({"beta1": 1.5}, "beta1 is 1.5"), ({"beta2": 1.0}, "beta2 is 1.0"),
+        ({"grad_clip": -1.0}, "grad_clip is -1.0"), ({"aux_k": 0}, "aux_k is 0"), ({"l1_coefficient": float("nan")}, "l1_coefficient is nan"),
+        ({"dead_after": 0}, "dead_after is 0"), ({"warmup_steps": -1}, "warmup_steps is -1"),
+    ],
+)  # fmt: skip
 def test_setting_mistakes(changes, message):
     with pytest.raises(sae.SAEError, match=message):
         dataclasses.replace(sae.SAETrainConfig(), **changes)

@@ -1,5 +1,6 @@
 """`jaxrl-llm train_sae`: from a text file and a real model to a dictionary with its metrics."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -7,12 +8,19 @@ import signal
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 
+import models
 import sae
-from jaxrl_llm import cli
-from jaxrl_llm.config import load_config
+from jaxrl_llm import checkpoint, cli
+from jaxrl_llm.commands import train_sae as command
+from jaxrl_llm.config import field_names, load_config
+from jaxrl_llm.curation import processes
+from jaxrl_llm.data.lab_world import build_tokenizer
+from jaxrl_llm.data.sources import Rows
+from jaxrl_llm.errors import UserError
 
 SMALL = {
     "data.limit": 24,
@@ -110,7 +118,8 @@ def test_checkpoint_every_zero_keeps_none_on_the_way(repo, tmp_path, assets, sou
 
 
 def test_other_taps_architectures_and_layouts(tmp_path, assets, source):
-    changes = {"hook": "blocks.0.mlp_act", "sae.architecture": "relu", "sae.layout": "saelens", "sae.d_sae": 200, "train.steps": 2}
+    changes = {"hook": "blocks.0.mlp_act", "sae.architecture": "relu", "train.l1_coefficient": 0.1, "sae.layout": "saelens", "sae.d_sae": 200}
+    changes |= {"train.steps": 2}
     assert call(tmp_path, assets, source, **changes) == 0
     assert (tmp_path / "sae" / "cfg.json").exists()
     d = sae.load(tmp_path / "sae")
@@ -124,8 +133,7 @@ def test_other_taps_architectures_and_layouts(tmp_path, assets, source):
         ({"data.limit": 1}, "give at least two"),
         ({"data.fields": "prompt=story"}, "no field 'story'"),
         ({"sae.k": 999}, "needs 1 <= k"),
-        ({"sae.architecture": "topkk"}, "did you mean 'topk'"),
-        ({"train.decoder_norm": "one"}, "decoder_norm"),
+        ({"sae.architecture": "topkk"}, "did you mean topk?"),
     ],
 )
 def test_mistakes_are_one_line(tmp_path, assets, source, capsys, changes, message):
@@ -139,6 +147,100 @@ def test_no_model_and_no_text(tmp_path, capsys):
     assert "no model" in capsys.readouterr().err
     assert cli.main(["train_sae", f"--workdir={tmp_path}", "--config.model=x"]) == 2
     assert "no text" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sae.layout": "saelen"}, "sae.layout.*did you mean saelens"),
+        ({"sae.architecture": "relu"}, "train.l1_coefficient' is 0.*'relu'"),
+        ({"sae.normalize_activations": "layernorm"}, "did you mean layer_norm"),
+        ({"sae.dtype": "float8"}, "sae.dtype"),
+        ({"dtype": "float16"}, "dtype.*float16"),
+        ({"data.on_bad": "skp"}, "data.on_bad.*did you mean skip"),
+        ({"data.eval_rows": "0"}, "data.eval_rows' is 0: give 1 or more"),
+        ({"harvest.batch_rows": "0"}, "harvest.batch_rows' is 0"),
+        ({"harvest.context_size": "1"}, "harvest.context_size' is 1: give 2 or more"),
+        ({"harvest.buffer_rows": "4000"}, "harvest.buffer_rows' is 4000: give 4096 or more"),
+        ({"seed": "-1"}, "seed' is -1"),
+        ({"checkpoint_every": "-1"}, "checkpoint_every' is -1"),
+        ({"train.decoder_norm": "one"}, "decoder_norm"),
+        ({"train.beta1": "1.0"}, "beta1 is 1.0"),
+    ],
+)
+def test_settings_out_of_range_are_named_before_any_work(tmp_path, changes, message):
+    """No source is read: there is none."""
+    with pytest.raises((UserError, sae.SAEError), match=message):
+        command.run(load_config("configs/train_sae.py", {"model": "m", "data.source": "s", **changes}), str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+OTHER = {  # field -> another value; those of `train`: test_sae_train.py
+    "model": "other", "dtype": "bfloat16", "mesh": "data=1", "hook": "blocks.0.mlp_act", "data.source": "other.txt", "data.fields": "prompt=text",
+    "data.separator": "--", "data.split": "test", "data.limit": "7", "data.on_bad": "skip", "data.template": "Q: {prompt}", "data.eval_rows": "2",
+    "harvest.batch_rows": "5", "harvest.context_size": "9", "harvest.skip_bos": "False", "harvest.buffer_rows": "5000", "sae.architecture": "relu",
+    "sae.d_sae": "77", "sae.expansion": "5", "sae.k": "3", "sae.normalize_activations": "layer_norm", "sae.apply_b_dec_to_input": "False",
+    "sae.dtype": "float16", "sae.layout": "saelens", "batch_size": "100", "checkpoint_every": "9", "seed": "4", "train.steps": "9",
+}  # fmt: skip
+
+
+def test_no_setting_is_forgotten_here():
+    """`overwrite` belongs to the run directory, and the other fields of `train` go on as they are."""
+    known = {name for name in field_names(load_config("configs/train_sae.py")) if not name.startswith("train.")}
+    assert set(OTHER) - {"train.steps"} == known - {"overwrite"}
+
+
+@pytest.mark.parametrize("field", OTHER)
+def test_every_setting_reaches_what_it_is_for(monkeypatch, tmp_path, field):
+    def seen_with(workdir, **changes):
+        seen = {}
+
+        def keep(name, result=None):
+            def call(*args, **kwargs):
+                seen.setdefault(name, []).append(repr((args, sorted(kwargs.items()))))
+                return result
+
+            return call
+
+        def read_rows(source, fields, **how):
+            keep("read")(source, fields, **how)
+            rows = Rows()
+            rows.extend({"id": str(i), "prompt": f"red {i}"} for i in range(20))
+            return rows
+
+        def harvest_activations(cfg, params, rows, hook, *how, mesh, **named):
+            keep("harvest")(rows, hook, *how, mesh is None, **named)
+            return iter([np.zeros((4, 8), np.float32)])
+
+        def train_sae(cfg, buffer, settings, key, *, mesh, on_log, checkpoints, checkpoint_every):
+            keep("train")(cfg, settings, np.asarray(jax.random.key_data(key)), mesh is None, checkpoint_every)
+            return "dictionary", []
+
+        model = type("Cfg", (), {"n_layers": 4})()
+        monkeypatch.setattr(command, "read_rows", read_rows)
+        monkeypatch.setattr(models, "load", lambda name, dtype, mesh: keep("load", (model, {}))(name, dtype, mesh is None))
+        monkeypatch.setattr(models, "load_tokenizer", keep("tokenizer", build_tokenizer()))
+        monkeypatch.setattr(sae, "harvest_activations", harvest_activations)
+        monkeypatch.setattr(sae, "ActivationBuffer", lambda source, *how: keep("buffer")(next(source()).shape, *how))
+        monkeypatch.setattr(sae, "train_sae", train_sae)
+        monkeypatch.setattr(sae, "evaluate", lambda *_, lm: dict.fromkeys(("l0", "explained_variance", "ce_recovered", "dead_share"), 0.0))
+        monkeypatch.setattr(sae, "save", lambda folder, *how, **named: keep("save")(*how, **named))
+        monkeypatch.setattr(checkpoint, "until_done", lambda folder: contextlib.nullcontext())
+        monkeypatch.setattr(processes, "on_this_process", lambda dictionary, mesh: dictionary)
+        given = {"model": "m", "data.source": "s.txt", "train.l1_coefficient": "0.1"}
+        command.run(load_config("configs/train_sae.py", given | changes), str(workdir))
+        return seen
+
+    plain, again, other = seen_with(tmp_path / "a"), seen_with(tmp_path / "b"), seen_with(tmp_path / "c", **{field: OTHER[field]})
+    assert plain == again != other
+    reached = {name for name in plain if plain[name] != other[name]}
+    expected = {
+        "model": {"load", "tokenizer", "train"}, "dtype": {"load"}, "mesh": {"load", "harvest", "train"}, "hook": {"harvest", "train"},
+        "data.template": {"harvest"}, "data.eval_rows": {"harvest"}, "harvest.batch_rows": {"harvest"}, "harvest.skip_bos": {"harvest"},
+        "harvest.context_size": {"harvest", "train"}, "harvest.buffer_rows": {"buffer"}, "batch_size": {"buffer"}, "seed": {"buffer", "train"},
+        "sae.layout": {"save"},
+    }  # fmt: skip
+    assert reached == expected.get(field, {"read"} if field.startswith("data.") else {"train"})
 
 
 def test_the_config_has_every_training_setting():
