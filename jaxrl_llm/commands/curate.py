@@ -74,8 +74,11 @@ def check(config: Any) -> None:
         "train_sae.buffer_rows": (2 * config.train_sae.batch_size, inf),
     }
     check_fields(config, choices, ranges)
-    if not config.formats:
-        raise UserError(f"config key 'formats' is empty: name some of {', '.join(curated_set.FORMATS)}")
+    if config.features.context == 1:  # of which a beginning-of-text token leaves nothing
+        raise UserError("config key 'features.context' is 1: give 2 or more, or 0 for what the model can")
+    for key, value in (("formats", config.formats), ("difficulty.models", config.difficulty.models)):
+        if not value:
+            raise UserError(f"config key '{key}' is empty: name some of {', '.join(choices[key])}")
     if config.quality.use.endswith("tuned") and not (config.quality.labels and config.quality.tuned):
         raise UserError(f"config key 'quality.use' is {config.quality.use!r}, which needs quality.labels and quality.tuned=True")
     controls = ("random_sae", "dense_mean", "dense_max")
@@ -87,8 +90,14 @@ def check(config: Any) -> None:
 
 
 def check_rows(rows: Any, config: Any) -> None:
-    """Raises UserError for columns that the config names and no row has, before any model is loaded."""
+    """Raises UserError for columns that the config names and no row has, labels that do not differ, and columns that the curated set
+    cannot hold, before any model is loaded."""
+    import numpy as np
+
+    from jaxrl_llm.curation.curated_set import renamed_columns
     from jaxrl_llm.curation.labels import labels_from_rows
+
+    renamed_columns({name for row in rows for name in row})
 
     topic = config.data.topic
     if topic and all(row.get(topic) is None for row in rows):
@@ -96,7 +105,13 @@ def check_rows(rows: Any, config: Any) -> None:
         raise UserError(f"config key 'data.topic': no row has a column {topic!r}; {nearest(topic, known)}")
     for key in ("difficulty", "quality"):
         if config[key].labels not in ("", "rollouts"):
-            labels_from_rows(rows, config[key].labels)
+            labels = labels_from_rows(rows, config[key].labels)
+            different = np.unique(labels[np.isfinite(labels)])
+            if len(different) < 2:
+                raise UserError(
+                    f"config key '{key}.labels' is {config[key].labels!r}, where all rows that have a label have the same, {different[0]:g}: "
+                    "a probe learns from rows that differ; label others, or leave the key empty"
+                )
 
 
 def summary_lines(signals: dict[str, Any]) -> list[str]:
@@ -108,11 +123,15 @@ def summary_lines(signals: dict[str, Any]) -> list[str]:
         + (", ".join(f"{n} {name}" for name, n in odd.items() if n) or "nothing unusual"),
     ]
     if signals["sae"]["trained"]:
-        figures = signals["sae"]
-        lines.append(f"SAE: {figures['d_sae']} latents on {figures['hook']}, explained variance {figures['explained_variance']:.3f}")
+        figures, explained = signals["sae"], signals["sae"]["explained_variance"]
+        told = "none to explain, its held-out activations are all equal" if explained is None else f"{explained:.3f}"
+        lines.append(f"SAE: {figures['d_sae']} latents on {figures['hook']}, explained variance {told}")
     kept, width = signals["features"]["kept"], signals["features"]["width"]
     lines.append(f"features: {kept} of {width} used; active features and length correlate at {signals['features']['spearman_active_length']:.2f}")
     clusters = {name: f for name, f in signals["diversity"].items() if isinstance(f, dict) and "nmi" in f}
+    topic = signals["diversity"].get("topic")
+    if topic and not clusters:
+        lines.append(f"clusters: no NMI with topic, all rows have the same {topic['column']!r}")
     if clusters:
         lines.append("clusters, NMI with topic: " + ", ".join(f"{name} {f['nmi']:.3f}" for name, f in clusters.items()))
     lines += _probe_lines("difficulty, Spearman", signals["difficulty"])
@@ -131,5 +150,7 @@ def _probe_lines(title: str, report: dict[str, Any]) -> list[str]:
     lines = [f"{title} (95% interval):"]
     for name, figures in sorted(report["probes"].items(), key=lambda item: -item[1]["value"]):
         mark = "  <- used" if name == report["used"] else ""
-        lines.append(f"  {name:<{width}}  {figures['value']:+.3f}  [{figures['low']:+.3f}, {figures['high']:+.3f}]{mark}")
+        known = figures["low"] is not None  # bootstrap=0 gives no interval
+        interval = f"  [{figures['low']:+.3f}, {figures['high']:+.3f}]" if known else ""
+        lines.append(f"  {name:<{width}}  {figures['value']:+.3f}{interval}{mark}")
     return lines

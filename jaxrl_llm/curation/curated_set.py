@@ -75,7 +75,7 @@ class CuratedSet:
 
     def records(self) -> list[dict[str, Any]]:
         """Rows with their signals as columns."""
-        renamed = _renamed({name for row in self.rows for name in row})
+        renamed = renamed_columns({name for row in self.rows for name in row})
         signals = {name: getattr(self, name).tolist() for name in SIGNALS}
         return [
             {renamed.get(k, k): v for k, v in row.items()} | {name: values[i] for name, values in signals.items()} for i, row in enumerate(self.rows)
@@ -114,7 +114,7 @@ class CuratedSet:
         if not there:
             raise UserError(f"{folder} has no {format!r} layout; it has {', '.join(manifest['formats'])}")
         records = READERS[there[0]](folder, manifest["columns"])
-        renamed = {new: old for old, new in _renamed(set(manifest["columns"]) - set(SIGNALS), written=True).items()}
+        renamed = {new: old for old, new in renamed_columns(set(manifest["columns"]) - set(SIGNALS), written=True).items()}
         rows = [{renamed.get(k, k): v for k, v in r.items() if k not in SIGNALS and v is not ABSENT} for r in records]
         signals = {name: np.array([r[name] for r in records], dtype) for name, dtype in SIGNALS.items()}
         own = {k: v for k, v in manifest.items() if k not in ("columns", "formats", "rows")}
@@ -124,7 +124,7 @@ class CuratedSet:
 ABSENT = object()  # a column that this row does not have
 
 
-def _renamed(names: set[str], written: bool = False) -> dict[str, str]:
+def renamed_columns(names: set[str], written: bool = False) -> dict[str, str]:
     """Input column -> its name in the set, for those that bear a signal's name (`written`: names as they are on disk)."""
     if written:
         return {signal: f"input_{signal}" for signal in SIGNALS if f"input_{signal}" in names}

@@ -37,6 +37,7 @@ from jaxrl_llm.curation.quality import Filtered, difficulty_strata, filter_rows
 from jaxrl_llm.curation.schedule import make_schedule
 from jaxrl_llm.curation.streaming import Results, write_npz
 from jaxrl_llm.curation.texts import prompt_tokens
+from jaxrl_llm.errors import UserError
 from jaxrl_llm.run_dir import RunDir, to_plain, write_json
 
 OWNS = ("sae", "features", "pass_rates-*.jsonl", "curated", "vectors.npz", "signals.json")  # what a run makes in its workdir
@@ -47,7 +48,8 @@ def cluster_stage(views: Views, rows: Rows, config: Any, mesh: Any, tick) -> tup
     """(clusters in the SAE's space, its reduced vectors, figures beside the controls' and TF-IDF's clusters)."""
     options = config.clusters
     k = min(options.k, len(rows))
-    truth = [row.get(config.data.topic) for row in rows] if config.data.topic else None
+    truth = [str(row.get(config.data.topic)) for row in rows] if config.data.topic else None
+    topics = len(set(truth or ()))
     texts = tfidf_features([row["prompt"] for row in rows])
     tfidf = FeatureSpace.fit(texts, views.results.lengths, min_rows=1, max_share=1.0, remove_length=config.features.remove_length)
     report: dict[str, Any] = {"k": k}
@@ -55,14 +57,14 @@ def cluster_stage(views: Views, rows: Rows, config: Any, mesh: Any, tick) -> tup
         x = view.reduce(options.dims, seed=config.seed)
         found = diversity.cluster(x, k, n_init=options.restarts, seed=config.seed, mesh=mesh)
         figures = {"silhouette": diversity.silhouette(x, found.labels), "sizes": np.bincount(found.labels).tolist(), "dims": x.shape[1]}
-        if truth:
-            figures["nmi"] = diversity.normalised_mutual_information(found.labels, np.array([str(t) for t in truth]))
+        if truth and topics > 1:  # with one topic there is nothing that clusters could tell of it
+            figures["nmi"] = diversity.normalised_mutual_information(found.labels, np.array(truth))
         report[name] = figures
         if name == "sae":
             clusters, vectors = found, x
         tick()
     if truth:
-        report["topic"] = {"column": config.data.topic, "different": len({str(t) for t in truth})}
+        report["topic"] = {"column": config.data.topic, "different": topics}
     return clusters, vectors, report
 
 
@@ -223,8 +225,10 @@ def curate(
             loaded.append(LanguageModel.load(config.policy, config.dtype, mesh))
         return loaded[0]
 
-    dictionary, sae_report = dictionary_stage(model, rows, config, mesh, run_dir, stages)
     tokens = prompt_tokens(rows, model.tokenizer)
+    if config.features.overflow == "error":
+        refuse_long_rows(rows, tokens, min(config.features.context or model.cfg.max_position, model.cfg.max_position))
+    dictionary, sae_report = dictionary_stage(model, rows, config, mesh, run_dir, stages)
     with stages.stage("features", len(rows)) as tick:
         results = extract(model, dictionary, tokens, len(rows), config, mesh, path / "features" / "prompts", tick)
         views = pooled_views(results, config)
@@ -270,6 +274,18 @@ def curate(
         write_json(path / "signals.json", {**signals, "seconds": stages.seconds})
     run_dir.summary({"kept": int(filtered.keep.sum()), "rows": len(rows), "seconds": stages.seconds})
     return curated, to_plain({**signals, "seconds": stages.seconds})
+
+
+def refuse_long_rows(rows: Rows, tokens: Callable[[int, int], list[list[int]]], context: int) -> None:
+    """Raises UserError, with its place, for the first prompt of more than `context` tokens, before anything is trained."""
+    for start in range(0, len(rows), 1024):
+        for row, found in zip(rows[start : start + 1024], tokens(start, start + 1024), strict=True):
+            if len(found) > context:
+                where = getattr(rows, "places", {}).get(row["id"], f"row '{row['id']}'")
+                raise UserError(
+                    f"{where}: the prompt has {len(found)} tokens, more than the context of {context}: shorten it, or set features.overflow to "
+                    "window, truncate or drop"
+                )
 
 
 def dictionary_stage(model: LanguageModel, rows: Rows, config: Any, mesh: Any, run_dir: RunDir, stages: Stages):

@@ -16,7 +16,7 @@ import models
 from jaxrl_llm.commands import curate as command
 from jaxrl_llm.commands import grpo
 from jaxrl_llm.config import load_config
-from jaxrl_llm.curation import judging, pipeline
+from jaxrl_llm.curation import judging, passes, pipeline
 from jaxrl_llm.curation import likelihood as policy_view
 from jaxrl_llm.curation.curated_set import FORMATS, CuratedSet
 from jaxrl_llm.curation.trainability import TrainabilityBand
@@ -325,6 +325,9 @@ def test_pass_rates_of_other_rows_are_not_taken(world, tmp_path, monkeypatch):
         ({"difficulty.batch_prompts": "0"}, "difficulty.batch_prompts"),
         ({"bootstrap": "-1"}, "bootstrap"),
         ({"seed": "-1"}, "'seed' is -1"),
+        ({"features.context": "1"}, "features.context' is 1: give 2 or more, or 0"),
+        ({"difficulty.models": ()}, "difficulty.models.*empty"),
+        ({"data.fields": "cluster=topic,input_cluster=level", "data.topic": ""}, "both 'input_cluster' and 'cluster'"),
         ({"train_sae.buffer_rows": "127"}, "train_sae.buffer_rows' is 127: give 128 or more"),
         ({"data.limit": "0"}, "data.limit"),
     ],
@@ -333,6 +336,43 @@ def test_mistakes_are_named_before_any_work(world, tmp_path, change, message):
     with pytest.raises(UserError, match=message):
         command.run(config_of(world, **change), str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("key", ["difficulty", "quality"])
+def test_labels_that_do_not_differ_are_told_before_any_work(world, key):
+    rows = [{"id": str(i), "prompt": "p", "level": 3} for i in range(4)]
+    with pytest.raises(UserError, match=f"{key}.labels' is 'level'.*the same, 3:"):
+        command.check_rows(rows, config_of(world, **{"difficulty.labels": "", "data.topic": "", f"{key}.labels": "level"}))
+    command.check_rows([*rows, {"level": 4}], config_of(world, **{"difficulty.labels": "", "data.topic": "", f"{key}.labels": "level"}))
+
+
+def test_a_prompt_longer_than_the_context_is_named_with_its_line_before_training(world, tmp_path):
+    with pytest.raises(UserError, match=r"rows.jsonl:10: the prompt has \d+ tokens, more than the context of 24: .*features.overflow"):
+        command.run(config_of(world, **{"features.overflow": "error"}), str(tmp_path))
+    assert not (tmp_path / "sae").exists() and not any((tmp_path / "checkpoints").iterdir())
+
+
+def test_the_summary_where_a_figure_has_no_value(curated):
+    """No resamples, no interval; activations that are all equal have no variance to explain; one topic has nothing to tell of."""
+    signals = json.loads(json.dumps(curated[1]))
+    signals["sae"]["explained_variance"] = None
+    for figures in [*signals["difficulty"]["probes"].values(), *signals["quality"]["probes"].values()]:
+        figures |= {"low": None, "high": None}
+    for figures in signals["diversity"].values():
+        if isinstance(figures, dict):
+            figures.pop("nmi", None)
+    text = "\n".join(command.summary_lines(signals))
+    assert "explained variance none" in text and "no NMI" in text and "<- used" in text and "nan" not in text.lower().replace("none", "")
+
+
+def test_a_topic_of_one_value_has_no_nmi(world):
+    vectors = np.random.default_rng(0).normal(size=(20, 4))
+    view = type("View", (), {"reduce": lambda self, *_, **__: vectors})()
+    views = passes.Views(type("Results", (), {"lengths": np.arange(1, 21)})(), {"sae": view})
+    for topics, there in ((1, False), (2, True)):
+        rows = [{"prompt": f"red ball {i}", "topic": i % topics} for i in range(20)]
+        _, _, report = pipeline.cluster_stage(views, rows, config_of(world, **{"clusters.k": "3"}), None, lambda: None)
+        assert ("nmi" in report["sae"]) == there and report["topic"]["different"] == topics
 
 
 @pytest.mark.parametrize("variant, label", [("gsm8k", "steps:answer"), ("math", "difficulty")])
