@@ -7,11 +7,20 @@ is a field of `ModelConfig` and a branch in `models/layers.py`; where its tensor
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from models.config import ModelConfig
-from models.tensors import GEMMA_TENSORS, OLMO2_TENSORS, PHI3_TENSORS, TENSORS, Tensor
+from models.tensors import (
+    GEMMA_TENSORS,
+    GPT2_TENSORS,
+    GPT_NEOX_TENSORS,
+    GPTJ_TENSORS,
+    OLMO2_TENSORS,
+    PHI3_TENSORS,
+    TENSORS,
+    Tensor,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,11 +30,14 @@ class Family:
     windows: "none"; "all" or "listed" (`sliding_window` on every layer, or on those of `layer_types`, which "listed"
       always writes); "by_layer" (if `use_sliding_window`: on those of `layer_types`, or from `max_window_layers` on); "pattern" (on
       those of `layer_types`, or on all but every `sliding_window_pattern`-th).
-    rope: "whole"; "part" (of a head: `partial_rotary_factor`); "by_window" (layers with a window have their own base); "none".
+    rope: "whole"; "part" (of a head: `partial_rotary_factor`); "units" (a number of them: `rotary_dim`); "by_window" (layers with a
+      window have their own base); "none".
+    block: one of ModelConfig's, or (the switch that decides, which one where true, which one where false).
     numbers, optional_numbers: fields of ModelConfig that are a number of config.json; the optional ones may be null there.
     names: what config.json calls a field, where not by the usual name; the first is written, () is not there at all.
     only: fields of config.json with the values of them that are implemented. always: fields that are written as they are here.
     defaults: what `transformers` assumes where config.json is silent. tensors: what is stored elsewhere than TENSORS.
+    name_of: what a tensor is called here that a checkpoint calls otherwise. buffers: ends of names of tensors that are not read.
     The rest are the fields of ModelConfig of the same name; embed_scale: by the square root of d_model.
     """
 
@@ -39,9 +51,13 @@ class Family:
     rope: str = "whole"
     rope_kinds: tuple[str, ...] = ("default", "linear", "dynamic", "llama3", "yarn")
     norm: str = "rms"
-    block: str = "pre"
+    block: str | tuple[str, str, str] = "pre"
+    positions: str = "rotary"
+    rotary_pairs: str = "half"
+    mlp: str = "gated"
     qk_norm_over: str = "head"
     embed_scale: bool = False
+    head_bias: bool = False
     numbers: dict[str, str] = dataclasses.field(default_factory=dict)
     optional_numbers: dict[str, str] = dataclasses.field(default_factory=dict)
     names: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
@@ -49,6 +65,8 @@ class Family:
     always: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     tensors: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
+    name_of: Callable[[str], str] = str
+    buffers: tuple[str, ...] = ()
 
 
 _QWEN_DEFAULTS = {
@@ -86,6 +104,29 @@ _GEMMA_DEFAULTS = {
     "sliding_window": 4096,
     "query_pre_attn_scalar": 256,
 }
+_GPT: dict[str, Any] = {"mlp_bias": True, "norm": "layer", "mlp": "plain"}
+# The class of transformers derives the width of a head and has as many key/value heads as heads.
+_GPT_NAMES: dict[str, tuple[str, ...]] = {"head_dim": (), "num_key_value_heads": ()}
+_GPT2_NAMES = {
+    **_GPT_NAMES,
+    "hidden_size": ("n_embd", "hidden_size"),
+    "num_hidden_layers": ("n_layer", "num_hidden_layers"),
+    "num_attention_heads": ("n_head", "num_attention_heads"),
+    "max_position_embeddings": ("n_positions", "max_position_embeddings"),
+    "intermediate_size": ("n_inner",),
+    "hidden_act": ("activation_function",),
+    "rms_norm_eps": ("layer_norm_epsilon",),
+    "attention_dropout": ("attn_pdrop",),
+}
+_GPT2_DEFAULTS = {"hidden_act": "gelu_new", "rms_norm_eps": 1e-5, "bos_token_id": 50256, "eos_token_id": 50256}
+_NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0}
+
+
+def _below_transformer(name: str) -> str:
+    """The first GPT-2 checkpoints are of the model without its head, whose names lack the "transformer."."""
+    return name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}"
+
+
 _ROWS = (
     Family(
         "llama",
@@ -170,6 +211,72 @@ _ROWS = (
             "rope_theta": 1e6,
             "rope_local_base_freq": 1e4,
         },
+    ),
+    Family(
+        "gpt2",
+        "GPT2LMHeadModel",
+        **_GPT,
+        qkv_bias=True,
+        o_bias=True,
+        positions="learned",
+        rope="none",
+        names=_GPT2_NAMES,
+        only={"scale_attn_weights": (True,), "scale_attn_by_inverse_layer_idx": (False,), "add_cross_attention": (False,)},
+        always=_NO_DROPOUT,
+        defaults={
+            **_GPT2_DEFAULTS,
+            "max_position_embeddings": 1024,
+            "tie_word_embeddings": True,
+            "scale_attn_weights": True,
+            "scale_attn_by_inverse_layer_idx": False,
+            "add_cross_attention": False,
+        },
+        tensors=GPT2_TENSORS,
+        name_of=_below_transformer,
+        buffers=(".attn.bias", ".attn.masked_bias"),
+    ),
+    Family(
+        "gpt_neox",
+        "GPTNeoXForCausalLM",
+        **_GPT,
+        qkv_bias="attention_bias",
+        o_bias="attention_bias",
+        block=("use_parallel_residual", "parallel", "pre"),
+        rope="part",
+        names={
+            **_GPT_NAMES,
+            "rms_norm_eps": ("layer_norm_eps",),
+            "rope_theta": ("rotary_emb_base",),
+            "partial_rotary_factor": ("rotary_pct",),
+        },
+        always={"hidden_dropout": 0.0},
+        defaults={
+            "hidden_act": "gelu",
+            "rms_norm_eps": 1e-5,
+            "max_position_embeddings": 2048,
+            "bos_token_id": 0,
+            "eos_token_id": 2,
+            "attention_bias": True,
+            "use_parallel_residual": True,
+            "partial_rotary_factor": 0.25,
+        },
+        tensors=GPT_NEOX_TENSORS,
+        name_of=lambda name: name.replace("lm_head.", "embed_out."),  # as transformers calls it from version 5 on
+        buffers=(".attention.bias", ".attention.masked_bias"),
+    ),
+    Family(
+        "gptj",
+        "GPTJForCausalLM",
+        **_GPT,
+        block="parallel_shared",
+        rope="units",
+        rotary_pairs="adjacent",
+        head_bias=True,
+        names=_GPT2_NAMES,
+        always=_NO_DROPOUT,
+        defaults={**_GPT2_DEFAULTS, "max_position_embeddings": 2048, "rotary_dim": 64},
+        tensors=GPTJ_TENSORS,
+        buffers=(".attn.bias", ".attn.masked_bias"),
     ),
 )
 FAMILIES: dict[str, Family] = {family.model_type: family for family in _ROWS}

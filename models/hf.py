@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from models.config import ModelConfig
 from models.errors import ModelError
-from models.families import DTYPES, tensor_of
+from models.families import DTYPES, FAMILIES, Family, tensor_of
 from models.hf_config import config_from_hf, token_ids
 from models.hub import resolve
 from models.sharding import param_shardings
@@ -51,7 +51,7 @@ def load(source: str | os.PathLike, dtype: str | None = None, mesh: Mesh | None 
         raise ModelError(f"dtype={dtype!r} is not supported; known: {', '.join(DTYPES)}")
     cfg = read_config(folder)
     cfg = dataclasses.replace(cfg, dtype=dtype or cfg.dtype)
-    checkpoint = _Checkpoint(folder)
+    checkpoint = _Checkpoint(folder, FAMILIES[cfg.family])
     checkpoint.check(cfg)
     leaves = dict(leaves_of(abstract_params(cfg)))
     shardings = dict(leaves_of(param_shardings(cfg, mesh))) if mesh is not None else {}
@@ -104,19 +104,29 @@ def leaves_of(tree: Params) -> Iterator[tuple[str, Any]]:
 
 
 class _Checkpoint:
-    """The safetensors files of a folder. A file is open only while one tensor is read, so that its pages can go."""
+    """The safetensors files of a folder, tensors by the family's names (`Family.name_of`), buffers left out.
 
-    def __init__(self, folder: Path):
+    A file is open only while one tensor is read, so that its pages can go.
+    """
+
+    def __init__(self, folder: Path, family: Family):
         self.folder = folder
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.files: dict[str, Path] = {}
+        self.stored: dict[str, str] = {}  # what the file calls it
         for path in self._paths():
             with _opened(path) as file:
-                for name in file.keys():  # noqa: SIM118  (not a dict)
-                    part = file.get_slice(name)
+                for stored in file.keys():  # noqa: SIM118  (not a dict)
+                    name = family.name_of(stored)
+                    if name.endswith((*_IGNORED, *family.buffers)):
+                        continue
+                    if self.stored.get(name, stored) != stored:
+                        raise ModelError(f"{path}: {stored} and {self.stored[name]} are the same parameter")
+                    self.stored[name] = stored
+                    part = file.get_slice(stored)
                     if part.get_dtype() not in _DTYPES:
                         known = ", ".join(_DTYPES)
-                        raise ModelError(f"{path}: {name}: dtype {part.get_dtype()} is not supported; known: {known}")
+                        raise ModelError(f"{path}: {stored}: dtype {part.get_dtype()} is not supported; known: {known}")
                     self.shapes[name], self.files[name] = tuple(part.get_shape()), path
 
     def _paths(self) -> list[Path]:
@@ -151,8 +161,8 @@ class _Checkpoint:
         for name in sorted(self.shapes.keys() - expected.keys()):
             if cfg.tie_embeddings and name == tensor_of(cfg, "lm_head.kernel").name:
                 self._check_tied(name, tensor_of(cfg, "embed.embedding").name)
-            elif not name.endswith(_IGNORED):
-                raise ModelError(f"{self.files[name]}: unexpected tensor {name} for this {cfg.family} config.json")
+            else:
+                raise ModelError(f"{self.files[name]}: unexpected tensor {self.stored[name]} for this {cfg.family} config.json")
 
     def _check_tied(self, head: str, embedding: str) -> None:
         """Some exports of tied models store the head too; it must then be the embedding."""
@@ -166,7 +176,7 @@ class _Checkpoint:
         path = self.files[name]
         with _opened(path) as file:
             try:
-                return file.get_slice(name)[index]
+                return file.get_slice(self.stored[name])[index]
             except SafetensorError as error:
                 raise ModelError(f"{path}: {name}: cannot be read: {error}") from error
 

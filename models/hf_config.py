@@ -39,7 +39,7 @@ def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
     if fields.get("head_dim") is None and d_model % n_heads:
         raise ModelError(f"config.json: hidden_size={d_model} is not a multiple of num_attention_heads={n_heads}")
     head_dim = fields.integer("head_dim", d_model // n_heads)
-    if head_dim % 2:
+    if head_dim % 2 and family.rope in ("whole", "by_window"):
         raise ModelError(f"config.json: head_dim={head_dim} is odd; rotary embeddings need an even one")
     for name, known in family.only.items():
         fields.only(name, fields.get(name), known)
@@ -47,6 +47,11 @@ def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
         raise ModelError("config.json: quantization_config is not supported: give the full-precision checkpoint")
     numbers = {ours: fields.number(name) for ours, name in family.numbers.items()}
     numbers |= {ours: fields.optional_number(name) for ours, name in family.optional_numbers.items()}
+    block = family.block
+    if not isinstance(block, str):
+        switch, on, off = block
+        block = on if fields.switch(switch) else off
+    derived = 4 * d_model if fields.key("intermediate_size") == "n_inner" else None
     return ModelConfig(
         family=family.model_type,
         vocab_size=vocab_size,
@@ -55,7 +60,7 @@ def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
         n_heads=n_heads,
         n_kv_heads=n_kv_heads,
         head_dim=head_dim,
-        d_ff=fields.integer("intermediate_size"),
+        d_ff=fields.integer("intermediate_size", derived),
         norm_eps=fields.number("rms_norm_eps", 1e-6),
         max_position=fields.integer("max_position_embeddings"),
         tie_embeddings=fields.switch("tie_word_embeddings"),
@@ -72,7 +77,11 @@ def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
         # Old exports say -1 for "no padding token".
         pad_token_id=None if fields.get("pad_token_id") == -1 else fields.token("pad_token_id", vocab_size),
         norm=family.norm,
-        block=family.block,
+        block=block,
+        positions=family.positions,
+        rotary_pairs=family.rotary_pairs,
+        mlp=family.mlp,
+        head_bias=family.head_bias,
         qk_norm_over=family.qk_norm_over,
         embed_scale=d_model**0.5 if family.embed_scale else 1.0,
         **rope_from_hf(fields, head_dim),
@@ -190,6 +199,8 @@ def config_to_hf(cfg: ModelConfig) -> dict[str, Any]:
     for rule, value in ((family.qkv_bias, cfg.qkv_bias), (family.mlp_bias, cfg.mlp_bias)):
         if isinstance(rule, str):
             hf[rule] = value
+    if not isinstance(family.block, str):
+        hf[family.block[0]] = cfg.block == family.block[1]
     hf |= rope_to_hf(cfg, family) | _windows_to_hf(cfg, family)
     back = config_from_hf(hf)
     lost = [f.name for f in dataclasses.fields(cfg) if getattr(back, f.name) != getattr(cfg, f.name)]

@@ -35,6 +35,8 @@ def rope_from_hf(fields: Fields, head_dim: int) -> dict[str, Any]:
     rule = fields.family.rope
     if rule == "none":
         return {}
+    if rule == "units":
+        return {"rotary_dim": _rotary_dim(fields, "rotary_dim", fields.integer("rotary_dim"), head_dim)}
     old, new = fields.nested("rope_scaling"), fields.nested("rope_parameters")
     found: dict[str, Any] = {}
     if rule == "by_window":
@@ -44,7 +46,9 @@ def rope_from_hf(fields: Fields, head_dim: int) -> dict[str, Any]:
         raise ModelError(f"config.json: {given.inside}: one rotary embedding for each layer type is not supported")
     theta = (fields if given.get("rope_theta") is None else given).number("rope_theta", 10000.0)
     if rule == "part":
-        found["rotary_dim"] = _rotary_dim(given if given.get("partial_rotary_factor") is not None else fields, head_dim)
+        place = given if given.get("partial_rotary_factor") is not None else fields
+        units = int(head_dim * place.number("partial_rotary_factor", 1.0))
+        found["rotary_dim"] = _rotary_dim(place, "partial_rotary_factor", units, head_dim)
     else:
         for place in (given, fields):
             if place.get("partial_rotary_factor") is not None:
@@ -69,13 +73,12 @@ def _by_window(fields: Fields, new: Fields) -> tuple[Fields, float]:
     return full, sliding.number("rope_theta")
 
 
-def _rotary_dim(place: Fields, head_dim: int) -> int | None:
-    """How many units of a head are rotated; None for all."""
-    size = int(head_dim * place.number("partial_rotary_factor", 1.0))
-    if size % 2 or not 0 < size <= head_dim:
-        told = f"{place.told('partial_rotary_factor')}={place.get('partial_rotary_factor')} rotates {size} of head_dim={head_dim} units"
+def _rotary_dim(place: Fields, name: str, units: int, head_dim: int) -> int | None:
+    """How many units of a head are rotated, as the field `name` has it; None for all."""
+    if units % 2 or not 0 < units <= head_dim:
+        told = f"{place.told(name)}={place.get(name)} rotates {units} of head_dim={head_dim} units"
         raise ModelError(f"config.json: {told}; it must be an even number of them")
-    return None if size == head_dim else size
+    return None if units == head_dim else units
 
 
 def _rope_value(fields: Fields, given: Fields, kind: str, name: str) -> Any:
@@ -98,6 +101,8 @@ def rope_to_hf(cfg: ModelConfig, family: Family) -> dict[str, Any]:
     """transformers 5 reads rope_parameters; 4 reads rope_theta and rope_scaling (and what else the family has beside them)."""
     if family.rope == "none":
         return {}
+    if family.rope == "units":
+        return {"rotary_dim": cfg.rotary_dim or cfg.head_dim}
     scaling: dict[str, Any] = {"rope_type": cfg.rope_scaling.kind}
     for name in _ROPE_FIELDS[cfg.rope_scaling.kind]:
         value = getattr(cfg.rope_scaling, name)
@@ -116,4 +121,5 @@ def rope_to_hf(cfg: ModelConfig, family: Family) -> dict[str, Any]:
         if int(cfg.head_dim * factor) != (cfg.rotary_dim or cfg.head_dim):  # rounded down below the whole number
             factor = math.nextafter(factor, 2)
         hf["partial_rotary_factor"] = whole["partial_rotary_factor"] = factor
-    return hf | {"rope_parameters": whole}
+    named = {key: value for name, value in hf.items() for key in family.names.get(name, (name,))[:1]}
+    return named | {"rope_parameters": whole}

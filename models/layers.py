@@ -97,13 +97,16 @@ def embed(table_VD: Float[Array, "V D"], tokens_BT: Int[Array, "B T"]) -> Float[
 def embed_at(
     cfg: ModelConfig, tables: dict[str, Array], tokens_BT: Int[Array, "B T"], positions_BT: Int[Array, "B T"]
 ) -> Float[Array, "B T D"]:
-    """What enters the first block: the embeddings, scaled, and where positions are learned those of the positions (-1 as 0)."""
+    """What enters the first block: the embeddings, scaled, and where positions are learned those of the positions.
+
+    Padding (-1) reads position 0, one past the last learned position that last one: a NaN there would reach all through attention.
+    """
     x = embed(tables["embedding"], tokens_BT)
     if cfg.embed_scale != 1:
         x = x * jnp.asarray(cfg.embed_scale, x.dtype)
     if cfg.positions == "learned":
         table_PD = constrain(tables["positions"], tables["positions"], ())
-        x = x + constrain_rows(jnp.take(table_PD, jnp.maximum(positions_BT, 0), axis=0), table_PD)
+        x = x + constrain_rows(jnp.take(table_PD, positions_BT, axis=0, mode="clip"), table_PD)
     return x
 
 
@@ -154,9 +157,9 @@ class Block(nn.Module):
             self.up_bias = declare("up_bias", (F,), ("mlp",), zeros)
             self.down_bias = declare("down_bias", (D,), ("norm",), zeros)
         if c.qk_norm:
-            whole = c.qk_norm_over == "all"
-            self.q_norm = declare("q_norm", *(((N, H), ("heads", "head_dim")) if whole else ((H,), ("head_dim",))), unit)
-            self.k_norm = declare("k_norm", *(((K, H), ("kv_heads", "head_dim")) if whole else ((H,), ("head_dim",))), unit)
+            lead = 0 if c.qk_norm_over == "all" else 1  # a scale for each head, or one for all
+            self.q_norm = declare("q_norm", (N, H)[lead:], ("heads", "head_dim")[lead:], unit)
+            self.k_norm = declare("k_norm", (K, H)[lead:], ("kv_heads", "head_dim")[lead:], unit)
         if c.norm == "layer":
             for name, given in norms.items():
                 given.append(declare(f"{name}_bias", (D,), ("norm",), zeros))

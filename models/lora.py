@@ -42,7 +42,7 @@ class LoraConfig:
       rank_stabilised (Kalajdzievski 2023, arXiv 2312.03732).
     """
 
-    targets: tuple[str, ...] = ("blocks.q", "blocks.k", "blocks.v", "blocks.o", "blocks.gate", "blocks.up", "blocks.down")
+    targets: tuple[str, ...] = ("blocks.*",)
     rank: int = 16
     alpha: float = 32.0
     rank_stabilised: bool = False
@@ -68,7 +68,7 @@ def lora_targets(cfg: ModelConfig, config: LoraConfig) -> list[str]:
 
 
 def _is_matrix(cfg: ModelConfig, name: str) -> bool:
-    return name != "embed.embedding" and len(tensor_of(cfg, name).stored.split()) == 2
+    return not name.startswith("embed.") and len(tensor_of(cfg, name).stored.split()) == 2
 
 
 def _sides(cfg: ModelConfig, name: str) -> tuple[int, bool]:
@@ -148,6 +148,8 @@ def save_lora(folder: str | os.PathLike, cfg: ModelConfig, lora: Params, config:
                 one = (lambda x, i=layer: x[i]) if stacked else (lambda x: x)
                 tensors[f"{_PREFIX}{module}.lora_A.weight"] = np.ascontiguousarray(one(a).reshape(-1, config.rank).T)
                 tensors[f"{_PREFIX}{module}.lora_B.weight"] = np.ascontiguousarray(one(b).reshape(config.rank, -1).T)
+    first = next(tensor_of(cfg, f"{group}.{leaf}") for group, leaves in lora.items() for leaf in leaves)
+    transposed = first.ours.startswith(first.stored.split()[0])
     told = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -157,7 +159,7 @@ def save_lora(folder: str | os.PathLike, cfg: ModelConfig, lora: Params, config:
         "use_rslora": config.rank_stabilised,
         "lora_dropout": 0.0,
         "bias": "none",
-        "fan_in_fan_out": False,
+        "fan_in_fan_out": transposed,  # of the checkpoint's own matrices; A and B lie the same way in any case
         "inference_mode": True,
         "target_modules": list(modules),
     }
@@ -171,7 +173,7 @@ def save_lora(folder: str | os.PathLike, cfg: ModelConfig, lora: Params, config:
 
 
 _NEUTRAL: Mapping[str, Any] = {  # fields of a PEFT config that change the result, and the values of them that we have
-    "peft_type": "LORA", "bias": "none", "fan_in_fan_out": False, "use_dora": False, "rank_pattern": {}, "alpha_pattern": {},
+    "peft_type": "LORA", "bias": "none", "use_dora": False, "rank_pattern": {}, "alpha_pattern": {},
     "modules_to_save": None, "lora_bias": False, "layer_replication": None,
 }  # fmt: skip
 

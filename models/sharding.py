@@ -32,6 +32,7 @@ RULES: dict[str, str | None] = {
     "mlp": "tensor",
     "head_dim": None,
     "norm": None,
+    "positions": None,
     "layers": None,
     "rank": None,  # of an adapter (models.lora)
 }

@@ -158,3 +158,70 @@ PHI3_TENSORS: dict[str, Tensor] = {
     "blocks.gate": Tensor(_LAYER + "mlp.gate_up_proj.weight", "DF", "|F D", ("F", "F"), 0),
     "blocks.up": Tensor(_LAYER + "mlp.gate_up_proj.weight", "DF", "|F D", ("F", "F"), 1),
 }
+
+
+def _norm(leaf: str, name: str) -> dict[str, Tensor]:
+    """LayerNorm's scale and bias; leaf like "blocks.attn_norm"."""
+    bias = f"{leaf.removesuffix('.scale')}.bias" if leaf.endswith(".scale") else f"{leaf}_bias"
+    return {leaf: Tensor(f"{name}.weight", "D", "D"), bias: Tensor(f"{name}.bias", "D", "D")}
+
+
+# GPT-2 keeps its matrices [in, out].
+_GPT2_LAYER = "transformer.h.{layer}."
+GPT2_TENSORS: dict[str, Tensor] = {
+    "embed.embedding": Tensor("transformer.wte.weight", "VD", "V D"),
+    "embed.positions": Tensor("transformer.wpe.weight", "PD", "P D"),
+    **_norm("blocks.attn_norm", _GPT2_LAYER + "ln_1"),
+    "blocks.q": Tensor(_GPT2_LAYER + "attn.c_attn.weight", "DNH", "D |NH", _QKV, 0),
+    "blocks.k": Tensor(_GPT2_LAYER + "attn.c_attn.weight", "DKH", "D |KH", _QKV, 1),
+    "blocks.v": Tensor(_GPT2_LAYER + "attn.c_attn.weight", "DKH", "D |KH", _QKV, 2),
+    "blocks.q_bias": Tensor(_GPT2_LAYER + "attn.c_attn.bias", "NH", "|NH", _QKV, 0),
+    "blocks.k_bias": Tensor(_GPT2_LAYER + "attn.c_attn.bias", "KH", "|KH", _QKV, 1),
+    "blocks.v_bias": Tensor(_GPT2_LAYER + "attn.c_attn.bias", "KH", "|KH", _QKV, 2),
+    "blocks.o": Tensor(_GPT2_LAYER + "attn.c_proj.weight", "NHD", "NH D"),
+    "blocks.o_bias": Tensor(_GPT2_LAYER + "attn.c_proj.bias", "D", "D"),
+    **_norm("blocks.mlp_norm", _GPT2_LAYER + "ln_2"),
+    "blocks.up": Tensor(_GPT2_LAYER + "mlp.c_fc.weight", "DF", "D F"),
+    "blocks.up_bias": Tensor(_GPT2_LAYER + "mlp.c_fc.bias", "F", "F"),
+    "blocks.down": Tensor(_GPT2_LAYER + "mlp.c_proj.weight", "FD", "F D"),
+    "blocks.down_bias": Tensor(_GPT2_LAYER + "mlp.c_proj.bias", "D", "D"),
+    **_norm("final_norm.scale", "transformer.ln_f"),
+}
+
+# GPT-NeoX keeps queries, keys and values of one head together.
+_NEOX_LAYER = "gpt_neox.layers.{layer}."
+_HEAD = ("H", "H", "H")
+GPT_NEOX_TENSORS: dict[str, Tensor] = {
+    "embed.embedding": Tensor("gpt_neox.embed_in.weight", "VD", "V D"),
+    **_norm("blocks.attn_norm", _NEOX_LAYER + "input_layernorm"),
+    "blocks.q": Tensor(_NEOX_LAYER + "attention.query_key_value.weight", "DNH", "N|H D", _HEAD, 0),
+    "blocks.k": Tensor(_NEOX_LAYER + "attention.query_key_value.weight", "DKH", "K|H D", _HEAD, 1),
+    "blocks.v": Tensor(_NEOX_LAYER + "attention.query_key_value.weight", "DKH", "K|H D", _HEAD, 2),
+    "blocks.q_bias": Tensor(_NEOX_LAYER + "attention.query_key_value.bias", "NH", "N|H", _HEAD, 0),
+    "blocks.k_bias": Tensor(_NEOX_LAYER + "attention.query_key_value.bias", "KH", "K|H", _HEAD, 1),
+    "blocks.v_bias": Tensor(_NEOX_LAYER + "attention.query_key_value.bias", "KH", "K|H", _HEAD, 2),
+    "blocks.o": Tensor(_NEOX_LAYER + "attention.dense.weight", "NHD", "D NH"),
+    "blocks.o_bias": Tensor(_NEOX_LAYER + "attention.dense.bias", "D", "D"),
+    **_norm("blocks.mlp_norm", _NEOX_LAYER + "post_attention_layernorm"),
+    "blocks.up": Tensor(_NEOX_LAYER + "mlp.dense_h_to_4h.weight", "DF", "F D"),
+    "blocks.up_bias": Tensor(_NEOX_LAYER + "mlp.dense_h_to_4h.bias", "F", "F"),
+    "blocks.down": Tensor(_NEOX_LAYER + "mlp.dense_4h_to_h.weight", "FD", "D F"),
+    "blocks.down_bias": Tensor(_NEOX_LAYER + "mlp.dense_4h_to_h.bias", "D", "D"),
+    **_norm("final_norm.scale", "gpt_neox.final_layer_norm"),
+    "lm_head.kernel": Tensor("embed_out.weight", "DV", "V D"),
+}
+
+GPTJ_TENSORS: dict[str, Tensor] = {
+    "embed.embedding": Tensor("transformer.wte.weight", "VD", "V D"),
+    **_norm("blocks.attn_norm", _GPT2_LAYER + "ln_1"),
+    "blocks.q": Tensor(_GPT2_LAYER + "attn.q_proj.weight", "DNH", "NH D"),
+    "blocks.k": Tensor(_GPT2_LAYER + "attn.k_proj.weight", "DKH", "KH D"),
+    "blocks.v": Tensor(_GPT2_LAYER + "attn.v_proj.weight", "DKH", "KH D"),
+    "blocks.o": Tensor(_GPT2_LAYER + "attn.out_proj.weight", "NHD", "D NH"),
+    "blocks.up": Tensor(_GPT2_LAYER + "mlp.fc_in.weight", "DF", "F D"),
+    "blocks.up_bias": Tensor(_GPT2_LAYER + "mlp.fc_in.bias", "F", "F"),
+    "blocks.down": Tensor(_GPT2_LAYER + "mlp.fc_out.weight", "FD", "D F"),
+    "blocks.down_bias": Tensor(_GPT2_LAYER + "mlp.fc_out.bias", "D", "D"),
+    **_norm("final_norm.scale", "transformer.ln_f"),
+    "lm_head.bias": Tensor("lm_head.bias", "V", "V"),
+}

@@ -47,6 +47,26 @@ _GEMMA = {
 }
 GEMMA2 = {**_GEMMA, "model_type": "gemma2", "architectures": ["Gemma2ForCausalLM"]}
 GEMMA3 = {**_GEMMA, "model_type": "gemma3_text", "architectures": ["Gemma3ForCausalLM"]}
+_GPT = {
+    "vocab_size": 64,
+    "n_embd": 32,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_positions": 256,
+    "layer_norm_epsilon": 1e-5,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "dtype": "float32",
+}
+GPT2 = {**_GPT, "model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "activation_function": "gelu_new"}
+GPTJ = {**_GPT, "model_type": "gptj", "architectures": ["GPTJForCausalLM"], "activation_function": "gelu_new", "tie_word_embeddings": False}
+GPT_NEOX = {
+    **{name: value for name, value in SMALL.items() if name not in ("rms_norm_eps", "head_dim", "num_key_value_heads")},
+    "model_type": "gpt_neox",
+    "architectures": ["GPTNeoXForCausalLM"],
+    "hidden_act": "gelu",
+    "layer_norm_eps": 1e-5,
+}
 
 
 def rope(kind: str, theta: float = 10000.0, **values) -> dict:
@@ -159,12 +179,26 @@ CASES: dict[str, dict] = {
     },
     "phi3": {**PHI3, "sliding_window": 7, "rope_theta": 10000.0},
     "phi3_part": {**PHI3, "num_key_value_heads": 4, **rope("default", partial_rotary_factor=0.5)},
+    "gpt2": {**GPT2, "n_inner": None, "tie_word_embeddings": True},
+    "gpt2_untied": {**GPT2, "n_inner": 48, "activation_function": "relu", "tie_word_embeddings": False},
+    "gpt_neox": {**GPT_NEOX, "rotary_pct": 0.5, "rotary_emb_base": 10000, "use_parallel_residual": True},
+    "gpt_neox_sequential": {
+        **GPT_NEOX,
+        "tie_word_embeddings": True,
+        "attention_bias": False,
+        "use_parallel_residual": False,
+        **rope("linear", 1000.0, factor=4.0, partial_rotary_factor=0.25),
+    },
+    "gptj": {**GPTJ, "n_inner": None, "rotary_dim": 4},
+    "gptj_whole": {**GPTJ, "n_inner": 48, "rotary_dim": 8},
 }
 
 
 def tensors(config: dict, seed: int) -> dict[str, np.ndarray]:
     """Random weights by checkpoint name, of a size that makes every part matter (fp32)."""
     rng = np.random.default_rng(seed)
+    if config["model_type"].startswith("gpt"):
+        return gpt_tensors(config, rng)
     d, f, h = config["hidden_size"], config["intermediate_size"], config["head_dim"]
     n, k = config["num_attention_heads"], config["num_key_value_heads"]
     kind = config["model_type"]
@@ -209,6 +243,48 @@ def tensors(config: dict, seed: int) -> dict[str, np.ndarray]:
     return {name: value.astype(np.float32) for name, value in out.items()}
 
 
+def gpt_tensors(config: dict, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    """`tensors` of GPT-2, GPT-J and GPT-NeoX: LayerNorms, plain MLPs, and each its own layout."""
+    kind = config["model_type"]
+    d, f = config.get("n_embd", config.get("hidden_size")), config.get("n_inner", config.get("intermediate_size")) or 4 * config["n_embd"]
+    out: dict[str, np.ndarray] = {}
+
+    def linear(name, rows, columns, with_bias=True):
+        weight = rng.standard_normal((rows, columns)) * 1.5 / np.sqrt(columns)
+        out[f"{name}.weight"] = weight.T if kind == "gpt2" and "lm_head" not in name else weight
+        if with_bias:
+            out[f"{name}.bias"] = rng.standard_normal(rows) * 0.3
+
+    def norm(name):
+        out[f"{name}.weight"] = 1 + 0.2 * rng.standard_normal(d)
+        out[f"{name}.bias"] = 0.3 * rng.standard_normal(d)
+
+    neox = kind == "gpt_neox"
+    base = "gpt_neox" if neox else "transformer"
+    out[f"{base}.embed_in.weight" if neox else f"{base}.wte.weight"] = rng.standard_normal((config["vocab_size"], d))
+    if kind == "gpt2":
+        out["transformer.wpe.weight"] = rng.standard_normal((config["n_positions"], d))
+    for i in range(config["num_hidden_layers"] if neox else config["n_layer"]):
+        layer = f"{base}.layers.{i}" if neox else f"{base}.h.{i}"
+        norm(f"{layer}.input_layernorm" if neox else f"{layer}.ln_1")
+        if kind != "gptj":
+            norm(f"{layer}.post_attention_layernorm" if neox else f"{layer}.ln_2")
+        if kind == "gptj":
+            for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
+                linear(f"{layer}.attn.{name}", d, d, False)
+        else:
+            bias = config.get("attention_bias", True)
+            linear(f"{layer}.attention.query_key_value" if neox else f"{layer}.attn.c_attn", 3 * d, d, bias)
+            linear(f"{layer}.attention.dense" if neox else f"{layer}.attn.c_proj", d, d, bias)
+        up, down = {"gpt2": ("c_fc", "c_proj"), "gptj": ("fc_in", "fc_out"), "gpt_neox": ("dense_h_to_4h", "dense_4h_to_h")}[kind]
+        linear(f"{layer}.mlp.{up}", f, d)
+        linear(f"{layer}.mlp.{down}", d, f)
+    norm(f"{base}.final_layer_norm" if neox else f"{base}.ln_f")
+    if not config["tie_word_embeddings"]:
+        linear("embed_out" if neox else "lm_head", config["vocab_size"], d, kind == "gptj")
+    return {name: np.ascontiguousarray(value, np.float32) for name, value in out.items()}
+
+
 def write_checkpoint(folder: Path, config: dict, seed: int = 0, dtype=np.float32) -> dict[str, np.ndarray]:
     """A Hugging Face folder with random weights; returns them."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -240,6 +316,8 @@ def inputs(name: str) -> dict[str, np.ndarray]:
     tokens = rng.integers(3, SMALL["vocab_size"], (BATCH, TOKENS)).astype(np.int32)
     # Dynamic scaling grows the base with the position; 40 times the maximum is far for it.
     offset = np.int32(640 if name == "llama_dynamic" else 100_000)
+    if "n_positions" in CASES[name]:  # vectors or a table for so many positions
+        offset = np.int32(CASES[name]["n_positions"] - TOKENS)
     return {"tokens": tokens, "lengths": np.array([TOKENS, TOKENS - 7], np.int32), "offset": offset}
 
 

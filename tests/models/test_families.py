@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import json
+import re
 
 import jax
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 
 import models
 from models import ModelConfig, ModelError, RopeScaling, families
+from models.hf_rope import rope_to_hf
 
 needs_torch = pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="torch is not installed")
 
@@ -93,7 +95,7 @@ def test_absent_fields_get_the_family_defaults():
 @pytest.mark.parametrize("model_type", families.FAMILIES)
 def test_defaults_agree_with_transformers(model_type):
     transformers = pytest.importorskip("transformers")
-    sizes = {"num_attention_heads": 32, "hidden_size": 64, "num_hidden_layers": 30, "model_type": model_type}
+    sizes = {"num_attention_heads": 32, "hidden_size": 2048, "num_hidden_layers": 30, "model_type": model_type}
     theirs = transformers.AutoConfig.for_model(**sizes)
     given = {"vocab_size": 60_000, "intermediate_size": 10}  # end-of-text ids have defaults up to 50,279
     silent = ModelConfig.from_hf({**sizes, **given})
@@ -111,8 +113,8 @@ def test_eos_may_be_several():
     ("changes", "told"),
     [
         (
-            {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"},
-            ["GPT2LMHeadModel", "nearest", "Qwen3ForCausalLM"],
+            {"architectures": ["Qwen7ForCausalLM"], "model_type": "qwen7"},
+            ["Qwen7ForCausalLM", "nearest", "Qwen3ForCausalLM"],
         ),
         ({"architectures": None, "model_type": "qwen4"}, ["model_type", "'qwen4'", "nearest known is 'qwen"]),
         ({"architectures": ["LlamaForSequenceClassification"]}, ["architectures", "LlamaForCausalLM"]),
@@ -139,7 +141,19 @@ def test_refused_with_the_field_named(changes, told):
         assert part in str(error.value)
 
 
-BASES = {"llama": cases.LLAMA, "qwen2": {**cases.QWEN2, "use_sliding_window": True, "sliding_window": 4}, "mistral": cases.MISTRAL}
+BASES = {
+    "llama": cases.LLAMA,
+    "qwen2": {**cases.QWEN2, "use_sliding_window": True, "sliding_window": 4},
+    "mistral": cases.MISTRAL,
+    "phi3": cases.PHI3,
+    "gemma2": cases.GEMMA2,
+    "gemma3": cases.GEMMA3,
+    "gpt2": cases.GPT2,
+    "gpt_neox": cases.GPT_NEOX,
+    "gptj": {**cases.GPTJ, "rotary_dim": 4},
+}
+LONGROPE = {"rope_scaling": {"type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}}
+SLIDING_LINEAR = {"rope_parameters": {"sliding_attention": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}}
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
 WRONG_TYPES = [
@@ -187,6 +201,34 @@ WRONG_TYPES = [
     ("qwen2", {"layer_types": "full_attention"}, "layer_types must be a list with a name for each layer"),
     ("qwen2", {"layer_types": [0, 1]}, "layer_types must be a list with a name for each layer"),
     *[("mistral", {"sliding_window": v}, "sliding_window must be a positive integer") for v in ("4096", 0, -1, False)],
+    ("phi3", LONGROPE, "rope_scaling.rope_type='longrope' is not supported; known: default"),
+    ("phi3", {"partial_rotary_factor": 0.4}, "partial_rotary_factor=0.4 rotates 3 of head_dim=8 units; it must be an even number of them"),
+    ("phi3", {"partial_rotary_factor": 2.0}, "rotates 16 of head_dim=8 units"),
+    ("phi3", {"layer_types": ["full_attention"] * 2}, "layer_types=['full_attention', 'full_attention'] is not supported; known: null"),
+    *[(k, {"use_bidirectional_attention": True}, "use_bidirectional_attention=true is not supported") for k in ("gemma2", "gemma3")],
+    *[("gemma2", {"attn_logit_softcapping": v}, "attn_logit_softcapping must be a number above 0") for v in ("50", 0, -1.0, True)],
+    *[("gemma2", {"query_pre_attn_scalar": v}, "query_pre_attn_scalar must be a number above 0") for v in (None, 0, "256")],
+    ("gemma2", {"sliding_window": None}, "sliding_window must be a positive integer, not null"),
+    ("gemma2", {"hidden_activation": None}, "hidden_activation=null is not supported"),
+    ("gemma2", {"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "one rotary embedding for each layer type is not supported"),
+    ("gemma3", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping=50.0 is not supported; known: null"),
+    ("gemma3", {"sliding_window_pattern": 0}, "sliding_window_pattern must be a positive integer, not 0"),
+    ("gemma3", {"rope_local_base_freq": 0}, "rope_local_base_freq must be a number above 0, not 0"),
+    ("gemma3", {"rope_parameters": {"rope_type": "default"}}, "rope_parameters must be an object with full_attention and sliding_attention"),
+    ("gemma3", {"rope_parameters": {"full_attention": 3}}, "rope_parameters.full_attention must be null or an object, not 3"),
+    ("gemma3", SLIDING_LINEAR, "rope_parameters.sliding_attention.rope_type='linear' is not supported; known: default"),
+    *[("gpt2", {name: v}, f"{name} must be a positive integer") for name in ("n_embd", "n_layer", "n_head", "n_positions") for v in ("4", 0)],
+    ("gpt2", {"n_inner": 0}, "n_inner must be a positive integer, not 0"),
+    ("gpt2", {"layer_norm_epsilon": 0}, "layer_norm_epsilon must be a number above 0, not 0"),
+    ("gpt2", {"activation_function": "swish6"}, "activation_function='swish6' is not supported"),
+    ("gpt2", {"scale_attn_weights": False}, "scale_attn_weights=false is not supported; known: true"),
+    ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx=true is not supported"),
+    ("gpt2", {"add_cross_attention": True}, "add_cross_attention=true is not supported"),
+    ("gpt_neox", {"use_parallel_residual": "yes"}, "use_parallel_residual must be true or false, not 'yes'"),
+    ("gpt_neox", {"rotary_pct": 0.1}, "rotary_pct=0.1 rotates 0 of head_dim=8 units"),
+    ("gpt_neox", {"rotary_emb_base": 0}, "rotary_emb_base must be a number above 0, not 0"),
+    ("gptj", {"rotary_dim": None}, "rotary_dim must be a positive integer, not null"),
+    *[("gptj", {"rotary_dim": v}, f"rotary_dim={v} rotates {v} of head_dim=8 units") for v in (3, 10)],
 ]  # fmt: skip
 
 
@@ -227,11 +269,58 @@ def test_refused_layer_types():
         (ModelConfig(family="mistral", mlp_bias=True), "mlp_bias"),
         (ModelConfig(family="qwen2", n_layers=3, layer_windows=(4, None, 5), qkv_bias=True), "layer_windows"),
         (ModelConfig(family="qwen5"), "qwen5"),
+        (ModelConfig(family="llama", logit_softcap=30.0, embed_scale=2.0), "logit_softcap=30.0, embed_scale=2.0"),
+        (ModelConfig(family="gpt2", rope_theta=5.0), "norm='rms'"),
+        (dataclasses.replace(ModelConfig.from_hf(cases.GEMMA2), embed_scale=1.0), "embed_scale=1.0"),
+        (dataclasses.replace(ModelConfig.from_hf(cases.PHI3), layer_windows=(4, None)), "layer_types"),
+        (dataclasses.replace(ModelConfig.from_hf(cases.GPT2), n_kv_heads=2), "n_kv_heads=2"),
+        (dataclasses.replace(ModelConfig.from_hf(BASES["gptj"]), rope_theta=5e5), "rope_theta=500000.0"),
     ],
 )
 def test_what_a_family_cannot_express_is_not_written(cfg, told):
     with pytest.raises(ModelError, match=told):
         cfg.to_hf()
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"block": "sandwich"}, "block='sandwich' is not known; known: pre, post, pre_post, parallel, parallel_shared"),
+        ({"norm": "batch"}, "norm='batch'"),
+        ({"rotary_dim": 3}, "rotary_dim=3 must be even and within 1..head_dim=64"),
+        ({"rotary_dim": 66}, "rotary_dim=66"),
+    ],
+)
+def test_a_kind_that_there_is_not_is_refused(changes, told):
+    with pytest.raises(ModelError, match=re.escape(told)):
+        ModelConfig(**changes)
+
+
+def test_both_styles_of_gemma3_read_alike():
+    new = ModelConfig.from_hf(
+        {
+            **cases.GEMMA3,
+            "layer_types": ["sliding_attention", "full_attention"],
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1000.0},
+            },
+        }
+    )
+    old = ModelConfig.from_hf({**cases.CASES["gemma3_pattern"], "tie_word_embeddings": False})
+    assert new == old
+    assert (new.rope_theta, new.local_rope_theta, new.rope_scaling) == (1e6, 1000.0, RopeScaling("linear", 8.0))
+    assert (new.layer_windows, new.embed_scale, new.query_scalar) == ((7, None), 32**0.5, 24.0)
+
+
+def test_what_is_rotated_is_written_as_the_share_that_reads_back():
+    """int(head_dim * share) rounds down, so the share must not lie below the whole number."""
+    for head_dim in range(2, 130, 2):
+        cfg = ModelConfig.from_hf({**cases.PHI3, "head_dim": head_dim})
+        for units in range(2, head_dim, 2):
+            part = dataclasses.replace(cfg, rotary_dim=units)
+            hf = rope_to_hf(part, families.FAMILIES["phi3"])
+            assert int(head_dim * hf["partial_rotary_factor"]) == units
 
 
 def test_param_count_equals_the_tree():
@@ -246,13 +335,16 @@ def test_flops_by_hand():
     matrices = 2 * (8 * 8 + 8 * 4 + 8 * 4 + 8 * 8 + 3 * 8 * 16) + 8 * 100
     assert cfg.flops_per_token() == 2 * matrices
     assert cfg.flops_per_token(context=10) == 2 * matrices + 2 * 4 * 4 * 2 * 10
+    plain = dataclasses.replace(cfg, mlp="plain")
+    assert plain.flops_per_token() == 2 * (matrices - 2 * 8 * 16)
     windowed = dataclasses.replace(cfg, layer_windows=(3, None))
     assert windowed.flops_per_token(context=10) == 2 * matrices + 4 * 4 * 2 * (3 + 10)
 
 
-def test_flops_match_the_compiler():
+@pytest.mark.parametrize("changes", [{}, {"mlp": "plain", "block": "parallel_shared", "norm": "layer"}])
+def test_flops_match_the_compiler(changes):
     """XLA counts the matrix products of an unrolled forward at full attention within 5% (it adds the elementwise)."""
-    cfg = ModelConfig(vocab_size=512, d_model=128, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=32, d_ff=512)
+    cfg = ModelConfig(vocab_size=512, d_model=128, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=32, d_ff=512, **changes)
     tokens = jax.ShapeDtypeStruct((1, 64), np.int32)
 
     def logits(params, tokens):

@@ -15,7 +15,10 @@ import models
 from models import ModelError, hf_export
 
 # Every tensor that there is.
-NAMES = ("llama_biases_linear", "qwen2", "qwen3_layer_types", "mistral_window", "olmo2_biases", "gemma2_uncapped", "gemma3", "phi3")
+NAMES = (
+    *("llama_biases_linear", "qwen2", "qwen3_layer_types", "mistral_window", "olmo2_biases", "gemma2_uncapped", "gemma3", "phi3"),
+    *("gpt2", "gpt2_untied", "gpt_neox", "gpt_neox_sequential", "gptj"),
+)
 
 
 @pytest.fixture

@@ -94,7 +94,7 @@ def test_targets_are_patterns_over_names(base):
         lora.lora_targets(cfg, dataclasses.replace(CONFIG, rank=0))
 
 
-@pytest.mark.parametrize("name", ["llama_biases_linear", "qwen2", "qwen3", "mistral"])
+@pytest.mark.parametrize("name", ["llama_biases_linear", "qwen2", "qwen3", "mistral", "gemma2", "gptj"])
 def test_folders_round_trip_bit_for_bit(name, tmp_path):
     cfg = models.ModelConfig.from_hf(cases.CASES[name])
     config = lora.LoraConfig(("blocks.*",) if cfg.tie_embeddings else ("blocks.*", "lm_head.*"), 2, 3.0, rank_stabilised=name == "qwen2")

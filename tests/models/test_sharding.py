@@ -26,8 +26,8 @@ def test_every_axis_has_a_rule_and_every_rule_an_axis():
             mesh_axes = [sharding.RULES[name] for name in names if sharding.RULES[name]]
             assert len(set(mesh_axes)) == len(mesh_axes)  # no mesh axis twice in one array
             used |= set(names)
-    adapter = lora.lora_axes(cfg, lora.LoraConfig())
-    used |= {name for names in jax.tree.leaves(adapter, is_leaf=lambda x: isinstance(x, tuple)) for name in names}
+        adapter = lora.lora_axes(cfg, lora.LoraConfig())
+        used |= {name for names in jax.tree.leaves(adapter, is_leaf=lambda x: isinstance(x, tuple)) for name in names}
     assert used == set(sharding.RULES)
 
 
