@@ -27,6 +27,7 @@ from models.tensors import (
 class Family:
     """What sets one family apart. A bias is True, False or the name of the config field that decides.
 
+    models: what people call them.
     windows: "none"; "all" or "listed" (`sliding_window` on every layer, or on those of `layer_types`, which "listed"
       always writes); "by_layer" (if `use_sliding_window`: on those of `layer_types`, or from `max_window_layers` on); "pattern" (on
       those of `layer_types`, or on all but every `sliding_window_pattern`-th).
@@ -43,6 +44,7 @@ class Family:
 
     model_type: str
     architecture: str
+    models: str = ""
     qkv_bias: bool | str = False
     o_bias: bool | str = False
     mlp_bias: bool | str = False
@@ -131,26 +133,29 @@ _ROWS = (
     Family(
         "llama",
         "LlamaForCausalLM",
+        models="Llama 2, 3.x",
         qkv_bias="attention_bias",
         o_bias="attention_bias",
         mlp_bias="mlp_bias",
         defaults=_LLAMA_DEFAULTS,
     ),
-    Family("qwen2", "Qwen2ForCausalLM", qkv_bias=True, windows="by_layer", defaults=_QWEN_DEFAULTS),
+    Family("qwen2", "Qwen2ForCausalLM", models="Qwen2, Qwen2.5", qkv_bias=True, windows="by_layer", defaults=_QWEN_DEFAULTS),
     Family(
         "qwen3",
         "Qwen3ForCausalLM",
+        models="Qwen3",
         qkv_bias="attention_bias",
         o_bias="attention_bias",
         qk_norm=True,
         windows="by_layer",
         defaults={**_QWEN_DEFAULTS, "head_dim": 128},
     ),
-    Family("mistral", "MistralForCausalLM", windows="all", defaults=_MISTRAL_DEFAULTS),
-    Family("ministral", "MinistralForCausalLM", windows="listed", defaults=_MISTRAL_DEFAULTS),
+    Family("mistral", "MistralForCausalLM", models="Mistral", windows="all", defaults=_MISTRAL_DEFAULTS),
+    Family("ministral", "MinistralForCausalLM", models="Ministral", windows="listed", defaults=_MISTRAL_DEFAULTS),
     Family(
         "olmo2",
         "Olmo2ForCausalLM",
+        models="OLMo 2",
         qkv_bias="attention_bias",
         o_bias="attention_bias",
         qk_norm=True,
@@ -163,6 +168,7 @@ _ROWS = (
     Family(
         "phi3",
         "Phi3ForCausalLM",
+        models="Phi-3",
         windows="all",
         rope="part",
         rope_kinds=("default",),
@@ -182,6 +188,7 @@ _ROWS = (
     Family(
         "gemma2",
         "Gemma2ForCausalLM",
+        models="Gemma 2",
         **_GEMMA,
         optional_numbers={"attn_softcap": "attn_logit_softcapping", "logit_softcap": "final_logit_softcapping"},
         names={**_GEMMA_NAMES, "sliding_window_pattern": ()},
@@ -197,6 +204,7 @@ _ROWS = (
     Family(
         "gemma3_text",
         "Gemma3ForCausalLM",
+        models="Gemma 3 (text)",
         **_GEMMA,
         qk_norm=True,
         rope="by_window",
@@ -215,6 +223,7 @@ _ROWS = (
     Family(
         "gpt2",
         "GPT2LMHeadModel",
+        models="GPT-2",
         **_GPT,
         qkv_bias=True,
         o_bias=True,
@@ -238,6 +247,7 @@ _ROWS = (
     Family(
         "gpt_neox",
         "GPTNeoXForCausalLM",
+        models="GPT-NeoX, Pythia",
         **_GPT,
         qkv_bias="attention_bias",
         o_bias="attention_bias",
@@ -267,6 +277,7 @@ _ROWS = (
     Family(
         "gptj",
         "GPTJForCausalLM",
+        models="GPT-J",
         **_GPT,
         block="parallel_shared",
         rope="units",
@@ -288,3 +299,40 @@ DTYPES = ("float32", "bfloat16", "float16")
 def tensor_of(cfg: ModelConfig, leaf: str) -> Tensor:
     """The checkpoint tensor of the parameter `leaf`, named like "blocks.q"."""
     return (FAMILIES[cfg.family].tensors.get(leaf) or TENSORS[leaf]).at(cfg)
+
+_BLOCKS = {
+    "pre": "norms before attention and MLP",
+    "post": "norms after attention and MLP",
+    "pre_post": "norms before and after attention and MLP",
+    "parallel": "attention beside MLP, a norm each",
+    "parallel_shared": "attention beside MLP, one norm",
+}
+_NORMS = {"rms": "RMS", "rms_fp32": "RMS, scaled in fp32", "rms_plus_one": "RMS, scaled by 1 + w in fp32", "layer": "LayerNorm"}
+_ROPES = {
+    "whole": "rotary",
+    "part": "rotary, of part of a head",
+    "units": "rotary, of part of a head",
+    "by_window": "rotary, a base of their own for layers with a window",
+    "none": "learned",
+}
+_WINDOWS = {"none": "", "all": "on all layers", "listed": "by layer", "by_layer": "by layer", "pattern": "on all but every n-th layer"}
+
+
+def table() -> str:
+    """The families as a Markdown table, which docs/families.md holds."""
+    rows = [("models", "`model_type`", "block", "norm", "positions", "MLP", "windows", "besides"), ("---",) * 8]
+    for family in FAMILIES.values():
+        blocks = [_BLOCKS[name] for name in ((family.block,) if isinstance(family.block, str) else family.block[1:])]
+        caps = {"attn_softcap": "soft-cap of scores", "logit_softcap": "soft-cap of logits"}
+        besides = [
+            *(["q/k norm of each head" if family.qk_norm_over == "head" else "q/k norm over all heads"] if family.qk_norm else []),
+            *(told for name, told in caps.items() if name in family.optional_numbers),
+            *(["scaled embeddings"] if family.embed_scale else []),
+            *(["query scale"] if family.numbers else []),
+            *(["bias on the logits"] if family.head_bias else []),
+            *(["fused tensors"] if any(tensor.beside for tensor in family.tensors.values()) else []),
+        ]
+        positions = _ROPES[family.rope] + (", adjacent pairs" if family.rotary_pairs == "adjacent" else "")
+        told = (" or ".join(blocks), _NORMS[family.norm], positions, family.mlp, _WINDOWS[family.windows], ", ".join(besides))
+        rows.append((family.models, f"`{family.model_type}`", *told))
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)

@@ -175,8 +175,7 @@ class Block(nn.Module):
         if c.qk_norm:
             q, k = self.head_norm(q, self.q_norm), self.head_norm(k, self.k_norm)
         if rope is not None:
-            cos, sin = rope
-            q, k = rotate(q, cos, sin, c.rotary_pairs), rotate(k, cos, sin, c.rotary_pairs)
+            q, k = rotate(q, *rope, pairs=c.rotary_pairs), rotate(k, *rope, pairs=c.rotary_pairs)
         return q, k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3)
 
     def head_norm(self, x_BTNH, scale):

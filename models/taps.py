@@ -14,8 +14,10 @@ from models.errors import ModelError
 
 Interventions = Mapping[str, Callable[[Array], Array]]
 
-# In the order in which a layer computes them. "mlp_pre" is the gate's pre-activation, "mlp_act" the input of the
-# down projection.
+# In the order in which a layer computes them. "attn_out" and "mlp_out" are what is added to the residual stream, after any norm that
+# stands there; "resid_mid" is the sum after the first, which an MLP in parallel does not read. "mlp_pre" is what goes into the
+# activation (of the gate, where there is one), "mlp_act" the input of the down projection. "embed" is what enters the first block:
+# embeddings scaled and positions added, where the family does so.
 BLOCK_TAPS = ("resid_pre", "attn_probs", "attn_out", "resid_mid", "mlp_pre", "mlp_act", "mlp_out", "resid_post")
 OUTER_TAPS = ("embed", "final_norm")
 

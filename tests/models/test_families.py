@@ -17,6 +17,13 @@ from models.hf_rope import rope_to_hf
 needs_torch = pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="torch is not installed")
 
 
+def test_the_documented_table_is_that_of_the_rows(repo):
+    """Regenerate with `python -c "from models.families import table; print(table())"`."""
+    assert families.table() in (repo / "docs" / "families.md").read_text()
+    named = (repo / "README.md").read_text()
+    assert all(name.split(" (")[0] in named for family in families.FAMILIES.values() for name in family.models.split(", ") if name != "3.x")
+
+
 @pytest.mark.parametrize("name", cases.CASES)
 def test_config_round_trip(name):
     cfg = ModelConfig.from_hf(cases.CASES[name])
