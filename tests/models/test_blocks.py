@@ -269,3 +269,19 @@ def test_gradients_through_a_soft_cap(chunk):
     size = jnp.sqrt(sum(jnp.sum(g**2) for g in jax.tree.leaves(grads)))
     moved = lambda step: loss(jax.tree.map(lambda p, g: p + step * g / size, params, grads))  # noqa: E731
     assert float(size) == pytest.approx(float(moved(5e-3) - moved(-5e-3)) / 1e-2, rel=1e-2)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_init(name):
+    """Shapes as declared, every norm the identity, biases zero: a fresh model of each kind is finite."""
+    cfg = model(name)[0]
+    params = models.init(cfg, jax.random.key(0))
+    assert jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), params) == models.abstract_params(cfg)
+    unit = 0.0 if cfg.norm == "rms_plus_one" else 1.0
+    for group in ("blocks", "final_norm"):
+        for leaf, value in params[group].items():
+            if leaf.endswith("bias"):
+                assert not np.asarray(value).any(), leaf
+            elif leaf.endswith(("norm", "scale")):
+                assert (np.asarray(value) == unit).all(), leaf
+    assert np.isfinite(models.forward(cfg, params, TOKENS).hidden).all()
