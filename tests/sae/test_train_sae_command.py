@@ -92,21 +92,27 @@ def arguments(workdir, assets, source, **changes):
     return ["train_sae", *paths, *(f"--config.{key}={value}" for key, value in settings.items())]
 
 
-def killed(repo, step, kind, arguments):
+def in_its_own_process(repo, arguments, step=0, kind="SIGKILL"):
+    """The command in a fresh process, killed at `step` (0 = never); its exit status."""
     env = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(repo)}
     done = subprocess.run([sys.executable, "-c", KILLED, str(step), kind, *arguments], env=env, cwd=repo, capture_output=True, timeout=600)
-    assert done.returncode == -getattr(signal, kind), done.stderr.decode()[-2000:]
+    assert done.returncode == (-getattr(signal, kind) if step else 0), done.stderr.decode()[-2000:]
+
+
+def killed(repo, step, kind, arguments):
+    in_its_own_process(repo, arguments, step, kind)
 
 
 def test_a_killed_run_ends_as_an_undisturbed_one(repo, tmp_path, assets, source):
-    """The same command twice killed in the middle, once by SIGKILL and once by SIGTERM, then left to end."""
+    """The same command twice killed in the middle, once by SIGKILL and once by SIGTERM, then left to end. Each run has a process of its own:
+    programs that other tests left in this one may be compiled otherwise, and differ in a last bit."""
     peace, disturbed = tmp_path / "peace", tmp_path / "killed"
-    assert cli.main(arguments(peace, assets, source)) == 0
+    in_its_own_process(repo, arguments(peace, assets, source))
     killed(repo, 3, "SIGKILL", arguments(disturbed, assets, source))
     assert [p.name for p in (disturbed / "checkpoints").iterdir()] == ["2"] and not (disturbed / "sae").exists()
     killed(repo, 5, "SIGTERM", arguments(disturbed, assets, source))
     assert sorted(p.name for p in (disturbed / "checkpoints").iterdir()) == ["2", "4"]
-    assert cli.main(arguments(disturbed, assets, source)) == 0
+    in_its_own_process(repo, arguments(disturbed, assets, source))
     for name in ("metrics.jsonl", "summary.json", "sae/sae.json", "sae/sae.safetensors"):
         assert (disturbed / name).read_bytes() == (peace / name).read_bytes(), name
     assert not (disturbed / "checkpoints").exists()
