@@ -12,10 +12,12 @@ from models.families import Family
 
 
 def is_whole(value) -> bool:
+    """Whether a JSON value is a whole number."""
     return isinstance(value, int) and not isinstance(value, bool)  # Python counts True as 1, JSON does not
 
 
 def are_strings(value) -> bool:
+    """Whether a JSON value is a list of texts."""
     return isinstance(value, list) and all(isinstance(one, str) for one in value)
 
 

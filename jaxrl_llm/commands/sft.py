@@ -20,7 +20,7 @@ def run(config: Any, workdir: str) -> None:
     """Reads, trains and exports; see configs/sft.py for the fields.
 
     Raises:
-      UserError: no model or data named, a missing response, no row short enough; and what reading and training raise.
+      UserError: no model or data named, a missing response, no row short enough, a row past the model's context; and what reading and training raise.
     """
     import models
     from jaxrl_llm.train.config import SFTConfig, check_dtype, from_mapping
@@ -41,6 +41,8 @@ def run(config: Any, workdir: str) -> None:
     cfg, params = models.load(config.model, dtype=config.dtype, mesh=mesh)
     tokenizer = models.load_tokenizer(config.model)
     tokens_NT, mask_NT = encode(rows, tokenizer, cfg.eos_token_ids, config)
+    if tokens_NT.shape[1] > cfg.max_position:
+        raise UserError(f"the longest row has {tokens_NT.shape[1]} tokens, the model's context is {cfg.max_position}: lower max_length to that")
     schedule = ShuffledSchedule(len(tokens_NT), min(config.batch_rows, len(tokens_NT)), config.seed)
     batches = _batches(tokens_NT, mask_NT, schedule, config.max_length if config.pack else None)
     start = [params]

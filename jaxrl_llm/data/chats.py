@@ -25,18 +25,18 @@ def assistant_tokens(messages: Sequence[Mapping[str, str]], tokenizer: Any, wher
     if not turns:
         raise UserError(f"{where} has no turn of the assistant to train on: roles are {', '.join(m['role'] for m in messages)}")
     if re.search(r"\{%-?\s*generation\b", tokenizer.chat_template):
-        found = tokenizer.apply_chat_template(list(messages), tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
-        return list(found["input_ids"]), np.asarray(found["assistant_masks"], bool)
+        found = _applied(tokenizer, messages, where, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
+        counts = np.asarray(found["assistant_masks"], bool)
+        if not counts.any():
+            raise UserError(f"{where}: the chat template marks none of its tokens as the assistant's")
+        return list(found["input_ids"]), counts
 
     def written(count: int, opening: bool = False) -> str:
-        try:
-            return tokenizer.apply_chat_template(list(messages[:count]), tokenize=False, add_generation_prompt=opening)
-        except Exception as error:  # templates raise what they like
-            raise UserError(f"{where}: the chat template refuses it: {error}") from error
+        return _applied(tokenizer, messages[:count], where, tokenize=False, add_generation_prompt=opening)
 
     text = written(len(messages))
     # The template writes the special tokens itself.
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     starts = np.array([start for start, _ in encoded["offset_mapping"]])
     counts = np.zeros(len(starts), bool)
     for turn in turns:
@@ -48,3 +48,10 @@ def assistant_tokens(messages: Sequence[Mapping[str, str]], tokenizer: Any, wher
             )
         counts |= (starts >= len(head)) & (starts < len(upto))
     return encoded["input_ids"], counts
+
+
+def _applied(tokenizer: Any, messages: Sequence[Mapping[str, str]], where: str, **options: Any) -> Any:
+    try:
+        return tokenizer.apply_chat_template(list(messages), **options)
+    except Exception as error:  # templates raise what they like
+        raise UserError(f"{where}: the chat template refuses it: {error}") from error

@@ -4,6 +4,10 @@ Both take G distinct prompts and N = G x S completions, rows of one prompt adjac
 completion tokens reach the unembedding.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -37,6 +41,24 @@ def completion_logprobs(
         cfg, params, prompts_GP, prompt_lengths_G, completions_NC, completion_lengths_N, remat=remat, shared_prefix=shared_prefix
     )
     return token_logprobs(hidden_NCD, models.head(cfg, params), completions_NC, temperature=temperature, chunk=chunk, with_entropy=with_entropy)
+
+
+def policy_logprobs(spec: Any, params, micro: Mapping[str, Any], with_entropy: bool = False):
+    """`completion_logprobs` of one micro-batch, parameters cast to what the model computes in. spec: of an update (`step.StepSpec`,
+    `preference_step.PreferenceSpec`). micro: "prompts", "prompt_lengths", "completions", "lengths"."""
+    return completion_logprobs(
+        spec.model,
+        jax.tree.map(lambda p: p.astype(spec.model.dtype), params),
+        micro["prompts"],
+        micro["prompt_lengths"],
+        micro["completions"],
+        micro["lengths"],
+        temperature=spec.temperature,
+        chunk=spec.logprob_chunk,
+        remat=spec.remat,
+        shared_prefix=spec.shared_prefix,
+        with_entropy=with_entropy,
+    )
 
 
 def completion_hidden(

@@ -20,7 +20,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxrl_llm.losses import preference
 from jaxrl_llm.train.config import DPOConfig, OnlineDPOConfig, OptimizerConfig, PairLossConfig
-from jaxrl_llm.train.forward import completion_logprobs
+from jaxrl_llm.train.forward import policy_logprobs
 from jaxrl_llm.train.state import State, learning_rate, make_optimizer, resolve_decay, state_shardings
 from jaxrl_llm.train.step import Batch, batch_shardings
 from models import ModelConfig
@@ -122,29 +122,12 @@ def preference_loss(loss: PairLossConfig, sums_P2, lengths_P2, ref_sums_P2=None,
     return preference.dpo_loss(sums_P2, lengths_P2, ref_sums_P2 if loss.needs_reference else None, **options)
 
 
-def token_logps(spec: PreferenceSpec, params, micro: Batch) -> jax.Array:
-    """[rows, C] log-probabilities of one micro-batch's completions, any number of them a prompt."""
-    compute = jax.tree.map(lambda p: p.astype(spec.model.dtype), params)
-    return completion_logprobs(
-        spec.model,
-        compute,
-        micro["prompts"],
-        micro["prompt_lengths"],
-        micro["completions"],
-        micro["lengths"],
-        temperature=spec.temperature,
-        chunk=spec.logprob_chunk,
-        remat=spec.remat,
-        shared_prefix=spec.shared_prefix,
-    )[0]
-
-
 def _mask(micro: Batch) -> jax.Array:
     return jnp.arange(micro["completions"].shape[-1]) < micro["lengths"][..., None]
 
 
 def _sums(spec: PreferenceSpec, params, micro: Batch) -> jax.Array:
-    return preference.sequence_logprobs(token_logps(spec, params, micro), _mask(micro))[0]
+    return preference.sequence_logprobs(policy_logprobs(spec, params, micro)[0], _mask(micro))[0]
 
 
 def _only(micro: Batch, slot: int) -> Batch:
@@ -161,7 +144,7 @@ def micro_loss(params, spec: PreferenceSpec, micro: Batch, totals, baseline):
         own_P = _sums(spec, params, _only(micro, 0))
         sums_P2 = jnp.stack([own_P, jnp.zeros_like(own_P)], axis=-1)
         return preference_loss(spec.loss, sums_P2, lengths_P2, ref_P2, micro["labels"], totals, baseline)
-    logps, mask = token_logps(spec, params, micro), _mask(micro)
+    logps, mask = policy_logprobs(spec, params, micro)[0], _mask(micro)
     sums, _ = preference.sequence_logprobs(logps, mask)
     loss, metrics = preference_loss(spec.loss, pairs(sums), lengths_P2, ref_P2, totals=totals)
     if "sampler_logps" in micro:

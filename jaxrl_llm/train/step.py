@@ -21,7 +21,7 @@ from jaxrl_llm.losses.grpo import Totals, batch_advantages, batch_totals, group_
 from jaxrl_llm.losses.logprobs import default_chunk, token_logprobs
 from jaxrl_llm.losses.ppo import gae, token_values, value_loss
 from jaxrl_llm.train.config import GRPOConfig, LossConfig, OptimizerConfig
-from jaxrl_llm.train.forward import completion_hidden, completion_logprobs
+from jaxrl_llm.train.forward import completion_hidden, policy_logprobs
 from jaxrl_llm.train.state import VALUE_HEAD, State, learning_rate, make_optimizer, resolve_decay, state_shardings, trunk
 from models import ModelConfig
 from models.sharding import batch_ways
@@ -113,23 +113,6 @@ def _values(spec: StepSpec, params, micro: Batch):
     return logps, entropy, token_values(hidden, head["kernel"], head["bias"])
 
 
-def _logprobs(spec: StepSpec, params, micro: Batch, with_entropy: bool = False):
-    compute = jax.tree.map(lambda p: p.astype(spec.model.dtype), params)
-    return completion_logprobs(
-        spec.model,
-        compute,
-        micro["prompts"],
-        micro["prompt_lengths"],
-        micro["completions"],
-        micro["lengths"],
-        temperature=spec.temperature,
-        chunk=spec.logprob_chunk,
-        remat=spec.remat,
-        shared_prefix=spec.shared_prefix,
-        with_entropy=with_entropy,
-    )
-
-
 def micro_loss(params, spec: StepSpec, micro: Batch, totals: Totals):
     """(loss, (metrics, log-probabilities [r, C])) of one micro-batch; `micro` holds "advantages" [r] or [r, C] too.
 
@@ -138,7 +121,7 @@ def micro_loss(params, spec: StepSpec, micro: Batch, totals: Totals):
     if spec.loss.critic:
         logps, entropy, values = _values(spec, params, micro)
     else:
-        (logps, entropy), values = _logprobs(spec, params, micro, with_entropy=True), None
+        (logps, entropy), values = policy_logprobs(spec, params, micro, with_entropy=True), None
     mask = completion_mask(micro)
     loss, metrics = grpo_loss(
         logps,
@@ -247,7 +230,7 @@ def compiled_logprobs(spec: StepSpec, mesh=None):
     spec = chunk_on(spec, mesh)
 
     def run(params, batch):
-        return jax.lax.map(lambda micro: _logprobs(spec, params, micro)[0], batch)
+        return jax.lax.map(lambda micro: policy_logprobs(spec, params, micro)[0], batch)
 
     if mesh is None:
         return jax.jit(run)
@@ -262,7 +245,7 @@ def compiled_kl(spec: StepSpec, mesh=None):
 
     def run(params, reference, batch):
         return jax.lax.map(
-            lambda micro: kl_estimate(_logprobs(spec, params, micro)[0], _logprobs(spec, reference, micro)[0], spec.loss.kl), batch
+            lambda micro: kl_estimate(policy_logprobs(spec, params, micro)[0], policy_logprobs(spec, reference, micro)[0], spec.loss.kl), batch
         )
 
     if mesh is None:

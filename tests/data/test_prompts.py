@@ -186,6 +186,8 @@ def test_the_assistants_tokens_of_a_chat(template):
         (None, [("user", "a"), ("assistant", "b")], "no chat template"),
         (CHATML, [("user", "a")], "rows.jsonl:3 has no turn of the assistant.*roles are user"),
         (REWRITES, [("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")], "rows.jsonl:3: the chat template rewrites message 2"),
+        ("{{ raise_exception('no {% generation %} of yours') }}", [("assistant", "b")], "rows.jsonl:3: the chat template refuses it: no "),
+        ("{{ messages[0].content }} {% generation %}{% endgeneration %}", [("assistant", "b")], "rows.jsonl:3: .*marks none"),
         ("{{ raise_exception('roles must alternate') }}", [("user", "a"), ("assistant", "b")], "rows.jsonl:3: .*roles must alternate"),
     ],
 )

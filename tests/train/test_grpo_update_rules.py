@@ -23,7 +23,7 @@ def table_policy(monkeypatch):
         logps = logps_CV[jnp.arange(C), micro["completions"]]
         return logps, jnp.broadcast_to(-(jnp.exp(logps_CV) * logps_CV).sum(-1), logps.shape)
 
-    monkeypatch.setattr(step, "_logprobs", logprobs)
+    monkeypatch.setattr(step, "policy_logprobs", logprobs)
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ def table_policy(monkeypatch):
         table_CV = jax.nn.log_softmax(params["table"] / spec.temperature)
         return table_CV[jnp.arange(micro["completions"].shape[-1]), micro["completions"]]
 
-    monkeypatch.setattr(step, "token_logps", logps)
+    monkeypatch.setattr(step, "policy_logprobs", lambda *given: (logps(*given), None))
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +98,7 @@ def test_the_sampler_is_compared_with_the_trainer(params):
     batch = batch_of("sigmoid", 2)
     s = spec(prefs.LOSSES["sigmoid"])
     assert "logp_diff_max" not in grads_of(s, params, batch)[1]
-    logps = np.stack([np.asarray(step.token_logps(s, params, jax.tree.map(lambda x, m=m: x[m], batch))) for m in range(4)])
+    logps = np.stack([np.asarray(step.policy_logprobs(s, params, jax.tree.map(lambda x, m=m: x[m], batch))[0]) for m in range(4)])
     logps[2, 1, 0] += 0.25
     logps[3, 1, batch["lengths"][3, 1] :] += 9.0  # past the end nothing counts
     assert grads_of(s, params, batch | {"sampler_logps": logps})[1]["logp_diff_max"] == pytest.approx(0.25, rel=1e-4)

@@ -145,6 +145,14 @@ def test_sft_on_chats_counts_every_turn_of_the_assistant(model, tmp_path):
         sft.encode([{"id": "a", "prompt": "1"}], tokenizer, (1,), config)
 
 
+def test_sft_rows_past_the_context_are_refused(model, tmp_path):
+    source = tmp_path / "long.jsonl"
+    source.write_text(json.dumps({"question": "1 " * 40, "answer": "1"}) + "\n")
+    for pack in (False, True):
+        with pytest.raises(UserError, match="the longest row has 42 tokens, the model's context is 32: lower max_length"):
+            sft.run(config_of("sft", model, source, max_length=64, pack=pack), str(tmp_path / "run"))
+
+
 def test_sft_on_packed_rows_is_sft_on_the_rows(model, sums, tmp_path):
     """The knob saves padding and changes no result."""
     records = {}
