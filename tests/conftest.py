@@ -64,8 +64,9 @@ def run_python():
             # Many devices on few cores: a device may wait for the others longer than XLA's 40 s before all have come to a collective.
             patience = "--xla_cpu_collective_call_terminate_timeout_seconds=500"
             variables["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices} {patience}"
-            # Two programs in flight may each hold a thread that the other's collective waits for, and then wait for ever.
-            code = f'import jax; jax.config.update("jax_cpu_enable_async_dispatch", False)\n{code}'
+            # XLA's pool has one thread a device, and whatever else it runs holds one that a collective waits for: 4 of 8 runs under load hung.
+            variables["PJRT_NPROC"] = str(4 * devices)
+            code = f'import jax; jax.config.update("jax_cpu_enable_async_dispatch", False)\n{code}'  # for the same reason
         done = subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True, env=variables, cwd=ROOT, timeout=600)
         assert done.returncode == 0, done.stderr[-4000:]
         return done.stdout
