@@ -51,7 +51,7 @@ def sparse_pass(n: int) -> dict[str, float]:
     from sklearn.cluster import KMeans
 
     from sae.kmeans import next_centers
-    from sae.points import Points
+    from sae.sparse_points import SparsePoints
 
     x = sparse_points(n)
     start = x[:K].toarray()
@@ -66,7 +66,7 @@ def sparse_pass(n: int) -> dict[str, float]:
         return time.perf_counter() - begin
 
     begin = time.perf_counter()
-    points = Points(x, chunk=None, spherical=False, stream=None, mesh=None)
+    points = SparsePoints(x, chunk=None, spherical=False, stream=None, mesh=None)
     result = {"read": time.perf_counter() - begin, "first": seconds(one_pass), "ours": seconds(one_pass)}
     result["peak"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     fits = [KMeans(K, init=start, n_init=1, max_iter=passes, tol=0.0, algorithm="lloyd") for passes in (1, 2)]

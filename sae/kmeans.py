@@ -12,10 +12,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import scipy.sparse
 from jaxtyping import Array, Float
 
 from sae.errors import SAEError
 from sae.points import Pass, Points
+from sae.sparse_points import SparsePoints
 
 
 class KMeans(NamedTuple):
@@ -42,16 +44,21 @@ def kmeans(
 ) -> KMeans:
     """Clusters the rows of `x` [N, D] into k groups.
 
-    x: a numpy or jax array, a numpy memmap, or a scipy sparse matrix, whose rows are made dense a chunk at a time.
+    x: a numpy or jax array, a numpy memmap, or a scipy sparse matrix: at a low density a CPU multiplies its entries alone, else
+    its rows are made dense a chunk at a time.
     init: "k-means++" (greedy, 2 + ln k candidates a step), "random" (k different points) or centres [k, D].
     n_init: restarts, of which the lowest inertia wins; given centres are run once. tol: stop when the centres' total
     squared shift is at most tol times the mean variance of a feature. spherical: rows and centres on the unit sphere,
     so that inertia is twice the sum of (1 - cosine). chunk: rows at a time. stream: keep the points in host memory
-    and send chunks to the device in every pass; by default only for sparse or very large input. mesh: spread each
+    and send chunks to the device in every pass; by default only for sparse or very large input (True: never by entries). mesh: spread each
     chunk's rows over its batch axes ("data" and "fsdp"); every process calls with the same points and gets the result.
     Raises SAEError for k > N, a NaN, or initial centres of another shape.
     """
-    points = Points(x, chunk=chunk, spherical=spherical, stream=stream, mesh=mesh)
+    if scipy.sparse.issparse(x):
+        kind = SparsePoints
+    else:
+        kind, x = Points, x if isinstance(x, np.ndarray | jax.Array) else np.asarray(x)
+    points = kind(x, chunk=chunk, spherical=spherical, stream=stream, mesh=mesh)
     if not 1 <= k <= points.count:
         raise SAEError(f"kmeans: k is {k}; give 1 <= k <= {points.count}, the number of points")
     if n_init < 1 or max_iter < 1:

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import scipy.sparse
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
@@ -105,25 +104,21 @@ class Points:
     """Rows to cluster and the passes that k-means makes over them.
 
     Attributes: count N, width D, mean [D], variance (mean over features). Dense rows are centred on their mean, as
-    scikit-learn does for accuracy; `mean` is zero for sparse and for spherical input. mesh: rows of a chunk are
+    scikit-learn does for accuracy; `mean` is zero for spherical input. mesh: rows of a chunk are
     spread over those of the axes "data" and "fsdp" that it has; every process makes the same points and passes.
     """
 
     def __init__(self, x: Any, *, chunk: int | None, spherical: bool, stream: bool | None, mesh: Any):
-        self.sparse = scipy.sparse.issparse(x)
-        x = x.tocsr() if self.sparse else x if isinstance(x, np.ndarray | jax.Array) else np.asarray(x)
         if x.ndim != 2 or 0 in x.shape:
             raise SAEError(f"kmeans: x has shape {tuple(x.shape)}; give a non-empty [points, features] array")
         if chunk is not None and chunk < 1:
             raise SAEError(f"kmeans: chunk is {chunk}; give a positive number of rows")
         self.count, self.width = x.shape
         self.source, self.spherical, self.mesh = x, spherical, mesh
-        self.squares: np.ndarray | None = None  # [N] of the rows as they are given, where sparse candidates have asked for them
         self.axes = () if mesh is None else tuple(name for name in BATCH_AXES if name in mesh.shape)
         self.chunk = self._chunk_rows(chunk)
         self.one_hot = (jax.devices()[0] if mesh is None else mesh.devices.flat[0]).platform != "cpu"
-        large = 4 * self.count * self.width > RESIDENT_BYTES
-        streamed = stream if stream is not None else self.sparse or large
+        streamed = stream if stream is not None else 4 * self.count * self.width > RESIDENT_BYTES
         raw = None if streamed else list(self._send())
         self.mean, self.variance = self._moments(raw or self._send())
         self.resident = None if raw is None else [(self._prepared(rows), valid) for rows, valid in raw]
@@ -136,8 +131,7 @@ class Points:
         return -(-rows // shards) * shards
 
     def _raw(self, index: slice | np.ndarray) -> np.ndarray:
-        rows = self.source[index]
-        return np.asarray(rows.toarray() if self.sparse else rows, np.float32)
+        return np.asarray(self.source[index], np.float32)
 
     def host_rows(self, index: slice | np.ndarray) -> np.ndarray:
         """Rows as they are clustered, on the host."""
@@ -159,8 +153,7 @@ class Points:
             total += part
             squares += part_squares
         variance = float(np.mean(np.maximum(squares / self.count - (total / self.count) ** 2, 0.0)))
-        centred = not (self.sparse or self.spherical)
-        return (origin + total / self.count if centred else np.zeros(self.width)).astype(np.float32), variance
+        return (np.zeros(self.width) if self.spherical else origin + total / self.count).astype(np.float32), variance
 
     def _send(self) -> Iterator[tuple[Array, int]]:
         """(raw device rows [n, D], how many are real), in order; the last chunk is padded with zeros."""
@@ -203,28 +196,9 @@ class Points:
 
     def candidate_distances(self, candidates: np.ndarray, nearest: np.ndarray) -> np.ndarray:
         """[L, N] each point's squared distance to its nearest centre, candidate l included; `nearest` [N] without."""
-        if self.sparse:
-            return self._sparse_candidates(candidates, nearest)
         padded = np.pad(nearest, (0, -self.count % self.chunk)).reshape(-1, self.chunk)
         parts = [chunk_candidates(rows, padded[i], candidates) for i, (rows, _) in enumerate(self.chunks())]
         return np.concatenate([self.fetch(part) for part in parts], axis=1)[:, : self.count]
-
-    def _sparse_candidates(self, candidates: np.ndarray, nearest: np.ndarray) -> np.ndarray:
-        """The same from the entries alone, on the host: a start of k centres makes k such passes, each over few candidates, and to make every
-        row dense for them costs far more than their products."""
-        x, step = self.source, max(1, CHUNK_BYTES // 4 // len(candidates))
-        if self.squares is None:
-            self.squares = np.asarray(x.multiply(x).sum(axis=1), np.float32).ravel()
-        scale = np.sqrt(np.where(self.squares > 0, self.squares, 1.0)) if self.spherical else np.ones(1, np.float32)
-        own = np.square(candidates).sum(axis=1)
-        out = np.empty((len(candidates), self.count), np.float32)
-        for start in range(0, self.count, step):
-            part = slice(start, start + step)
-            by_row = scale[part] if self.spherical else scale
-            dots = np.asarray(x[part] @ candidates.T).T / by_row
-            square = self.squares[part] / by_row**2
-            out[:, part] = np.minimum(nearest[part], np.maximum(own[:, None] + square - 2.0 * dots, 0.0))
-        return out
 
     def gather(self, parts: list[Array]) -> np.ndarray:
         """Chunk results joined into one host array of N entries."""

@@ -12,6 +12,7 @@ from sklearn.metrics import adjusted_rand_score
 
 import sae
 from sae.points import Points, cluster_sums
+from sae.sparse_points import SparsePoints
 
 K = 5
 
@@ -88,42 +89,92 @@ def test_chunk_and_stream_set_what_is_held():
     points = Points(x, chunk=37, spherical=False, stream=False, mesh=None)
     assert points.chunk <= 37 and len(points.resident) == 9 and sum(valid for _, valid in points.resident) == len(x)
     assert Points(x, chunk=37, spherical=False, stream=True, mesh=None).resident is None
-    assert Points(scipy.sparse.csr_matrix(x), chunk=None, spherical=False, stream=None, mesh=None).resident is None
+    sparse = scipy.sparse.csr_matrix(x)
+    assert SparsePoints(sparse, chunk=None, spherical=False, stream=None, mesh=None).resident is None
+    assert len(SparsePoints(sparse, chunk=37, spherical=False, stream=False, mesh=None).resident) == 9
 
 
-def sparse_points(n=200, d=40, seed=0):
+def sparse_points(n=200, d=40, seed=0, density=0.2):
     rng = np.random.default_rng(seed)
-    return scipy.sparse.csr_matrix((rng.random((n, d)) * (rng.random((n, d)) < 0.2)).astype(np.float32))
+    return scipy.sparse.csr_matrix((rng.random((n, d)) * (rng.random((n, d)) < density)).astype(np.float32))
 
 
 @pytest.mark.parametrize("form", ["csr_matrix", "csr_array", "coo_matrix"])
-def test_sparse_input_equals_scikit_learn_and_dense(form):
-    x = sparse_points()
+@pytest.mark.parametrize("density", [0.05, 0.2])
+def test_sparse_input_equals_scikit_learn_and_dense(form, density):
+    x = sparse_points(density=density)
     start = x[:6].toarray()
-    found = sae.kmeans(getattr(scipy.sparse, form)(x), 6, init=start, chunk=64)
+    given = getattr(scipy.sparse, form)(x)
+    assert SparsePoints(given, chunk=64, spherical=False, stream=None, mesh=None).by_entries == (density < 0.1)
+    found = sae.kmeans(given, 6, init=start, chunk=64)
     assert_equal(found, reference(x, start))
     np.testing.assert_array_equal(found.labels, sae.kmeans(x.toarray(), 6, init=start).labels)
 
 
 @pytest.mark.parametrize("spherical", [False, True])
+def test_passes_over_entries_equal_passes_over_chunks(spherical, monkeypatch):
+    """In slices, a row of zeros and two clusters that start empty included; a centre on a point is at distance 0 of it, exactly."""
+    monkeypatch.setattr("sae.sparse_points.CHUNK_BYTES", 4 * 4 * 6 * 32)
+    x = sparse_points(d=200, density=0.05)
+    x = scipy.sparse.hstack([np.linspace(0.1, 1, 200, dtype=np.float32)[:, None], x], format="csr")  # no two rows at equal distance to all
+    if not spherical:  # on the sphere it is equally far from every centre
+        x.data[x.indptr[3] : x.indptr[4]] = 0
+    start = np.concatenate([x[:4].toarray(), np.full((2, 201), -1e3, np.float32)])
+    for init in (start, "k-means++", "random"):
+        entries, chunks = (sae.kmeans(x, 6, init=init, spherical=spherical, stream=stream) for stream in (None, True))
+        np.testing.assert_array_equal(entries.labels, chunks.labels)
+        np.testing.assert_allclose(entries.centers, chunks.centers, atol=1e-5)
+        assert entries.inertia == pytest.approx(chunks.inertia, rel=1e-5)
+    ours, theirs = (SparsePoints(x, chunk=None, spherical=spherical, stream=stream, mesh=None) for stream in (None, True))
+    assert ours.by_entries and not theirs.by_entries and ours.variance == theirs.variance
+    start = ours.host_rows(np.arange(7))
+    passes = [points.assign(start, None) for points in (ours, theirs)]
+    for name in ("sums", "counts", "changed"):
+        np.testing.assert_allclose(*(np.asarray(getattr(found, name)) for found in passes), atol=1e-4)
+    again = ours.assign(start + 0.1, passes[0].labels)
+    assert again.changed == np.sum(ours.gather(again.labels) != ours.gather(passes[0].labels)) > 0
+    distances = [points.distances(start, found.labels) for points, found in zip((ours, theirs), passes, strict=True)]
+    np.testing.assert_allclose(*distances, atol=1e-5)
+    assert (distances[0][:7] == 0).all() and distances[0][7:].any()
+
+
+def test_sparse_duplicate_entries_are_summed_and_the_callers_rows_are_left():
+    x = scipy.sparse.csr_matrix((np.ones(6, np.float32), [0, 0, 5, 5, 9, 30], [0, 2, 4, 5, 6]), shape=(4, 40))
+    whole = sae.kmeans(x.toarray(), 3, init=x[:3].toarray())
+    found = sae.kmeans(x, 3, init=x[:3].toarray())
+    np.testing.assert_array_equal(found.labels, whole.labels)
+    assert x.nnz == 6 and found.inertia == pytest.approx(whole.inertia)
+
+
+def test_a_nan_in_sparse_rows_is_named():
+    x = sparse_points(density=0.05)
+    x.data[x.indptr[40]] = np.nan
+    row = int(np.flatnonzero(np.isnan(x.toarray()).any(axis=1))[0])
+    with pytest.raises(sae.SAEError, match=f"row {row} of x holds a NaN"):
+        sae.kmeans(x, 3)
+
+
+@pytest.mark.parametrize("spherical", [False, True])
 def test_candidates_of_sparse_rows_equal_those_of_dense_ones(spherical, monkeypatch):
-    """Products of the entries alone, in chunks, a row of zeros included."""
+    """Products of the entries alone, in slices, a row of zeros included."""
     x = sparse_points()
     x.data[x.indptr[3] : x.indptr[4]] = 0
-    monkeypatch.setattr("sae.points.CHUNK_BYTES", 4 * 3 * 64)
-    common = {"chunk": 64, "spherical": spherical, "mesh": None}
-    thin, dense = Points(x, stream=None, **common), Points(x.toarray(), stream=True, **common)
-    candidates = thin.host_rows(np.array([0, 3, 50]))
+    monkeypatch.setattr("sae.sparse_points.CHUNK_BYTES", 4 * 4 * 3 * 64)
+    common = {"chunk": 64, "spherical": spherical, "stream": True, "mesh": None}
+    thin, dense = SparsePoints(x, **common), Points(x.toarray(), **common)
+    picked = np.array([0, 3, 50])
+    candidates = thin.host_rows(picked)
     nearest = np.linspace(0.1, 3.0, x.shape[0]).astype(np.float32)
-    thin_form, dense_form = (p.candidate_distances(p.host_rows(np.array([0, 3, 50])), nearest) for p in (thin, dense))
-    np.testing.assert_allclose(thin_form, dense_form, atol=1e-5)
+    thin_form = thin.candidate_distances(candidates, nearest)
+    moved = candidates - dense.mean  # dense rows are centred
+    np.testing.assert_allclose(thin_form, dense.candidate_distances(moved, nearest), atol=1e-5)
     assert candidates.shape == (3, 40) and (thin_form < nearest).any() and (thin_form == nearest[None]).any()
 
 
 def test_sparse_rows_are_never_dense_together(monkeypatch):
     x, sizes = sparse_points(), []
-    whole = Points._raw
-    monkeypatch.setattr(Points, "_raw", lambda self, index: sizes.append(len(rows := whole(self, index))) or rows)
+    whole = SparsePoints._raw
+    monkeypatch.setattr(SparsePoints, "_raw", lambda self, index: sizes.append(len(rows := whole(self, index))) or rows)
     sae.kmeans(x, 4, chunk=32)
     assert max(sizes) <= 32
 

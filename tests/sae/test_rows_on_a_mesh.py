@@ -1,7 +1,7 @@
 """Harvesting and k-means spread their rows over both batch axes of a mesh and give what one device gives."""
 
 CODE = """
-import jax, numpy as np
+import jax, numpy as np, scipy.sparse
 import models, sae
 import sae.harvest
 from models.sharding import make_mesh, param_shardings
@@ -39,6 +39,8 @@ for mesh in (both, make_mesh({"fsdp": 8}), make_mesh({"tensor": 8})):
         np.testing.assert_allclose(shared.centers, alone.centers, atol=1e-4)
     points = Points(x, chunk=100, spherical=False, stream=False, mesh=mesh)
     assert {shard.data.shape[0] for shard in points.resident[0][0].addressable_shards} == {points.chunk // ways}
+thin = scipy.sparse.csr_matrix(np.where(rng.random(x.shape) < 0.05, x, 0))  # entries alone, against chunks made dense on a mesh
+np.testing.assert_array_equal(sae.kmeans(thin, 6, mesh=both, chunk=100).labels, sae.kmeans(thin, 6).labels)
 try:
     sae.kmeans(np.where(np.arange(1001)[:, None] == 777, np.nan, x), 6, mesh=both, chunk=100)
     raise AssertionError("no error")
