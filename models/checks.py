@@ -48,9 +48,9 @@ def check_tokens(cfg: ModelConfig, tokens, lengths=None, positions=None) -> None
         raise ModelError(f"{told} (max_position): cut the row, or run it in pieces")
 
 
-def check_prompts(cfg: ModelConfig, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+def check_prompts(cfg: ModelConfig, prompts: Sequence[Sequence[int]], limits: Sequence[int] | np.ndarray) -> None:
     """Raises ModelError for the first prompt that is no list of token ids of this model, is empty, or does not fit the context with
-    max_new_tokens. prompts: as `models.generate` takes them."""
+    the most new tokens that it may have. prompts: as `models.generate` takes them; limits: [P], those numbers of tokens."""
     if isinstance(prompts, str) or any(isinstance(prompt, str) for prompt in prompts):
         raise ModelError('prompts are text; give lists of token ids: tokenizer(texts)["input_ids"]')
     for i, prompt in enumerate(prompts):
@@ -58,9 +58,9 @@ def check_prompts(cfg: ModelConfig, prompts: Sequence[Sequence[int]], max_new_to
             raise ModelError(f"prompt {i} is {prompt!r:.60}; give a list of token ids for each prompt")
         if len(prompt) == 0:
             raise ModelError(f"prompt {i} is empty; give at least one token (the model's beginning-of-text id, say)")
-        if len(prompt) + max_new_tokens > cfg.max_position:
+        if len(prompt) + limits[i] > cfg.max_position:
             raise ModelError(
-                f"prompt {i} has {len(prompt)} tokens and max_new_tokens is {max_new_tokens}, but the model's context is "
+                f"prompt {i} has {len(prompt)} tokens and max_new_tokens is {limits[i]}, but the model's context is "
                 f"{cfg.max_position}; shorten one of them"
             )
         if not np.issubdtype(np.asarray(prompt).dtype, np.integer):

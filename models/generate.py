@@ -25,14 +25,25 @@ from jaxtyping import Array, Bool, Float, Int
 
 from models.checks import check_prompts
 from models.config import ModelConfig
+from models.decode import (
+    FINISH_LENGTH,
+    FINISH_STOP_STRING,
+    FINISH_STOP_TOKEN,
+    STAGE,
+    Knobs,
+    Plan,
+    Rows,
+    bucket,
+    draw_next,
+    pad_prompts,
+    stop_string_cut,
+)
 from models.errors import ModelError
-from models.sampling import sample
+from models.refill import decode_refilled
 from models.sharding import batch_ways, fetch, place_rows
 from models.transformer import KV, KVCache, Params, forward, fused, init_cache, unembed, unstacked
 
-FINISH_LENGTH, FINISH_STOP_TOKEN, FINISH_STOP_STRING = 0, 1, 2
 UNROLLED_LAYERS = 8  # up to so many, a Python loop over the layers; above, a scan, whose program is one layer's, however many there are
-STAGE = 32  # tokens of the first stage; the second has as many, and each later one as many as all before it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,19 +77,6 @@ class Samples(NamedTuple):
     finish_reason_B: Int[Array, " B"]
 
 
-class _Plan(NamedTuple):
-    """The static part of a call: one compilation a distinct value (and shapes)."""
-
-    cfg: ModelConfig
-    num_samples: int
-    max_new_tokens: int
-    greedy: bool
-    top_k: int
-    use_top_p: bool
-    stop_tokens: tuple[int, ...]
-    unroll: bool  # a Python loop over layers, their caches apart, rather than a scan over all of them stacked
-
-
 class _State(NamedTuple):
     """The decode loop's carry beside the stage's cache. `step` tokens of every row are decided, all but the last cached."""
 
@@ -91,39 +89,30 @@ class _State(NamedTuple):
 
 
 def _stages(max_new_tokens: int) -> list[tuple[int, int]]:
-    """(slots of the cache, tokens decided at the end) of each stage: up to STAGE tokens, twice that, ..., max_new_tokens."""
+    """(slots of the cache, tokens decided at the end) of each stage: up to STAGE tokens, twice that, ..., max_new_tokens.
+
+    The second has as many slots as the first, and each later one as many as all before it.
+    """
     ends = [*itertools.takewhile(lambda n: n < max_new_tokens, (STAGE * 2**i for i in itertools.count())), max_new_tokens]
     return [(end - start, end) for start, end in zip([0, *ends], ends, strict=False)]
 
 
-def _uniforms(key: Array, row_ids_B: Array, step: Array) -> Float[Array, "B 2"]:
-    """Two numbers in [0, 1) that depend on the key, the row's number and the step only."""
-    row_key = lambda row: jax.random.fold_in(jax.random.fold_in(key, row), step)  # noqa: E731
-    return jax.vmap(lambda row: jax.random.uniform(row_key(row), (2,)))(row_ids_B)
-
-
-def _record(plan: _Plan, state: _State, logits_BV: Array, noise, knobs) -> _State:
+def _record(plan: Plan, state: _State, logits_BV: Array, rows: Rows, knobs: Knobs) -> _State:
     """Samples the next token of every unfinished row and writes it at column `step`."""
-    uniforms = None if plan.greedy else _uniforms(noise[0], noise[1], state.step)
-    temperature, top_p = knobs
-    tokens, logps = sample(
-        logits_BV, uniforms, temperature=temperature, greedy=plan.greedy, top_k=plan.top_k, top_p=top_p if plan.use_top_p else None
-    )
     live = ~state.done_B
-    tokens, logps = jnp.where(live, tokens, 0), jnp.where(live, logps, 0.0)
-    hit = live & functools.reduce(jnp.logical_or, (tokens == s for s in plan.stop_tokens), jnp.zeros_like(live))
+    drawn = draw_next(plan, knobs, rows, logits_BV, jnp.broadcast_to(state.step, live.shape), live)
     put = lambda buffer, column: lax.dynamic_update_slice(buffer, column[:, None], (0, state.step))  # noqa: E731
     return state._replace(
         step=state.step + 1,
-        tokens_BT=put(state.tokens_BT, tokens),
-        logps_BT=put(state.logps_BT, logps),
+        tokens_BT=put(state.tokens_BT, drawn.tokens_B),
+        logps_BT=put(state.logps_BT, drawn.logps_B),
         lengths_B=state.lengths_B + live,
-        stopped_B=state.stopped_B | hit,
-        done_B=state.done_B | hit,
+        stopped_B=state.stopped_B | drawn.hit_B,
+        done_B=state.done_B | drawn.ended_B,
     )
 
 
-def _start(plan: _Plan, params: Params, prompt_tokens_PT, prompt_lengths_P, noise, knobs) -> tuple[KV, _State]:
+def _start(plan: Plan, params: Params, prompt_tokens_PT, prompt_lengths_P, rows, knobs) -> tuple[KV, _State]:
     """Prefills every prompt once and samples the first token of its G rows. Rows of empty prompts start finished."""
     cfg, G = plan.cfg, plan.num_samples
     out = forward(cfg, params, prompt_tokens_PT, lengths=prompt_lengths_P, unroll=plan.unroll, return_kv=True)
@@ -139,11 +128,11 @@ def _start(plan: _Plan, params: Params, prompt_tokens_PT, prompt_lengths_P, nois
         stopped_B=jnp.zeros(B, bool),
         done_B=jnp.repeat(prompt_lengths_P == 0, G),
     )
-    return out.kv, _record(plan, state, logits_BV, noise, knobs)
+    return out.kv, _record(plan, state, logits_BV, rows, knobs)
 
 
 def _advance(
-    plan: _Plan, params: Params, earlier: tuple[KV, ...], state: _State, prompt_lengths_P, noise, knobs, stage: tuple[int, int]
+    plan: Plan, params: Params, earlier: tuple[KV, ...], state: _State, prompt_lengths_P, rows, knobs, stage: tuple[int, int]
 ) -> tuple[KV, _State]:
     """Decodes until `stage`'s tokens are decided or every row has finished: (the keys and values it wrote, the state)."""
     slots, upto = stage
@@ -157,7 +146,7 @@ def _advance(
         positions_B1 = (prompt_lengths_B + state.step - 1)[:, None]
         out = forward(plan.cfg, layers, token_B1, positions=positions_B1, prefix=earlier, cache=cache, unroll=plan.unroll)
         logits_BV = unembed(plan.cfg, params, out.hidden[:, 0])
-        return out.cache, _record(plan, state, logits_BV, noise, knobs)
+        return out.cache, _record(plan, state, logits_BV, rows, knobs)
 
     cache = init_cache(plan.cfg, state.done_B.shape[0], slots, unrolled=plan.unroll)
     cache, state = lax.while_loop(lambda carry: (carry[1].step < upto) & ~carry[1].done_B.all(), step, (cache, state))
@@ -165,11 +154,11 @@ def _advance(
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _sample_tokens(plan: _Plan, params, prompt_tokens_PT, prompt_lengths_P, noise, knobs) -> Samples:
-    prompt, state = _start(plan, params, prompt_tokens_PT, prompt_lengths_P, noise, knobs)
+def _sample_tokens(plan: Plan, params, prompt_tokens_PT, prompt_lengths_P, rows, knobs) -> Samples:
+    prompt, state = _start(plan, params, prompt_tokens_PT, prompt_lengths_P, rows, knobs)
     earlier = (prompt,)
     for stage in _stages(plan.max_new_tokens):
-        kv, state = _advance(plan, params, earlier, state, prompt_lengths_P, noise, knobs, stage)
+        kv, state = _advance(plan, params, earlier, state, prompt_lengths_P, rows, knobs, stage)
         earlier += (kv,)
     return _samples(state)
 
@@ -183,7 +172,7 @@ _jitted_start = jax.jit(_start, static_argnums=0)
 _jitted_advance = jax.jit(_advance, static_argnums=(0, 7), donate_argnums=3)
 
 
-def _plan_of(cfg, num_samples, max_new_tokens, temperature, top_k, top_p, stop_tokens) -> _Plan:
+def _plan_of(cfg, num_samples, max_new_tokens, temperature, top_k, top_p, stop_tokens) -> Plan:
     """Checks the sampling arguments and splits off what is static."""
 
     def need(ok: bool, message: str):
@@ -199,7 +188,7 @@ def _plan_of(cfg, num_samples, max_new_tokens, temperature, top_k, top_p, stop_t
     need(all(0 <= t < cfg.vocab_size for t in stop), f"stop_tokens {stop} name ids outside the vocabulary of {cfg.vocab_size}")
     greedy = temperature == 0
     unroll = cfg.n_layers <= UNROLLED_LAYERS
-    return _Plan(cfg, num_samples, max_new_tokens, greedy, 0 if greedy else top_k, top_p < 1 and not greedy, stop, unroll)
+    return Plan(cfg, num_samples, max_new_tokens, greedy, 0 if greedy else top_k, top_p < 1 and not greedy, stop, unroll)
 
 
 def sample_tokens(
@@ -233,14 +222,8 @@ def sample_tokens(
             f"{cfg.max_position}; shorten one of them"
         )
     row_ids = jnp.arange(P * num_samples, dtype=jnp.int32) if row_ids is None else row_ids
-    return _sample_tokens(plan, params, prompt_tokens, prompt_lengths, (key, row_ids), (jnp.float32(temperature), jnp.float32(top_p)))
-
-
-def bucket(n: int, minimum: int = 1) -> int:
-    """The smallest of 1, 2, 3, 4, 6, 8, 12, 16, 24, ... (powers of two and halfway between) not below n or minimum."""
-    n = max(n, minimum, 1)
-    power = 1 << (n - 1).bit_length()
-    return power * 3 // 4 if power >= 4 and n <= power * 3 // 4 else power
+    rows = Rows(row_ids, jnp.full(P * num_samples, max_new_tokens, jnp.int32))
+    return _sample_tokens(plan, params, prompt_tokens, prompt_lengths, rows, Knobs(key, jnp.float32(temperature), jnp.float32(top_p)))
 
 
 def as_key(seed: int | Array) -> Array:
@@ -253,7 +236,7 @@ def generate(
     params: Params,
     prompts: Sequence[Sequence[int]],
     *,
-    max_new_tokens: int = 64,
+    max_new_tokens: int | Sequence[int] = 64,
     num_samples: int = 1,
     temperature: float = 1.0,
     top_k: int = 0,
@@ -263,12 +246,13 @@ def generate(
     tokenizer: Any = None,
     seed: int | Array = 0,
     max_rows: int = 256,
+    refill: bool = False,
     first_prompt: int = 0,
     mesh: Mesh | None = None,
 ) -> Rollout:
     """Samples `num_samples` completions of each prompt (a list of token ids); rows of one prompt are adjacent.
 
-    max_new_tokens: most tokens a completion may have, stop token included.
+    max_new_tokens: most tokens a completion may have, stop token included; or a list of them, one a prompt.
     temperature: 0 is greedy. top_k (0 = off) and top_p (1 = off) restrict what is drawn; the log-probabilities
       returned stay those of the full vocabulary at `temperature`.
     stop_tokens: ids that end a completion; default the model's end-of-text ids; () for none.
@@ -277,6 +261,9 @@ def generate(
     seed: an int or a jax random key; the same seed gives the same completions.
     max_rows: prompts are decoded in batches of at most this many rows (but at least one prompt's samples a device),
       longest prompts together.
+    refill: a row that has finished gives its place to the next one at once (see `models.refill`), rather than wait for the last of
+      its batch: the same completions, up to rounding, and sooner where their lengths differ much. A place keeps its own copy of its
+      prompt's keys and values, and all places are as wide as the longest prompt.
     first_prompt: number of the first prompt in the random stream: parts of a list, each with its own, get the samples of the whole.
     mesh: of `models.sharding.make_mesh`, with `params` on it: rows are spread over its batch axes. Every process calls
       with the same prompts and gets all completions: the same as on one device, up to rounding.
@@ -284,31 +271,21 @@ def generate(
     Raises ModelError for a prompt that is text or no list of whole numbers, an empty one, an id outside the vocabulary, a prompt that
     with max_new_tokens does not fit the context, stop strings without a tokenizer, or a sampling argument out of range.
     """
-    plan = _plan_of(cfg, num_samples, max_new_tokens, temperature, top_k, top_p, stop_tokens)
-    check_prompts(cfg, prompts, max_new_tokens)
+    limits = _limits(max_new_tokens, len(prompts))
+    T = int(limits.max(initial=1 if np.ndim(max_new_tokens) else max_new_tokens))
+    plan = _plan_of(cfg, num_samples, T, temperature, top_k, top_p, stop_tokens)
+    check_prompts(cfg, prompts, limits)
     stop_strings = [stop_strings] if isinstance(stop_strings, str) else [s for s in stop_strings if s]
     if odd := [s for s in stop_strings if not isinstance(s, str)]:
         raise ModelError(f"stop_strings hold {odd[0]!r}, which is no text; ids belong into stop_tokens")
     if stop_strings and tokenizer is None:
         raise ModelError("stop_strings needs the tokenizer: pass tokenizer=models.load_tokenizer(folder)")
-    P, G, T = len(prompts), num_samples, max_new_tokens
-    width = max((len(p) for p in prompts), default=1)
-    prompt_tokens, prompt_lengths = _pad(prompts, width, P)
-    tokens, logps = np.zeros((P * G, T), np.int32), np.zeros((P * G, T), np.float32)
-    lengths, reasons = np.zeros(P * G, np.int32), np.zeros(P * G, np.int32)
-    knobs, key = (jnp.float32(temperature), jnp.float32(top_p)), as_key(seed)
-    order = sorted(range(P), key=lambda i: len(prompts[i]))
-    ways = 1 if mesh is None else batch_ways(mesh)
-    per_batch = -(-max(max_rows // G, 1) // ways) * ways
-    for start in range(0, P, per_batch):
-        chosen = np.asarray(order[start : start + per_batch])
-        rows = (chosen[:, None] * G + np.arange(G)).reshape(-1)
-        n_pad = min(-(-bucket(len(chosen)) // ways) * ways, per_batch)
-        width_b = min(bucket(int(prompt_lengths[chosen].max()), 16), cfg.max_position)
-        batch = (*_pad([prompts[i] for i in chosen], width_b, n_pad), np.pad(rows + first_prompt * G, (0, n_pad * G - len(rows))).astype(np.int32))
-        padded_tokens, padded_lengths, row_ids = (place_rows(a, mesh) for a in batch)
-        out = _run(plan, params, padded_tokens, padded_lengths, (key, row_ids), knobs, stop_strings, tokenizer, mesh)
-        tokens[rows], lengths[rows], logps[rows], reasons[rows] = (a[: len(rows)] for a in fetch(out, mesh))
+    P, G = len(prompts), num_samples
+    knobs = Knobs(as_key(seed), jnp.float32(temperature), jnp.float32(top_p))
+    how = (knobs, stop_strings, tokenizer, mesh)
+    decode = decode_refilled if refill else _decode_batches
+    tokens, lengths, logps, reasons = decode(plan, params, prompts, limits, max_rows, first_prompt * G, *how)
+    prompt_tokens, prompt_lengths = pad_prompts(prompts, max((len(p) for p in prompts), default=1), P)
     return Rollout(
         np.repeat(prompt_tokens, G, axis=0),
         np.repeat(prompt_lengths, G),
@@ -320,27 +297,52 @@ def generate(
     )
 
 
-def _pad(prompts, width: int, n: int) -> tuple[np.ndarray, np.ndarray]:
-    """[n, width] right-padded tokens and [n] lengths; rows past the prompts have length 0."""
-    tokens, lengths = np.zeros((n, width), np.int32), np.zeros(n, np.int32)
-    for i, prompt in enumerate(prompts):
-        tokens[i, : len(prompt)], lengths[i] = prompt, len(prompt)
-    return tokens, lengths
+def _limits(max_new_tokens: int | Sequence[int], n: int) -> np.ndarray:
+    """[n] most new tokens of each prompt."""
+    if np.ndim(max_new_tokens) == 0:
+        return np.full(n, max_new_tokens, np.int32)
+    limits = np.asarray(max_new_tokens, None if len(max_new_tokens) else np.int32)
+    if limits.shape != (n,) or not np.issubdtype(limits.dtype, np.integer):
+        raise ModelError(f"max_new_tokens is {limits.dtype} of shape {limits.shape}; give one whole number, or one for each of {n} prompts")
+    if n and limits.min() < 1:
+        raise ModelError(f"max_new_tokens of prompt {limits.argmin()} is {limits.min()}; it must be at least 1")
+    return limits.astype(np.int32)
 
 
-def _run(plan, params, tokens, lengths, noise, knobs, stop_strings, tokenizer, mesh) -> Samples:
+def _decode_batches(plan, params, prompts, limits_P, max_rows, first_row, knobs, stop_strings, tokenizer, mesh):
+    """(tokens [N, T], lengths [N], logps [N, T], reasons [N]): batches of prompts one after the other, each until its last row ends."""
+    P, G, T = len(prompts), plan.num_samples, plan.max_new_tokens
+    tokens, logps = np.zeros((P * G, T), np.int32), np.zeros((P * G, T), np.float32)
+    lengths, reasons = np.zeros(P * G, np.int32), np.zeros(P * G, np.int32)
+    order = sorted(range(P), key=lambda i: len(prompts[i]))
+    ways = 1 if mesh is None else batch_ways(mesh)
+    per_batch = -(-max(max_rows // G, 1) // ways) * ways
+    for start in range(0, P, per_batch):
+        chosen = np.asarray(order[start : start + per_batch])
+        rows = (chosen[:, None] * G + np.arange(G)).reshape(-1)
+        n_pad = min(-(-bucket(len(chosen)) // ways) * ways, per_batch)
+        width = min(bucket(max(len(prompts[i]) for i in chosen), 16), plan.cfg.max_position)
+        none = (0, n_pad * G - len(rows))
+        of_rows = Rows(np.pad(rows + first_row, none).astype(np.int32), np.pad(np.repeat(limits_P[chosen], G), none))
+        placed = [place_rows(a, mesh) for a in (*pad_prompts([prompts[i] for i in chosen], width, n_pad), *of_rows)]
+        out = _run(plan, params, placed[0], placed[1], Rows(*placed[2:]), knobs, stop_strings, tokenizer, mesh)
+        tokens[rows], lengths[rows], logps[rows], reasons[rows] = (a[: len(rows)] for a in fetch(out, mesh))
+    return tokens, lengths, logps, reasons
+
+
+def _run(plan, params, tokens, lengths, rows, knobs, stop_strings, tokenizer, mesh) -> Samples:
     """One batch. With stop strings the host looks at the text after each stage and ends the rows that have one."""
     if not stop_strings:
-        return _sample_tokens(plan, params, tokens, lengths, noise, knobs)
-    prompt, state = _jitted_start(plan, params, tokens, lengths, noise, knobs)
+        return _sample_tokens(plan, params, tokens, lengths, rows, knobs)
+    prompt, state = _jitted_start(plan, params, tokens, lengths, rows, knobs)
     earlier = (prompt,)
     cut = np.zeros(state.done_B.shape[0], np.int32)  # a row's length up to its first stop string; 0 = none yet
     for stage in _stages(plan.max_new_tokens):
-        kv, state = _jitted_advance(plan, params, earlier, state, lengths, noise, knobs, stage)
+        kv, state = _jitted_advance(plan, params, earlier, state, lengths, rows, knobs, stage)
         earlier += (kv,)
         row_tokens, row_lengths, done = fetch((state.tokens_BT, state.lengths_B, state.done_B), mesh)
         for row in np.flatnonzero((cut == 0) & (row_lengths > 0)):
-            cut[row] = _stop_string_cut(row_tokens[row, : row_lengths[row]].tolist(), stop_strings, tokenizer)
+            cut[row] = stop_string_cut(row_tokens[row, : row_lengths[row]].tolist(), stop_strings, tokenizer)
         if np.all(done | (cut > 0)):
             break
         state = state._replace(done_B=place_rows(done | (cut > 0), mesh))
@@ -350,15 +352,3 @@ def _run(plan, params, tokens, lengths, noise, knobs, stop_strings, tokenizer, m
     beyond = np.arange(plan.max_new_tokens) >= lengths_B[:, None]
     out.tokens_BT[beyond], out.logps_BT[beyond] = 0, 0.0
     return Samples(out.tokens_BT, lengths_B, out.logps_BT, np.where(ended, FINISH_STOP_STRING, out.finish_reason_B))
-
-
-def _stop_string_cut(tokens: list[int], stop_strings: Sequence[str], tokenizer) -> int:
-    """How many tokens it takes until the text holds a stop string; 0 where it never does."""
-    holds = lambda n: any(s in tokenizer.decode(tokens[:n]) for s in stop_strings)  # noqa: E731
-    if not holds(len(tokens)):
-        return 0
-    low, high = 1, len(tokens)
-    while low < high:  # a text that holds it still does when longer, so the first such length can be bisected
-        middle = (low + high) // 2
-        low, high = (low, middle) if holds(middle) else (middle + 1, high)
-    return low

@@ -119,7 +119,7 @@ def _chats(rows, tokenizer) -> Iterator[tuple[list[int], np.ndarray]]:
 def _batches(tokens_NT: np.ndarray, mask_NT: np.ndarray, schedule: ShuffledSchedule, pack: int | None = None) -> Iterator[tuple[np.ndarray, ...]]:
     """Shuffled epochs without end. Each batch is cut to a few widths, or packed into a few numbers of rows of `pack` tokens, so that short
     rows cost little and programs are shared."""
-    from models.generate import bucket
+    from models.decode import bucket
 
     reach_N = tokens_NT.shape[1] - np.argmax(mask_NT[:, ::-1], axis=1)  # up to the last counted token
     step = 0

@@ -13,7 +13,7 @@ from jaxrl_llm.losses.grpo import overlong_penalty
 from jaxrl_llm.rewards import registry
 from jaxrl_llm.rewards.verdict import Reward, RewardInput, Status, Verdict, reward_values
 from jaxrl_llm.train.config import GRPOConfig, OnlineDPOConfig
-from models.generate import bucket
+from models.decode import bucket
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,7 +17,7 @@ import pytest
 
 import models
 from models import ModelError
-from models.generate import FINISH_LENGTH, FINISH_STOP_STRING, FINISH_STOP_TOKEN, STAGE, bucket
+from models.decode import FINISH_LENGTH, FINISH_STOP_STRING, FINISH_STOP_TOKEN, STAGE, Knobs, Rows, bucket, pad_prompts
 
 module = importlib.import_module("models.generate")  # `models.generate` is the function
 TOLERANCE = 2e-5
@@ -168,9 +168,9 @@ def test_samples_of_a_prompt_equal_separate_prompts(call, free):
 def program(params):
     """(plan, arguments of `_start` after it) of the module's prompts, as `generate` makes them."""
     plan = module._plan_of(CFG, 2, T, 1.5, 0, 1.0, None)
-    tokens, lengths = (jnp.asarray(a) for a in module._pad(PROMPTS, 24, 4))
-    noise = (jax.random.key(3), jnp.arange(8, dtype=jnp.int32))
-    return plan, (params, tokens, lengths, noise, (jnp.float32(1.5), jnp.float32(1)))
+    tokens, lengths = (jnp.asarray(a) for a in pad_prompts(PROMPTS, 24, 4))
+    rows = Rows(jnp.arange(8, dtype=jnp.int32), jnp.full(8, T, jnp.int32))
+    return plan, (params, tokens, lengths, rows, Knobs(jax.random.key(3), jnp.float32(1.5), jnp.float32(1)))
 
 
 def test_the_prompt_is_computed_and_kept_once_for_its_samples(params):
@@ -254,7 +254,7 @@ def test_batches_change_nothing(call, free):
 def test_padding_and_order_change_nothing(params, free):
     """Prompts in another order with their rows' numbers, wider, and among rows of length 0, which come back empty."""
     order = [2, 0, 3, 1]
-    tokens, lengths = module._pad([PROMPTS[i] for i in order], 32, 6)
+    tokens, lengths = pad_prompts([PROMPTS[i] for i in order], 32, 6)
     rows = np.append(np.repeat(order, 2) * 2 + np.tile([0, 1], 4), [0] * 4).astype(np.int32)
     found = models.sample_tokens(
         CFG, params, jnp.asarray(tokens), jnp.asarray(lengths), jax.random.key(3), num_samples=2, max_new_tokens=T,
@@ -411,6 +411,55 @@ def test_stop_strings_end_decoding_with_the_stage(call, free, monkeypatch):
     assert ran == [STAGE, STAGE, T]
 
 
+# --- limits of a prompt, and places that are filled again ----------------------------------------------------------------
+
+
+LIMITS = [T, 3, STAGE + 1, 1]
+
+
+def test_each_prompt_has_its_own_most_new_tokens(call, free):
+    lengths = np.repeat(LIMITS, 2)
+    check_cut(call(max_new_tokens=LIMITS), free, lengths, np.full(8, FINISH_LENGTH))
+
+
+WAYS_TO_END = {
+    "length": {},
+    "limits": {"max_new_tokens": LIMITS * 2},
+    "greedy": {"temperature": 0.0},
+    "stop tokens": {"stop_tokens": tuple(range(0, 64, 9))},
+    "stop strings": {"stop_tokens": tuple(range(0, 64, 17)), "stop_strings": ["a", "bC"], "tokenizer": Letters()},
+}
+
+
+@pytest.mark.parametrize("way", WAYS_TO_END)
+def test_places_filled_again_give_the_plain_loops_completions(way, call):
+    """16 rows in 6 places, prompts prefilled three at a time: rows enter at any step, the ring goes round, the last places are few."""
+    settings = {"seed": 5, "prompts": [*PROMPTS, *PROMPTS[::-1]]} | WAYS_TO_END[way]
+    expected = call(**settings)
+    assert way in ("length", "greedy") or len(set(expected.completion_lengths_N.tolist())) > 2
+    check_same(call(**settings, refill=True, max_rows=6), expected)
+
+
+def test_places_are_halved_when_no_rows_wait(call, monkeypatch):
+    """The first row lasts long, the others do not: it ends among the fewest places; scanned layers do as well."""
+    places = importlib.import_module("models.refill")
+    sizes, decode = [], places._decode
+
+    def watched(plan, layers, held, *rest):
+        sizes.append(held.done_B.shape[0])
+        return decode(plan, layers, held, *rest)
+
+    monkeypatch.setattr(places, "_decode", watched)
+    monkeypatch.setattr(places, "FEWEST", 2)
+    monkeypatch.setattr(module, "UNROLLED_LAYERS", 0)
+    check_same(call(max_new_tokens=LIMITS, refill=True), call(max_new_tokens=LIMITS))
+    assert sizes[0] == 8 and sizes[-1] == 2 and sizes == sorted(sizes, reverse=True)
+
+
+def test_no_prompts_fill_no_places(call):
+    assert call([], refill=True).completions() == [] and call([], max_new_tokens=[]).completions() == []
+
+
 # --- work and buffers ------------------------------------------------------------------------------------------------------
 
 
@@ -527,6 +576,8 @@ PROMPT_MISTAKES = [
     ({"prompts": [3, 4]}, "prompt 0 is 3; give a list of token ids for each prompt"),
     ({"prompts": [[3], [[4]]]}, "prompt 1 is [[4]]; give a list of token ids for each prompt"),
     ({"prompts": [[3], [1.5]]}, "prompt 1 holds float64 numbers; token ids are whole numbers"),
+    ({"max_new_tokens": [5, 5]}, "max_new_tokens is int64 of shape (2,); give one whole number, or one for each of 4 prompts"),
+    ({"max_new_tokens": [5, 0, 5, 5]}, "max_new_tokens of prompt 1 is 0; it must be at least 1"),
     ({"stop_strings": [7]}, "stop_strings hold 7, which is no text; ids belong into stop_tokens"),
     ({"stop_strings": ["end"]}, "stop_strings needs the tokenizer: pass tokenizer=models.load_tokenizer(folder)"),
 ]
