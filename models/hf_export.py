@@ -16,6 +16,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from models.adapted import Adapted
 from models.config import ModelConfig
 from models.errors import ModelError
 from models.families import tensor_of
@@ -39,6 +40,8 @@ def save(
     max_shard_size: int = 5 * 10**9,
 ) -> None:
     """Writes config.json, generation_config.json, safetensors and the tokenizer's files; `transformers` reads them.
+
+    params: an adapted matrix (`models.adapted`) is written merged, one layer in memory at a time.
 
     folder: made if absent. An existing checkpoint is replaced by renames, its tokenizer kept if no other is given.
     tokenizer_from: a folder, hub id or tokenizer to copy the tokenizer from. max_shard_size: bytes a file; larger
@@ -152,14 +155,15 @@ def _contents(parts: list[tuple[Tensor, Any]], layer: int | None, shape: tuple[i
     return whole
 
 
-def _is_host_memory(array: jax.Array | np.ndarray) -> bool:
+def _is_host_memory(array: jax.Array | np.ndarray | Adapted) -> bool:
     """Whether numpy can look at the whole array without a copy."""
-    if isinstance(array, np.ndarray):
-        return True
+    if isinstance(array, (np.ndarray, Adapted)):
+        return isinstance(array, np.ndarray)
     return len(array.devices()) == 1 and next(iter(array.devices())).platform == "cpu"
 
 
-def _to_host(array: jax.Array | np.ndarray) -> np.ndarray:
+def _to_host(array: jax.Array | np.ndarray | Adapted) -> np.ndarray:
+    array = array.merged() if isinstance(array, Adapted) else array
     if isinstance(array, jax.Array) and not array.is_fully_addressable:
         return np.asarray(multihost_utils.process_allgather(array, tiled=True))
     return np.asarray(array)

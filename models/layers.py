@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from models.adapted import Adapted, base_of, side_by_side
 from models.attention import attention, attention_in_chunks, attention_scores
 from models.config import BLOCK_NORMS, ModelConfig
 from models.rope import rotate
@@ -31,8 +33,8 @@ ACTIVATIONS = {
 }
 
 
-def dense(equation: str, x: Array, kernel: Array) -> Array:
-    """Einsum with fp32 accumulation, returned in x's dtype; equation like "BTD,DNH->BTNH".
+def dense(equation: str, x: Array, kernel: Array | Adapted, dtype: Any = None) -> Array:
+    """Einsum with fp32 accumulation, returned in dtype (None: x's); equation like "BTD,DNH->BTNH". An adapted kernel adds scale (x A) B.
 
     Run as one 2-D matmul: XLA's CPU backend computes the weight gradient of the plain einsum 1.5 times slower, and in
     bf16 not at all.
@@ -41,8 +43,15 @@ def dense(equation: str, x: Array, kernel: Array) -> Array:
     contracted = sum(letter in inputs for letter in weights)
     rows, width = x.shape[: x.ndim - contracted], kernel.shape[contracted:]
     x_2d = x.reshape(math.prod(rows), -1)
-    y = jnp.matmul(x_2d, kernel.reshape(x_2d.shape[1], -1), preferred_element_type=jnp.float32)
-    return y.astype(x.dtype).reshape(*rows, *width)
+
+    def product(x_2d: Array, matrix: Array) -> Array:
+        return jnp.matmul(x_2d, matrix.reshape(x_2d.shape[1], -1), preferred_element_type=jnp.float32)
+
+    y = product(x_2d, base_of(kernel))
+    if isinstance(kernel, Adapted):  # A and B are trained in fp32 and computed with in x's dtype, as the base is
+        low = product(x_2d, kernel.a.astype(x.dtype)).astype(x.dtype)
+        y = y + kernel.scale * product(low, kernel.b.astype(x.dtype))
+    return y.astype(dtype or x.dtype).reshape(*rows, *width)
 
 
 def rms_norm(x: Array, scale: Array, eps: float, kind: str = "rms") -> Array:
@@ -68,13 +77,13 @@ def norm(cfg: ModelConfig, x: Array, scale: Array, bias: Array | None = None) ->
     return rms_norm(x, scale, cfg.norm_eps, cfg.norm) if bias is None else layer_norm(x, scale, bias, cfg.norm_eps)
 
 
-def constrain(x: Array, like: Array, *axes: tuple[str, ...]) -> Array:
+def constrain(x: Array, like: Array | Adapted, *axes: tuple[str, ...]) -> Array:
     """Spreads the leading dimensions of `x` over `axes` of the mesh that the parameter `like` lives on, if on one.
 
     The rest of `x` is whole on every device. Left alone, the partitioner may spread activations along d_model, as the
     parameters are, and reduce every product over all devices.
     """
-    mesh = jax.typeof(like).sharding.mesh
+    mesh = jax.typeof(base_of(like)).sharding.mesh
     mesh = jax.sharding.get_abstract_mesh() if mesh.empty else mesh
     auto = {name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Auto}
     spec = [tuple(name for name in names if name in auto) for names in axes]
@@ -84,7 +93,7 @@ def constrain(x: Array, like: Array, *axes: tuple[str, ...]) -> Array:
     return lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(*spec)))
 
 
-def constrain_rows(x: Array, like: Array) -> Array:
+def constrain_rows(x: Array, like: Array | Adapted) -> Array:
     """Keeps the rows of activations on the batch axes of the mesh; see `constrain`."""
     return constrain(x, like, BATCH_AXES)
 
@@ -110,12 +119,12 @@ def embed_at(
     return x
 
 
-def fuse_qkv(p: dict[str, Array]) -> dict[str, Array]:
+def fuse_qkv(p: dict[str, Any]) -> dict[str, Any]:
     """One layer's parameters with queries, keys and values as one kernel (and bias): one product, not three."""
     p = dict(p)
-    for name, suffix, axis in (("qkv", "", 1), ("qkv_bias", "_bias", 0)):
-        if "q" + suffix in p:
-            p[name] = jnp.concatenate([p.pop(part + suffix) for part in "qkv"], axis=axis)
+    p["qkv"] = side_by_side([p.pop(part) for part in "qkv"])
+    if "q_bias" in p:
+        p["qkv_bias"] = jnp.concatenate([p.pop(part + "_bias") for part in "qkv"])
     return p
 
 

@@ -1,13 +1,15 @@
 """Low-rank adapters (LoRA; Hu et al. 2021, arXiv 2106.09685): a matrix W becomes W + (alpha / rank) A B, and only A and B are trained.
 
 An adapter is a plain dict beside the parameters, with the same groups and names: {"blocks": {"q": {"a": [L, in..., r], "b": [L, r, out...]}}}.
-`merge` adds it to the parameters inside jit, so that every path that takes parameters (training, sampling, taps) takes an adapted model, and
-gradients flow to A and B alone. `save_lora` and `load_lora` speak the folder layout of Hugging Face's PEFT.
+`adapt` puts it into the parameters (see `models.adapted`), so that every path that takes parameters (training, sampling, taps) takes an adapted
+model, and gradients flow to A and B alone; `merge` makes plain parameters of both. `save_lora` and `load_lora` speak the folder layout of
+Hugging Face's PEFT.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import fnmatch
 import json
 import math
@@ -23,6 +25,7 @@ from jaxtyping import Array
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from models.adapted import Adapted, merged
 from models.config import ModelConfig
 from models.errors import ModelError
 from models.families import tensor_of
@@ -54,17 +57,29 @@ class LoraConfig:
 
 
 def lora_targets(cfg: ModelConfig, config: LoraConfig) -> list[str]:
-    """The names of the adapted parameters, such as "blocks.q". Raises ModelError for a pattern that names none."""
+    """The names of the adapted parameters, such as "blocks.q". Raises ModelError for a pattern that names none; it tells the nearest."""
     matrices = [name for name, _ in leaves_of(abstract_params(cfg)) if _is_matrix(cfg, name)]
     chosen: list[str] = []
     for pattern in config.targets:
         found = fnmatch.filter(matrices, pattern)
         if not found:
-            raise ModelError(f"LoRA target {pattern!r} names no matrix of this {cfg.family} model; there are: {', '.join(matrices)}")
+            told = f"LoRA target {pattern!r} names no matrix of this {cfg.family} model"
+            raise ModelError(f"{told}; nearest: {', '.join(_nearest(cfg, pattern, matrices))} (all of a block: blocks.*)")
         chosen += found
-    if config.rank < 1 or not config.alpha > 0:
-        raise ModelError(f"LoRA needs a rank of at least 1 and an alpha above 0, not rank={config.rank}, alpha={config.alpha}")
+    if not chosen or config.rank < 1 or not config.alpha > 0:
+        given = f"targets={config.targets}, rank={config.rank}, alpha={config.alpha}"
+        raise ModelError(f"LoRA needs a target, a rank of at least 1 and an alpha above 0, not {given}")
     return list(dict.fromkeys(chosen))
+
+
+def _nearest(cfg: ModelConfig, pattern: str, matrices: Sequence[str]) -> list[str]:
+    """The three names most like a pattern, which may be what a checkpoint calls them ("q_proj")."""
+
+    def likeness(name: str) -> float:
+        module = tensor_of(cfg, name).name.removesuffix(".weight").rpartition(".")[2]
+        return max(difflib.SequenceMatcher(None, pattern, known).ratio() for known in (name, name.partition(".")[2], module))
+
+    return sorted(matrices, key=likeness, reverse=True)[:3]
 
 
 def _is_matrix(cfg: ModelConfig, name: str) -> bool:
@@ -109,22 +124,31 @@ def lora_axes(cfg: ModelConfig, config: LoraConfig) -> Params:
     return found
 
 
-def merge(cfg: ModelConfig, params: Params, lora: Params, scale: float) -> Params:
-    """The parameters with the adapter added: W + scale A B, computed in fp32, in W's dtype. Pure; gradients reach both.
+def adapt(params: Params, lora: Params, scale: float) -> Params:
+    """The parameters with an `Adapted` leaf wherever the adapter has one: what any path that takes parameters runs as the adapted model.
 
-    params: any dtype. lora: of `init_lora`. scale: `LoraConfig.scale`.
+    params: any dtype; not copied. lora: of `init_lora`. scale: `LoraConfig.scale`.
     """
-    merged = {group: dict(leaves) for group, leaves in params.items()}
-    for group, leaves in lora.items():
-        for leaf, pair in leaves.items():
-            weight = params[group][leaf]
-            inputs, stacked = _sides(cfg, f"{group}.{leaf}")
-            head, rank = weight.shape[:stacked], pair["a"].shape[-1]
-            a = pair["a"].astype(jnp.float32).reshape(*head, -1, rank)
-            b = pair["b"].astype(jnp.float32).reshape(*head, rank, -1)
-            delta = jnp.matmul(a, b).reshape(weight.shape)
-            merged[group][leaf] = (weight.astype(jnp.float32) + scale * delta).astype(weight.dtype)
-    return merged
+    adapted = lambda group, leaf, pair: Adapted(params[group][leaf], pair["a"], pair["b"], scale)  # noqa: E731
+    return params | {
+        group: params[group] | {leaf: adapted(group, leaf, pair) for leaf, pair in leaves.items()} for group, leaves in lora.items()
+    }
+
+
+def adapter_of(params: Params) -> Params:
+    """The adapter that `adapt` put into the parameters; empty where there is none."""
+    lora: Params = {}
+    for name, leaf in leaves_of(params):
+        if isinstance(leaf, Adapted):
+            group, _, key = name.partition(".")
+            lora.setdefault(group, {})[key] = {"a": leaf.a, "b": leaf.b}
+    return lora
+
+
+def merge(params: Params, lora: Params, scale: float) -> Params:
+    """The parameters with the adapter added: W + scale A B, computed in fp32, in W's dtype; arguments as of `adapt`. Pure; gradients
+    reach both."""
+    return merged(adapt(params, lora, scale))
 
 
 def save_lora(folder: str | os.PathLike, cfg: ModelConfig, lora: Params, config: LoraConfig, base: str = "") -> None:

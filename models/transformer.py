@@ -18,6 +18,7 @@ from flax import linen as nn
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from models.adapted import base_of
 from models.attention import attention_mask
 from models.checks import check_tokens
 from models.config import ModelConfig
@@ -151,14 +152,14 @@ def logical_axes(cfg: ModelConfig) -> Params:
 
 def fused(params: Params) -> Params:
     """The parameters with one kernel for queries, keys and values (the same ones on a mesh, where heads are sharded apart)."""
-    on_mesh = not jax.typeof(params["blocks"]["q"]).sharding.mesh.empty
+    on_mesh = not jax.typeof(base_of(params["blocks"]["q"])).sharding.mesh.empty
     return params if on_mesh else params | {"blocks": jax.vmap(fuse_qkv)(params["blocks"])}
 
 
 def unstacked(params: Params) -> Params:
     """A copy of the `fused` parameters with a tuple of layers, so that `forward(unroll=True)` cuts none out of the stack."""
     blocks = fused(params)["blocks"]
-    layers = tuple(jax.tree.map(lambda a, i=i: a[i], blocks) for i in range(len(blocks["o"])))
+    layers = tuple(jax.tree.map(lambda a, i=i: a[i], blocks) for i in range(blocks["o"].shape[0]))
     return params | {"blocks": layers}
 
 

@@ -13,6 +13,8 @@ from jax.test_util import check_grads
 
 import models
 from models import ModelError, lora
+from models.adapted import Adapted, merged, side_by_side
+from models.layers import dense
 
 CONFIG = lora.LoraConfig(rank=3, alpha=6.0)
 needs_peft = pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="peft is not installed")
@@ -40,7 +42,7 @@ def test_merge_is_w_plus_the_scaled_product(base):
     """By numpy loops, for a matrix with heads on its output, one with heads on its input and a plain one."""
     _, cfg, params = base
     adapter = drawn(cfg)
-    merged = lora.merge(cfg, params, adapter, CONFIG.scale)
+    merged = lora.merge(params, adapter, CONFIG.scale)
     for leaf, rule in (("q", "dr,rnh->dnh"), ("o", "nhr,rd->nhd"), ("down", "fr,rd->fd")):
         pair, weight = adapter["blocks"][leaf], np.asarray(params["blocks"][leaf])
         for layer in range(cfg.n_layers):
@@ -53,8 +55,8 @@ def test_merge_is_w_plus_the_scaled_product(base):
 def test_a_fresh_adapter_changes_nothing_and_learns_through_b(base):
     _, cfg, params = base
     adapter = lora.init_lora(cfg, CONFIG, jax.random.key(1))
-    loss = lambda a: models.apply(cfg, lora.merge(cfg, params, a, CONFIG.scale), tokens(cfg))[0].std()  # noqa: E731
-    np.testing.assert_array_equal(models.apply(cfg, params, tokens(cfg))[0], models.apply(cfg, lora.merge(cfg, params, adapter, 2.0), tokens(cfg))[0])
+    loss = lambda a: models.apply(cfg, lora.adapt(params, a, CONFIG.scale), tokens(cfg))[0].std()  # noqa: E731
+    np.testing.assert_array_equal(models.apply(cfg, lora.adapt(params, adapter, 2.0), tokens(cfg))[0], models.apply(cfg, params, tokens(cfg))[0])
     grads = jax.grad(loss)(adapter)["blocks"]
     for leaf, pair in grads.items():
         assert (np.asarray(pair["a"]) == 0).all() and (np.abs(np.asarray(pair["b"])).max() > 0), leaf
@@ -63,10 +65,61 @@ def test_a_fresh_adapter_changes_nothing_and_learns_through_b(base):
     assert np.abs(a).max() <= bound and a.std() == pytest.approx(bound / 3**0.5, rel=0.2)
 
 
+def test_adapted_parameters_run_as_merged_ones_do(base):
+    """Logits of the scan; tokens and log-probabilities of the sampler, which joins queries, keys and values."""
+    _, cfg, params = base
+    adapter = drawn(cfg)
+    adapted, plain = lora.adapt(params, adapter, 2.0), lora.merge(params, adapter, 2.0)
+    jax.tree.map(np.testing.assert_array_equal, lora.adapter_of(adapted), adapter)
+    assert adapted["blocks"]["q"].base is params["blocks"]["q"] and lora.adapter_of(plain) == {}
+    ours, theirs = (models.apply(cfg, p, tokens(cfg))[0] for p in (adapted, plain))
+    np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4 * float(jnp.abs(theirs).max()))
+    how = dict(max_new_tokens=4, seed=1, stop_tokens=())
+    ours, theirs = (models.generate(cfg, p, tokens(cfg).tolist(), **how) for p in (adapted, plain))
+    assert ours.completions() == theirs.completions()
+    np.testing.assert_allclose(ours.logps_NT, theirs.logps_NT, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("leaves", ["q", "kv", "qkv", ""])
+def test_kernels_side_by_side_keep_their_adapters(leaves):
+    rng = np.random.default_rng(0)
+    array = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)  # noqa: E731
+    kernels = [Adapted(array(4, n, 3), array(4, 2), array(2, n, 3), 0.5) for n in (4, 2, 2)]
+    kernels = [kernel if leaf in leaves else kernel.base for leaf, kernel in zip("qkv", kernels, strict=True)]
+    joined = side_by_side(kernels)
+    assert isinstance(joined, Adapted) == bool(leaves)
+    np.testing.assert_allclose(merged(joined), np.concatenate([merged(kernel) for kernel in kernels], axis=1), rtol=1e-5, atol=1e-6)
+    x = array(2, 5, 4)
+    expected = np.einsum("btd,dnh->btnh", x, merged(joined))
+    np.testing.assert_allclose(dense("BTD,DNH->BTNH", x, joined), expected, rtol=1e-5, atol=1e-5)
+    assert dense("BTD,DNH->BTNH", x.astype(jnp.bfloat16), joined).dtype == jnp.bfloat16
+
+
+def test_a_head_of_its_own_may_be_adapted(base):
+    _, cfg, params = base
+    cfg = dataclasses.replace(cfg, tie_embeddings=False)
+    params = params | {"lm_head": {"kernel": params["embed"]["embedding"].T}}
+    config = lora.LoraConfig(("lm_head.*",), 3, 6.0)
+    adapted = lora.adapt(params, drawn(cfg, config), config.scale)
+    hidden = jnp.asarray(np.random.default_rng(0).standard_normal((2, 3, cfg.d_model)), jnp.bfloat16)
+    logits = models.unembed(cfg, adapted, hidden.astype(jnp.float32))
+    np.testing.assert_allclose(logits, hidden.astype(jnp.float32) @ merged(adapted)["lm_head"]["kernel"], rtol=1e-4, atol=1e-4)
+    np.testing.assert_array_equal(models.unembed_matrix(cfg, adapted), merged(adapted)["lm_head"]["kernel"])
+    assert models.unembed(cfg, adapted, hidden).dtype == jnp.float32
+
+
+def test_an_adapted_model_is_exported_merged(base, tmp_path):
+    _, cfg, params = base
+    adapter = drawn(cfg)
+    models.save(tmp_path / "out", cfg, lora.adapt(params, adapter, 2.0))
+    plain = jax.tree.map(np.asarray, lora.merge(params, adapter, 2.0))
+    jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-6, atol=1e-7), models.load(tmp_path / "out")[1], plain)
+
+
 def test_gradients_are_those_of_finite_differences(base):
     _, cfg, params = base
     adapter = drawn(cfg, dataclasses.replace(CONFIG, targets=("blocks.q", "blocks.down")))
-    loss = lambda a: models.apply(cfg, lora.merge(cfg, params, a, CONFIG.scale), tokens(cfg))[0].std()  # noqa: E731
+    loss = lambda a: models.apply(cfg, lora.adapt(params, a, CONFIG.scale), tokens(cfg))[0].std()  # noqa: E731
     check_grads(loss, (adapter,), order=1, modes=["rev"], rtol=0.05, atol=0.01, eps=1e-2)
 
 
@@ -86,8 +139,11 @@ def test_targets_are_patterns_over_names(base):
     assert set(named("blocks.*")) == {f"blocks.{leaf}" for leaf in ("q", "k", "v", "o", "gate", "up", "down")}  # no norm
     untied = dataclasses.replace(cfg, tie_embeddings=False)
     assert lora.lora_targets(untied, lora.LoraConfig(("lm_head.*",))) == ["lm_head.kernel"]
-    with pytest.raises(ModelError, match="'blocks.query' names no matrix of this qwen3 model; there are: .*blocks.q"):
+    with pytest.raises(ModelError, match="'blocks.query' names no matrix of this qwen3 model; nearest: blocks.*blocks.*all of a block"):
         named("blocks.query")
+    for theirs, ours in (("q_proj", "blocks.q"), ("model.layers.*.down_proj", "blocks.down"), ("blocks.gates", "blocks.gate")):
+        with pytest.raises(ModelError, match=f"nearest: {ours}, "):
+            named(theirs)
     with pytest.raises(ModelError, match="'embed.embedding' names no matrix"):
         named("embed.embedding")
     with pytest.raises(ModelError, match="rank of at least 1"):
@@ -108,7 +164,7 @@ def test_folders_round_trip_bit_for_bit(name, tmp_path):
 def test_matrices_that_share_a_tensor_are_merged_but_not_saved_apart(tmp_path):
     cfg = models.ModelConfig.from_hf(cases.CASES["phi3"])
     params, adapter = cases.random_params(cfg), drawn(cfg)
-    assert np.abs(np.asarray(lora.merge(cfg, params, adapter, 2.0)["blocks"]["k"] - params["blocks"]["k"])).max() > 0.1
+    assert np.abs(np.asarray(lora.merge(params, adapter, 2.0)["blocks"]["k"] - params["blocks"]["k"])).max() > 0.1
     with pytest.raises(ModelError, match="'blocks.q' lies with others in .*qkv_proj.*merge the adapter"):
         lora.save_lora(tmp_path, cfg, {"blocks": {"q": adapter["blocks"]["q"]}}, CONFIG)
     config = dataclasses.replace(CONFIG, targets=("blocks.o", "blocks.down"))
@@ -136,7 +192,7 @@ def test_peft_reads_ours_and_we_read_peft_s(base, tmp_path):
     adapter = drawn(cfg)
     lora.save_lora(tmp_path / "ours", cfg, adapter, CONFIG, base=str(folder))
     theirs = by_peft(peft.PeftModel.from_pretrained(fresh(), tmp_path / "ours"))
-    ours = np.asarray(models.apply(cfg, lora.merge(cfg, params, adapter, CONFIG.scale), given)[0])
+    ours = np.asarray(models.apply(cfg, lora.merge(params, adapter, CONFIG.scale), given)[0])
     plain = np.asarray(models.apply(cfg, params, given)[0])
     assert cases.relative_error(ours, theirs) < 2e-5 < cases.relative_error(plain, theirs)
 
@@ -149,7 +205,7 @@ def test_peft_reads_ours_and_we_read_peft_s(base, tmp_path):
     made.save_pretrained(tmp_path / "theirs")
     read, config = lora.load_lora(tmp_path / "theirs", cfg)
     assert set(config.targets) == {"blocks.q", "blocks.down"}
-    ours = np.asarray(models.apply(cfg, lora.merge(cfg, params, read, config.scale), given)[0])
+    ours = np.asarray(models.apply(cfg, lora.merge(params, read, config.scale), given)[0])
     assert cases.relative_error(ours, by_peft(made)) < 2e-5 < cases.relative_error(plain, by_peft(made))
 
 
@@ -213,8 +269,10 @@ assert axes["blocks"]["q"] == {"a": ("layers", "embed", "rank"), "b": ("layers",
 placed = jax.device_put(params, models.sharding.param_shardings(cfg, mesh))
 spread = jax.device_put(adapter, models.sharding.shardings_of(adapter, axes, mesh))
 assert spread["blocks"]["q"]["a"].sharding.spec != PartitionSpec() and spread["blocks"]["q"]["b"].sharding.spec != PartitionSpec()
-one = lora.merge(cfg, params, adapter, 2.0)
-many = jax.jit(lambda p, a: lora.merge(cfg, p, a, 2.0))(placed, spread)
+one = lora.merge(params, adapter, 2.0)
+many = jax.jit(lambda p, a: lora.merge(p, a, 2.0))(placed, spread)
+logits = [np.asarray(models.apply(cfg, p, t.tokens(cfg))[0]) for p in (lora.adapt(placed, spread, 2.0), one)]
+np.testing.assert_allclose(*logits, rtol=1e-4, atol=1e-4)
 jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6, atol=1e-6), many, one)
 assert many["blocks"]["q"].sharding.is_equivalent_to(placed["blocks"]["q"].sharding, 4)
 print("equal")
