@@ -183,12 +183,13 @@ class _Queue:
     def take(self, free: np.ndarray, places: int) -> tuple[np.ndarray, np.ndarray, _Entering]:
         """(rows, the places they go to, what enters): as many rows of the next one's block as there are free places."""
         end = min((self.next // self.samples // self.block + 1) * self.block * self.samples, self.rows)
-        rows = np.arange(self.next, min(self.next + len(free), end))
-        at, self.next = free[: len(rows)], rows[-1] + 1
+        begin, self.next = self.next, min(self.next + len(free), end)
+        rows = np.arange(begin, self.next)
+        at = free[: len(rows)]
         of_prompt = rows // self.samples
         from_B = np.full(places, -1, np.int32)
-        last_B, positions_B, ids_B, limits_B = np.zeros((4, places), np.int32)
-        from_B[at] = of_prompt % self.block
+        last_B, positions_B, ids_B, limits_B = (np.zeros(places, np.int32) for _ in range(4))
+        from_B[at] = np.remainder(of_prompt, self.block)
         last_B[at] = [self.prompts[p][-1] for p in of_prompt]
         positions_B[at] = [len(self.prompts[p]) - 1 for p in of_prompt]
         ids_B[at], limits_B[at] = rows + self.first_row, self.limits_P[of_prompt]
