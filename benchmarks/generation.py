@@ -5,7 +5,8 @@
 Qwen2 shape (6.4 M parameters: hidden 256, 6 layers, 4 heads, 2 KV heads, MLP 1024, vocabulary 2048 tied), 64 different prompts of
 32 tokens, 128 new tokens, temperature 1, top_p 1. The peers are tunix's Sampler, which gives log-probabilities too, and
 transformers.generate, which is not asked for them. Then greedy; then 8 prompts x 8 samples beside the same 64 rows as prompts of
-their own, which is what the shared prefill saves, at 32 and at 512 tokens a prompt. Every call draws anew and gives token ids on
+their own, which is what the shared prefill saves, at 32 and at 512 tokens a prompt; then 8 batches' worth of rows whose lengths are
+spread over 1:8, with places that are filled again beside batches that wait for their last row. Every call draws anew and gives token ids on
 the host. All count the best of the repeats, since a machine that others use too slows each by different amounts at different times.
 """
 
@@ -18,11 +19,11 @@ import numpy as np
 
 from benchmarks.common import Figure, peer_value, progress, run_benchmark, run_peer, small_qwen2, timed, timed_in_turns
 
-PROMPT, NEW, LONG_PROMPT, LONG_NEW = 32, 128, 512, 32
+PROMPT, NEW, LONG_PROMPT, LONG_NEW, WAVES, SPREAD = 32, 128, 512, 32, 8, 8
 
 
-def sampler(cfg, params, prompts: int, width: int, new: int, **settings):
-    """A call of `models.generate` on random prompts, with another seed each time."""
+def sampler(cfg, params, prompts: int, width: int, new: int | np.ndarray, **settings):
+    """A call of `models.generate` on random prompts, with another seed each time. new: tokens of each completion, or one for all."""
     import models
 
     tokens = np.random.default_rng(0).integers(0, cfg.vocab_size, (prompts, width)).tolist()
@@ -31,7 +32,7 @@ def sampler(cfg, params, prompts: int, width: int, new: int, **settings):
 
     def call():
         out = models.generate(cfg, params, rows, max_new_tokens=new, stop_tokens=(), seed=next(seeds), **settings)
-        assert (out.completion_lengths_N == new).all() and (out.logps_NT < 0).all()
+        assert (out.completion_lengths_N == new).all() and (out.logps_NT[:, 0] < 0).all()
 
     return call
 
@@ -69,6 +70,15 @@ def measure(args: argparse.Namespace) -> Iterable[Figure]:
         rates = [batch * new / min(each) for each in (ours, theirs)]
         shape = f"{batch // 8} prompts x 8 samples, {width} + {new} tokens"
         yield Figure(name, rates[0], "tokens/s", f"our {batch} prompts x 1", rates[1], compile_s, shape)
+
+    lengths = np.random.default_rng(1).permutation(np.linspace(NEW // SPREAD, NEW, WAVES * batch).round().astype(int))
+    progress(f"{len(lengths)} completions of {lengths.min()} to {lengths.max()} tokens, {batch} at once")
+    ways = {refill: call(len(lengths), PROMPT, lengths, max_rows=batch, refill=refill) for refill in (True, False)}
+    found = timed_in_turns({str(refill): each for refill, each in ways.items()}, repeats=args.repeats)
+    (compile_s, ours), (_, theirs) = found["True"], found["False"]
+    rates = [lengths.sum() / min(each) for each in (ours, theirs)]
+    shape = f"{len(lengths)} completions of {lengths.min()} to {lengths.max()} tokens, uniform, {batch} at once; goal 1.6 x"
+    yield Figure("generation_refill", rates[0], "tokens/s", "our batches", rates[1], compile_s, shape)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

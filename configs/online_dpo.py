@@ -59,6 +59,7 @@ def get_config(variant: str | None = None) -> ml_collections.ConfigDict:
     config.train.top_p = 1.0  # 1 = off
     config.train.stop_strings = ()  # a completion ends after any of these
     config.train.rollout_rows = 512  # most completions decoded at once
+    config.train.rollout_refill = False  # a finished completion gives its place to the next at once: same samples, sooner, more memory
     config.train.micro_batch_rows = 0  # pairs a micro-batch, gradients accumulated; 0 = all at once
     config.train.shared_prefix = True  # forward each prompt once for both completions: same gradient, less work
     config.train.remat = False  # recompute layers in the backward pass: less memory, a third more work

@@ -26,6 +26,7 @@ def get_config(variant: str | None = None) -> ml_collections.ConfigDict:
     config.prompt_tokens = placeholder(int)  # width of the prompts; None = the target's, or 256
     config.max_new_tokens = placeholder(int)  # width of the completions; None = the target's, or 512
     config.rollout_rows = placeholder(int)  # completions sampled at once; None = the target's, or 512
+    config.rollout_refill = placeholder(bool)  # each completion then has its own copy of its prompt's keys and values; None = the target's, or False
     config.micro_batch_rows = placeholder(int)  # completions (of dpo and online_dpo: pairs) a micro-batch of the update, 0 = all at once; None = the target's, or 0
     config.remat = placeholder(bool)  # recompute each layer in the backward pass; None = the target's, or True
     config.json = False  # print one JSON object instead of a table

@@ -56,6 +56,7 @@ def get_config(variant: str | None = None) -> ml_collections.ConfigDict:
     config.grpo.temperature = 1.0  # of sampling, in training and in the comparison, and of the log-probabilities in the loss
     config.grpo.stop_strings = ("\n",)  # a continuation is one paragraph
     config.grpo.rollout_rows = 512  # most continuations decoded at once
+    config.grpo.rollout_refill = False  # a finished continuation gives its place to the next at once: same samples, sooner, more memory
     config.grpo.micro_batch_rows = 0  # continuations a micro-batch, gradients accumulated; 0 = all at once
     config.grpo.remat = False  # recompute layers in the backward pass: less memory, a third more work
     config.grpo.eval_samples = 0  # samples an opening for avg@k beside greedy in those evaluations; 0 = greedy only

@@ -190,8 +190,8 @@ class _Queue:
         from_B = np.full(places, -1, np.int32)
         last_B, positions_B, ids_B, limits_B = (np.zeros(places, np.int32) for _ in range(4))
         from_B[at] = np.remainder(of_prompt, self.block)
-        last_B[at] = [self.prompts[p][-1] for p in of_prompt]
-        positions_B[at] = [len(self.prompts[p]) - 1 for p in of_prompt]
+        last_B[at] = [self.prompts[p][-1] for p in of_prompt.tolist()]
+        positions_B[at] = [len(self.prompts[p]) - 1 for p in of_prompt.tolist()]
         ids_B[at], limits_B[at] = rows + self.first_row, self.limits_P[of_prompt]
         return rows, at, _Entering(from_B, last_B, positions_B, Rows(ids_B, limits_B))
 

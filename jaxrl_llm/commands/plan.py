@@ -195,7 +195,21 @@ def _held(model: Any, sizes: Mapping[str, Any], mesh: Any) -> dict[str, int]:
     start, state = _bytes_a_device(_params(model, mesh)), _bytes_a_device(abstract_state(model, OptimizerConfig(), mesh, _critic(sizes)))
     # In float32 the sampler's parameters are the state's own.
     kept = start if sizes["keeps_start"] else 0
-    return {"generate": kept + state - (start if model.dtype == "float32" else 0), "train_step": kept}
+    copies = _prompt_copies(model, sizes, mesh) if sizes["rollout_refill"] else 0
+    return {"generate": kept + copies + state - (start if model.dtype == "float32" else 0), "train_step": kept}
+
+
+def _prompt_copies(model: Any, sizes: Mapping[str, Any], mesh: Any) -> int:
+    """Bytes a device of the prompts' keys and values where each place of the sampler has its own (see `models.refill`)."""
+    import functools
+
+    import jax
+
+    from models.transformer import init_cache
+
+    places = min(sizes["prompts"] * sizes["num_samples"], sizes["rollout_rows"])
+    cache = jax.eval_shape(functools.partial(init_cache, model, places, sizes["prompt_tokens"]))
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in (cache.k, cache.v)) // (mesh.shape["data"] * mesh.shape["fsdp"])
 
 
 def _plan_generate(model: Any, sizes: Mapping[str, Any], mesh: Any) -> dict[str, Any]:

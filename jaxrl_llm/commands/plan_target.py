@@ -39,6 +39,7 @@ DEFAULTS: dict[str, Any] = {
     "prompt_tokens": 256,
     "max_new_tokens": 512,
     "rollout_rows": 512,
+    "rollout_refill": False,
     "micro_batch_rows": 0,
     "remat": True,
 }
@@ -53,6 +54,7 @@ NAMES: dict[str, tuple[str, ...]] = {
     "prompt_tokens": ("grpo.max_prompt_tokens", "max_prompt_tokens", "prompt_tokens"),
     "max_new_tokens": ("grpo.max_new_tokens", "max_new_tokens"),
     "rollout_rows": ("grpo.rollout_rows", "rollout_rows"),
+    "rollout_refill": ("rollout_refill",),
     "micro_batch_rows": ("grpo.micro_batch_rows", "micro_batch_rows"),
     "remat": ("grpo.remat", "remat"),
 }

@@ -72,6 +72,7 @@ class GRPOConfig:
     allow_truncated_sampling: bool = False  # train with top_k or top_p on all the same (a warning is printed)
     stop_strings: tuple[str, ...] = ()  # a completion ends after any of these
     rollout_rows: int = 512  # most completions decoded at once
+    rollout_refill: bool = False  # a finished completion gives its place to the next at once: the same samples, sooner, for more memory
     inner_epochs: int = 1  # updates on each rollout (mu); above 1 the old log-probabilities are kept
     rollout_tries: int = 1  # most rollouts a step: groups of equal rewards are replaced by the schedule's next prompts (DAPO); 1 = never
     overlong_buffer: int = 0  # last tokens before max_new_tokens over which a soft penalty grows (DAPO eq. 13); 0 = no penalty
@@ -164,6 +165,7 @@ class OnlineDPOConfig:
     top_p: float = 1.0  # 1 = off
     stop_strings: tuple[str, ...] = ()  # a completion ends after any of these
     rollout_rows: int = 512  # most completions decoded at once
+    rollout_refill: bool = False  # a finished completion gives its place to the next at once: the same samples, sooner, for more memory
     micro_batch_rows: int = 0  # pairs a micro-batch, gradients accumulated; 0 = all at once
     shared_prefix: bool = True  # forward each prompt once for both completions (same gradient, less work)
     remat: bool = False

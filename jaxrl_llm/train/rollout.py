@@ -106,6 +106,7 @@ def collect(
         tokenizer=tokenizer,
         seed=key,
         max_rows=config.rollout_rows,
+        refill=config.rollout_refill,
         mesh=mesh,
     )
     sampled = time.perf_counter()

@@ -107,7 +107,7 @@ def test_batches_and_length_change_the_plan(plans):
 
 SIZES = {"mesh": "cpu:1", "dtype": "float32", "prompts": 4, "num_samples": 2, "prompt_tokens": 16, "max_new_tokens": 8}
 OTHERS = {"dtype": "bfloat16", "prompts": 6, "num_samples": 4, "prompt_tokens": 24, "max_new_tokens": 12, "rollout_rows": 4}
-OTHERS |= {"micro_batch_rows": 2, "remat": False}
+OTHERS |= {"micro_batch_rows": 2, "remat": False, "rollout_refill": True}
 
 
 @pytest.fixture
@@ -147,6 +147,9 @@ def test_what_a_run_holds_beside_each_program_is_counted(planned, tiny):
     # Where something reads it later, the policy that training started from too.
     kl = planned({"kl": "k3", "kl_coef": 0.1}, dtype="bfloat16")
     assert kl["generate"]["held_bytes"] == 3 * one + counters + one // 2 and kl["train_step"]["held_bytes"] == one // 2
+    # Keys and values (two heads of 8, one layer) of 16 tokens for each of the 4 x 2 completions, or of as many as are decoded at once.
+    copies = lambda **sizes: planned(rollout_refill=True, **sizes)["generate"]["held_bytes"] - base["generate"]["held_bytes"]  # noqa: E731
+    assert copies() == 8 * 16 * 2 * (2 * 8) * 4 and copies(rollout_rows=4) == copies() // 2
 
 
 def test_the_start_is_kept_where_something_reads_it(tiny):

@@ -116,6 +116,13 @@ close(models.apply(cfg, params, tokens[:3])[0], expected[:3])
 embedded = models.forward(cfg, params, tokens, stop_at=0, taps=("embed",)).taps["embed"]
 np.testing.assert_array_equal(embedded, whole["embed"]["embedding"][tokens])
 
+# Twelve completions of different lengths in four places, one a device that shares the rows: each place is filled again.
+prompts, limits = [[3, 4, 5], [6, 7], [8, 9, 10, 11], [12], [13, 14], [15]], [3, 9, 6, 4, 9, 5]
+sample = lambda params, **how: models.generate(cfg, params, prompts, num_samples=2, max_new_tokens=limits, **how)
+alone, refilled = sample(whole), sample(params, mesh=mesh, max_rows=4, refill=True)
+np.testing.assert_array_equal(refilled.completion_tokens_NT, alone.completion_tokens_NT)
+np.testing.assert_allclose(refilled.logps_NT, alone.logps_NT, atol=2e-5)
+
 # Rows stay with their devices: with nothing split over "tensor", only parameters travel, and no product is summed.
 mesh = sharding.make_mesh({"fsdp": 8})
 like = lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s)

@@ -126,11 +126,11 @@ BASE = dataclasses.replace(tiny.TINY, steps=2, checkpoint_every=1, sample_every=
 
 
 def sampled_by(monkeypatch):
-    """A list to which every sampling adds (rows at once, samples a prompt, temperature)."""
+    """A list to which every sampling adds (rows at once, samples a prompt, temperature), and "refill" where places are filled again."""
     batches, generate = [], models.generate
 
     def watched(*args, max_rows, num_samples, temperature, **how):
-        batches.append((max_rows, num_samples, temperature))
+        batches.append((max_rows, num_samples, temperature, *(["refill"] if how.get("refill") else [])))
         return generate(*args, max_rows=max_rows, num_samples=num_samples, temperature=temperature, **how)
 
     for module in (rollout, evaluation):
@@ -166,7 +166,7 @@ def base_run(tmp_path_factory):
         ({"eval_every": 0}, {"evals", "rates", "by", "batches"}), ({"eval_samples": 0}, {"rates", "batches"}),
         ({"eval_temperature": 0.05}, {"rates", "batches"}), ({"eval_batch": 4}, {"batches"}), ({"eval_by": ("level",)}, {"by"}),
         ({"checkpoint_every": 0}, {"checkpoints"}), ({"keep_checkpoints": 1}, {"checkpoints"}), ({"sample_every": 2}, {"samples"}),
-        ({"samples_per_log": 3}, {"samples"}), ({"rollout_rows": 4}, {"batches"}),
+        ({"samples_per_log": 3}, {"samples"}), ({"rollout_rows": 4}, {"batches"}), ({"rollout_refill": True}, {"batches"}),
     ],
     ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
 )  # fmt: skip
@@ -177,6 +177,7 @@ def test_what_a_run_leaves_is_as_set(base_run, tmp_path, monkeypatch, change, di
     assert base_run["checkpoints"] == ["1", "2"] and base_run["samples"] == [(1, 2), (2, 2)] and base_run["evals"] == [0, 1, 2]
     wanted = {
         "eval_batch": (4, 1, 0.0) in found["batches"] and (4, 2, 1.0) in found["batches"], "rollout_rows": (4, 4, 1.0) in found["batches"],
+        "rollout_refill": (512, 4, 1.0, "refill") in found["batches"],
         "keep_checkpoints": found["checkpoints"] == ["2"], "checkpoint_every": found["checkpoints"] == ["2"],
         "samples_per_log": found["samples"] == [(1, 3), (2, 3)], "sample_every": found["samples"] == [(1, 2)],
         "eval_every": found["evals"] == [0, 2], "eval_temperature": (256, 2, 0.05) in found["batches"],

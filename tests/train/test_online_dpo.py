@@ -170,7 +170,7 @@ def test_every_field_of_the_sampling_changes_the_policy(tmp_path):
 def test_what_saves_memory_or_work_does_not_change_the_result(tmp_path):
     one = dataclasses.replace(prefs.ONLINE, steps=1)
     base = tiny.flat(prefs.train_online(tmp_path / "base", one)[0])
-    for i, change in enumerate((dict(remat=True, logprob_chunk=7, rollout_rows=4), dict(shared_prefix=False))):
+    for i, change in enumerate((dict(remat=True, logprob_chunk=7, rollout_rows=4), dict(shared_prefix=False, rollout_rows=4, rollout_refill=True))):
         found, _ = prefs.train_online(tmp_path / str(i), dataclasses.replace(one, **change))
         np.testing.assert_allclose(tiny.flat(found), base, rtol=1e-4, atol=1e-5)
 

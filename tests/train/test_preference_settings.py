@@ -188,7 +188,7 @@ def base_run(tmp_path_factory):
         ({"eval_every": 0}, {"evals", "rates", "by", "batches"}), ({"eval_samples": 0}, {"rates", "batches"}),
         ({"eval_temperature": 0.05}, {"rates", "batches"}), ({"eval_batch": 4}, {"batches"}), ({"eval_by": ("level",)}, {"by"}),
         ({"checkpoint_every": 0}, {"checkpoints"}), ({"keep_checkpoints": 1}, {"checkpoints"}), ({"sample_every": 2}, {"samples"}),
-        ({"samples_per_log": 3}, {"samples"}), ({"rollout_rows": 4}, {"batches"}),
+        ({"samples_per_log": 3}, {"samples"}), ({"rollout_rows": 4}, {"batches"}), ({"rollout_refill": True}, {"batches"}),
     ],
     ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
 )  # fmt: skip
