@@ -36,6 +36,15 @@ def few_memory_maps():
         gc.collect()
 
 
+@pytest.fixture(scope="module")
+def quick_compilation():
+    """Programs are compiled quickly rather than well: for tests that spend their time in the compiler and compare what was compiled alike."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
 @pytest.fixture(scope="session")
 def repo() -> Path:
     """The root of the repository."""

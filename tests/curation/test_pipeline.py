@@ -212,7 +212,7 @@ def test_told_rows_say_how_many_to_drop_and_let_the_policy_be_tuned(world, curat
     assert inside.sum() == whole.sum() and (inside != whole).any()
 
 
-def test_grpo_judges_the_rows_anew_as_curate_did(world, curated, told, tmp_path, monkeypatch, quick_compilation):
+def test_grpo_judges_the_rows_anew_as_curate_did(world, curated, told, tmp_path, monkeypatch):
     """By the policy that curate asked, the same rows are kept; by one that has learnt, others; rows with a fault never come back."""
     source, workdir = told
     found, asked = CuratedSet.read(workdir / "curated"), []
@@ -245,15 +245,7 @@ def test_grpo_judges_the_rows_anew_as_curate_did(world, curated, told, tmp_path,
         dataclasses.replace(refilter, used="length_tfidf")
 
 
-@pytest.fixture
-def quick_compilation():
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
-
-
-def test_grpo_follows_the_policy_over_a_curated_set_and_goes_on(world, curated, tmp_path, monkeypatch, quick_compilation):
+def test_grpo_follows_the_policy_over_a_curated_set_and_goes_on(world, curated, tmp_path, monkeypatch):
     workdir, _ = curated
     settings = {"model": str(world / "model"), "data.curated": str(workdir), "reward.name": "short_words", "max_prompt_tokens": "16"}
     settings |= {"overflow": "drop", "schedule.kind": "band", "schedule.batch_prompts": "4", "train.steps": "4", "train.num_samples": "4"}

@@ -6,7 +6,6 @@ import socket
 import subprocess
 import sys
 
-import jax
 import numpy as np
 import pytest
 import tiny_curation as tiny
@@ -78,15 +77,7 @@ def run_all(world, out, mesh):
     return curated
 
 
-@pytest.fixture
-def quick_compilation():
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
-
-
-def test_two_processes_curate_as_one_does(repo, tmp_path, quick_compilation):
+def test_two_processes_curate_as_one_does(repo, tmp_path):
     world = tiny.save_world(tmp_path)
     one, two = tmp_path / "one", tmp_path / "two"
     with socket.socket() as free:

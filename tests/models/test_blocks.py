@@ -19,20 +19,13 @@ from models import layers
 from models.taps import BLOCK_TAPS
 from models.transformer import fused, unstacked
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 T = 10
 # One case for each kind: norms after, norms around with soft-caps, two rope bases, part of a head, learned positions, parallel
 # residuals of two norms and of one (with a bias on the logits).
 KINDS = ("olmo2", "gemma2", "gemma3", "phi3_part", "gpt2", "gpt_neox", "gptj")
 ONE_INPUT = ("gpt_neox", "gptj")  # attention and MLP read the same
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """These tests spend their time in the compiler."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @functools.cache

@@ -19,6 +19,8 @@ import models
 from models import ModelError
 from models.decode import FINISH_LENGTH, FINISH_STOP_STRING, FINISH_STOP_TOKEN, STAGE, Knobs, Rows, bucket, pad_prompts
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 module = importlib.import_module("models.generate")  # `models.generate` is the function
 TOLERANCE = 2e-5
 HAS_TORCH = importlib.util.find_spec("torch") is not None
@@ -27,15 +29,6 @@ needs_torch = pytest.mark.skipif(not HAS_TORCH, reason="torch is not installed: 
 CFG = dataclasses.replace(models.ModelConfig.from_hf(cases.CASES["qwen3_layer_types"]), eos_token_ids=(0,), pad_token_id=0)
 PROMPTS = [np.random.default_rng(7).integers(3, CFG.vocab_size, n).tolist() for n in (4, 21, 1, 12)]
 T = STAGE + 8  # most new tokens in nearly all tests: two stages of the cache
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """These tests spend their time in the compiler."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture(scope="module")
