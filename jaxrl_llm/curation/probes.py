@@ -21,6 +21,7 @@ from jaxrl_llm.errors import UserError
 
 MODELS = ("elastic_net", "ridge", "logistic")
 CHUNK_ROWS = 4096
+LEAST_SPREAD = 2.0**-11  # of a column's standard deviation over its size: below, float32 left three digits of it, and what follows is rounding
 
 
 class Design(Protocol):
@@ -161,7 +162,8 @@ def fit_probe(
 
     model: "ridge" (leave-one-out), "elastic_net" (3 folds over a path of penalties; `l1_ratio`), "logistic" (L2, y in {0, 1},
     3 folds by AUROC). Columns are standardised, then multiplied by `scales` [D] where given; of more than `max_columns` those of
-    largest variance are used (no labels enter the choice). A constant y gives a constant probe.
+    largest variance are used (no labels enter the choice), and none that is constant to within `LEAST_SPREAD` of its mean. A constant y
+    gives a constant probe.
     """
     if model not in MODELS:
         raise UserError(f"probe: no model {model!r}; one of {', '.join(MODELS)}")
@@ -185,7 +187,7 @@ def _standardise(x: np.ndarray, max_columns: int) -> tuple[np.ndarray, np.ndarra
     else:
         mean, variance = x.mean(axis=0), x.var(axis=0)
     columns = np.sort(np.argsort(-variance, kind="stable")[:max_columns])
-    columns = columns[variance[columns] > 1e-12]
+    columns = columns[variance[columns] > np.maximum(1e-12, np.square(LEAST_SPREAD * mean[columns]))]
     mean, scale = np.asarray(mean[columns], np.float64), np.sqrt(np.asarray(variance[columns], np.float64))
     return columns, (_dense(x[:, columns]) - mean.astype(np.float32)) / scale.astype(np.float32), mean, scale
 
