@@ -63,6 +63,13 @@ def get_config(variant: str | None = None) -> ml_collections.ConfigDict:
     config.train.loss.desirable_weight = 1.0  # of "kto": keep weight x rows of both labels within a factor of 4/3
     config.train.loss.undesirable_weight = 1.0
 
+    config.train.lora = ml_collections.ConfigDict()  # a low-rank adapter is trained in place of the parameters, and written to WORKDIR/adapter for PEFT too
+    config.train.lora.rank = 0  # of the adapter, such as 16; 0 = no adapter, all parameters are trained
+    config.train.lora.alpha = 32.0  # the adapter's product is scaled by alpha / rank
+    config.train.lora.rank_stabilised = False  # by alpha / sqrt(rank) instead
+    config.train.lora.targets = ("blocks.*",)  # adapted matrices, as patterns: "blocks.*" (all of a block), "blocks.q", "lm_head.*", ...
+    config.train.lora.seed = 0  # of the adapter's first values
+
     config.train.optimizer = ml_collections.ConfigDict()  # AdamW
     config.train.optimizer.learning_rate = 5e-7  # peak
     config.train.optimizer.schedule = "cosine"  # after warm-up: "constant", "linear" or "cosine"

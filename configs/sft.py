@@ -50,6 +50,13 @@ def get_config(variant: str | None = None) -> ml_collections.ConfigDict:
     config.train.keep_checkpoints = 2  # the newest so many stay
     config.seed = 0  # of the shuffling
 
+    config.train.lora = ml_collections.ConfigDict()  # a low-rank adapter is trained in place of the parameters, and written to WORKDIR/adapter for PEFT too
+    config.train.lora.rank = 0  # of the adapter, such as 16; 0 = no adapter, all parameters are trained
+    config.train.lora.alpha = 32.0  # the adapter's product is scaled by alpha / rank
+    config.train.lora.rank_stabilised = False  # by alpha / sqrt(rank) instead
+    config.train.lora.targets = ("blocks.*",)  # adapted matrices, as patterns: "blocks.*" (all of a block), "blocks.q", "lm_head.*", ...
+    config.train.lora.seed = 0  # of the adapter's first values
+
     config.train.optimizer = ml_collections.ConfigDict()  # AdamW
     config.train.optimizer.learning_rate = 1e-5  # peak
     config.train.optimizer.schedule = "cosine"  # after warm-up: "constant", "linear" or "cosine"

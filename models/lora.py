@@ -151,19 +151,28 @@ def merge(params: Params, lora: Params, scale: float) -> Params:
     return merged(adapt(params, lora, scale))
 
 
+def peft_refuses(cfg: ModelConfig, lora: Params) -> str | None:
+    """Why PEFT's layout has no place for an adapter; None where it has one. It has none for a matrix that a checkpoint keeps in one tensor
+    with others (Phi-3's queries, keys and values): PEFT adapts that tensor as a whole, by one A."""
+    for group, leaves in lora.items():
+        for leaf in leaves:
+            if (tensor := tensor_of(cfg, f"{group}.{leaf}")).beside:
+                told = f"LoRA target '{group}.{leaf}' lies with others in {tensor.name} of a {cfg.family} checkpoint"
+                return f"{told}, which PEFT adapts as a whole"
+    return None
+
+
 def save_lora(folder: str | os.PathLike, cfg: ModelConfig, lora: Params, config: LoraConfig, base: str = "") -> None:
     """Writes an adapter as PEFT does (adapter_config.json and adapter_model.safetensors). base: the model that it adapts, by name or folder.
 
-    Raises ModelError where the folder cannot be written, and for a matrix that a checkpoint keeps in one tensor with others (Phi-3's
-    queries, keys and values): PEFT adapts that tensor as a whole, by one A.
+    Raises ModelError where the folder cannot be written, and where `peft_refuses`.
     """
+    if reason := peft_refuses(cfg, lora):
+        raise ModelError(f"{reason}: merge the adapter and save the model instead")
     target, tensors, modules = Path(folder), {}, {}
     for group, leaves in lora.items():
         for leaf, pair in leaves.items():
             name = f"{group}.{leaf}"
-            if tensor_of(cfg, name).beside:
-                told = f"LoRA target {name!r} lies with others in {tensor_of(cfg, name).name} of a {cfg.family} checkpoint"
-                raise ModelError(f"{told}, which PEFT adapts as a whole: merge the adapter and save the model instead")
             inputs, stacked = _sides(cfg, name)
             a, b = (np.asarray(pair[side], np.float32) for side in "ab")
             for layer, stored in enumerate(tensor_of(cfg, name).names(cfg.n_layers)):

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from jaxrl_llm.commands._policy import FOLDER, OWNS, save_policy
 from jaxrl_llm.commands.grpo import parse_evals
 from jaxrl_llm.data.prompts import tokenise_prompts
 from jaxrl_llm.data.sampler import ShuffledSchedule
@@ -16,7 +17,6 @@ from jaxrl_llm.runtime import parse_mesh
 if TYPE_CHECKING:
     from jaxrl_llm.train.dpo import Preferences
 
-FOLDER = "policy"  # of the trained model, inside the workdir
 PAIR, SINGLE = ("chosen", "rejected"), ("completion",)  # columns of completions
 OVERFLOWS = ("drop", "truncate", "error")
 LABELS = {"true": True, "1": True, "false": False, "0": False}
@@ -43,7 +43,7 @@ def run(config: Any, workdir: str) -> None:
     names = SINGLE if settings.loss.kind == "kto" else PAIR
     rows = _read(config, config.data.source, config.data.limit, names)
     sets = {name: _read(config, source, config.eval_limit, names) for name, source in parse_evals(config.evals).items()}
-    run_dir = RunDir(workdir, config, kind="dpo", owns=(FOLDER,))
+    run_dir = RunDir(workdir, config, kind="dpo", owns=OWNS)
     mesh = parse_mesh(config.mesh)
     cfg, params = models.load(config.model, dtype=config.dtype, mesh=mesh)
     tokenizer = models.load_tokenizer(config.model)
@@ -57,7 +57,7 @@ def run(config: Any, workdir: str) -> None:
     start = [params]
     del params  # handed over: training has its own copy
     trained, history = train_dpo(cfg, start.pop, data, schedule, settings, run_dir, held_out, mesh=mesh)
-    models.save(run_dir.path / FOLDER, cfg, trained, tokenizer_from=config.model)
+    save_policy(run_dir, cfg, trained, settings.lora, config.model, mesh)
     summary = _summary(history, settings.steps, len(data))
     run_dir.summary(summary)
     if run_dir.is_writer:

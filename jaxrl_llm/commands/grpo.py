@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxrl_llm.commands._policy import FOLDER, OWNS, save_policy
 from jaxrl_llm.curation.curated_set import CuratedSet
 from jaxrl_llm.curation.judging import Refilter
 from jaxrl_llm.curation.passes import LanguageModel
@@ -22,7 +23,6 @@ from jaxrl_llm.run_dir import RunDir
 from jaxrl_llm.runtime import parse_mesh
 
 Asked = tuple[LanguageModel, Any]  # a policy whose parameters come later, and its mesh
-FOLDER = "policy"  # of the trained policy, inside the workdir
 VECTORS = "vectors.npz"  # of a curate run: ids, reduced feature vectors, and what it judged its rows by
 
 
@@ -54,7 +54,7 @@ def train_policy(config: Any, workdir: str, kind: str, settings: Any, train: Cal
     sets = {name: _read(config, source, config.eval_limit) for name, source in parse_evals(config.evals).items()}
     for each in (rows, *sets.values()):
         registry.validate_rows(reward, each)
-    run_dir = RunDir(workdir, config, kind=kind, owns=(FOLDER,))
+    run_dir = RunDir(workdir, config, kind=kind, owns=OWNS)
     mesh = parse_mesh(config.mesh)
     cfg, params = models.load(config.model, dtype=config.dtype, mesh=mesh)
     tokenizer = models.load_tokenizer(config.model)
@@ -70,7 +70,7 @@ def train_policy(config: Any, workdir: str, kind: str, settings: Any, train: Cal
     start = [params]
     del params  # handed over: training has its own copy, and keeps this one only where a KL term reads it
     trained, summary = train(cfg, start.pop, tokenizer, prompts, reward, schedule, settings, run_dir, evals, mesh=mesh)
-    models.save(run_dir.path / FOLDER, cfg, trained, tokenizer_from=config.model)
+    save_policy(run_dir, cfg, trained, settings.lora, config.model, mesh)
     if run_dir.is_writer:
         _tell(summary, run_dir)
 
@@ -112,6 +112,11 @@ def _training_rows(config: Any) -> tuple[list[dict[str, Any]], CuratedSet | None
         raise UserError(f"training prompts come from data.source or from data.curated: {found}")
     if data.source:
         return _read(config, data.source, data.limit), None
+    if _refilters(config) and data.limit is not None:
+        raise UserError(
+            "config key 'data.limit' has no meaning with schedule.band.refilter_every, which may bring back any row of the curated set: curate "
+            "fewer rows, or leave one of them out"
+        )
     curated = CuratedSet.read(_set_folder(data.curated))
     kept = np.flatnonzero(curated.keep)
     order = kept[np.argsort(curated.order[kept])][: data.limit]

@@ -61,23 +61,23 @@ def plan(sizes: Mapping[str, Any]) -> dict[str, Any]:
         told = f"prompt_tokens={sizes['prompt_tokens']} and max_new_tokens={sizes['max_new_tokens']} make {width}"
         raise UserError(f"{told}, the context of {sizes['model']} is {model.max_position}: lower one of them")
     kind = getattr(devices[0], "device_kind", "device")
-    programs = {}
+    programs, held = {}, _held(model, sizes, mesh)
     wanted = [("generate", _plan_generate)] if sizes["sampled"] else []
     for name, compile_program in [*wanted, ("train_step", _plan_pairs if isinstance(sizes["loss"], PreferenceLossConfig) else _plan_train)]:
         print(f"compiling {name} for {len(devices)} x {kind} ...", file=sys.stderr, flush=True)
         began = time.perf_counter()
-        programs[name] = compile_program(model, sizes, mesh) | {"compile_seconds": time.perf_counter() - began}
-    held = _held(model, sizes, mesh)
-    for name, program in programs.items():
-        program["held_bytes"] = held[name]
+        program = compile_program(model, sizes, mesh) | {"compile_seconds": time.perf_counter() - began, "held_bytes": held[name]}
         program["fits"] = False if program["refused"] else None if room is None else program["total_bytes"] + held[name] <= room * GIB
         program["seconds_at_peak"] = None if peak is None else program["flops"] / (peak * len(devices))
+        programs[name] = program
+        print(f"{_HEADER}\n{_row(name, program)}", file=sys.stderr, flush=True)  # the next program may compile for long, or not to its end
     return {
         "model": sizes["model"],
         "parameters": model.param_count(),
         "dtype": model.dtype,
         "kl": getattr(sizes["loss"], "kl", None),
         "critic": _critic(sizes),
+        "lora_rank": sizes["lora_rank"],
         "mesh": sizes["mesh"],
         "devices": len(devices),
         "device_kind": kind,
@@ -158,7 +158,7 @@ def _plan_on_cpu() -> None:
 def _need(sizes: Mapping[str, Any]) -> None:
     endless = float("inf")
     ranges = dict.fromkeys(("prompts", "num_samples", "prompt_tokens", "max_new_tokens", "rollout_rows"), (1, endless))
-    check_fields(sizes, {"dtype": ("float32", "bfloat16")}, ranges | {"micro_batch_rows": (0, endless)})
+    check_fields(sizes, {"dtype": ("float32", "bfloat16")}, ranges | dict.fromkeys(("micro_batch_rows", "lora_rank"), (0, endless)))
 
 
 def _params(model: Any, mesh: Any) -> Any:
@@ -172,12 +172,26 @@ def _params(model: Any, mesh: Any) -> Any:
     return jax.tree.map(shaped, models.abstract_params(model), sharding.param_shardings(model, mesh))
 
 
+def _policy(model: Any, sizes: Mapping[str, Any], mesh: Any) -> Any:
+    """The policy that samples, as shapes with their shardings: with the adapter that is trained, if one is."""
+    from jaxrl_llm.train.config import OptimizerConfig
+    from jaxrl_llm.train.state import abstract_state, trunk, whole
+
+    base, lora = _params(model, mesh), sizes["lora"].adapter
+    return base if lora is None else whole(lora, trunk(abstract_state(model, OptimizerConfig(), mesh, lora=lora)["params"]), base)
+
+
+def _frozen(model: Any, sizes: Mapping[str, Any], mesh: Any) -> Any:
+    """What an update reads and does not train, as shapes; None without an adapter."""
+    return None if sizes["lora"].adapter is None else _params(model, mesh)
+
+
 def _train_settings(model: Any, sizes: Mapping[str, Any]) -> Any:
     """The StepSpec of the update that is planned."""
     from jaxrl_llm.train.config import GRPOConfig, check_grpo
     from jaxrl_llm.train.step import step_spec
 
-    names = ("num_samples", "max_new_tokens", "micro_batch_rows", "remat", "loss")
+    names = ("num_samples", "max_new_tokens", "micro_batch_rows", "remat", "loss", "lora")
     config = GRPOConfig(**{name: sizes[name] for name in names})
     check_grpo(config)
     return step_spec(model, config)
@@ -192,11 +206,16 @@ def _held(model: Any, sizes: Mapping[str, Any], mesh: Any) -> dict[str, int]:
     from jaxrl_llm.train.config import OptimizerConfig
     from jaxrl_llm.train.state import abstract_state
 
-    start, state = _bytes_a_device(_params(model, mesh)), _bytes_a_device(abstract_state(model, OptimizerConfig(), mesh, _critic(sizes)))
-    # In float32 the sampler's parameters are the state's own.
-    kept = start if sizes["keeps_start"] else 0
+    lora = sizes["lora"].adapter
+    start = _bytes_a_device(_params(model, mesh))
+    state = _bytes_a_device(abstract_state(model, OptimizerConfig(), mesh, _critic(sizes), lora))
+    # In float32 the sampler's parameters are the state's own; what an adapter is put into is an argument of both programs, and the reference.
+    kept = start if sizes["keeps_start"] and lora is None else 0
+    shared = start if model.dtype == "float32" else 0
+    if lora is not None:
+        shared = _bytes_a_device(_policy(model, sizes, mesh)) - start
     copies = _prompt_copies(model, sizes, mesh) if sizes["rollout_refill"] else 0
-    return {"generate": kept + copies + state - (start if model.dtype == "float32" else 0), "train_step": kept}
+    return {"generate": kept + copies + state - shared, "train_step": kept}
 
 
 def _prompt_copies(model: Any, sizes: Mapping[str, Any], mesh: Any) -> int:
@@ -227,7 +246,7 @@ def _plan_generate(model: Any, sizes: Mapping[str, Any], mesh: Any) -> dict[str,
     prompts = _round_up(min(sizes["prompts"], max(sizes["rollout_rows"] // samples, 1)), ways)
     batches = math.ceil(sizes["prompts"] / prompts)
     rows = sharding.batch_sharding(mesh)
-    params = _params(model, mesh)
+    params = _policy(model, sizes, mesh)
     tokens = jax.ShapeDtypeStruct((prompts, sizes["prompt_tokens"]), jnp.int32, sharding=rows)
     lengths = jax.ShapeDtypeStruct((prompts,), jnp.int32, sharding=rows)
     key = jax.eval_shape(lambda: jax.random.key(0))
@@ -296,12 +315,18 @@ def _plan_train(model: Any, sizes: Mapping[str, Any], mesh: Any) -> dict[str, An
         batch["ref_logps" if spec.loss.kl_place == "loss" else "kl"] = batch["sampler_logps"]
     if spec.loss.critic:
         batch["values"] = batch["sampler_logps"]
-    memory = _memory(compiled_update(spec, mesh), abstract_state(model, spec.optimizer, mesh, spec.loss.critic), batch)
+    state = abstract_state(model, spec.optimizer, mesh, spec.loss.critic, spec.lora)
+    memory = _memory(compiled_update(spec, mesh), state, batch, _frozen(model, sizes, mesh))
     forward = width * model.flops_per_token(width // 2) + samples * new * model.flops_per_token(width + new // 2)
-    # Backward costs two forwards; recomputing each layer one more.
-    passes = (4 if sizes["remat"] else 3) + _passes_before(spec.loss)
+    passes = _passes(sizes) + _passes_before(spec.loss)
     flops = sizes["prompts"] * forward * passes
     return {"rows": rows, "micro_batches": micros, "flops": flops, **memory}
+
+
+def _passes(sizes: Mapping[str, Any]) -> int:
+    """Forward passes that an update is worth: itself; backward two, one of them for gradients by the matrices, of which an adapter needs
+    none; and one more to recompute each layer."""
+    return 3 + sizes["remat"] - (sizes["lora"].adapter is not None)
 
 
 def _passes_before(loss: Any) -> int:
@@ -321,7 +346,7 @@ def _plan_pairs(model: Any, sizes: Mapping[str, Any], mesh: Any) -> dict[str, An
 
     new, width, kto = sizes["max_new_tokens"], sizes["prompt_tokens"], sizes["loss"].kind == "kto"
     loss = sizes["loss"]
-    spec = PreferenceSpec(model, loss, OptimizerConfig(), remat=sizes["remat"])
+    spec = PreferenceSpec(model, loss, OptimizerConfig(), remat=sizes["remat"], lora=sizes["lora"].adapter)
     pairs = _round_up(min(sizes["micro_batch_rows"] or sizes["prompts"], sizes["prompts"]), mesh.shape["data"] * mesh.shape["fsdp"])
     micros, place = math.ceil(sizes["prompts"] / pairs), batch_shardings(mesh)
 
@@ -337,10 +362,10 @@ def _plan_pairs(model: Any, sizes: Mapping[str, Any], mesh: Any) -> dict[str, An
     batch |= {"labels": array((pairs,), jnp.bool_)} if kto else {}
     batch |= {"ref_sums": array((2 * pairs,), jnp.float32)} if loss.needs_reference else {}
     batch |= {"sampler_logps": array((2 * pairs, new), jnp.float32)} if sizes["sampled"] else {}
-    found = _memory(compiled_update(spec, mesh), abstract_state(model, spec.optimizer, mesh), batch)
+    state = abstract_state(model, spec.optimizer, mesh, lora=spec.lora)
+    found = _memory(compiled_update(spec, mesh), state, batch, _frozen(model, sizes, mesh))
     prompt, completion = width * model.flops_per_token(width // 2), new * model.flops_per_token(width + new // 2)
-    # Backward costs two forwards; recomputing each layer one more. KTO's unrelated completions are only read, as the reference's pair is.
-    passes = 4 if sizes["remat"] else 3
+    passes = _passes(sizes)  # KTO's unrelated completions are only read, as the reference's pair is
     flops = (prompt + completion) * (passes + 1) if kto else (prompt + 2 * completion) * passes
     if loss.needs_reference and sizes["sampled"]:
         flops += prompt + 2 * completion
@@ -387,24 +412,31 @@ def _round_up(count: int, multiple: int) -> int:
     return -(-count // multiple) * multiple
 
 
+_HEADER = f"{'a device, GiB':<16}{'arguments':>10}{'outputs':>9}{'working':>9}{'held':>8}{'total':>8}  fits"
+
+
+def _row(name: str, program: Mapping[str, Any]) -> str:
+    """A program's memory, below `_HEADER`."""
+    sizes = [program[key] for key in ("argument_bytes", "output_bytes", "temporary_bytes", "held_bytes")]
+    sizes.append(None if program["total_bytes"] is None else program["total_bytes"] + program["held_bytes"])
+    cells = ["-" if size is None else f"{size / GIB:.2f}" for size in sizes]
+    fits = {True: "yes", False: "NO", None: "(memory not known)"}[program["fits"]]
+    return f"{name:<16}{cells[0]:>10}{cells[1]:>9}{cells[2]:>9}{cells[3]:>8}{cells[4]:>8}  {fits}"
+
+
 def table(found: Mapping[str, Any]) -> str:
     """The plan as lines for people."""
     layout = ", ".join(f"{name}={size}" for name, size in found["layout"].items())
     room = "" if found["memory_gib"] is None else f", {found['memory_gib']:.0f} GiB each"
+    adapter = f", an adapter of rank {found['lora_rank']} is trained" if found["lora_rank"] else ""
     lines = [
-        f"model  {found['model']}: {found['parameters'] / 1e9:.3f} B parameters in {found['dtype']}",
+        f"model  {found['model']}: {found['parameters'] / 1e9:.3f} B parameters in {found['dtype']}{adapter}",
         f"mesh   {found['mesh']}: {found['devices']} x {found['device_kind']}{room}; {layout}",
         "",
-        f"{'a device, GiB':<16}{'arguments':>10}{'outputs':>9}{'working':>9}{'held':>8}{'total':>8}  fits",
+        _HEADER,
     ]
     programs = [name for name in ("generate", "train_step") if name in found]  # of given texts nothing is generated
-    for name in programs:
-        program = found[name]
-        sizes = [program[key] for key in ("argument_bytes", "output_bytes", "temporary_bytes", "held_bytes")]
-        sizes.append(None if program["total_bytes"] is None else program["total_bytes"] + program["held_bytes"])
-        cells = ["-" if size is None else f"{size / GIB:.2f}" for size in sizes]
-        fits = {True: "yes", False: "NO", None: "(memory not known)"}[program["fits"]]
-        lines.append(f"{name:<16}{cells[0]:>10}{cells[1]:>9}{cells[2]:>9}{cells[3]:>8}{cells[4]:>8}  {fits}")
+    lines += [_row(name, found[name]) for name in programs]
     lines.append("held: the policy that training started from, where something still reads it, and while sampling the training state")
     lines.append("")
     for name in programs:

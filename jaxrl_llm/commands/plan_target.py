@@ -1,5 +1,6 @@
 """What `plan` is asked about: the sizes of a config, its own or another run's, and the shape of a model without its weights."""
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,7 +11,7 @@ from ml_collections import ConfigDict
 from jaxrl_llm.config import field_names, load_config
 from jaxrl_llm.errors import UserError, nearest
 from jaxrl_llm.runtime import parse_axes
-from jaxrl_llm.train.config import LossConfig, PreferenceLossConfig, from_mapping
+from jaxrl_llm.train.config import LoraSettings, LossConfig, PreferenceLossConfig, check_lora, from_mapping
 
 _QWEN = {"model_type": "qwen2", "rms_norm_eps": 1e-6, "rope_theta": 1e6, "max_position_embeddings": 32768, "eos_token_id": 151645}
 _QWEN_05 = {"hidden_size": 896, "num_hidden_layers": 24, "num_attention_heads": 14, "num_key_value_heads": 2, "intermediate_size": 4864}
@@ -41,6 +42,7 @@ DEFAULTS: dict[str, Any] = {
     "rollout_rows": 512,
     "rollout_refill": False,
     "micro_batch_rows": 0,
+    "lora_rank": 0,
     "remat": True,
 }
 
@@ -56,14 +58,15 @@ NAMES: dict[str, tuple[str, ...]] = {
     "rollout_rows": ("grpo.rollout_rows", "rollout_rows"),
     "rollout_refill": ("rollout_refill",),
     "micro_batch_rows": ("grpo.micro_batch_rows", "micro_batch_rows"),
+    "lora_rank": ("lora.rank",),
     "remat": ("grpo.remat", "remat"),
 }
 
 
 def target_sizes(config: Any) -> dict[str, Any]:
     """The fields of configs/plan.py: as given, else the target config's, else `DEFAULTS`; the target's mesh as target_layout; its
-    `LossConfig` or `PreferenceLossConfig`, for a KL term and a critic take memory, as loss; whether it samples, as sampled; and whether the
-    policy that training starts from stays in memory, as keeps_start.
+    `LossConfig` or `PreferenceLossConfig`, for a KL term and a critic take memory, as loss; its `LoraSettings`, as lora; whether it samples,
+    as sampled; and whether the policy that training starts from stays in memory, as keeps_start.
 
     Raises:
       UserError: neither names a model, or the target has no step that is planned here.
@@ -76,6 +79,8 @@ def target_sizes(config: Any) -> dict[str, Any]:
         value = _first(target, paths, names)
         if value not in (None, "") and type(value) is type(sizes[ours]) and given.get(ours, "") == "":
             sizes[ours] = value
+    sizes["lora"] = dataclasses.replace(sizes["lora"], rank=sizes["lora_rank"])
+    check_lora(sizes["lora"])
     if not sizes["model"]:
         whose = f"{config.target} names no model to load" if config.target else "no model"
         raise UserError(f"{whose}: give --config.model=..., a preset ({', '.join(PRESETS)}), a folder or a hub id")
@@ -89,14 +94,16 @@ def _step(name: str, target: ConfigDict, paths: list[str]) -> dict[str, Any]:
         raise UserError(
             f"{name} has no step that plan knows: give a config of grpo, saerl, story_rules, dpo or online_dpo, or --config.model and sizes"
         )
-    found = next((group["loss"] for group in map(target.get, ("train", "grpo")) if isinstance(group, ConfigDict) and "loss" in group), {})
+    groups = [group for group in map(target.get, ("train", "grpo")) if isinstance(group, ConfigDict)]
+    found, lora = (next((group[name] for group in groups if name in group), {}) for name in ("loss", "lora"))
     loss = from_mapping(PreferenceLossConfig if "kind" in found else LossConfig, found, "loss.")
     # Prompts and completions are padded each to their own longest: half of a row's room is a guess that the command line may better.
     widths = dict.fromkeys(("prompt_tokens", "max_new_tokens"), max(target.max_length // 2, 1)) if paths and not sampled else {}
     # Pairs that are given need sums of their reference only; arms share the policy they start from, and stories are judged by it.
     reference = sampled and loss.needs_reference if isinstance(loss, PreferenceLossConfig) else bool(loss.kl)
     keeps_start = reference or "arm_table" in target or "stories" in target
-    return {"loss": loss, "sampled": sampled or not paths, "keeps_start": keeps_start, **widths}
+    settings = from_mapping(LoraSettings, lora, "lora.")
+    return {"loss": loss, "lora": settings, "sampled": sampled or not paths, "keeps_start": keeps_start, **widths}
 
 
 def choose_layout(sizes: Mapping[str, Any], devices: int) -> str:

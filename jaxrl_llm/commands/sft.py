@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxrl_llm.commands._policy import FOLDER, OWNS, save_policy
 from jaxrl_llm.data.chats import assistant_tokens
 from jaxrl_llm.data.prompts import pack_rows, pad_rows, tokenise_prompts
 from jaxrl_llm.data.sampler import ShuffledSchedule
@@ -12,8 +13,6 @@ from jaxrl_llm.data.sources import Rows, parse_fields, read_rows
 from jaxrl_llm.errors import UserError, nearest
 from jaxrl_llm.run_dir import RunDir
 from jaxrl_llm.runtime import parse_mesh
-
-FOLDER = "policy"  # of the trained model, inside the workdir
 
 
 def run(config: Any, workdir: str) -> None:
@@ -36,7 +35,7 @@ def run(config: Any, workdir: str) -> None:
     check_dtype(config.dtype)
     settings = from_mapping(SFTConfig, config.train)
     rows = _read(config)
-    run_dir = RunDir(workdir, config, kind="sft")
+    run_dir = RunDir(workdir, config, kind="sft", owns=OWNS)
     mesh = parse_mesh(config.mesh)
     cfg, params = models.load(config.model, dtype=config.dtype, mesh=mesh)
     tokenizer = models.load_tokenizer(config.model)
@@ -48,7 +47,7 @@ def run(config: Any, workdir: str) -> None:
     start = [params]
     del params  # handed over: training has its own copy
     trained, history = train_sft(cfg, start.pop, batches, settings, run_dir, mesh=mesh)
-    models.save(run_dir.path / FOLDER, cfg, trained, tokenizer_from=config.model)
+    save_policy(run_dir, cfg, trained, settings.lora, config.model, mesh)
     run_dir.summary({"steps": settings.steps, "rows": len(tokens_NT), "loss_first": history[0]["loss"], "loss_last": history[-1]["loss"]})
     if run_dir.is_writer:
         print(f"loss {history[0]['loss']:.4f} -> {history[-1]['loss']:.4f} nats a token; model: {run_dir.path / FOLDER}")

@@ -7,6 +7,9 @@ from typing import Any, TypeVar
 
 from jaxrl_llm.errors import UserError, nearest
 
+if typing.TYPE_CHECKING:
+    from models.lora import LoraConfig
+
 T = TypeVar("T")
 TOKEN_BASELINES = ("batch_mean", "value")  # those that give each token an advantage of its own and compare no samples of a prompt
 
@@ -25,6 +28,24 @@ class OptimizerConfig:
     eps: float = 1e-8
     weight_decay: float = 0.0  # on matrices; never on norms and biases
     clip_norm: float = 1.0  # global gradient norm; 0 = no clip
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraSettings:
+    """Training a low-rank adapter (`models.lora`) in place of the parameters."""
+
+    rank: int = 0  # columns of A; 0 = no adapter, all parameters are trained
+    alpha: float = 32.0  # A B is scaled by alpha / rank
+    rank_stabilised: bool = False  # by alpha / sqrt(rank) instead
+    targets: tuple[str, ...] = ("blocks.*",)  # patterns over the names of the matrices that are adapted, such as "blocks.q"
+    seed: int = 0  # of A's first values; B starts at zero
+
+    @property
+    def adapter(self) -> "LoraConfig | None":
+        """What `models.lora` takes; None without an adapter."""
+        from models.lora import LoraConfig
+
+        return LoraConfig(self.targets, self.rank, self.alpha, self.rank_stabilised) if self.rank else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +104,7 @@ class GRPOConfig:
     logprob_chunk: int | None = None  # tokens a chunk of the unembedding; None picks by vocabulary
     loss: LossConfig = LossConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
+    lora: LoraSettings = LoraSettings()
     seed: int = 0
     eval_every: int = 0  # steps between evaluations; 0 = only at the end; always also before the first step
     eval_samples: int = 0  # samples a prompt for avg@k beside greedy; 0 = greedy only
@@ -105,6 +127,7 @@ class SFTConfig:
     remat: bool = False
     logprob_chunk: int | None = None
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-5, clip_norm=1.0)
+    lora: LoraSettings = LoraSettings()
     log_every: int = 10  # steps between metric lines (and between waits for the device)
     checkpoint_every: int = 0  # steps; 0 = only at the end and on SIGTERM
     keep_checkpoints: int = 2
@@ -146,6 +169,7 @@ class DPOConfig:
     logprob_chunk: int | None = None
     loss: PreferenceLossConfig = PreferenceLossConfig()
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=5e-7, clip_norm=1.0)
+    lora: LoraSettings = LoraSettings()
     log_every: int = 1  # steps between metric lines (and between waits for the device)
     eval_every: int = 0  # steps between held-out figures; 0 = only at the end; always also before the first step
     forward_rows: int = 64  # pairs forwarded at once where no gradient is needed: reference and held-out figures
@@ -172,6 +196,7 @@ class OnlineDPOConfig:
     logprob_chunk: int | None = None
     loss: PairLossConfig = PairLossConfig()
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=5e-7, clip_norm=1.0)
+    lora: LoraSettings = LoraSettings()
     seed: int = 0
     eval_every: int = 0  # steps between evaluations; 0 = only at the end; always also before the first step
     eval_samples: int = 0  # samples a prompt for avg@k beside greedy; 0 = greedy only
@@ -241,6 +266,7 @@ def check_grpo(config: GRPOConfig) -> None:
         check_choice(f"loss.{name}", getattr(config.loss, name), known)
     _check_loss(config.loss)
     check_optimizer(config.optimizer)
+    check_lora(config.lora)
     check_counts(config)
     for name in ("steps", "num_samples", "max_new_tokens", "inner_epochs", "rollout_rows", "rollout_tries", "eval_batch"):
         if getattr(config, name) < 1:
@@ -304,6 +330,14 @@ def check_optimizer(config: OptimizerConfig) -> None:
             raise UserError(f"setting 'optimizer.{name}' must be from 0 to below 1, got {getattr(config, name)}")
 
 
+def check_lora(config: LoraSettings) -> None:
+    """Raises UserError for numbers that make no adapter; what the targets name is for the model to say."""
+    if config.rank < 0 or not config.alpha > 0:
+        raise UserError(f"setting 'lora.rank' must be 0 (off) or more and 'lora.alpha' above 0, got {config.rank} and {config.alpha:g}")
+    if config.rank and not config.targets:
+        raise UserError("setting 'lora.targets' is empty: name matrices such as 'blocks.*' (all of a block), or set lora.rank=0")
+
+
 def check_counts(config: GRPOConfig | SFTConfig | DPOConfig | OnlineDPOConfig) -> None:
     """Raises UserError for a count (rows, steps, samples) below 0, and where one at least is needed to mean anything, below that."""
     for field in dataclasses.fields(config):
@@ -339,6 +373,7 @@ def _check_preference(config: DPOConfig | OnlineDPOConfig) -> None:
     check_counts(config)
     check_choice("loss.kind", loss.kind, (*preference.DPO_KINDS, "simpo", "orpo", "kto"))
     check_optimizer(config.optimizer)
+    check_lora(config.lora)
     if not loss.beta > 0:
         raise UserError(f"setting 'loss.beta' must be above 0, got {loss.beta}")
     if not 0 <= loss.label_smoothing < 0.5:

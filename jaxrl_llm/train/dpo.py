@@ -32,7 +32,7 @@ from jaxrl_llm.train.preference_step import (
     to_host,
 )
 from jaxrl_llm.train.signals import Interrupted, StopRequest, stop_on_signal
-from jaxrl_llm.train.state import abstract_state, given, init_state, policy_params
+from jaxrl_llm.train.state import abstract_state, given, init_state, policy_params, start_params, whole
 from jaxrl_llm.train.step import batch_shardings
 from models.sharding import batch_ways, place
 
@@ -93,6 +93,7 @@ class _Run:
     mesh: Any
     references: dict[str, np.ndarray]
     history: list[dict[str, Any]]
+    frozen: Any = None  # what an adapter is put into
 
     def log(self, record: dict[str, Any]) -> None:
         self.history.append(record)
@@ -129,22 +130,23 @@ def train_dpo(
         _check_rows(model_cfg, rows, config, name)
     spec = preference_spec(model_cfg, config)
     checkpoints = None if run_dir is None else Checkpoints(run_dir.checkpoints, config.keep_checkpoints)
-    found = None if checkpoints is None else checkpoints.restore(abstract_state(model_cfg, spec.optimizer, mesh))
+    found = None if checkpoints is None else checkpoints.restore(abstract_state(model_cfg, spec.optimizer, mesh, lora=spec.lora))
     params = given(params)
-    start, state, references = found or (0, init_state(model_cfg, spec.optimizer, params, mesh), {})
+    start, state, references = found or (0, init_state(model_cfg, spec.optimizer, params, mesh, lora=spec.lora, seed=config.lora.seed), {})
+    frozen = None if spec.lora is None else start_params(model_cfg, params, mesh)
     del params  # the state has a copy
     if run_dir is not None:
         run_dir.truncate_after(start if found else -1)
     history = [] if run_dir is None else run_dir.metrics()
-    run = _Run(data, held_out or {}, schedule, config, spec, run_dir, checkpoints, mesh, references, history)
+    run = _Run(data, held_out or {}, schedule, config, spec, run_dir, checkpoints, mesh, references, history, frozen)
     try:
         if not found and config.loss.needs_reference:
-            run.references = {name: _sums(run, state["params"], rows, name) for name, rows in {TRAINING: data, **run.held_out}.items()}
+            run.references = {name: _sums(run, state, rows, name) for name, rows in {TRAINING: data, **run.held_out}.items()}
         state = _train(run, state, start, progress)
     finally:
         if checkpoints is not None:
             checkpoints.close()
-    return policy_params(model_cfg, state["params"]), run.history
+    return policy_params(model_cfg, state["params"], spec.lora, frozen), run.history
 
 
 def _check_rows(model_cfg, rows: Preferences, config: DPOConfig, what: str) -> None:
@@ -162,13 +164,14 @@ def _placed(run: _Run, batch):
     return batch if run.mesh is None else jax.tree.map(lambda x: place(x, batch_shardings(run.mesh)), batch)
 
 
-def _sums(run: _Run, params, rows: Preferences, name: str) -> np.ndarray:
+def _sums(run: _Run, state, rows: Preferences, name: str) -> np.ndarray:
     """fp32 [N, 2]: the summed log-probability of every completion of a set, `forward_rows` prompts at a time, all of one shape a chunk
     size; sorted by length, so that short rows are not padded to the longest."""
     ways = 1 if run.mesh is None else batch_ways(run.mesh)
     size = min(run.config.forward_rows, len(rows))
     order = np.argsort([len(p) + max(map(len, c)) for p, c in zip(rows.prompts, rows.completions, strict=True)], kind="stable")
     sums, forward = np.zeros((len(rows), 2), np.float32), compiled_sums(run.spec, run.mesh)
+    params = whole(run.spec.lora, state["params"], run.frozen)
     for begin in range(0, len(rows), size):
         chosen = order[begin : begin + size]
         batch = rows.batch(chosen, multiple=-(-size // ways) * ways)  # a last chunk of fewer rows is padded to the same shape
@@ -193,7 +196,7 @@ def _train(run: _Run, state, start: int, progress: bool):
     with bar, contextlib.nullcontext(StopRequest()) if run.run_dir is None else stop_on_signal() as stop:
         for step in range(start, config.steps):
             batch = run.data.batch(run.schedule.batch(step), config.micro_batch_rows, ways, **columns)
-            state, metrics = update(state, _placed(run, batch))
+            state, metrics = update(state, _placed(run, batch), run.frozen)
             trained = batch["lengths"][:, ::2] if config.loss.kind == "kto" else batch["lengths"]
             pending.append((metrics, int(trained.sum())))
             bar.update()
@@ -239,7 +242,7 @@ def _evaluate(run: _Run, state, step: int) -> None:
     """Logs loss, accuracy, margin and log-probabilities of each held-out set: the training loss on all of it at once."""
     for name, rows in run.held_out.items():
         began = time.perf_counter()
-        sums = _sums(run, state["params"], rows, name)
+        sums = _sums(run, state, rows, name)
         lengths = np.array([[len(tokens) for tokens in pair] for pair in rows.completions])
         loss, metrics = preference_loss(run.config.loss, jnp.asarray(sums), jnp.asarray(lengths), run.references.get(name), rows.labels_N)
         figures = {key: float(value) for key, value in {"loss": loss, **metrics}.items()}

@@ -29,7 +29,7 @@ from jaxrl_llm.train.preference_step import PreferenceSpec
 from jaxrl_llm.train.resample import fill
 from jaxrl_llm.train.rollout import Experience, build_batch, collect
 from jaxrl_llm.train.signals import Interrupted, stop_on_signal
-from jaxrl_llm.train.state import State, abstract_state, given, init_state, policy_params, trunk
+from jaxrl_llm.train.state import State, abstract_state, given, init_state, policy_params, start_params, trunk, whole
 from jaxrl_llm.train.step import StepSpec, batch_shardings, compiled_kl, compiled_logprobs, compiled_update, compiled_values, step_spec
 from models.sharding import batch_ways, place
 
@@ -74,10 +74,12 @@ class Run:
     run_dir: RunDir
     evals: Mapping[str, PromptBatch]
     mesh: Any
-    reference: Any  # parameters of the reference policy, None where the update has none
     name: str  # on the progress bar
+    compares: bool = False  # the update compares with the policy that training starts from
     tries: int = 1  # rollouts that a step may take
     critic: bool = False  # the state has a value head
+    reference: Any = dataclasses.field(init=False, default=None)  # parameters of that policy
+    frozen: Any = dataclasses.field(init=False, default=None)  # what an adapter is put into: the same ones
     checkpoints: Checkpoints = dataclasses.field(init=False)
     key: jax.Array = dataclasses.field(init=False)
     drawn: int = 0  # batches taken from the schedule
@@ -91,6 +93,10 @@ class Run:
             _check_lengths(self.model, batch, self.config, f"evaluation set {name!r}")
         self.checkpoints = Checkpoints(self.run_dir.checkpoints, self.config.keep_checkpoints)
         self.key = jax.random.key(self.config.seed)
+
+    def policy(self, state: State) -> Any:
+        """The policy's parameters as the model computes with them."""
+        return policy_params(self.model, state["params"], self.spec.lora, self.frozen)
 
 
 def train_grpo(
@@ -110,7 +116,7 @@ def train_grpo(
     """Trains a policy by GRPO and returns (parameters, summary).
 
     params: the starting policy, any float dtype (kept unchanged; it is also the reference of the KL term), or a function that gives it and
-    keeps no hold of it: without KL it is then out of memory before the first step. prompts: what the schedule's indices point into.
+    keeps no hold of it: without KL and adapter it is then out of memory before the first step. prompts: what the schedule's indices point into.
     reward: list[RewardInput] -> list[Verdict]. config: a GRPOConfig or a mapping with its fields. run_dir: metrics, samples, summary and
     checkpoints go there; if it holds checkpoints of this run, training goes on from the newest. evals: name -> held-out prompts, evaluated
     before the first step, every `eval_every` steps and at the end. mesh: a mesh of `models.sharding.make_mesh`, or None for one device.
@@ -122,8 +128,6 @@ def train_grpo(
     check_grpo(config)
     if config.top_k > 0 or config.top_p < 1.0:
         logging.warning("training on samples truncated by top_k or top_p: the ratio is biased, see allow_truncated_sampling")
-    if config.loss.kl:
-        params = given(params)
     run = Run(
         model_cfg,
         tokenizer,
@@ -136,8 +140,8 @@ def train_grpo(
         run_dir,
         evals or {},
         mesh,
-        policy_params(model_cfg, params) if config.loss.kl else None,
         "grpo",
+        compares=bool(config.loss.kl),
         tries=config.rollout_tries,
         critic=config.loss.critic,
     )
@@ -153,7 +157,7 @@ def train(run: Run, params, progress: bool = True):
         run.checkpoints.close()
     summary = _summary(run.run_dir.metrics(), run.config)
     run.run_dir.summary(summary)
-    return policy_params(run.model, state["params"]), summary
+    return run.policy(state), summary
 
 
 def _check_lengths(model_cfg, prompts: PromptBatch, config: GRPOConfig | OnlineDPOConfig, what: str) -> None:
@@ -170,11 +174,14 @@ def _check_lengths(model_cfg, prompts: PromptBatch, config: GRPOConfig | OnlineD
 
 def _restore(run: Run, params) -> tuple[dict, int]:
     """(state, step): the newest checkpoint, or the start."""
-    params, optimizer, critic = given(params), run.spec.optimizer, run.critic
-    found = run.checkpoints.restore(abstract_state(run.model, optimizer, run.mesh, critic))
+    params, optimizer, critic, lora = given(params), run.spec.optimizer, run.critic, run.spec.lora
+    if run.compares or lora is not None:
+        start = start_params(run.model, params, run.mesh)
+        run.reference, run.frozen = start if run.compares else None, None if lora is None else start
+    found = run.checkpoints.restore(abstract_state(run.model, optimizer, run.mesh, critic, lora))
     if found is None:
         run.run_dir.truncate_after(-1)
-        return init_state(run.model, optimizer, params, run.mesh, critic), 0
+        return init_state(run.model, optimizer, params, run.mesh, critic, lora, run.config.lora.seed), 0
     step, state, schedule_state = found
     run.drawn = int(schedule_state.pop(DRAWN, step))
     run.schedule.restore(schedule_state)
@@ -214,7 +221,7 @@ def _train(run: Run, state, start: int, progress: bool):
 def _step(run: Run, state, step: int) -> tuple[dict, dict]:
     """One rollout, or as many as make a full batch, and its updates: (new state, the record to log)."""
     began = time.perf_counter()
-    policy = policy_params(run.model, state["params"])
+    policy = run.policy(state)
     rolled: list[np.ndarray] = []  # the rows of each rollout
     scheduling: list[float] = []  # seconds
 
@@ -277,13 +284,13 @@ def _update(run: Run, state, experience: Experience) -> tuple[dict, dict[str, fl
     if run.reference is not None and run.config.loss.kl_place == "loss":
         batch["ref_logps"] = compiled_logprobs(run.spec, run.mesh)(run.reference, batch)
     elif run.reference is not None:
-        batch["kl"] = compiled_kl(run.spec, run.mesh)(trunk(state["params"]), run.reference, batch)
+        batch["kl"] = compiled_kl(run.spec, run.mesh)(trunk(whole(run.spec.lora, state["params"], run.frozen)), run.reference, batch)
     if run.config.loss.critic:
-        batch["values"] = compiled_values(run.spec, run.mesh)(state["params"], batch)
+        batch["values"] = compiled_values(run.spec, run.mesh)(whole(run.spec.lora, state["params"], run.frozen), batch)
     update = compiled_update(run.spec, run.mesh)
     metrics = []
     for epoch in range(run.config.inner_epochs):
-        state, measured, logps = update(state, batch)
+        state, measured, logps = update(state, batch, run.frozen)
         metrics.append(measured)
         if epoch == 0 and run.config.inner_epochs > 1:
             batch["old_logps"] = logps
@@ -338,7 +345,7 @@ def _evaluate(run: Run, state, step: int) -> None:
     config = run.config
     if not run.evals:
         return
-    policy = policy_params(run.model, state["params"])
+    policy = run.policy(state)
     for name, prompts in run.evals.items():
         began = time.perf_counter()
         record = evaluate(

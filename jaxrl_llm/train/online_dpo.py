@@ -5,6 +5,7 @@ Source: Guo et al. 2024, "Direct language model alignment from online AI feedbac
 summed over the completion, at the sampling temperature; the reference is the policy that training started from.
 """
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,7 +20,7 @@ from jaxrl_llm.train.config import OnlineDPOConfig, check_online_dpo, from_mappi
 from jaxrl_llm.train.loop import Run, Schedule, train
 from jaxrl_llm.train.preference_step import compiled_sums, compiled_update, preference_batch, preference_spec, to_host
 from jaxrl_llm.train.rollout import Experience
-from jaxrl_llm.train.state import State, given, policy_params
+from jaxrl_llm.train.state import State
 from jaxrl_llm.train.step import batch_shardings
 from models.sharding import batch_ways, place
 
@@ -83,11 +84,10 @@ def train_online_dpo(
     """
     config = from_mapping(OnlineDPOConfig, config)
     check_online_dpo(config)
-    if config.loss.needs_reference:
-        params = given(params)
-    spec, reference = preference_spec(model_cfg, config), policy_params(model_cfg, params) if config.loss.needs_reference else None
+    spec = preference_spec(model_cfg, config)
     run = Run(
-        model_cfg, tokenizer, prompts, reward, schedule, config, spec, _update, run_dir, evals or {}, mesh, reference, "online dpo"
+        model_cfg, tokenizer, prompts, reward, schedule, config, spec, _update, run_dir, evals or {}, mesh, "online dpo",
+        compares=config.loss.needs_reference,
     )  # fmt: skip
     return train(run, params, progress)
 
@@ -98,7 +98,7 @@ def _update(run: Run, state: State, experience: Experience) -> tuple[State, dict
     if run.mesh is not None:
         batch = jax.tree.map(lambda x: place(x, batch_shardings(run.mesh)), batch)
     if run.reference is not None:
-        sums = compiled_sums(run.spec, run.mesh)(run.reference, batch)
+        sums = compiled_sums(dataclasses.replace(run.spec, lora=None), run.mesh)(run.reference, batch)
         batch["ref_sums"] = sums if run.mesh is None else place(np.asarray(sums), batch_shardings(run.mesh))
-    state, metrics = compiled_update(run.spec, run.mesh)(state, batch)
+    state, metrics = compiled_update(run.spec, run.mesh)(state, batch, run.frozen)
     return state, to_host(metrics) | {"pairs": len(pairs_K2), "tied": tied}

@@ -21,9 +21,19 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxrl_llm.losses import preference
 from jaxrl_llm.train.config import DPOConfig, OnlineDPOConfig, OptimizerConfig, PairLossConfig
 from jaxrl_llm.train.forward import policy_logprobs
-from jaxrl_llm.train.state import State, learning_rate, make_optimizer, resolve_decay, state_shardings
+from jaxrl_llm.train.state import (
+    State,
+    frozen_shardings,
+    learning_rate,
+    make_optimizer,
+    resolve_decay,
+    state_shardings,
+    whole,
+    whole_shardings,
+)
 from jaxrl_llm.train.step import Batch, batch_shardings
 from models import ModelConfig
+from models.lora import LoraConfig
 
 # Prompts and completions each have their width, so that every finer step of one multiplies the programs to be compiled.
 LEAST_WIDTH = 32
@@ -40,6 +50,7 @@ class PreferenceSpec:
     shared_prefix: bool = True
     remat: bool = False
     logprob_chunk: int | None = None
+    lora: LoraConfig | None = None
 
 
 def preference_spec(model: ModelConfig, config: DPOConfig | OnlineDPOConfig) -> PreferenceSpec:
@@ -52,6 +63,7 @@ def preference_spec(model: ModelConfig, config: DPOConfig | OnlineDPOConfig) -> 
         shared_prefix=config.shared_prefix,
         remat=config.remat,
         logprob_chunk=config.logprob_chunk,
+        lora=config.lora.adapter,
     )
 
 
@@ -135,8 +147,9 @@ def _only(micro: Batch, slot: int) -> Batch:
     return micro | {name: micro[name].reshape(-1, 2, *micro[name].shape[1:])[:, slot] for name in ("completions", "lengths")}
 
 
-def micro_loss(params, spec: PreferenceSpec, micro: Batch, totals, baseline):
+def micro_loss(trained, spec: PreferenceSpec, micro: Batch, totals, baseline, frozen=None):
     """(loss, metrics) of one micro-batch; those of all micro-batches add up, except "logp_diff_max", of which the largest counts."""
+    params = whole(spec.lora, trained, frozen)
     pairs = lambda x: x.reshape(-1, 2)  # noqa: E731
     lengths_P2 = pairs(micro["lengths"])
     ref_P2 = pairs(micro["ref_sums"]) if "ref_sums" in micro else None
@@ -153,15 +166,17 @@ def micro_loss(params, spec: PreferenceSpec, micro: Batch, totals, baseline):
     return loss, metrics
 
 
-def loss_and_grads(spec: PreferenceSpec, params, batch: Batch):
-    """(loss, metrics, gradients) of the whole batch, one micro-batch in memory at a time."""
+def loss_and_grads(spec: PreferenceSpec, params, batch: Batch, frozen=None):
+    """(loss, metrics, gradients) of the whole batch, one micro-batch in memory at a time. params: what is trained; frozen: what an adapter
+    is put into (see `train.state`)."""
     lengths_P2 = batch["lengths"].reshape(-1, 2)
     totals, baseline = preference.pair_totals(lengths_P2), None
     if spec.loss.kind == "kto":
         totals = preference.row_totals(lengths_P2[:, 0], batch["labels"].reshape(-1))
-        unrelated_P = jax.lax.map(lambda micro: _sums(spec, jax.lax.stop_gradient(params), _only(micro, 1)), batch).reshape(-1)
+        policy = jax.lax.stop_gradient(whole(spec.lora, params, frozen))
+        unrelated_P = jax.lax.map(lambda micro: _sums(spec, policy, _only(micro, 1)), batch).reshape(-1)
         baseline = preference.kto_baseline(unrelated_P, lengths_P2[:, 1], batch["ref_sums"].reshape(-1, 2)[:, 1])
-    grad_fn = jax.value_and_grad(functools.partial(micro_loss, spec=spec, totals=totals, baseline=baseline), has_aux=True)
+    grad_fn = jax.value_and_grad(functools.partial(micro_loss, spec=spec, totals=totals, baseline=baseline, frozen=frozen), has_aux=True)
 
     def one(micro):
         (loss, metrics), grads = grad_fn(params, micro=micro)
@@ -180,8 +195,8 @@ def loss_and_grads(spec: PreferenceSpec, params, batch: Batch):
     return metrics.pop("loss"), metrics, grads
 
 
-def _update(spec: PreferenceSpec, state: State, batch: Batch):
-    loss, metrics, grads = loss_and_grads(spec, state["params"], batch)
+def _update(spec: PreferenceSpec, state: State, batch: Batch, frozen=None):
+    loss, metrics, grads = loss_and_grads(spec, state["params"], batch, frozen)
     updates, opt_state = make_optimizer(spec.optimizer).update(grads, state["opt_state"], state["params"])
     metrics |= {
         "loss": loss,
@@ -193,13 +208,14 @@ def _update(spec: PreferenceSpec, state: State, batch: Batch):
 
 @functools.lru_cache(maxsize=64)
 def compiled_update(spec: PreferenceSpec, mesh=None):
-    """jitted (state, batch) -> (state, metrics); the state is donated. Cached, so runs share compilations."""
+    """jitted (state, batch, frozen parameters or None) -> (state, metrics); the state is donated. Cached, so runs share compilations."""
     if mesh is None:
         return jax.jit(functools.partial(_update, spec), donate_argnums=0)
-    shardings, everywhere = state_shardings(spec.model, spec.optimizer, mesh), NamedSharding(mesh, PartitionSpec())
+    shardings = state_shardings(spec.model, spec.optimizer, mesh, lora=spec.lora)
+    everywhere = NamedSharding(mesh, PartitionSpec())
     return jax.jit(
         functools.partial(_update, spec),
-        in_shardings=(shardings, batch_shardings(mesh)),
+        in_shardings=(shardings, batch_shardings(mesh), frozen_shardings(spec.model, mesh, spec.lora)),
         out_shardings=(shardings, everywhere),
         donate_argnums=0,
     )
@@ -207,14 +223,15 @@ def compiled_update(spec: PreferenceSpec, mesh=None):
 
 @functools.lru_cache(maxsize=64)
 def compiled_sums(spec: PreferenceSpec, mesh=None):
-    """jitted (params, batch) -> [M, 2g] summed log-probabilities, on every device: for references and held-out figures."""
+    """jitted (params, batch) -> [M, 2g] summed log-probabilities, on every device: for held-out figures, of the whole policy, and for
+    references, of a spec without an adapter."""
 
     def run(params, batch):
         return jax.lax.map(lambda micro: _sums(spec, params, micro), batch)
 
     if mesh is None:
         return jax.jit(run)
-    params = state_shardings(spec.model, spec.optimizer, mesh)["params"]
+    params = whole_shardings(spec.model, mesh, lora=spec.lora)
     return jax.jit(run, in_shardings=(params, batch_shardings(mesh)), out_shardings=NamedSharding(mesh, PartitionSpec()))
 
 

@@ -21,10 +21,24 @@ from jaxrl_llm.errors import UserError
 from jaxrl_llm.losses.logprobs import token_logprobs
 from jaxrl_llm.losses.sft import sft_loss
 from jaxrl_llm.run_dir import RunDir
-from jaxrl_llm.train.config import OptimizerConfig, SFTConfig, check_counts, check_optimizer, from_mapping
+from jaxrl_llm.train.config import OptimizerConfig, SFTConfig, check_counts, check_lora, check_optimizer, from_mapping
 from jaxrl_llm.train.signals import Interrupted, StopRequest, stop_on_signal
-from jaxrl_llm.train.state import abstract_state, given, init_state, learning_rate, make_optimizer, policy_params, resolve_decay, state_shardings
+from jaxrl_llm.train.state import (
+    abstract_state,
+    frozen_shardings,
+    given,
+    init_state,
+    learning_rate,
+    make_optimizer,
+    policy_params,
+    resolve_decay,
+    start_params,
+    state_shardings,
+    whole,
+)
 from jaxrl_llm.train.step import batch_shardings, chunk_on
+from models.adapted import merged
+from models.lora import LoraConfig
 from models.sharding import batch_ways, place
 
 
@@ -36,10 +50,11 @@ class SFTSpec:
     optimizer: OptimizerConfig
     remat: bool
     logprob_chunk: int | None
+    lora: LoraConfig | None = None
 
 
-def _micro_loss(params, spec: SFTSpec, tokens_BT, mask_BT, total, segments_BT=None):
-    compute = jax.tree.map(lambda p: p.astype(spec.model.dtype), params)
+def _micro_loss(trained, spec: SFTSpec, frozen, tokens_BT, mask_BT, total, segments_BT=None):
+    compute = jax.tree.map(lambda p: p.astype(spec.model.dtype), whole(spec.lora, trained, frozen))
     # Rows are right-padded and attention is causal, so no counted token ever sees padding.
     segments = None if segments_BT is None else segments_BT[:, :-1]
     hidden_BTD = models.forward(spec.model, compute, tokens_BT[:, :-1], segments=segments, remat=spec.remat).hidden
@@ -47,11 +62,11 @@ def _micro_loss(params, spec: SFTSpec, tokens_BT, mask_BT, total, segments_BT=No
     return sft_loss(logps_BT, mask_BT[:, 1:], total_tokens=total)[0]
 
 
-def _update(spec: SFTSpec, state, batch):
+def _update(spec: SFTSpec, state, batch, frozen=None):
     """One update on {"tokens" [M, b, T] int32, "mask" [M, b, T] bool} and, of packed rows, "segments" [M, b, T] int32: micro-batches
     weighted by their tokens."""
     tokens = jnp.sum(batch["mask"][:, :, 1:], dtype=jnp.float32)
-    grad_fn = jax.value_and_grad(functools.partial(_micro_loss, spec=spec, total=tokens))
+    grad_fn = jax.value_and_grad(functools.partial(_micro_loss, spec=spec, frozen=frozen, total=tokens))
     one = lambda micro: grad_fn(state["params"], **{f"{name}_BT": rows for name, rows in micro.items()})  # noqa: E731
     if batch["tokens"].shape[0] == 1:
         loss, grads = one(jax.tree.map(lambda x: x[0], batch))
@@ -74,10 +89,10 @@ def _compiled_update(spec: SFTSpec, mesh=None):
     spec = chunk_on(spec, mesh)
     if mesh is None:
         return jax.jit(functools.partial(_update, spec), donate_argnums=0)
-    shardings = state_shardings(spec.model, spec.optimizer, mesh)
+    shardings = state_shardings(spec.model, spec.optimizer, mesh, lora=spec.lora)
     return jax.jit(
         functools.partial(_update, spec),
-        in_shardings=(shardings, batch_shardings(mesh)),
+        in_shardings=(shardings, batch_shardings(mesh), frozen_shardings(spec.model, mesh, spec.lora)),
         out_shardings=(shardings, NamedSharding(mesh, PartitionSpec())),
         donate_argnums=0,
     )
@@ -125,33 +140,39 @@ def train_sft(
     config = from_mapping(SFTConfig, config)
     check_optimizer(config.optimizer)
     check_counts(config)
-    spec = SFTSpec(model_cfg, resolve_decay(config.optimizer, config.steps), config.remat, config.logprob_chunk)
+    check_lora(config.lora)
+    lora = config.lora.adapter
+    spec = SFTSpec(model_cfg, resolve_decay(config.optimizer, config.steps), config.remat, config.logprob_chunk, lora)
     checkpoints = None if run_dir is None else Checkpoints(run_dir.checkpoints, config.keep_checkpoints)
-    found = None if checkpoints is None else checkpoints.restore(abstract_state(model_cfg, spec.optimizer, mesh))
+    found = None if checkpoints is None else checkpoints.restore(abstract_state(model_cfg, spec.optimizer, mesh, lora=lora))
     params = given(params)
-    start, state = (found[0], found[1]) if found else (0, init_state(model_cfg, spec.optimizer, params, mesh))
+    start, state = (
+        (found[0], found[1]) if found else (0, init_state(model_cfg, spec.optimizer, params, mesh, lora=lora, seed=config.lora.seed))
+    )
+    frozen = None if lora is None else start_params(model_cfg, params, mesh)
     del params  # the state has a copy
     if run_dir is not None:
         run_dir.truncate_after(start if found else -1)
     try:
-        state, history = _train(spec, state, start, iter(batches), config, run_dir, checkpoints, mesh, progress)
+        state, history = _train(spec, state, frozen, start, iter(batches), config, run_dir, checkpoints, mesh, progress)
     finally:
         if checkpoints is not None:
             checkpoints.close()
-    return policy_params(model_cfg, state["params"]), history
+    return policy_params(model_cfg, state["params"], lora, frozen), history
 
 
 def fine_tuner(model_cfg: models.ModelConfig, mesh=None) -> Callable[[Any, list[tuple[np.ndarray, np.ndarray]], float], Any]:
-    """(parameters, batches, learning rate) -> parameters after one step on each batch: `train_sft` that leaves nothing on disk."""
+    """(parameters, batches, learning rate) -> parameters after one step on each batch: `train_sft` that leaves nothing on disk. An adapter
+    among the parameters is merged: all of them are tuned."""
 
     def tune(params, batches, learning_rate):
         settings = SFTConfig(steps=len(batches), checkpoint_every=0, optimizer=OptimizerConfig(learning_rate=learning_rate))
-        return train_sft(model_cfg, params, batches, settings, mesh=mesh, progress=False)[0]
+        return train_sft(model_cfg, merged(params), batches, settings, mesh=mesh, progress=False)[0]
 
     return tune
 
 
-def _train(spec, state, start, batches, config, run_dir, checkpoints, mesh, progress):
+def _train(spec, state, frozen, start, batches, config, run_dir, checkpoints, mesh, progress):
     update = _compiled_update(spec, mesh)
     history = [] if run_dir is None else [r for r in run_dir.metrics() if r["kind"] == "sft"]
     for _ in range(start):
@@ -161,7 +182,7 @@ def _train(spec, state, start, batches, config, run_dir, checkpoints, mesh, prog
     # Without a run directory there is nothing to save: a signal is the caller's affair.
     with bar, contextlib.nullcontext(StopRequest()) if run_dir is None else stop_on_signal() as stop:
         for step in range(start, config.steps):
-            state, metrics = update(state, _placed(*_next(batches, step), config=config, mesh=mesh))
+            state, metrics = update(state, _placed(*_next(batches, step), config=config, mesh=mesh), frozen)
             pending.append(metrics)
             bar.update()
             done, last = step + 1, step + 1 == config.steps

@@ -1,4 +1,9 @@
-"""The training state, {"params", "opt_state", "step"}: one plain pytree, made, updated and checkpointed as a whole."""
+"""The training state, {"params", "opt_state", "step"}: one plain pytree, made, updated and checkpointed as a whole.
+
+"params" is what is trained: an fp32 copy of the model's parameters or, with a low-rank adapter (`models.lora`), the adapter alone, in fp32
+too. The parameters that it is put into are then `frozen`: in the model's dtype, beside the state, of every run that starts from the same
+model. `whole` makes the policy of both.
+"""
 
 import dataclasses
 import functools
@@ -10,6 +15,7 @@ import optax
 
 from jaxrl_llm.train.config import OptimizerConfig
 from models import ModelConfig, abstract_params
+from models.lora import LoraConfig, adapt, init_lora, lora_axes
 
 State = dict[str, Any]
 
@@ -59,19 +65,19 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw) if config.clip_norm else optax.chain(adamw)
 
 
-def abstract_state(model: ModelConfig, optimizer: OptimizerConfig, mesh=None, critic: bool = False) -> State:
+def abstract_state(model: ModelConfig, optimizer: OptimizerConfig, mesh=None, critic: bool = False, lora: LoraConfig | None = None) -> State:
     """The state as ShapeDtypeStructs, with shardings where there is a mesh: what a checkpoint is restored into."""
-    params = master_shapes(model)
-    shapes = jax.eval_shape(functools.partial(_make_state, optimizer, critic * model.d_model), params)
+    shapes = jax.eval_shape(functools.partial(_make_state, optimizer, critic * model.d_model), trained_shapes(model, lora))
     if mesh is None:
         return shapes
-    shardings = state_shardings(model, optimizer, mesh, critic)
+    shardings = state_shardings(model, optimizer, mesh, critic, lora)
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
 
 
-def master_shapes(model: ModelConfig):
-    """Shapes of the trained copy of the parameters: always fp32, since an update of 1e-6 of a weight is lost in bf16."""
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), abstract_params(model))
+def trained_shapes(model: ModelConfig, lora: LoraConfig | None = None):
+    """Shapes of what is trained, without a critic's head: always fp32, since an update of 1e-6 of a weight is lost in bf16."""
+    shapes = abstract_params(model) if lora is None else jax.eval_shape(lambda: init_lora(model, lora, jax.random.key(0)))
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), shapes)
 
 
 def trunk(params):
@@ -79,18 +85,45 @@ def trunk(params):
     return {name: value for name, value in params.items() if name != VALUE_HEAD}
 
 
-def state_shardings(model: ModelConfig, optimizer: OptimizerConfig, mesh, critic: bool = False) -> State:
-    """A sharding for each leaf: parameters by `models.sharding`, moments like their parameters, counters and value head on every device."""
+def whole(lora: LoraConfig | None, trained, frozen):
+    """The policy's parameters: those trained or, with an adapter, the frozen ones with the trained adapter put into them. A critic's head
+    stays where it is."""
+    if lora is None:
+        return trained
+    return adapt(frozen, trunk(trained), lora.scale) | {name: value for name, value in trained.items() if name == VALUE_HEAD}
+
+
+def trained_shardings(model: ModelConfig, mesh, critic: bool = False, lora: LoraConfig | None = None):
+    """A sharding for each array that is trained: by `models.sharding`, a critic's head on every device."""
     from models import sharding
 
-    by_param = sharding.param_shardings(model, mesh)
-    everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    tx = make_optimizer(optimizer)
-    shapes = master_shapes(model)
-    if critic:
-        head = _value_head(model.d_model)
-        by_param, shapes = by_param | {VALUE_HEAD: jax.tree.map(lambda _: everywhere, head)}, shapes | {VALUE_HEAD: head}
-    shapes = jax.eval_shape(tx.init, shapes)
+    if lora is None:
+        by_param = sharding.param_shardings(model, mesh)
+    else:
+        by_param = sharding.shardings_of(trained_shapes(model, lora), lora_axes(model, lora), mesh)
+    head = _value_head(model.d_model) if critic else None
+    return by_param if head is None else by_param | {VALUE_HEAD: jax.tree.map(lambda _: sharding.replicated(mesh), head)}
+
+
+def whole_shardings(model: ModelConfig, mesh, critic: bool = False, lora: LoraConfig | None = None):
+    """A sharding for each array of `whole`."""
+    return whole(lora, trained_shardings(model, mesh, critic, lora), frozen_shardings(model, mesh, lora))
+
+
+def frozen_shardings(model: ModelConfig, mesh, lora: LoraConfig | None = None):
+    """A sharding for each frozen parameter; None where all are trained."""
+    from models import sharding
+
+    return None if lora is None else sharding.param_shardings(model, mesh)
+
+
+def state_shardings(model: ModelConfig, optimizer: OptimizerConfig, mesh, critic: bool = False, lora: LoraConfig | None = None) -> State:
+    """A sharding for each leaf: parameters as of `trained_shardings`, moments like their parameters, counters on every device."""
+    from models import sharding
+
+    by_param, everywhere, tx = trained_shardings(model, mesh, critic, lora), sharding.replicated(mesh), make_optimizer(optimizer)
+    shapes = trained_shapes(model, lora)
+    shapes = jax.eval_shape(tx.init, shapes | {VALUE_HEAD: _value_head(model.d_model)} if critic else shapes)
     moments = optax.tree_utils.tree_map_params(tx, lambda _, s: s, shapes, by_param, transform_non_params=lambda _: everywhere)
     return {"params": by_param, "opt_state": moments, "step": everywhere}
 
@@ -110,9 +143,12 @@ def _make_state(optimizer: OptimizerConfig, width: int, params) -> State:
 
 
 @functools.lru_cache(maxsize=16)
-def _compiled_init(model: ModelConfig, optimizer: OptimizerConfig, mesh, critic):
-    shardings = None if mesh is None else state_shardings(model, optimizer, mesh, critic)
-    return jax.jit(functools.partial(_make_state, optimizer, critic * model.d_model), out_shardings=shardings)
+def _compiled_init(model: ModelConfig, optimizer: OptimizerConfig, mesh, critic, lora):
+    shardings = None if mesh is None else state_shardings(model, optimizer, mesh, critic, lora)
+    make = functools.partial(_make_state, optimizer, critic * model.d_model)
+    if lora is None:
+        return jax.jit(make, out_shardings=shardings)
+    return jax.jit(lambda key: make(init_lora(model, lora, key)), out_shardings=shardings)
 
 
 def given(params):
@@ -121,10 +157,12 @@ def given(params):
     return params() if callable(params) else params
 
 
-def init_state(model: ModelConfig, optimizer: OptimizerConfig, params, mesh=None, critic: bool = False) -> State:
-    """The state at step 0: an fp32 copy of `params` (any float dtype), sharded over `mesh` if there is one; critic: with a value head of
-    zeros among the parameters."""
-    return _compiled_init(model, optimizer, mesh, critic)(params)
+def init_state(
+    model: ModelConfig, optimizer: OptimizerConfig, params, mesh=None, critic: bool = False, lora: LoraConfig | None = None, seed: int = 0
+) -> State:
+    """The state at step 0, sharded over `mesh` if there is one: an fp32 copy of `params` (any float dtype) or, with `lora`, a fresh adapter
+    by `seed`, for which params are not read; critic: with a value head of zeros among what is trained."""
+    return _compiled_init(model, optimizer, mesh, critic, lora)(params if lora is None else jax.random.key(seed))
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -132,7 +170,18 @@ def _cast(dtype: str, params):
     return jax.tree.map(lambda p: p.astype(dtype), params)
 
 
-def policy_params(model: ModelConfig, params):
-    """The parameters as the model computes with them: themselves in fp32, a cast copy in bf16; without a critic's head."""
+def start_params(model: ModelConfig, params, mesh=None):
+    """The policy that training starts from as the model computes with it, on the mesh: a frozen base, or a reference."""
+    from models import sharding
+
+    params = policy_params(model, params)
+    return params if mesh is None else jax.device_put(params, sharding.param_shardings(model, mesh))
+
+
+def policy_params(model: ModelConfig, params, lora: LoraConfig | None = None, frozen=None):
+    """The policy as the model computes with it, without a critic's head: what was trained, a cast copy of it in bf16, or with an adapter
+    the frozen parameters with the fp32 adapter in them."""
+    if lora is not None:
+        return trunk(whole(lora, params, frozen))
     params = trunk(params)
     return params if model.dtype == "float32" else _cast(model.dtype, params)

@@ -22,9 +22,21 @@ from jaxrl_llm.losses.logprobs import default_chunk, token_logprobs
 from jaxrl_llm.losses.ppo import gae, token_values, value_loss
 from jaxrl_llm.train.config import GRPOConfig, LossConfig, OptimizerConfig
 from jaxrl_llm.train.forward import completion_hidden, policy_logprobs
-from jaxrl_llm.train.state import VALUE_HEAD, State, learning_rate, make_optimizer, resolve_decay, state_shardings, trunk
+from jaxrl_llm.train.state import (
+    VALUE_HEAD,
+    State,
+    frozen_shardings,
+    learning_rate,
+    make_optimizer,
+    resolve_decay,
+    state_shardings,
+    trunk,
+    whole,
+    whole_shardings,
+)
 from models import ModelConfig
-from models.sharding import batch_ways
+from models.lora import LoraConfig
+from models.sharding import batch_ways, param_shardings
 
 Batch = dict[str, Any]
 
@@ -41,6 +53,7 @@ class StepSpec:
     shared_prefix: bool = True
     remat: bool = False
     logprob_chunk: int | None = None
+    lora: LoraConfig | None = None
 
 
 def step_spec(model: ModelConfig, config: GRPOConfig) -> StepSpec:
@@ -54,6 +67,7 @@ def step_spec(model: ModelConfig, config: GRPOConfig) -> StepSpec:
         shared_prefix=config.shared_prefix,
         remat=config.remat,
         logprob_chunk=config.logprob_chunk,
+        lora=config.lora.adapter,
     )
 
 
@@ -113,11 +127,12 @@ def _values(spec: StepSpec, params, micro: Batch):
     return logps, entropy, token_values(hidden, head["kernel"], head["bias"])
 
 
-def micro_loss(params, spec: StepSpec, micro: Batch, totals: Totals):
+def micro_loss(trained, spec: StepSpec, micro: Batch, totals: Totals, frozen=None):
     """(loss, (metrics, log-probabilities [r, C])) of one micro-batch; `micro` holds "advantages" [r] or [r, C] too.
 
     Every metric is a sum over tokens divided by the whole batch's token count, so that those of micro-batches add up, except
     "logp_diff_max", of which the largest counts."""
+    params = whole(spec.lora, trained, frozen)
     if spec.loss.critic:
         logps, entropy, values = _values(spec, params, micro)
     else:
@@ -158,11 +173,12 @@ def micro_loss(params, spec: StepSpec, micro: Batch, totals: Totals):
     return loss, (metrics, jax.lax.stop_gradient(logps))
 
 
-def loss_and_grads(spec: StepSpec, params, batch: Batch):
-    """(loss, metrics, gradients, log-probabilities [M, r, C]) of the whole batch, one micro-batch in memory at a time."""
+def loss_and_grads(spec: StepSpec, params, batch: Batch, frozen=None):
+    """(loss, metrics, gradients, log-probabilities [M, r, C]) of the whole batch, one micro-batch in memory at a time. params: what is
+    trained; frozen: what an adapter is put into (see `train.state`)."""
     totals = batch_totals(completion_mask(batch).reshape(-1, batch["completions"].shape[-1]))
     micros = batch | (critic_targets(spec, batch) if spec.loss.critic else {"advantages": advantages(spec, batch)})
-    grad_fn = jax.value_and_grad(functools.partial(micro_loss, spec=spec, totals=totals), has_aux=True)
+    grad_fn = jax.value_and_grad(functools.partial(micro_loss, spec=spec, totals=totals, frozen=frozen), has_aux=True)
 
     def one(micro):
         (loss, (metrics, logps)), grads = grad_fn(params, micro=micro)
@@ -181,8 +197,8 @@ def loss_and_grads(spec: StepSpec, params, batch: Batch):
     return metrics.pop("loss"), metrics, grads, logps
 
 
-def _update(spec: StepSpec, state: State, batch: Batch):
-    loss, metrics, grads, logps = loss_and_grads(spec, state["params"], batch)
+def _update(spec: StepSpec, state: State, batch: Batch, frozen=None):
+    loss, metrics, grads, logps = loss_and_grads(spec, state["params"], batch, frozen)
     updates, opt_state = make_optimizer(spec.optimizer).update(grads, state["opt_state"], state["params"])
     metrics |= {
         "loss": loss,
@@ -210,15 +226,16 @@ def chunk_on(spec: Any, mesh: Any) -> Any:
 
 @functools.lru_cache(maxsize=64)
 def compiled_update(spec: StepSpec, mesh=None):
-    """jitted (state, batch) -> (state, metrics, log-probabilities); the state is donated. Cached, so runs share compilations."""
+    """jitted (state, batch, frozen parameters or None) -> (state, metrics, log-probabilities); the state is donated. Cached, so runs
+    share compilations."""
     spec = chunk_on(spec, mesh)
     if mesh is None:
         return jax.jit(functools.partial(_update, spec), donate_argnums=0)
-    shardings, rows = state_shardings(spec.model, spec.optimizer, mesh, spec.loss.critic), batch_shardings(mesh)
+    shardings, rows = state_shardings(spec.model, spec.optimizer, mesh, spec.loss.critic, spec.lora), batch_shardings(mesh)
     everywhere = NamedSharding(mesh, PartitionSpec())
     return jax.jit(
         functools.partial(_update, spec),
-        in_shardings=(shardings, rows),
+        in_shardings=(shardings, rows, frozen_shardings(spec.model, mesh, spec.lora)),
         out_shardings=(shardings, everywhere, rows),
         donate_argnums=0,
     )
@@ -226,7 +243,7 @@ def compiled_update(spec: StepSpec, mesh=None):
 
 @functools.lru_cache(maxsize=64)
 def compiled_logprobs(spec: StepSpec, mesh=None):
-    """jitted (params, batch) -> log-probabilities [M, r, C] without gradients: for the reference model."""
+    """jitted (params, batch) -> log-probabilities [M, r, C] without gradients: for the reference model, which has no adapter."""
     spec = chunk_on(spec, mesh)
 
     def run(params, batch):
@@ -235,13 +252,13 @@ def compiled_logprobs(spec: StepSpec, mesh=None):
     if mesh is None:
         return jax.jit(run)
     rows = batch_shardings(mesh)
-    return jax.jit(run, in_shardings=(state_shardings(spec.model, spec.optimizer, mesh)["params"], rows), out_shardings=rows)
+    return jax.jit(run, in_shardings=(param_shardings(spec.model, mesh), rows), out_shardings=rows)
 
 
 @functools.lru_cache(maxsize=64)
 def compiled_kl(spec: StepSpec, mesh=None):
     """jitted (params, reference, batch) -> per-token KL estimates [M, r, C] without gradients: what is taken from the rewards. `params` are
-    those that sampled, in the trainer's own precision."""
+    those that sampled, whole and in the trainer's own precision."""
 
     def run(params, reference, batch):
         return jax.lax.map(
@@ -250,18 +267,18 @@ def compiled_kl(spec: StepSpec, mesh=None):
 
     if mesh is None:
         return jax.jit(run)
-    rows, params = batch_shardings(mesh), state_shardings(spec.model, spec.optimizer, mesh)["params"]
-    return jax.jit(run, in_shardings=(params, params, rows), out_shardings=rows)
+    rows, params = batch_shardings(mesh), whole_shardings(spec.model, mesh, lora=spec.lora)
+    return jax.jit(run, in_shardings=(params, param_shardings(spec.model, mesh), rows), out_shardings=rows)
 
 
 @functools.lru_cache(maxsize=64)
 def compiled_values(spec: StepSpec, mesh=None):
-    """jitted (params with the value head, batch) -> values [M, r, C] without gradients: those that advantages are taken against."""
+    """jitted (whole params with the value head, batch) -> values [M, r, C] without gradients: those that advantages are taken against."""
 
     def run(params, batch):
         return jax.lax.map(lambda micro: _values(spec, params, micro)[2], batch)
 
     if mesh is None:
         return jax.jit(run)
-    rows, params = batch_shardings(mesh), state_shardings(spec.model, spec.optimizer, mesh, critic=True)["params"]
+    rows, params = batch_shardings(mesh), whole_shardings(spec.model, mesh, critic=True, lora=spec.lora)
     return jax.jit(run, in_shardings=(params, rows), out_shardings=rows)

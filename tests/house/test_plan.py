@@ -14,7 +14,7 @@ from jaxrl_llm.commands.plan_target import DEFAULTS, PRESETS, choose_layout, res
 from jaxrl_llm.config import field_names, load_config
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.runtime import parse_axes
-from jaxrl_llm.train.config import LossConfig
+from jaxrl_llm.train.config import LoraSettings, LossConfig
 from models.errors import ModelError
 
 TINY = {
@@ -107,7 +107,7 @@ def test_batches_and_length_change_the_plan(plans):
 
 SIZES = {"mesh": "cpu:1", "dtype": "float32", "prompts": 4, "num_samples": 2, "prompt_tokens": 16, "max_new_tokens": 8}
 OTHERS = {"dtype": "bfloat16", "prompts": 6, "num_samples": 4, "prompt_tokens": 24, "max_new_tokens": 12, "rollout_rows": 4}
-OTHERS |= {"micro_batch_rows": 2, "remat": False, "rollout_refill": True}
+OTHERS |= {"micro_batch_rows": 2, "remat": False, "rollout_refill": True, "lora_rank": 2}
 
 
 @pytest.fixture
@@ -150,6 +150,22 @@ def test_what_a_run_holds_beside_each_program_is_counted(planned, tiny):
     # Keys and values (two heads of 8, one layer) of 16 tokens for each of the 4 x 2 completions, or of as many as are decoded at once.
     copies = lambda **sizes: planned(rollout_refill=True, **sizes)["generate"]["held_bytes"] - base["generate"]["held_bytes"]  # noqa: E731
     assert copies() == 8 * 16 * 2 * (2 * 8) * 4 and copies(rollout_rows=4) == copies() // 2
+
+
+def test_an_adapter_is_all_that_is_trained(planned, tiny):
+    """Its moments and itself in fp32, and the model once, in the dtype it computes in, however many programs and a reference read it."""
+    model = resolve_model(tiny, "bfloat16")
+    d, heads, kv, ff = model.d_model, model.n_heads * model.head_dim, model.n_kv_heads * model.head_dim, model.d_ff
+    adapter = 2 * model.n_layers * 4 * (2 * (d + heads) + 2 * (d + kv) + 3 * (d + ff))  # rank x bytes x (inputs + outputs of each matrix)
+    base = 2 * model.param_count()
+    plain, lora, kl = planned(dtype="bfloat16"), planned(dtype="bfloat16", lora_rank=2), planned({"kl": "k3"}, dtype="bfloat16", lora_rank=2)
+    steps = {name: found["train_step"]["argument_bytes"] for name, found in (("plain", plain), ("lora", lora))}
+    state = 3 * 4 * model.param_count()
+    assert steps["lora"] - base - 3 * adapter == steps["plain"] - state
+    assert lora["generate"]["argument_bytes"] == plain["generate"]["argument_bytes"] + adapter
+    assert 0 <= lora["generate"]["held_bytes"] - 2 * adapter < 64 and kl["generate"]["held_bytes"] == lora["generate"]["held_bytes"]
+    assert kl["train_step"]["held_bytes"] == 0
+    assert lora["train_step"]["flops"] == plain["train_step"]["flops"] * 3 // 4
 
 
 def test_the_start_is_kept_where_something_reads_it(tiny):
@@ -210,7 +226,7 @@ def test_one_stage_needs_what_all_need_together(tiny, monkeypatch):
     from models.sharding import make_mesh
 
     model, mesh = dataclasses.replace(resolve_model(tiny, "float32"), n_layers=2), make_mesh({}, jax.devices()[:1])
-    sizes = DEFAULTS | {"prompts": 4, "num_samples": 2, "prompt_tokens": 16, "max_new_tokens": 150, "loss": LossConfig()}
+    sizes = DEFAULTS | {"prompts": 4, "num_samples": 2, "prompt_tokens": 16, "max_new_tokens": 150, "loss": LossConfig(), "lora": LoraSettings()}
     one = plan_command._plan_generate(model, sizes, mesh)
     module = importlib.import_module("models.generate")
     assert one["stages"] == 4 and module.STAGE == 32
@@ -347,14 +363,15 @@ def test_table_says_what_does_not_fit():
     program |= {"held_bytes": 2**30}
     found = {
         "model": "m", "parameters": 10**9, "dtype": "bfloat16", "mesh": "v5e:2x4", "devices": 8, "device_kind": "TPU", "memory_gib": 2,
-        "layout": {"fsdp": 8},
+        "layout": {"fsdp": 8}, "lora_rank": 0,
         "generate": {**program, "batches": 2, "fits": True, "seconds_at_peak": 0.5, "stages": 6},
         "train_step": {**program, "micro_batches": 3, "fits": False, "seconds_at_peak": None},
     }  # fmt: skip
     text = plan_command.table(found)
     row = next(line for line in text.splitlines() if line.startswith("train_step"))
     assert row.split() == ["train_step", "1.00", "0.00", "2.00", "1.00", "4.00", "NO"]
-    assert "1.000 B parameters" in text and "2 GiB each" in text
+    assert "1.000 B parameters" in text and "2 GiB each" in text and "adapter" not in text
+    assert "in bfloat16, an adapter of rank 8 is trained" in plan_command.table(found | {"lora_rank": 8})
     lines = {line.split()[0]: line for line in text.splitlines() if "TFLOP" in line}
     assert "compiled in 7 s" in lines["generate"] and "one cache for all new tokens; a run's 6 stages" in text
     assert lines["train_step"].startswith("train_step") and "NO" in text and "2 x 8 rows, 0.50 s at the mesh's peak" in text

@@ -201,7 +201,7 @@ batch, spec = t.make_batch(), t.spec()
 def run(mesh):
     state = init_state(tiny.CONFIG, spec.optimizer, tiny.params(), mesh)
     b = batch if mesh is None else jax.device_put(batch, batch_shardings(mesh))
-    state, metrics, logps = compiled_update(spec, mesh)(state, b)
+    state, metrics, logps = compiled_update(spec, mesh)(state, b, None)
     reference = compiled_logprobs(spec, mesh)(state["params"], b)
     return state, jax.device_get(metrics), np.asarray(logps), np.asarray(reference)
 mesh = models.sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})

@@ -114,7 +114,7 @@ def run(mesh):
     batch["kl"] = compiled_kl(spec, mesh)(trunk(state["params"]), tiny.params(1), batch)
     for _ in range(2):
         batch["values"] = compiled_values(spec, mesh)(state["params"], batch)
-        state, metrics, logps = compiled_update(spec, mesh)(state, batch)
+        state, metrics, logps = compiled_update(spec, mesh)(state, batch, None)
     return state, jax.device_get(metrics), np.asarray(batch["values"])
 mesh = models.sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
 one, many = run(None), run(mesh)

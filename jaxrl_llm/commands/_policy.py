@@ -1,0 +1,29 @@
+"""What every verb that trains a policy leaves in its workdir: the policy as a Hugging Face folder, and its adapter where it trained one."""
+
+from typing import Any
+
+from jaxrl_llm.run_dir import RunDir
+from jaxrl_llm.train.config import LoraSettings
+
+FOLDER = "policy"  # the whole model, an adapter merged into it
+ADAPTER = "adapter"  # of a run with lora.rank above 0, as PEFT lays it out
+OWNS = (FOLDER, ADAPTER)
+
+
+def save_policy(run_dir: RunDir, cfg: Any, trained: Any, lora: LoraSettings, start: str, mesh: Any) -> None:
+    """Writes FOLDER and, of parameters with an adapter, ADAPTER. start: folder or hub id of the model that training started from."""
+    import models
+    from models.lora import adapter_of, peft_refuses, save_lora
+    from models.sharding import fetch
+
+    models.save(run_dir.path / FOLDER, cfg, trained, tokenizer_from=start)
+    if lora.adapter is None:
+        return
+    reason = peft_refuses(cfg, adapter_of(trained))
+    adapter = fetch(adapter_of(trained), mesh)
+    if not run_dir.is_writer:
+        return
+    if reason:
+        print(f"the adapter is in {run_dir.path / FOLDER} only: {reason}")
+    else:
+        save_lora(run_dir.path / ADAPTER, cfg, adapter, lora.adapter, start)
