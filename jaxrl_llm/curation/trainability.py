@@ -114,10 +114,11 @@ class TrainabilityBand:
         self._refilter, self.refilter_every = refilter, refilter_every
 
         kept = np.ones(n, bool) if keep is None else np.array(keep, bool)
-        self._epoch_length = max(int(round(epoch_share * kept.sum())), 0)
-        if not 1 <= self.batch_size <= self._epoch_length:
+        self.epoch_share = epoch_share
+        length = int(round(epoch_share * kept.sum()))
+        if not 1 <= self.batch_size <= length:
             raise UserError(
-                f"TrainabilityBand: batch_size is {batch_size} but an epoch has {self._epoch_length} prompts "
+                f"TrainabilityBand: batch_size is {batch_size} but an epoch has {length} prompts "
                 f"({kept.sum()} kept x epoch_share {epoch_share:g})"
             )
         self._cluster = np.zeros(n, int) if cluster is None else np.unique(np.asarray(cluster), return_inverse=True)[1]
@@ -176,7 +177,10 @@ class TrainabilityBand:
             with self._blas.limit(limits=1, user_api="blas"):
                 p = self.pass_probability()
             used, drawn = state["used"].copy(), int(state["drawn"])
-            first = self._pick(rng, p, state["kept"] & ~used, min(self.batch_size, self._epoch_length - drawn))
+            open_rows = state["kept"] & ~used
+            # Rows that are kept no more since a refilter may leave fewer open ones than the epoch still wants: then it ends here.
+            left = min(max(int(round(self.epoch_share * state["kept"].sum())) - drawn, 0), int(open_rows.sum()))
+            first = self._pick(rng, p, open_rows, min(self.batch_size, left))
             used[first] = True
             drawn += len(first)
             rows = first

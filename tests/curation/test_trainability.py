@@ -247,6 +247,31 @@ def test_rows_are_kept_anew_by_the_policy_at_its_steps_only():
     assert again.batch(8).tolist() == band.batch(8).tolist() and len(asked) == 2
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 200),
+    batch=st.integers(1, 8),
+    balance=st.sampled_from(["items", "utility", "equal", "none"]),
+    share=st.sampled_from([1.0, 0.6]),
+)
+def test_batches_stay_full_however_few_rows_a_refilter_leaves(seed, batch, balance, share):
+    """It may leave fewer open rows than the epoch still wants: the next one then fills the batch."""
+    rng = np.random.default_rng(seed)
+    keeps = [rng.permutation(40) < rng.integers(batch, 41) for _ in range(12)]
+    asked = iter(keeps)
+    kept = np.ones(40, bool)
+    band = TrainabilityBand(
+        rng.random(40), None, batch, cluster=rng.integers(0, 5, 40), balance=balance, epoch_share=share,
+        refilter=lambda params: next(asked), refilter_every=2,
+    )  # fmt: skip
+    for step in range(24):
+        band.see_policy(step, None)
+        kept = keeps[step // 2 - 1] if step >= 2 else kept
+        rows = band.batch(step)
+        assert len(set(rows)) == batch and kept[rows].all()
+        band.observe(step, rows, np.full(batch, 0.5))
+
+
 def test_too_few_kept_rows_are_named():
     band = TrainabilityBand(np.full(9, 0.5), None, 4, refilter=lambda params: np.arange(9) < 3, refilter_every=1)
     band.observe(0, band.batch(0), np.full(4, 0.5))
