@@ -71,7 +71,7 @@ def get_config(variant: str | None = None) -> ml_collections.ConfigDict:
 
     config.quality = ml_collections.ConfigDict()
     config.quality.labels = ""  # column that says of some rows how fit to train on they are (two values: fit or not); empty = learn from corrupted copies
-    config.quality.use = "auto"  # one of jaxrl_llm.curation.judging.USES; auto = sae+tuned, or without tuning sae+logp, or without answers sae
+    config.quality.use = "auto"  # "sae", "random_sae", "dense_mean", "dense_max", "length_tfidf", "logp", "tuned", "sae+logp", "sae+tuned" or "answer_logp_mean"; "auto" = sae+tuned, or without tuning sae+logp, or without answers sae
     config.quality.tuned = True  # where labels have two values: also read the answers' gain in policies fine-tuned on the rows that are fit
     config.quality.corruptions = ("garble", "drop_clause", "drop_number", "truncate", "wrong_answer", "changed_number")  # kinds to learn from
     config.quality.samples = 1000  # rows that get a corrupted copy
@@ -84,7 +84,7 @@ def get_config(variant: str | None = None) -> ml_collections.ConfigDict:
     config.quality.duplicate_threshold = 0.85  # Jaccard similarity of three-word runs from which two rows are the same
 
     config.schedule = ml_collections.ConfigDict()
-    config.schedule.kind = "published"  # order of the first epoch: see jaxrl_llm/curation/schedule.py
+    config.schedule.kind = "published"  # order of the first epoch: "published", "shuffled", "global_sort", "reversed", "round_robin", "dirichlet", "e2h_gaussian", "random_clusters" or "soft"
     config.schedule.batch_size = 128  # prompts a step
     config.schedule.rho = 0.125  # share of a batch swapped with the next one ("published")
 

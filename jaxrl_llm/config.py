@@ -5,6 +5,7 @@ A config file has `get_config(variant: str | None = None) -> ConfigDict`, and `V
 
 import ast
 import contextlib
+import difflib
 import hashlib
 import importlib.util
 import json
@@ -61,7 +62,7 @@ def set_field(config: ConfigDict, key: str, value: Any) -> None:
     for part in parents:
         node = node[part] if isinstance(node, ConfigDict) and part in node else None
     if not isinstance(node, ConfigDict) or name not in node:
-        raise UserError(f"unknown config key '{key}': {nearest(key, field_names(config))}")
+        raise UserError(f"unknown config key '{key}': {_nearest_key(key, config)}")
     if isinstance(node.get(name), ConfigDict):
         inside = ", ".join(f"{key}.{entry}" for entry in list(node[name])[:6])
         raise UserError(f"config key '{key}' is a group of fields, set one of them: {inside}")
@@ -78,6 +79,37 @@ def set_field(config: ConfigDict, key: str, value: Any) -> None:
                 node[name] = new
     except (TypeError, ValueError) as error:
         raise UserError(f"config key '{key}' is {_type_name(field_type)}, got {value!r}") from error
+
+
+# What other libraries call a field of ours.
+_ALSO_CALLED = {
+    "batch_size": ("batch_rows", "batch_prompts", "prompts_per_step"), "epochs": ("steps",), "num_epochs": ("steps",),
+    "num_generations": ("num_samples",), "max_tokens": ("max_new_tokens",), "max_completion_length": ("max_new_tokens",),
+    "gradient_accumulation_steps": ("micro_batch_rows",), "max_grad_norm": ("clip_norm",), "gradient_checkpointing": ("remat",),
+    "dataset": ("source",), "path": ("source", "model"), "checkpoint": ("model",), "output_dir": ("workdir",), "lora_r": ("rank",),
+}  # fmt: skip
+
+
+def _nearest_key(key: str, config: ConfigDict) -> str:
+    """The end of the message on an unknown dotted key: the fields whose own name is most like it, or goes by it elsewhere ("lr"); where
+    none is like it, those of the group that it names."""
+    fields, (group, _, name) = field_names(config), key.rpartition(".")
+    if "workdir" in (name, *_ALSO_CALLED.get(name, ())):
+        return "the run's folder is given by --workdir=..."
+
+    def likeness(field: str) -> tuple[float, float]:
+        own = field.rpartition(".")[2]
+        # "lr" are the initials of learning_rate.
+        same = own in _ALSO_CALLED.get(name, ()) or name == "".join(word[0] for word in own.split("_") if "_" in own)
+        match = 1.0 if same else difflib.SequenceMatcher(None, name, own).ratio()
+        return match, difflib.SequenceMatcher(None, key, field).ratio()
+
+    best = max(fields, key=likeness, default=None)
+    if best is not None and likeness(best)[0] >= 0.6:
+        return f"did you mean {best}?"
+    inside = [field for field in fields if field.startswith(f"{group}.")] if group else []
+    groups = dict.fromkeys(field.partition(".")[0] + (".*" if "." in field else "") for field in fields)
+    return f"known: {', '.join(inside or groups)}" if fields else "there are none"
 
 
 def check_fields(

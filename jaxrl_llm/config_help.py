@@ -84,5 +84,5 @@ def _value(config: ConfigDict, key: str) -> object:
 
 def _shown(value: object) -> str:
     if isinstance(value, (tuple, list)):
-        return ",".join(map(str, value))
+        return ",".join(repr(entry)[1:-1] if isinstance(entry, str) else str(entry) for entry in value)
     return str(value)

@@ -23,7 +23,6 @@ IMPORTED = ("models", "sae", "optax", "orbax.checkpoint", "transformers", "datas
 OPTIONAL = (
     ("pytest", "the tests", "pip install 'jaxrl-llm[test]'"),
     ("langdetect", "the rule on a response's language", "pip install 'jaxrl-llm[constraints]'"),
-    ("fastapi", "serving", "pip install 'jaxrl-llm[serve]'"),
     ("libtpu", "plan on TPU meshes", "pip install 'jaxrl-llm[tpu]'"),
     ("torch", "the live parity tests against transformers", "pip install torch"),
 )

@@ -1,10 +1,12 @@
 """Loading, overriding, locking and comparing configs."""
 
+import re
 from pathlib import Path
 
 import ml_collections
 import pytest
 
+import jaxrl_llm.config as config_module
 from jaxrl_llm.config import check_shape, config_hash, field_names, first_difference, import_config, load_config, resolve_path, to_dict, to_json
 from jaxrl_llm.config_help import describe, field_comments
 from jaxrl_llm.errors import UserError, nearest
@@ -259,6 +261,33 @@ def test_every_field_of_every_config_has_a_comment(repo):
         for path in sorted((repo / "configs").glob("[!_]*.py"))
     }
     assert not any(bare.values()), bare
+
+
+@pytest.mark.parametrize(
+    ("key", "end"),
+    [
+        ("train.optimizer.lr", "did you mean train.optimizer.learning_rate?"),
+        ("lr", "did you mean train.optimizer.learning_rate?"),
+        ("stepz", "did you mean train.steps?"),
+        ("batch_size", "did you mean schedule.batch_prompts?"),
+        ("train.num_generations", "did you mean train.num_samples?"),
+        ("output_dir", "the run's folder is given by --workdir=..."),
+        ("train.lora.zzzz", "known: train.lora.alpha, train.lora.rank, train.lora.rank_stabilised, train.lora.seed, train.lora.targets"),
+        ("qqq", "template, train.*"),
+    ],
+)
+def test_an_unknown_key_is_answered_by_the_name_of_the_field_not_by_its_path(key, end):
+    with pytest.raises(UserError, match=re.escape(end) + "$"):
+        load_config("configs/grpo.py", {key: "1"})
+
+
+def test_names_used_elsewhere_lead_to_fields_that_exist(repo):
+    known = {name.rpartition(".")[2] for path in repo.glob("configs/[!_]*.py") for name in field_names(load_config(str(path)))}
+    assert {name for names in config_module._ALSO_CALLED.values() for name in names} <= known | {"workdir"}
+
+
+def test_help_writes_a_line_break_as_one_types_it():
+    assert r"--config.grpo.stop_strings=\n  " in describe("configs/story_rules.py")
 
 
 def test_nearest():
