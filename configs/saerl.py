@@ -3,6 +3,8 @@
     jaxrl-llm saerl --config=configs/saerl.py:demo --workdir=runs/demo      two arms, one seed, under ten minutes on two cores
     jaxrl-llm saerl --config=configs/saerl.py:lab --workdir=runs/lab        the matrix behind docs/saerl.md
     jaxrl-llm saerl --config=configs/saerl.py:dapo --workdir=runs/dapo      the claim under another algorithm (or ":rloo")
+    jaxrl-llm saerl --config=configs/saerl.py:own --workdir=runs/own --config.policy.model=FOLDER --config.data.source=train.jsonl \
+        --config.data.fields="prompt=question,answer=answer" --config.data.evals.test.source=test.jsonl      on one's own checkpoint and prompts
     jaxrl-llm plan --config=configs/plan.py --config.target=configs/saerl.py:qwen2.5-math-1.5b --config.mesh=v5e:2x4
 
 Expected: docs/saerl.md has the measured tables of ":lab", README.md the figures of ":demo".
@@ -10,7 +12,7 @@ Expected: docs/saerl.md has the measured tables of ":lab", README.md the figures
 
 from ml_collections import ConfigDict
 
-VARIANTS = ("demo", "lab", "headline", "dapo", "rloo", "qwen2.5-math-1.5b", "qwen2.5-math-7b")
+VARIANTS = ("demo", "lab", "headline", "dapo", "rloo", "own", "qwen2.5-math-1.5b", "qwen2.5-math-7b")
 
 # Every arm: which rows are kept, which features speak, and what orders the rows. Options go to the schedule.
 FULL = dict(filter="sae", schedule="band", strata=True)
@@ -45,6 +47,7 @@ def get_config(variant: str | None = "demo") -> ConfigDict:
         "headline": _headline,
         "dapo": _dapo,
         "rloo": _rloo,
+        "own": _own,
         "qwen2.5-math-1.5b": lambda c: _qwen(c, "Qwen/Qwen2.5-Math-1.5B", 28, 1536, "fsdp=8"),
         "qwen2.5-math-7b": lambda c: _qwen(c, "Qwen/Qwen2.5-Math-7B", 28, 3584, "fsdp=64"),
     }[variant or "demo"](config)
@@ -227,6 +230,23 @@ def _rloo(c: ConfigDict) -> None:
     """A leave-one-out baseline without scale, summed over a sequence; no KL, as in the other runs here."""
     _algorithm(c, "RLOO")
     c.grpo.baseline, c.grpo.advantage_scale, c.grpo.aggregation = "leave_one_out", "none", "dr_grpo"
+
+
+def _own(c: ConfigDict) -> None:
+    """One's own policy.model, data.source and data.evals.test.source: sizes for a model of some hundred million parameters up on one
+    accelerator; learning rate and template are the first to be looked at."""
+    c.title = "SAERL"
+    c.pools = ("data",)
+    c.pool_table.data = ConfigDict()
+    c.data.reward = "maths"
+    c.data.rows, c.data.max_prompt_tokens = 20_000, 512
+    c.sae.d_sae, c.sae.k, c.sae.steps, c.sae.batch, c.sae.learning_rate, c.sae.context = 8192, 32, 4000, 4096, 5e-4, 512
+    c.curation.labels, c.curation.clusters, c.curation.dims, c.curation.label_batch = 1000, 32, 128, 64
+    c.curation.remove_length = True
+    c.grpo.steps, c.grpo.prompts_per_step, c.grpo.max_new_tokens = 200, 32, 512
+    c.grpo.learning_rate, c.grpo.b2 = 1e-6, 0.999
+    c.grpo.micro_batch_rows, c.grpo.remat = 32, True
+    c.grpo.eval_every, c.grpo.eval_samples, c.grpo.checkpoint_every = 50, 4, 50
 
 
 def _qwen(c: ConfigDict, model: str, layers: int, d_model: int, mesh: str) -> None:

@@ -85,10 +85,11 @@ def run(config, workdir) -> None:
     if not run_dir.is_writer:
         return
     from jaxrl_llm.report import saerl as page
-    from jaxrl_llm.report import write_report
+    from jaxrl_llm.report import save_data, write_report
 
     data, summary = page.build(config, run_dir.path, cells, seconds=time.time() - started)
     run_dir.summary(summary)
+    save_data(run_dir.path, data)
     write_report(run_dir.path / "report.html", data)
     (run_dir.path / "tables.md").write_text(page.markdown(config, summary), encoding="utf-8")
     print(data["headline"])
@@ -257,6 +258,11 @@ def make_data(config, cell: Cell, policy):
         registry.validate_rows(reward, each)
     pool, evals = tokenise(rows), {name: tokenise(r) for name, r in held_out.items()}
     for name, batch in {"pool": pool, **evals}.items():
+        if batch.dropped > len(batch):
+            raise UserError(
+                f"{name}: {batch.dropped} of {batch.dropped + len(batch)} prompts are longer than config.data.max_prompt_tokens="
+                f"{d.max_prompt_tokens}: raise it, or start from configs/saerl.py:own, whose sizes are for real prompts"
+            )
         if batch.dropped:
             print(f"  {name}: left out {batch.dropped} prompts longer than data.max_prompt_tokens={d.max_prompt_tokens}", flush=True)
     return pool, evals, reward

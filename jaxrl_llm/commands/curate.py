@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from math import inf
+from pathlib import Path
 from typing import Any
 
 from jaxrl_llm.config import check_fields
@@ -26,7 +27,12 @@ def run(config: Any, workdir: str) -> None:
 
     curated, signals = curate(rows, config, workdir, fine_tuner)
     if is_writer():
-        print("\n".join([*summary_lines(signals), f"written: {workdir}/curated ({len(curated)} rows), {workdir}/signals.json"]))
+        from jaxrl_llm.report import run_report, write_report
+
+        page = Path(workdir) / "report.html"
+        write_report(page, run_report(workdir))
+        written = f"written: {workdir}/curated ({len(curated)} rows), {workdir}/signals.json"
+        print("\n".join([*summary_lines(signals), written, f"report: {page}"]))
 
 
 def check(config: Any) -> None:

@@ -93,7 +93,7 @@ class FeatureSpace:
         if not len(columns):
             raise UserError(
                 f"feature space: none of {width} features is active in at least {min_rows} and at most {max_share:.0%} of "
-                f"{n} rows; lower min_rows, raise max_share, or use a wider SAE"
+                f"{n} rows: give more rows or a wider SAE (in curate, or lower features.min_rows or raise features.max_share)"
             )
         logs = np.log(np.maximum(np.asarray(lengths, np.float64), 1))
         space = cls(columns, None, float(logs.mean()), float(logs.std()) or 1.0, normalise)

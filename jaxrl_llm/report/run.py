@@ -78,8 +78,8 @@ def save_data(run_dir: str | os.PathLike[str], data: Any) -> None:
 def run_report(run_dir: str | os.PathLike[str], *, title: str = "", samples: int = 60) -> dict[str, Any]:
     """The page data (`schema.ReportData`) of a run directory.
 
-    An experiment's own `report.json` is used where there is one; otherwise curves, panels, samples and config are read from
-    metrics.jsonl, samples.jsonl, config.json and summary.json.
+    An experiment's own `report.json` is used where there is one; of a curate run its signals and its set (`report.curate`); otherwise curves,
+    panels, samples and config are read from metrics.jsonl, samples.jsonl, config.json and summary.json.
 
     Args:
       run_dir: the directory.
@@ -96,6 +96,10 @@ def run_report(run_dir: str | os.PathLike[str], *, title: str = "", samples: int
         own = _read_json(path / DATA_FILE)
         return dict(validate({**own, "title": title} if title else own))
     head, summary = _read_json(path / "config.json"), _read_json(path / "summary.json")
+    if head.get("kind") == "curate":
+        from jaxrl_llm.report.curate import curate_page
+
+        return dict(validate(curate_page(path, head, title)))
     metrics, sample_rows = _read_lines(path / "metrics.jsonl"), _read_lines(path / "samples.jsonl")
     if not metrics and not sample_rows:
         raise UserError(f"{path} holds nothing to report: no records in metrics.jsonl or samples.jsonl; give the --workdir of a run")

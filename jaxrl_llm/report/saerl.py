@@ -53,7 +53,7 @@ def build(config, root: Path, cells: Sequence[Any], seconds: float) -> tuple[dic
         rows = [_arm_row(runs[arm], runs[baseline], runs[main], bases) for arm in config.arms]
         summary[pool] = {row["arm"]: row for row in rows}
         note = _note(len(folders), config)
-        shown = [{key: value for key, value in row.items() if key != "by_base"} for row in rows]
+        shown = [{key: value for key, value in row.items() if key not in ("by_base", "no_saving")} for row in rows]
         tables.append({"title": f"Arms, pool “{pool}”", "rows": shown, "note": note})
         curves.append(_curve_chart(runs, baseline, pool, len(folders)))
     first = root / "cells" / cells[0].name
@@ -123,6 +123,10 @@ def _arm_row(arm: ArmRuns, baseline: ArmRuns, main: ArmRuns, bases: Sequence[int
         row["difference"] = _estimate(paired_bootstrap(arm.items, baseline.items, bases))
         saved = steps_saved(np.array(arm.steps), arm.curve, baseline.curve, bases) if arm.steps == baseline.steps else None
         row["steps_saved"] = None if saved is None else _estimate(saved)
+        if saved is None:
+            worse = arm if arm.curve[:, -1].mean() < baseline.curve[:, -1].mean() else baseline
+            unlike = f"{arm.arm} and {baseline.arm} were trained for different numbers of steps"
+            row["no_saving"] = unlike if arm.steps != baseline.steps else f"{worse.arm} did not improve"
         apart = np.nanmean(np.where(np.isnan(arm.items) | np.isnan(baseline.items), np.nan, arm.items - baseline.items), axis=1)
         row["by_base"] = {str(b): float(apart[np.asarray(bases) == b].mean()) for b in dict.fromkeys(bases)}
     if arm is not main:
@@ -199,7 +203,7 @@ def _verdict(row, main: str, baseline: str, pool: str) -> str:
     d, steps = row["difference"], row["steps_saved"]
     where = f"On “{pool}”, " if pool else ""
     if steps is None:
-        saved = f"there is no saving of steps to speak of, since {baseline} did not improve"
+        saved = f"there is no saving of steps to speak of, since {row['no_saving']}"
     else:
         ahead, to = (main, baseline) if steps["value"] >= 0 else (baseline, main)
         saved = f"{ahead} is at {to}’s final accuracy with {abs(steps['value']):.0%} fewer steps"
@@ -215,7 +219,10 @@ def _attribution(config, summary) -> str:
     main, pool, table = config.main_arm, config.pools[0], config.arm_table
     rivals = [a for a in config.arms if a.startswith(f"{main}_") and "oracle" not in a and table[a].start == table[main].start]
     if not rivals:
-        return ""
+        return (
+            "Which of its parts brings a difference, this run does not tell: it has no arm on other features. "
+            "In the lab (docs/saerl.md) arms on random clusters, an untrained SAE or no features at all do as well."
+        )
     best = max(rivals, key=lambda a: summary[pool][a]["accuracy"]["value"])
     gap, name = summary[pool][best]["main_minus"], best.replace("_", " ")
     points = f"{_hundredths(gap['value'])} points" + (f", 95% {_span(gap)}" if _span(gap) else "")
@@ -230,7 +237,7 @@ def _facts(rows, main: str, baseline: str) -> list[dict[str, str]]:
         return []
     d, s = row["difference"], row["steps_saved"]
     mixed = f"{row['mixed_groups']:.0%}"
-    steps = {"value": "–", "detail": f"{baseline} did not improve"}
+    steps = {"value": "–", "detail": row.get("no_saving", "")}
     if s is not None:
         fewer = {"value": -s["value"], "low": None, "high": None}
         if s["low"] is not None:
@@ -297,12 +304,9 @@ def _signal_tables(signals, report) -> list[dict[str, Any]]:
     if "difficulty" in report:
         probes = report["difficulty"]["probes"]
         rows = [
-            {
-                "name": name,
-                "cells": [_cell(p)],
-                "kind": "ours" if name.startswith("sae/") else "baseline",
-            }
+            {"name": name, "cells": [_cell(p)], "kind": "ours" if name.startswith("sae/") else "baseline"}
             for name, p in probes.items()
+            if name.removeprefix("length_") == name or name.removeprefix("length_") not in probes  # one baseline under two names
         ]
         note = f"{report['difficulty']['labels']['used']} rows labelled by rollouts of the base policy; cross-validated"
         if "truth/fail_rate" in signals:
@@ -316,24 +320,30 @@ def _signal_tables(signals, report) -> list[dict[str, Any]]:
 
 
 def _quality_table(signals, report) -> dict[str, Any]:
+    """Every probe on the rows told, out of fold; those that give a filter its quality also on all rows, by kind of corruption."""
     kinds = signals["truth/corruption"].astype(str)
     clean = kinds == "none"
     bad = [k for k in sorted(set(kinds)) if k not in ("none", "near_duplicate")]
-    names = [n.split("/")[1] for n in signals.files if n.startswith("quality/")]
+    probes = {name: p for name, p in report["quality"]["probes"].items() if name != "length_tfidf"}  # that is tfidf_alone
+    scored = [n.split("/")[1] for n in signals.files if n.startswith("quality/")]
     rows = []
-    for name in names:
-        scores = signals[f"quality/{name}"]
-        cells = [{"value": auroc(scores[clean | (kinds == k)], clean[clean | (kinds == k)].astype(float))} for k in bad]
+    for name in dict.fromkeys([*scored, *probes]):
+        cells = [_cell(probes[name]) if name in probes else None] + [None] * len(bad)
+        if name in scored:
+            scores = signals[f"quality/{name}"]
+            cells[1:] = [{"value": auroc(scores[clean | (kinds == k)], clean[clean | (kinds == k)].astype(float))} for k in bad]
         rows.append({"name": name, "cells": cells, "kind": "ours" if name == "sae" else "baseline"})
     labels = report["quality"]["counts"]["labels"]
+    names = {*scored, *probes}
     return {
         "title": "Quality",
         "metric": "AUROC, clean against corrupted",
-        "columns": [k.replace("_", " ") for k in bad],
+        "columns": ["rows told, out of fold", *(k.replace("_", " ") for k in bad)],
         "rows": rows,
-        "note": f"{labels} rows told. logprob is what the policy thinks of the answer"
+        "note": f"{labels} rows told; by kind of corruption over all rows, for the probes that gave an arm its filter. logprob is what the policy "
+        "thinks of the answer"
         + (", tuned adds what it gains in policies tuned on the rows told to be sound" if "tuned" in names else "")
-        + "; sae, random sae and dense join this with features of prompt + answer, tfidf has none of it",
+        + "; sae, random sae, dense and tfidf join this with features of prompt + answer, sae alone, tfidf alone and length have none of it",
     }
 
 

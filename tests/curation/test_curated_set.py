@@ -60,6 +60,7 @@ def test_pandas_and_datasets_read_it(tmp_path):
     assert frame["input_difficulty"].tolist() == [5.0, 1.0, 2.0, 4.0] and frame["difficulty"][1] == 1.0
     data = datasets.load_from_disk(str(tmp_path / "hf_dataset"))
     assert data[2]["order"] == 0 and data[0]["level"] == 3 and json.loads(data[0]["tags"]) == ["x", "y"]
+    assert data.filter(lambda row: row["keep"]).sort("order")["id"][:] == ["c", "d", "a"], "as the README says to train on it"
 
 
 def test_tfds_data_source_without_tensorflow(tmp_path, run_python):

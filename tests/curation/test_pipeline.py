@@ -90,6 +90,43 @@ def test_a_second_run_reuses_sae_and_features(world, curated, monkeypatch, capsy
     assert "written:" in capsys.readouterr().out
 
 
+def test_the_page_says_what_was_kept_and_how_far_to_trust_it(curated, tmp_path, repo, monkeypatch):
+    from jaxrl_llm.cli import main
+    from jaxrl_llm.report import run_report
+
+    workdir, signals = curated
+    data = run_report(workdir)
+    probes = signals["difficulty"]["probes"]
+    used, reference = (probes[signals["difficulty"][name]]["value"] for name in ("used", "reference"))
+    assert data["headline"].startswith(f"{signals['filter']['kept']} of {N} rows are kept. Difficulty by ")
+    assert f"Spearman {used:.2f}, by length + TF-IDF {reference:.2f}" in data["headline"]
+    assert ("which says more" in data["headline"].partition("Quality")[0]) == (reference > used)
+    kept = CuratedSet.read(workdir / "curated").keep
+    assert all(np.sum(schedule["counts"]) == kept.sum() for schedule in data["schedules"])
+    assert {row["name"] for row in data["signals"][-2]["rows"]} == set(probes)
+    (workdir / "report.html").unlink()
+    assert main(["report", f"--workdir={workdir}"]) in (None, 0)
+    (tmp_path / "cut").mkdir()
+    shutil.copy(workdir / "config.json", tmp_path / "cut")
+    with pytest.raises(UserError, match="did not finish: the same command goes on"):
+        run_report(tmp_path / "cut")
+
+    monkeypatch.syspath_prepend(repo / "tests" / "report")
+    from browser import Browser, find_chromium
+
+    if find_chromium() is None:
+        pytest.skip("no Chromium on this machine (Debian: apt-get install chromium)")
+    browser = Browser(tmp_path / "profile")
+    try:
+        for width in (380, 1400):
+            browser.open((workdir / "report.html").as_uri(), width)
+            check = browser.run("reportCheck()")
+            assert check["failures"] == [] and check["overflow"] == 0 and check["empty"] == 0 and browser.problems == []
+            assert {"map", "schedule", "stages"} <= set(check["charts"])
+    finally:
+        browser.close()
+
+
 def test_another_config_trains_its_own_sae(world, curated, tmp_path):
     workdir, signals = curated
     shutil.copytree(workdir, tmp_path / "out")
@@ -236,6 +273,7 @@ def test_grpo_judges_the_rows_anew_as_curate_did(world, curated, told, tmp_path,
     assert drawn <= {row["id"] for row, bad in zip(found.rows, faulty, strict=True) if not bad} and len(rows) == N - 2
 
     for changes, message in (
+        ({"data.limit": "5"}, "data.limit.*no meaning with schedule.band.refilter_every"),
         ({"data.curated": str(curated[0])}, "refilter_every.*does not say which rows are sound.*quality.labels"),
         ({"schedule.band.balance": "even"}, "balance is one of"),
     ):

@@ -31,8 +31,8 @@ TINY = {
 }  # fmt: skip
 
 
-def tiny(**changes):
-    return load_config("configs/saerl.py:demo", TINY | changes)
+def tiny(variant="demo", **changes):
+    return load_config(f"configs/saerl.py:{variant}", TINY | changes)
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +55,40 @@ def test_every_stage_leaves_its_result(workdir):
     page = (workdir / "report.html").read_text()
     for text in ("Held-out accuracy", "vanilla", "Difficulty", "Quality", "Diversity"):
         assert text in page
+
+
+def test_the_page_is_whole_in_a_browser_and_can_be_drawn_anew(workdir, tmp_path, repo, monkeypatch):
+    """The one that the run made, not a fixture's: charts, width, what is said of the quality probes; `report` draws the same one again."""
+    from jaxrl_llm.cli import main
+
+    copy = tmp_path / "run"
+    shutil.copytree(workdir, copy, ignore=shutil.ignore_patterns("cells", "policies"))
+    page = (copy / "report.html").read_bytes()
+    (copy / "report.html").unlink()
+    assert main(["report", f"--workdir={copy}"]) in (None, 0) and (copy / "report.html").read_bytes() == page
+    data = json.loads((copy / "report.json").read_text())
+    quality = next(table for table in data["signals"] if table["title"] == "Quality")
+    names = [row["name"] for row in quality["rows"]]
+    assert {"sae", "random_sae", "dense", "tfidf", "tfidf_alone", "logprob", "length"} <= set(names) and len(names) == len(set(names))
+    assert all(row["cells"][0]["low"] is not None for row in quality["rows"]), "every probe on the rows told, with its interval"
+    difficulty = next(table for table in data["signals"] if table["title"] == "Difficulty")["rows"]
+    assert len({json.dumps(row["cells"]) for row in difficulty}) == len(difficulty), "no baseline stands there twice"
+
+    monkeypatch.syspath_prepend(repo / "tests" / "report")
+    from browser import Browser, find_chromium
+
+    if find_chromium() is None:
+        pytest.skip("no Chromium on this machine (Debian: apt-get install chromium)")
+    browser = Browser(tmp_path / "profile")
+    try:
+        for width in (380, 1400):
+            browser.open((copy / "report.html").as_uri(), width)
+            check = browser.run("reportCheck()")
+            assert check["failures"] == [] and check["overflow"] == 0 and check["empty"] == 0 and browser.problems == []
+            assert {"curves", "map", "schedule", "calibration", "quality", "rollouts", "stages"} <= set(check["charts"])
+            assert data["headline"].split(".")[0] in browser.run("document.body.innerText")
+    finally:
+        browser.close()
 
 
 def test_arms_start_from_one_policy_and_one_pool(workdir):
@@ -132,7 +166,7 @@ def real_run(workdir, tmp_path_factory):
         "sae.model": str(root / "feature_model"), "curation.quality_labels": 0, "curation.copies": 60, "curation.labels": 60,
         "data.evals.test.source": str(root / "one.jsonl"), "data.rows": 120,
     }  # fmt: skip
-    config = tiny(**changes)
+    config = tiny("own", **changes, **{"data.reward": "exact", "data.max_prompt_tokens": 24})
     with config.unlocked():
         config.data.evals.other = {"source": str(root / "two.jsonl"), "fields": "prompt=q,answer=a", "split": "test"}
     saerl.run(config, root / "run")
@@ -157,7 +191,7 @@ def word_tokenizer(words):
 
 def test_real_rows_run_without_any_truth(real_run):
     """Quality from corrupted copies, two held-out sets with field maps of their own, a report."""
-    cell = real_run / "run" / "cells" / "wrong-base0-seed0"
+    cell = real_run / "run" / "cells" / "data-base0-seed0"
     report = json.loads((cell / "signals.json").read_text())
     assert report["quality"]["told"] is False and report["quality"]["counts"]["copies"] > 0 and "clusters" not in report
     sets = {json.loads(line).get("set") for line in (cell / "full" / "metrics.jsonl").open()}
@@ -177,7 +211,16 @@ def test_real_rows_may_tell_which_are_sound(real_run):
     start = json.loads((cell / "vanilla_told" / "metrics.jsonl").read_text().splitlines()[0])
     other = json.loads((cell / "full_tuned" / "metrics.jsonl").read_text().splitlines()[0])
     assert start["step"] == other["step"] == 0 and start != other, "one starts from the tuned policy"
-    assert not (cell / "features").exists() and not (real_run / "run" / "cells" / "wrong-base0-seed0" / "features").exists()
+    assert not (cell / "features").exists() and not (real_run / "run" / "cells" / "data-base0-seed0" / "features").exists()
+
+
+def test_prompts_that_mostly_do_not_fit_are_told_with_the_setting(real_run, workdir):
+    policy = LanguageModel.load(str(workdir / "policies" / "base0"), "float32", None)
+    prompts = [json.loads(line)["question"] for line in (real_run / "pool.jsonl").open()]
+    limit = sorted(map(len, policy.tokenizer(prompts)["input_ids"]))[40]
+    fields = {"data.source": str(real_run / "pool.jsonl"), "data.fields": "prompt=question,answer=gold", "data.max_prompt_tokens": limit}
+    with pytest.raises(UserError, match=rf"pool: \d+ of 120 prompts are longer than config.data.max_prompt_tokens={limit}: raise it.*saerl.py:own"):
+        saerl.make_data(tiny(**fields, **{"data.evals.test.source": str(real_run / "one.jsonl")}), saerl.Cell("wrong", 0, 0), policy)
 
 
 def test_the_feature_model_reads_its_own_tokens(real_run):
@@ -185,7 +228,7 @@ def test_the_feature_model_reads_its_own_tokens(real_run):
     from jaxrl_llm.curation.passes import LanguageModel
     from jaxrl_llm.curation.signals import SignalOptions, feature_views
 
-    cell = real_run / "run" / "cells" / "wrong-base0-seed0"
+    cell = real_run / "run" / "cells" / "data-base0-seed0"
     rows = [{"prompt": r["prompt"], "answer": r["answer"]} for r in CuratedSet.read(cell / "curated", "parquet").rows]
     model = LanguageModel.load(str(real_run / "feature_model"), "float32", None)
     options = SignalOptions(pooling=("max_log1p", "last"), remove_length=False, dims=8, clusters=4)

@@ -61,7 +61,7 @@ def test_two_workers_leave_the_files_of_a_serial_run(repo, alone, tmp_path):
     folder, env = alone
     finish(start(tmp_path / "run", SEEDS | {"workers": 2}, env | {"XLA_FLAGS": ONE_THREAD}, repo))
     wanted, found = tiny.contents(folder), tiny.contents(tmp_path / "run")
-    pages = [files.pop("report.html") for files in (wanted, found)]
+    pages = [files.pop(name) for files in (wanted, found) for name in ("report.html", "report.json")]
     assert all(pages) and set(found) == set(wanted) and {f"{CELL}/full/policy/model.safetensors", f"{CELL}/signals.npz"} <= set(found)
     assert [name for name in wanted if found[name] != wanted[name]] == []
 

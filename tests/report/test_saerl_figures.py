@@ -38,6 +38,7 @@ def test_an_arm_of_another_length_saves_no_share_of_the_run(tmp_path):
     double = arm(tmp_path, "vanilla_double", [0.0, 0.1, 0.2, 0.3, 0.4], [0.4] * 4)
     row = saerl._arm_row(double, vanilla, vanilla, [0])
     assert row["steps_saved"] is None and row["steps_to_target"] == pytest.approx(20) and row["difference"]["value"] == pytest.approx(0.2)
+    assert "since vanilla_double and vanilla were trained for different numbers" in saerl._verdict(row, "vanilla_double", "vanilla", "")
 
 
 def test_the_best_control_starts_where_the_main_arm_does():
@@ -59,7 +60,22 @@ def test_no_steps_are_saved_on_the_way_to_where_the_baseline_began(tmp_path):
     worse = arm(tmp_path, "full", [0.4, 0.37, 0.37, 0.37], [0.37] * 4)
     row = saerl._arm_row(worse, vanilla, worse, [0])
     assert row["steps_saved"] is None and row["steps_to_target"] is None and row["difference"]["value"] == pytest.approx(-0.03)
-    assert "did not improve" in saerl._verdict(row, "full", "vanilla", "")
+    assert "since full did not improve" in saerl._verdict(row, "full", "vanilla", "")
+
+
+def test_the_headline_names_the_arm_that_did_not_improve(tmp_path):
+    """Whichever it is: the curve beside the sentence shows it."""
+    rising, flat = arm(tmp_path, "rising", [0.1, 0.2, 0.3], [0.3] * 4), arm(tmp_path, "flat", [0.1, 0.1, 0.1], [0.1] * 4)
+    for main, baseline in ((flat, rising), (rising, flat)):
+        row = saerl._arm_row(main, baseline, main, [0])
+        assert "since flat did not improve" in saerl._verdict(row, main.arm, baseline.arm, "")
+        facts = saerl._facts({main.arm: row, baseline.arm: saerl._arm_row(baseline, baseline, main, [0])}, main.arm, baseline.arm)
+        assert facts[1]["detail"] == "flat did not improve"
+
+
+def test_a_run_without_controls_says_that_it_cannot_tell_what_brings_the_gain():
+    config = load_config("configs/saerl.py:demo")
+    assert "In the lab (docs/saerl.md) arms on random clusters" in saerl._attribution(config, {})
 
 
 def test_an_item_without_a_verdict_is_left_out_of_the_difference(tmp_path):
