@@ -231,7 +231,7 @@ def test_the_feature_model_reads_its_own_tokens(real_run):
     cell = real_run / "run" / "cells" / "data-base0-seed0"
     rows = [{"prompt": r["prompt"], "answer": r["answer"]} for r in CuratedSet.read(cell / "curated", "parquet").rows]
     model = LanguageModel.load(str(real_run / "feature_model"), "float32", None)
-    options = SignalOptions(pooling=("max_log1p", "last"), remove_length=False, dims=8, clusters=4)
+    options = SignalOptions(pooling=("max_log1p", "last"), remove_length=True, dims=8, clusters=4)
     views = feature_views(rows, model, sae.load(cell / "sae"), options)
     found = Signals.load(cell).reduced["dense"]
     np.testing.assert_allclose(views["dense"].reduce(8), found, rtol=1e-4, atol=1e-4)
