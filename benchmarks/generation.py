@@ -6,8 +6,9 @@ Qwen2 shape (6.4 M parameters: hidden 256, 6 layers, 4 heads, 2 KV heads, MLP 10
 32 tokens, 128 new tokens, temperature 1, top_p 1. The peers are tunix's Sampler, which gives log-probabilities too, and
 transformers.generate, which is not asked for them. Then greedy; then 8 prompts x 8 samples beside the same 64 rows as prompts of
 their own, which is what the shared prefill saves, at 32 and at 512 tokens a prompt; then 8 batches' worth of rows whose lengths are
-spread over 1:8, with places that are filled again beside batches that wait for their last row. Every call draws anew and gives token ids on
-the host. All count the best of the repeats, since a machine that others use too slows each by different amounts at different times.
+spread over 1:8, evenly and by their logarithms, with places that are filled again beside batches that wait for their last row. Every
+call draws anew and gives token ids on the host. All count the best of the repeats, since a machine that others use too slows each by
+different amounts at different times.
 """
 
 import argparse
@@ -71,14 +72,17 @@ def measure(args: argparse.Namespace) -> Iterable[Figure]:
         shape = f"{batch // 8} prompts x 8 samples, {width} + {new} tokens"
         yield Figure(name, rates[0], "tokens/s", f"our {batch} prompts x 1", rates[1], compile_s, shape)
 
-    lengths = np.random.default_rng(1).permutation(np.linspace(NEW // SPREAD, NEW, WAVES * batch).round().astype(int))
-    progress(f"{len(lengths)} completions of {lengths.min()} to {lengths.max()} tokens, {batch} at once")
-    ways = {refill: call(len(lengths), PROMPT, lengths, max_rows=batch, refill=refill) for refill in (True, False)}
-    found = timed_in_turns({str(refill): each for refill, each in ways.items()}, repeats=args.repeats)
-    (compile_s, ours), (_, theirs) = found["True"], found["False"]
-    rates = [lengths.sum() / min(each) for each in (ours, theirs)]
-    shape = f"{len(lengths)} completions of {lengths.min()} to {lengths.max()} tokens, uniform, {batch} at once; goal 1.6 x"
-    yield Figure("generation_refill", rates[0], "tokens/s", "our batches", rates[1], compile_s, shape)
+    least, rows = NEW // SPREAD, WAVES * batch
+    spreads = {"uniform": np.linspace(least, NEW, rows), "log-uniform": np.geomspace(least, NEW, rows)}
+    for spread, sorted_lengths in spreads.items():
+        lengths = np.random.default_rng(1).permutation(sorted_lengths.round().astype(int))
+        shape = f"{rows} completions of {least} to {NEW} tokens, {spread}, {batch} at once"
+        progress(shape)
+        ways = {refill: call(rows, PROMPT, lengths, max_rows=batch, refill=refill) for refill in (True, False)}
+        found = timed_in_turns({str(refill): each for refill, each in ways.items()}, repeats=args.repeats)
+        (compile_s, ours), (_, theirs) = found["True"], found["False"]
+        rates = [lengths.sum() / min(each) for each in (ours, theirs)]
+        yield Figure(f"generation_refill_{spread}", rates[0], "tokens/s", "our batches", rates[1], compile_s, f"{shape}; goal 1.6 x")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
