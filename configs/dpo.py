@@ -52,6 +52,8 @@ def get_config(variant: str | None = None) -> ml_collections.ConfigDict:
     config.train.forward_rows = 64  # pairs forwarded at once where no gradient is needed: reference and held-out figures
     config.train.checkpoint_every = 100  # steps; 0 = only at the end and on SIGTERM
     config.train.keep_checkpoints = 2  # the newest so many stay
+    config.train.keep_best = ""  # held-out set on which the checkpoint of least loss stays too, and is the policy that is written; empty = the last one is
+    config.train.watchdog_seconds = 0  # a run whose step takes longer ends and says where it stood; 0 = it waits
     config.seed = 0  # of the shuffling
 
     config.train.loss = ml_collections.ConfigDict()  # see jaxrl_llm.losses.preference for the formulas
@@ -81,6 +83,7 @@ def get_config(variant: str | None = None) -> ml_collections.ConfigDict:
     config.train.optimizer.eps = 1e-8
     config.train.optimizer.weight_decay = 0.0  # on matrices; never on norms and biases
     config.train.optimizer.clip_norm = 1.0  # global gradient norm; 0 = no clip
+    config.train.optimizer.spike_factor = 0.0  # an update whose gradient norm is so many times its running mean is left out; 0 = none is
 
     config.overwrite = False  # clear a workdir that holds another run
 

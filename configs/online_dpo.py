@@ -72,6 +72,8 @@ def get_config(variant: str | None = None) -> ml_collections.ConfigDict:
     config.train.eval_by = ()  # row fields to break accuracy down by, such as ("level",)
     config.train.checkpoint_every = 20  # steps; 0 = only at the end and on SIGTERM
     config.train.keep_checkpoints = 2  # the newest so many stay
+    config.train.keep_best = ""  # evaluation set whose most accurate checkpoint stays too, and is the policy that is written; empty = the last one is
+    config.train.watchdog_seconds = 0  # a run whose step takes longer ends and says where it stood; 0 = it waits
     config.train.sample_every = 10  # steps between lines of samples.jsonl; 0 = none
     config.train.samples_per_log = 2  # prompts shown each time, with all their completions
     config.train.zero_spread_warning = 0.9  # share of groups with equal rewards past which a warning is printed
@@ -101,6 +103,7 @@ def get_config(variant: str | None = None) -> ml_collections.ConfigDict:
     config.train.optimizer.eps = 1e-8
     config.train.optimizer.weight_decay = 0.0  # on matrices; never on norms and biases
     config.train.optimizer.clip_norm = 1.0  # global gradient norm; 0 = no clip
+    config.train.optimizer.spike_factor = 0.0  # an update whose gradient norm is so many times its running mean is left out; 0 = none is
 
     config.overwrite = False  # clear a workdir that holds another run
 

@@ -48,6 +48,7 @@ def get_config(variant: str | None = None) -> ml_collections.ConfigDict:
     config.train.log_every = 10  # steps between lines of metrics.jsonl
     config.train.checkpoint_every = 100  # steps; 0 = only at the end and on SIGTERM
     config.train.keep_checkpoints = 2  # the newest so many stay
+    config.train.watchdog_seconds = 0  # a run whose step takes longer ends and says where it stood; 0 = it waits
     config.seed = 0  # of the shuffling
 
     config.train.lora = ml_collections.ConfigDict()  # a low-rank adapter is trained in place of the parameters, and written to WORKDIR/adapter for PEFT too
@@ -68,6 +69,7 @@ def get_config(variant: str | None = None) -> ml_collections.ConfigDict:
     config.train.optimizer.eps = 1e-8
     config.train.optimizer.weight_decay = 0.0  # on matrices; never on norms and biases
     config.train.optimizer.clip_norm = 1.0  # global gradient norm; 0 = no clip
+    config.train.optimizer.spike_factor = 0.0  # an update whose gradient norm is so many times its running mean is left out; 0 = none is
 
     config.overwrite = False  # clear a workdir that holds another run
 

@@ -6,10 +6,11 @@ folder and renames it, so a kill leaves either the whole checkpoint or none; wha
 
 import base64
 import contextlib
+import dataclasses
 import errno
 import io
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,22 @@ _DISK_FULL = ("no space left", "disk quota", "file too large", "resource_exhaust
 _TEMPORARY = "orbax-checkpoint-tmp"
 
 
-class Checkpoints:
-    """The checkpoints of one folder, newest kept.
+@dataclasses.dataclass
+class _Kept:
+    """Which checkpoints stay (Orbax's PreservationPolicy): the newest `newest`, and that of step `best`."""
 
-    path: the folder (made if need be). keep: how many to keep. Raises UserError where it cannot be written.
+    newest: int
+    best: int | None = None
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        """One answer a checkpoint, oldest first."""
+        return [i >= len(checkpoints) - self.newest or found.step == self.best for i, found in enumerate(checkpoints)]
+
+
+class Checkpoints:
+    """The checkpoints of one folder, newest kept, and the one that is named best.
+
+    path: the folder (made if need be). keep: how many of the newest to keep. Raises UserError where it cannot be written.
     """
 
     def __init__(self, path: str | Path, keep: int = 2):
@@ -41,13 +54,18 @@ class Checkpoints:
                     shutil.rmtree(left_over, ignore_errors=True)
         except OSError as error:
             raise from_os_error(error, self.path, "write checkpoints to") from error
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=False)
+        self._kept = _Kept(keep)
+        options = ocp.CheckpointManagerOptions(preservation_policy=self._kept, enable_async_checkpointing=False)
         self._manager = ocp.CheckpointManager(self.path, options=options, item_names=("state", "host"))
         self._ocp = ocp
 
     def steps(self) -> list[int]:
         """Steps with a finished checkpoint, oldest first."""
         return sorted(self._manager.all_steps())
+
+    def name_best(self, step: int | None) -> None:
+        """From now on the checkpoint of `step` stays, however many are newer, and the one named before stays no longer."""
+        self._kept.best = step
 
     def save(self, step: int, state: Any, host: dict[str, np.ndarray]) -> None:
         """Saves `state` and `host` under `step`, if there is none yet; blocks until it is on disk.
@@ -70,21 +88,22 @@ class Checkpoints:
                 raise self._save_error(OSError(errno.ENOSPC, "disk full")) from error
             raise
 
-    def restore(self, abstract_state: Any) -> tuple[int, Any, dict[str, np.ndarray]] | None:
-        """(step, state, host) of the newest checkpoint that can be read, or None where there is none.
+    def restore(self, abstract_state: Any, at: int | None = None) -> tuple[int, Any, dict[str, np.ndarray]] | None:
+        """(step, state, host) of the newest checkpoint that can be read, or None where there is none. at: of that step and no other.
 
         abstract_state: ShapeDtypeStructs, with the shardings wanted now; they need not be those it was saved with.
         Raises UserError when there are checkpoints and none can be read (their model or optimizer differs, say).
         """
         args, last = self._ocp.args, None
-        for step in reversed(self.steps()):
+        for step in [at] if at is not None else reversed(self.steps()):
             try:
                 items = args.Composite(state=args.StandardRestore(abstract_state), host=args.JsonRestore())
                 restored = self._manager.restore(step, args=items)
                 return step, restored.state, _unpack(restored.host["arrays"])
             except Exception as error:  # damage shows in many shapes: OSError, ValueError, KeyError, a JSON error
                 first_line = (str(error).splitlines() or [type(error).__name__])[0]
-                logging.warning("checkpoint %s/%d cannot be read (%s); trying the one before", self.path, step, first_line)
+                if at is None:
+                    logging.warning("checkpoint %s/%d cannot be read (%s); trying the one before", self.path, step, first_line)
                 last = f"{step}: {first_line}"
         if last is not None:
             raise UserError(f"none of the checkpoints in {self.path} can be read ({last}); move them away to start over")

@@ -27,3 +27,9 @@ def save_policy(run_dir: RunDir, cfg: Any, trained: Any, lora: LoraSettings, sta
         print(f"the adapter is in {run_dir.path / FOLDER} only: {reason}")
     else:
         save_lora(run_dir.path / ADAPTER, cfg, adapter, lora.adapter, start)
+
+
+def of_step(summary: dict[str, Any]) -> str:
+    """Of which step the policy is, where it is not the last one's: what stands behind its path."""
+    best = summary.get("best")
+    return f" (of step {best['step']}, the best on {best['set']})" if best else ""

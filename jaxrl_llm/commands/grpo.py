@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxrl_llm.commands._policy import FOLDER, OWNS, save_policy
+from jaxrl_llm.commands._policy import FOLDER, OWNS, of_step, save_policy
 from jaxrl_llm.curation.curated_set import CuratedSet
 from jaxrl_llm.curation.judging import Refilter
 from jaxrl_llm.curation.passes import LanguageModel
@@ -232,4 +232,4 @@ def _tell(summary: dict[str, Any], run_dir: RunDir) -> None:
     print(f"reward {summary['reward_first']:.3f} -> {summary['reward_last']:.3f} (first and last ten steps)")
     for name, found in summary["evals"].items():
         print(f"{name}: accuracy {found['first']:.3f} -> {found['last']:.3f} of {found['n']}")
-    print(f"policy: {run_dir.path / FOLDER}   report: jaxrl-llm report --workdir={run_dir.path}")
+    print(f"policy: {run_dir.path / FOLDER}{of_step(summary)}   report: jaxrl-llm report --workdir={run_dir.path}")

@@ -28,6 +28,7 @@ class OptimizerConfig:
     eps: float = 1e-8
     weight_decay: float = 0.0  # on matrices; never on norms and biases
     clip_norm: float = 1.0  # global gradient norm; 0 = no clip
+    spike_factor: float = 0.0  # an update whose gradient norm is above so many times its running mean is left out; 0 = none is
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,6 +114,8 @@ class GRPOConfig:
     eval_by: tuple[str, ...] = ()  # row fields to break accuracy down by, such as ("level", "topic")
     checkpoint_every: int = 50  # steps; 0 = only at the end and on SIGTERM
     keep_checkpoints: int = 2
+    keep_best: str = ""  # evaluation set whose most accurate checkpoint stays too and is what training returns; empty = the last
+    watchdog_seconds: int = 0  # a run whose step takes longer ends, with its stacks on stderr; 0 = it waits
     sample_every: int = 10  # steps between lines in samples.jsonl; 0 = none
     samples_per_log: int = 2  # prompts shown each time, with all their completions
     zero_spread_warning: float = 0.9  # share of groups with equal rewards past which a warning is printed
@@ -131,6 +134,7 @@ class SFTConfig:
     log_every: int = 10  # steps between metric lines (and between waits for the device)
     checkpoint_every: int = 0  # steps; 0 = only at the end and on SIGTERM
     keep_checkpoints: int = 2
+    watchdog_seconds: int = 0  # a run whose step takes longer ends, with its stacks on stderr; 0 = it waits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,6 +179,8 @@ class DPOConfig:
     forward_rows: int = 64  # pairs forwarded at once where no gradient is needed: reference and held-out figures
     checkpoint_every: int = 0  # steps; 0 = only at the end and on SIGTERM
     keep_checkpoints: int = 2
+    keep_best: str = ""  # held-out set on which the checkpoint of least loss stays too and is what training returns; empty = the last
+    watchdog_seconds: int = 0  # a run whose step takes longer ends, with its stacks on stderr; 0 = it waits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,6 +211,8 @@ class OnlineDPOConfig:
     eval_by: tuple[str, ...] = ()  # row fields to break accuracy down by
     checkpoint_every: int = 50  # steps; 0 = only at the end and on SIGTERM
     keep_checkpoints: int = 2
+    keep_best: str = ""  # evaluation set whose most accurate checkpoint stays too and is what training returns; empty = the last
+    watchdog_seconds: int = 0  # a run whose step takes longer ends, with its stacks on stderr; 0 = it waits
     sample_every: int = 10  # steps between lines in samples.jsonl; 0 = none
     samples_per_log: int = 2  # prompts shown each time, with all their completions
     zero_spread_warning: float = 0.9  # share of groups with equal rewards past which a warning is printed
@@ -322,9 +330,12 @@ def _check_loss(loss: LossConfig) -> None:
 def check_optimizer(config: OptimizerConfig) -> None:
     """Raises UserError for an unknown schedule or a number out of its range."""
     check_choice("optimizer.schedule", config.schedule, ("constant", "linear", "cosine"))
-    for name in ("learning_rate", "warmup_steps", "decay_steps", "final_share", "eps", "weight_decay", "clip_norm"):
+    for name in ("learning_rate", "warmup_steps", "decay_steps", "final_share", "eps", "weight_decay", "clip_norm", "spike_factor"):
         if getattr(config, name) < 0:
             raise UserError(f"setting 'optimizer.{name}' must not be below 0, got {getattr(config, name)}")
+    if 0 < config.spike_factor <= 1:
+        told = f"setting 'optimizer.spike_factor' is {config.spike_factor:g}"
+        raise UserError(f"{told}: 1 or less would leave out every other update; give 5, say, or 0 for none")
     for name in ("b1", "b2"):
         if not 0 <= getattr(config, name) < 1:
             raise UserError(f"setting 'optimizer.{name}' must be from 0 to below 1, got {getattr(config, name)}")

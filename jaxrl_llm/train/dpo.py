@@ -19,7 +19,7 @@ from tqdm import tqdm
 import models
 from jaxrl_llm.checkpoint import Checkpoints
 from jaxrl_llm.data.sampler import ShuffledSchedule
-from jaxrl_llm.errors import UserError
+from jaxrl_llm.errors import UserError, nearest
 from jaxrl_llm.run_dir import RunDir
 from jaxrl_llm.train.config import DPOConfig, check_dpo, from_mapping
 from jaxrl_llm.train.preference_step import (
@@ -31,7 +31,7 @@ from jaxrl_llm.train.preference_step import (
     preference_spec,
     to_host,
 )
-from jaxrl_llm.train.signals import Interrupted, StopRequest, stop_on_signal
+from jaxrl_llm.train.signals import Interrupted, StopRequest, stop_on_signal, watchdog
 from jaxrl_llm.train.state import abstract_state, given, init_state, policy_params, start_params, whole
 from jaxrl_llm.train.step import batch_shardings
 from models.sharding import batch_ways, place
@@ -94,11 +94,23 @@ class _Run:
     references: dict[str, np.ndarray]
     history: list[dict[str, Any]]
     frozen: Any = None  # what an adapter is put into
+    best: tuple[float, int] | None = None  # (loss on the set of `keep_best`, step) of the best trained policy so far
 
     def log(self, record: dict[str, Any]) -> None:
         self.history.append(record)
         if self.run_dir is not None:
             self.run_dir.log(record)
+
+    def see_best(self) -> bool:
+        """Takes note of the evaluations; whether the newest is the best of a trained policy so far (the first of equals), whose checkpoint
+        then stays."""
+        before = self.best
+        found = [r for r in self.history if r["kind"] == "eval" and r["set"] == self.config.keep_best and r["step"] > 0]
+        if found and self.checkpoints is not None:
+            best = min(found, key=lambda record: record["loss"])
+            self.best = best["loss"], best["step"]
+            self.checkpoints.name_best(best["step"])
+        return self.best != before
 
 
 def train_dpo(
@@ -118,14 +130,17 @@ def train_dpo(
     params: the starting policy, any float dtype, or a function that gives it; it is also the reference. schedule: which rows of `data` go
     into which step. config: a DPOConfig or a mapping with its fields. run_dir: metrics and checkpoints go there, and a run that is found
     there goes on; None keeps nothing on disk. held_out: name -> rows whose loss, accuracy and margin are logged before the first step,
-    every `eval_every` steps and at the end. history: the logged records: of kind "dpo" (step, loss, margin, accuracy, implicit_chosen,
-    implicit_rejected, logp_chosen, logp_rejected, grad_norm, learning_rate, tokens, tokens_per_s, seconds) and of kind "eval".
+    every `eval_every` steps and at the end. With `keep_best` the parameters returned are those of least loss on that set. history: the
+    logged records: of kind "dpo" (step, loss, margin, accuracy, implicit_chosen, implicit_rejected, logp_chosen, logp_rejected, grad_norm,
+    learning_rate, tokens, tokens_per_s, seconds) and of kind "eval".
 
     Raises UserError for settings without meaning, rows that do not fit the loss or the model's context, a loss that is not finite (the
     step is named, the last checkpoint kept) or a disk that refuses; Interrupted after SIGTERM, state saved.
     """
     config = from_mapping(DPOConfig, config)
     check_dpo(config)
+    if config.keep_best and config.keep_best not in (held_out or {}):
+        raise UserError(f"setting 'keep_best' is {config.keep_best!r}, which is no held-out set: {nearest(config.keep_best, held_out or {})}")
     for name, rows in {TRAINING: data, **(held_out or {})}.items():
         _check_rows(model_cfg, rows, config, name)
     spec = preference_spec(model_cfg, config)
@@ -142,7 +157,11 @@ def train_dpo(
     try:
         if not found and config.loss.needs_reference:
             run.references = {name: _sums(run, state, rows, name) for name, rows in {TRAINING: data, **run.held_out}.items()}
+        run.see_best()
         state = _train(run, state, start, progress)
+        if run.best is not None and run.best[1] < config.steps:
+            del state
+            state = checkpoints.restore(abstract_state(model_cfg, spec.optimizer, mesh, lora=spec.lora), at=run.best[1])[1]
     finally:
         if checkpoints is not None:
             checkpoints.close()
@@ -193,8 +212,10 @@ def _train(run: _Run, state, start: int, progress: bool):
     bar = tqdm(total=config.steps, initial=start, desc="dpo", unit="step", mininterval=0.5, disable=None if progress else True, leave=False)
     pending, since = [], time.perf_counter()
     # Without a run directory there is nothing to save: a signal is the caller's affair.
-    with bar, contextlib.nullcontext(StopRequest()) if run.run_dir is None else stop_on_signal() as stop:
+    stopping = contextlib.nullcontext(StopRequest()) if run.run_dir is None else stop_on_signal()
+    with bar, stopping as stop, watchdog(config.watchdog_seconds) as alive:
         for step in range(start, config.steps):
+            alive()
             batch = run.data.batch(run.schedule.batch(step), config.micro_batch_rows, ways, **columns)
             state, metrics = update(state, _placed(run, batch), run.frozen)
             trained = batch["lengths"][:, ::2] if config.loss.kind == "kto" else batch["lengths"]
@@ -208,9 +229,11 @@ def _train(run: _Run, state, start: int, progress: bool):
                 run.log(record)
                 bar.set_postfix(loss=f"{record['loss']:.4f}", accuracy=f"{record['accuracy']:.3f}", refresh=False)
                 if evaluate:
+                    alive()
                     _evaluate(run, state, done)
+                    save = run.see_best() or save
                 pending, since = [], time.perf_counter()
-            if save:
+            if save and checkpoints is not None:
                 checkpoints.save(done, state, run.references)
             if stop.signum and not last:
                 message = f"stopped by signal {stop.signum} after step {done}; the same command goes on from there"

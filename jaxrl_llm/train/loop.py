@@ -19,7 +19,7 @@ from tqdm import tqdm
 import models
 from jaxrl_llm.checkpoint import Checkpoints
 from jaxrl_llm.data.prompts import PromptBatch
-from jaxrl_llm.errors import UserError
+from jaxrl_llm.errors import UserError, nearest
 from jaxrl_llm.rewards.verdict import Reward
 from jaxrl_llm.run_dir import RunDir
 from jaxrl_llm.train.config import GRPOConfig, OnlineDPOConfig, check_grpo, from_mapping
@@ -28,7 +28,7 @@ from jaxrl_llm.train.metrics import experience_metrics, samples_record
 from jaxrl_llm.train.preference_step import PreferenceSpec
 from jaxrl_llm.train.resample import fill
 from jaxrl_llm.train.rollout import Experience, build_batch, collect
-from jaxrl_llm.train.signals import Interrupted, stop_on_signal
+from jaxrl_llm.train.signals import Interrupted, stop_on_signal, watchdog
 from jaxrl_llm.train.state import State, abstract_state, given, init_state, policy_params, start_params, trunk, whole
 from jaxrl_llm.train.step import StepSpec, batch_shardings, compiled_kl, compiled_logprobs, compiled_update, compiled_values, step_spec
 from models.sharding import batch_ways, place
@@ -83,6 +83,7 @@ class Run:
     checkpoints: Checkpoints = dataclasses.field(init=False)
     key: jax.Array = dataclasses.field(init=False)
     drawn: int = 0  # batches taken from the schedule
+    best: tuple[float, int] | None = None  # (accuracy on the set of `keep_best`, step) of the most accurate trained policy so far
     warned_at: int = -WARN_AGAIN_AFTER
     # (groups with a verdict, share of them with equal rewards, mean reward) of the last steps; a resumed run starts it anew
     spreads: collections.deque = dataclasses.field(default_factory=lambda: collections.deque(maxlen=SPREAD_STEPS))
@@ -91,12 +92,29 @@ class Run:
         _check_lengths(self.model, self.prompts, self.config, "prompts")
         for name, batch in self.evals.items():
             _check_lengths(self.model, batch, self.config, f"evaluation set {name!r}")
+        if self.config.keep_best and self.config.keep_best not in self.evals:
+            known = nearest(self.config.keep_best, self.evals)
+            raise UserError(f"setting 'keep_best' is {self.config.keep_best!r}, which is no evaluation set: {known}")
         self.checkpoints = Checkpoints(self.run_dir.checkpoints, self.config.keep_checkpoints)
         self.key = jax.random.key(self.config.seed)
 
     def policy(self, state: State) -> Any:
         """The policy's parameters as the model computes with them."""
         return policy_params(self.model, state["params"], self.spec.lora, self.frozen)
+
+    def see_best(self, records: list[dict[str, Any]]) -> bool:
+        """Takes note of evaluations; whether one of them is the best of a trained policy so far (the first of equals), whose checkpoint then
+        stays."""
+        before = self.best
+        for record in records:
+            trained = record["kind"] == "eval" and record["set"] == self.config.keep_best and record["step"] > 0
+            found = record["accuracy"] if trained else None
+            # Where no row got a verdict there is no accuracy.
+            if found is not None and np.isfinite(found) and (self.best is None or found > self.best[0]):
+                self.best = found, record["step"]
+        if self.best is not None:
+            self.checkpoints.name_best(self.best[1])
+        return self.best != before
 
 
 def train_grpo(
@@ -121,8 +139,9 @@ def train_grpo(
     checkpoints go there; if it holds checkpoints of this run, training goes on from the newest. evals: name -> held-out prompts, evaluated
     before the first step, every `eval_every` steps and at the end. mesh: a mesh of `models.sharding.make_mesh`, or None for one device.
 
-    Returned parameters have the model's dtype. Raises UserError for settings without meaning, a disk that refuses, or a loss that is
-    not finite (the step is named, the last good checkpoint stays); Interrupted (a SystemExit) after SIGTERM, state saved.
+    With `keep_best` the parameters returned are those of the most accurate evaluation. They have the model's dtype. Raises UserError for
+    settings without meaning, a disk that refuses, or a loss that is not finite (the step is named, the last good checkpoint stays);
+    Interrupted (a SystemExit) after SIGTERM, state saved.
     """
     config = from_mapping(GRPOConfig, config)
     check_grpo(config)
@@ -153,9 +172,15 @@ def train(run: Run, params, progress: bool = True):
     try:
         state, start = _restore(run, params)
         state = _train(run, state, start, progress)
+        if run.best is not None and run.best[1] < run.config.steps:
+            del state
+            found = run.checkpoints.restore(_abstract(run), at=run.best[1])
+            state = found[1]  # pyright: ignore[reportOptionalSubscript]
     finally:
         run.checkpoints.close()
     summary = _summary(run.run_dir.metrics(), run.config)
+    if run.best is not None:
+        summary["best"] = {"set": run.config.keep_best, "step": run.best[1], "accuracy": run.best[0]}
     run.run_dir.summary(summary)
     return run.policy(state), summary
 
@@ -178,7 +203,7 @@ def _restore(run: Run, params) -> tuple[dict, int]:
     if run.compares or lora is not None:
         start = start_params(run.model, params, run.mesh)
         run.reference, run.frozen = start if run.compares else None, None if lora is None else start
-    found = run.checkpoints.restore(abstract_state(run.model, optimizer, run.mesh, critic, lora))
+    found = run.checkpoints.restore(_abstract(run))
     if found is None:
         run.run_dir.truncate_after(-1)
         return init_state(run.model, optimizer, params, run.mesh, critic, lora, run.config.lora.seed), 0
@@ -186,8 +211,13 @@ def _restore(run: Run, params) -> tuple[dict, int]:
     run.drawn = int(schedule_state.pop(DRAWN, step))
     run.schedule.restore(schedule_state)
     run.run_dir.truncate_after(step)
+    run.see_best([record for record in run.run_dir.metrics() if record["step"] <= step])
     logging.info("resumed from step %d of %s", step, run.run_dir.path)
     return state, step
+
+
+def _abstract(run: Run) -> State:
+    return abstract_state(run.model, run.spec.optimizer, run.mesh, run.critic, run.spec.lora)
 
 
 def _train(run: Run, state, start: int, progress: bool):
@@ -198,16 +228,19 @@ def _train(run: Run, state, start: int, progress: bool):
     bar = tqdm(
         total=config.steps, initial=start, desc=run.name, unit="step", mininterval=0.5, disable=None if progress else True, leave=False
     )
-    with bar, stop_on_signal() as stop:
+    with bar, stop_on_signal() as stop, watchdog(config.watchdog_seconds) as alive:
         for step in range(start, config.steps):
+            alive()
             state, record = _step(run, state, step)
             done, last = step + 1, step + 1 == config.steps
             run.run_dir.log(record)
             bar.update()
             bar.set_postfix(reward=f"{record['reward']:.3f}", refresh=False)
+            best = False
             if last or (config.eval_every and done % config.eval_every == 0):
-                _evaluate(run, state, done)
-            if last or stop.signum or (config.checkpoint_every and done % config.checkpoint_every == 0):
+                alive()
+                best = run.see_best(_evaluate(run, state, done))
+            if last or stop.signum or best or (config.checkpoint_every and done % config.checkpoint_every == 0):
                 # Without resampling the batches drawn are the steps.
                 drawn = {DRAWN: np.int64(run.drawn)} if run.tries > 1 else {}
                 run.checkpoints.save(done, state, run.schedule.state() | drawn)
@@ -340,11 +373,11 @@ def _zero_spread(run: Run) -> float:
     return float(np.average([share for _, share, _ in run.spreads], weights=counts))
 
 
-def _evaluate(run: Run, state, step: int) -> None:
+def _evaluate(run: Run, state, step: int) -> list[dict[str, Any]]:
     """Logs a record for each evaluation set. The randomness of avg@k is the same at every step: differences are the policy's."""
-    config = run.config
+    config, records = run.config, []
     if not run.evals:
-        return
+        return records
     policy = run.policy(state)
     for name, prompts in run.evals.items():
         began = time.perf_counter()
@@ -363,7 +396,9 @@ def _evaluate(run: Run, state, step: int) -> None:
             seed=run.key,
             mesh=run.mesh,
         )
-        run.run_dir.log({"kind": "eval", "step": step, "set": name} | record | {"seconds": time.perf_counter() - began})
+        records.append({"kind": "eval", "step": step, "set": name} | record | {"seconds": time.perf_counter() - began})
+        run.run_dir.log(records[-1])
+    return records
 
 
 def _summary(records: list[dict], config: GRPOConfig | OnlineDPOConfig) -> dict:

@@ -15,7 +15,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxrl_llm.losses import preference
@@ -23,9 +22,8 @@ from jaxrl_llm.train.config import DPOConfig, OnlineDPOConfig, OptimizerConfig, 
 from jaxrl_llm.train.forward import policy_logprobs
 from jaxrl_llm.train.state import (
     State,
+    apply_gradients,
     frozen_shardings,
-    learning_rate,
-    make_optimizer,
     resolve_decay,
     state_shardings,
     whole,
@@ -197,13 +195,8 @@ def loss_and_grads(spec: PreferenceSpec, params, batch: Batch, frozen=None):
 
 def _update(spec: PreferenceSpec, state: State, batch: Batch, frozen=None):
     loss, metrics, grads = loss_and_grads(spec, state["params"], batch, frozen)
-    updates, opt_state = make_optimizer(spec.optimizer).update(grads, state["opt_state"], state["params"])
-    metrics |= {
-        "loss": loss,
-        "grad_norm": optax.tree.norm(grads),
-        "learning_rate": learning_rate(spec.optimizer)(state["step"]),
-    }
-    return {"params": optax.apply_updates(state["params"], updates), "opt_state": opt_state, "step": state["step"] + 1}, metrics
+    state, moved = apply_gradients(spec.optimizer, state, grads)
+    return state, metrics | {"loss": loss} | moved
 
 
 @functools.lru_cache(maxsize=64)

@@ -10,7 +10,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from absl import logging
 from jax.sharding import NamedSharding, PartitionSpec
 from tqdm import tqdm
@@ -22,14 +21,13 @@ from jaxrl_llm.losses.logprobs import token_logprobs
 from jaxrl_llm.losses.sft import sft_loss
 from jaxrl_llm.run_dir import RunDir
 from jaxrl_llm.train.config import OptimizerConfig, SFTConfig, check_counts, check_lora, check_optimizer, from_mapping
-from jaxrl_llm.train.signals import Interrupted, StopRequest, stop_on_signal
+from jaxrl_llm.train.signals import Interrupted, StopRequest, stop_on_signal, watchdog
 from jaxrl_llm.train.state import (
     abstract_state,
+    apply_gradients,
     frozen_shardings,
     given,
     init_state,
-    learning_rate,
-    make_optimizer,
     policy_params,
     resolve_decay,
     start_params,
@@ -73,15 +71,8 @@ def _update(spec: SFTSpec, state, batch, frozen=None):
     else:
         zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, state["params"]))
         (loss, grads), _ = jax.lax.scan(lambda total, micro: (jax.tree.map(jnp.add, total, one(micro)), None), zero, batch)
-    updates, opt_state = make_optimizer(spec.optimizer).update(grads, state["opt_state"], state["params"])
-    metrics = {
-        "loss": loss,
-        "grad_norm": optax.tree.norm(grads),
-        "tokens": tokens,
-        "learning_rate": learning_rate(spec.optimizer)(state["step"]),
-    }
-    params = optax.apply_updates(state["params"], updates)
-    return {"params": params, "opt_state": opt_state, "step": state["step"] + 1}, metrics
+    state, moved = apply_gradients(spec.optimizer, state, grads)
+    return state, {"loss": loss, "tokens": tokens} | moved
 
 
 @functools.lru_cache(maxsize=64)
@@ -180,8 +171,10 @@ def _train(spec, state, frozen, start, batches, config, run_dir, checkpoints, me
     bar = tqdm(total=config.steps, initial=start, desc="sft", unit="step", mininterval=0.5, disable=None if progress else True, leave=False)
     pending, since = [], time.perf_counter()
     # Without a run directory there is nothing to save: a signal is the caller's affair.
-    with bar, contextlib.nullcontext(StopRequest()) if run_dir is None else stop_on_signal() as stop:
+    stopping = contextlib.nullcontext(StopRequest()) if run_dir is None else stop_on_signal()
+    with bar, stopping as stop, watchdog(config.watchdog_seconds) as alive:
         for step in range(start, config.steps):
+            alive()
             state, metrics = update(state, _placed(*_next(batches, step), config=config, mesh=mesh), frozen)
             pending.append(metrics)
             bar.update()

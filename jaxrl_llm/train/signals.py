@@ -1,9 +1,12 @@
-"""Ending a run cleanly from outside: SIGTERM (preemption) and Ctrl-C let the step finish, save, and leave."""
+"""Ending a run cleanly from outside: SIGTERM (preemption) and Ctrl-C let the step finish, save, and leave. And from inside, where a step
+does not come to its end."""
 
 import contextlib
+import faulthandler
 import signal
+import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 
 class Interrupted(SystemExit):
@@ -44,3 +47,22 @@ def stop_on_signal() -> Iterator[StopRequest]:
     finally:
         for signum, old in before.items():
             signal.signal(signum, old)
+
+
+@contextlib.contextmanager
+def watchdog(seconds: int) -> Iterator[Callable[[], None]]:
+    """Within the block the process ends with exit code 1, the stacks of all threads on stderr, where the function that is given is not
+    called for so many seconds: a reward that waits for ever, a collective whose peer is gone. What starts it anew goes on from the newest
+    checkpoint. seconds: 0 = it waits with the step."""
+    if not seconds:
+        yield lambda: None
+        return
+
+    def alive() -> None:
+        faulthandler.dump_traceback_later(seconds, exit=True, file=sys.__stderr__)
+
+    alive()
+    try:
+        yield alive
+    finally:
+        faulthandler.cancel_dump_traceback_later()

@@ -7,7 +7,7 @@ model. `whole` makes the policy of both.
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,7 @@ State = dict[str, Any]
 
 # The last path entry of parameters that weight decay leaves alone: norms' scales and biases.
 NOT_DECAYED = ("norm", "bias", "scale")
+SPIKE_DECAY, SPIKE_WARMUP = 0.98, 20  # of the running mean of gradient norms, and updates before any is left out
 VALUE_HEAD = "value_head"  # beside the model's parameters while a critic is trained: {"kernel": [d_model], "bias": []}
 
 
@@ -56,13 +57,55 @@ def _decays(params):
     return jax.tree_util.tree_map_with_path(one, params)
 
 
+class SpikeState(NamedTuple):
+    """inner: the optimizer's own. mean: running mean of the gradient norm (weights sum to 1 - SPIKE_DECAY^count), count: of the norms in it; skipped:
+    updates left out."""
+
+    inner: Any
+    mean: jax.Array
+    count: jax.Array
+    skipped: jax.Array
+
+
+def without_spikes(inner: optax.GradientTransformation, factor: float) -> optax.GradientTransformation:
+    """`inner`, but an update whose gradient norm is above `factor` times its running mean is left out: parameters and moments stay as they
+    are. The first SPIKE_WARMUP updates are all taken. A spike enters the mean as `factor` times it, so that norms which stay high are
+    believed in time. A norm that is not finite is let through, for the guard against those to see."""
+
+    def init(params):
+        return SpikeState(inner.init(params), jnp.zeros((), jnp.float32), jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
+
+    def update(grads, state, params=None):
+        norm = optax.tree.norm(grads).astype(jnp.float32)
+        limit = factor * state.mean / jnp.maximum(1 - SPIKE_DECAY ** state.count.astype(jnp.float32), 1e-6)
+        spike = (state.count >= SPIKE_WARMUP) & (norm > limit)
+        updates, moved = inner.update(grads, state.inner, params)
+        updates = jax.tree.map(lambda u: jnp.where(spike, 0, u), updates)
+        moved = jax.tree.map(lambda old, new: jnp.where(spike, old, new), state.inner, moved)
+        mean = SPIKE_DECAY * state.mean + (1 - SPIKE_DECAY) * jnp.where(spike, limit, norm)
+        return updates, SpikeState(moved, mean, state.count + 1, state.skipped + spike)
+
+    return optax.GradientTransformation(init, update)
+
+
 @functools.lru_cache(maxsize=64)
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
-    """AdamW after a global-norm clip (if any)."""
+    """AdamW after a global-norm clip (if any), without the updates of spikes where those are left out."""
     adamw = optax.adamw(
         learning_rate(config), b1=config.b1, b2=config.b2, eps=config.eps, weight_decay=config.weight_decay, mask=_decays
     )
-    return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw) if config.clip_norm else optax.chain(adamw)
+    chain = optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw) if config.clip_norm else optax.chain(adamw)
+    return without_spikes(chain, config.spike_factor) if config.spike_factor else chain
+
+
+def apply_gradients(config: OptimizerConfig, state: State, grads) -> tuple[State, dict[str, jax.Array]]:
+    """(the state after one update, {"grad_norm", "learning_rate" and, where spikes are left out, "spike": 1 for an update that was})."""
+    updates, opt_state = make_optimizer(config).update(grads, state["opt_state"], state["params"])
+    metrics = {"grad_norm": optax.tree.norm(grads), "learning_rate": learning_rate(config)(state["step"])}
+    if config.spike_factor:
+        metrics["spike"] = (opt_state.skipped - state["opt_state"].skipped).astype(jnp.float32)
+    params = optax.apply_updates(state["params"], updates)
+    return {"params": params, "opt_state": opt_state, "step": state["step"] + 1}, metrics
 
 
 def abstract_state(model: ModelConfig, optimizer: OptimizerConfig, mesh=None, critic: bool = False, lora: LoraConfig | None = None) -> State:

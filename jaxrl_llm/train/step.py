@@ -13,7 +13,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 import models
@@ -25,9 +24,8 @@ from jaxrl_llm.train.forward import completion_hidden, policy_logprobs
 from jaxrl_llm.train.state import (
     VALUE_HEAD,
     State,
+    apply_gradients,
     frozen_shardings,
-    learning_rate,
-    make_optimizer,
     resolve_decay,
     state_shardings,
     trunk,
@@ -199,14 +197,8 @@ def loss_and_grads(spec: StepSpec, params, batch: Batch, frozen=None):
 
 def _update(spec: StepSpec, state: State, batch: Batch, frozen=None):
     loss, metrics, grads, logps = loss_and_grads(spec, state["params"], batch, frozen)
-    updates, opt_state = make_optimizer(spec.optimizer).update(grads, state["opt_state"], state["params"])
-    metrics |= {
-        "loss": loss,
-        "grad_norm": optax.tree.norm(grads),
-        "learning_rate": learning_rate(spec.optimizer)(state["step"]),
-    }
-    new_state = {"params": optax.apply_updates(state["params"], updates), "opt_state": opt_state, "step": state["step"] + 1}
-    return new_state, metrics, logps
+    state, moved = apply_gradients(spec.optimizer, state, grads)
+    return state, metrics | {"loss": loss} | moved, logps
 
 
 def batch_shardings(mesh) -> NamedSharding:

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny_folder
 import tiny_grpo as tiny
 import tiny_preferences as prefs
 
@@ -309,19 +310,7 @@ def test_settings_without_meaning_are_one_clear_line(tmp_path):
 
 @pytest.fixture(scope="module")
 def start_folder(tmp_path_factory):
-    from tokenizers import Tokenizer, pre_tokenizers
-    from tokenizers import models as token_models
-    from transformers import PreTrainedTokenizerFast
-
-    folder = tmp_path_factory.mktemp("model") / "tiny"
-    words = ["<pad>", "</s>", *"0123456789", "+", "=", "a", "b"]
-    core = Tokenizer(token_models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<pad>"))
-    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>", pad_token="<pad>")
-    models.save(folder, CONFIG, prefs.params(), tokenizer_from=tokenizer)
-    rows = [{"question": f"{a} + {b} =", "good": str(a + b), "bad": str(9 - a)} for a in range(4) for b in range(4)]
-    (folder.parent / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return folder, folder.parent / "sums.jsonl"
+    return tiny_folder.write(tmp_path_factory.mktemp("model"))
 
 
 VERBS = {
