@@ -19,6 +19,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -27,6 +28,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from jaxrl_llm.run_dir import write_text
 from jaxrl_llm.runtime import use_huge_pages
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -187,9 +189,41 @@ def append_results(figures: Iterable[Figure], results: Path = RESULTS) -> None:
     for figure in figures:
         cells = ["" if value is None else str(value) for value in figure.record().values()]
         lines.append("| " + " | ".join(cells) + " |")
-    heading = "# Results of the benchmarks\n\nEach section was added by `--record`. Ratio above 1: better than the peer.\n"
-    with open(results, "a") as file:
-        file.write(("" if results.stat().st_size else heading) + "\n".join(lines) + "\n")
+    text = results.read_text(encoding="utf-8") if results.exists() else ""
+    write_results(results, text + "\n".join(lines) + "\n")
+
+
+_SECTION = re.compile(r"^## (\d{4}-\d\d-\d\d) ", re.MULTILINE)
+_HEADING = "# Results of the benchmarks\n\nThe newest of each figure, then every record, added by `--record`. Ratio above 1: better than the peer.\n"
+
+
+def write_results(results: Path, text: str) -> None:
+    """Writes the records in `text` behind a table of the newest of each figure, with its goal and whether it is met."""
+    first = _SECTION.search(text)
+    log = "" if first is None else text[first.start() :]
+    newest: dict[str, list[str]] = {}
+    for section in re.split(r"(?m)^(?=## \d{4})", log):
+        for line in section.splitlines():
+            cells = [cell.strip() for cell in line.strip().strip("|").split("|")]
+            if line.startswith("| ") and len(cells) == 8 and cells[0] not in ("name", ""):
+                name, value, unit, peer, _, ratio, _, shape = cells
+                goal = shape.rpartition("goal ")[2] if "goal " in shape else ""
+                newest.pop(name, None)
+                newest[name] = [name, value, unit, ratio and f"{ratio} ({peer})", goal, _met(goal, value, ratio), section[3:13]]
+    rows = ["| " + " | ".join(cells) + " |" for cells in newest.values()]
+    table = ["| name | value | unit | ratio | goal | met | date |", "|---|---|---|---|---|---|---|", *rows]
+    write_text(results, "\n".join([_HEADING, *table, "", log.rstrip(), ""]))
+
+
+def _met(goal: str, value: str, ratio: str) -> str:
+    """Whether a goal such as "2.5 x", "under 1 s", "at most 1.1" or "0" is met; "" where that cannot be told."""
+    found = re.search(r"[\d.]+", goal)
+    if not found or (goal.endswith(" x") and not ratio):
+        return ""
+    number = float(found.group())
+    if goal.endswith(" x"):
+        return "yes" if float(ratio) >= number else "NO"
+    return "yes" if float(value) <= number else "NO"
 
 
 def machine() -> str:

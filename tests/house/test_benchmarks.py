@@ -99,7 +99,7 @@ def test_figures_are_printed_and_recorded(tmp_path, monkeypatch, capsys):
     text = results.read_text()
     assert text.count("# Results of the benchmarks") == 1
     assert text.count("`python -m benchmarks.generation --record --rows 8`") == 2
-    assert text.count("| generation | 8.0 | tokens/s |") == 2
+    assert text.count("| generation | 8.0 | tokens/s |") == 3, "in both records, and once as the newest"
     assert " cores, " in text and "jax 0." in text
 
 
@@ -121,7 +121,24 @@ def test_a_benchmark_that_fails_records_what_it_had(tmp_path, monkeypatch):
 
     with pytest.raises(ValueError, match="half-way"):
         common.run_benchmark(measure, "A benchmark.")
-    assert results.read_text().count("| done | 1.0 | s |") == 1
+    assert results.read_text().count("| done | 1.0 | s |") == 2
+
+
+def test_the_newest_figures_stand_first_with_their_goals(tmp_path):
+    row = "| {} | {} | {} | {} | {} | {} | | {} |"
+    text = "\n".join([
+        "# Old heading", "", "| kept | out |", "", "## 2026-01-01 `a`", "",
+        row.format("speed", 1.0, "x/s", "peer 1", 1.0, 1.0, "batch 2; goal 1.5 x"),
+        row.format("size", 3.0, "GiB", "", "", "", "goal under 2 GiB"), "", "## 2026-01-02 `b`", "",
+        row.format("speed", 2.0, "x/s", "peer 2", 1.0, 2.0, "batch 2; goal 1.5 x"), row.format("plain", 5.0, "s", "", "", "", "no aim"), "",
+    ])  # fmt: skip
+    common.write_results(tmp_path / "R.md", text)
+    head, log = (tmp_path / "R.md").read_text().split("## 2026-01-01")
+    assert "| size | 3.0 | GiB |  | under 2 GiB | NO | 2026-01-01 |" in head and "| plain | 5.0 | s |  |  |  | 2026-01-02 |" in head
+    assert "| speed | 2.0 | x/s | 2.0 (peer 2) | 1.5 x | yes | 2026-01-02 |" in head and head.count("| speed |") == 1 and "kept" not in head
+    assert log.count("| speed |") == 2
+    common.write_results(tmp_path / "R.md", (tmp_path / "R.md").read_text())
+    assert (tmp_path / "R.md").read_text() == head + "## 2026-01-01" + log
 
 
 @pytest.mark.parametrize(("flags", "platforms"), [([], "cpu"), (["--no-peers"], None)])
