@@ -63,7 +63,7 @@ def test_killed_runs_end_with_the_parameters_of_an_undisturbed_one(repo, tmp_pat
 
     rng = random.Random(kills)
     longest = max(record["seconds"] for record in wanted[2:])
-    for step in sorted(rng.sample(range(FIRST_KILL, LAST_KILL + 1), kills)):
+    for step in sorted(rng.choices(range(FIRST_KILL, LAST_KILL + 1), k=kills)):
         kill_after(killed, repo, step, rng.random() * 2 * longest, patience)
     assert start(killed, repo).wait() == 0
 
