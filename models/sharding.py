@@ -118,6 +118,17 @@ def place_rows(array: np.ndarray, mesh: Mesh | None) -> jax.Array:
     return jnp.asarray(array) if mesh is None else place(array, batch_sharding(mesh))
 
 
+def rows_of_all(array: np.ndarray) -> np.ndarray:
+    """The host arrays [rows, ...] of all processes, one below the other in their order, bit for bit; every process calls, with one shape."""
+    if jax.process_count() == 1:
+        return array
+    from jax.experimental import multihost_utils
+
+    # As 32-bit words: a gather over devices would round float64 to float32.
+    words = multihost_utils.process_allgather(np.ascontiguousarray(array).view(np.uint32), tiled=True)
+    return np.ascontiguousarray(words).view(array.dtype)
+
+
 def fetch(tree: Any, mesh: Mesh | None) -> Any:
     """The arrays on the host, whole, on every process."""
     return jax.device_get(tree if mesh is None else _everywhere(replicated(mesh))(tree))

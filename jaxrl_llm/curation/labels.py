@@ -130,7 +130,9 @@ def policy_roll_out(
 
     import models
     from jaxrl_llm.data.prompts import tokenise_prompts
+    from jaxrl_llm.rewards import registry
     from jaxrl_llm.rewards.verdict import RewardInput
+    from models.sharding import rows_of_all
 
     def roll_out(rows: list[Mapping[str, Any]], first: int) -> list[list[Any]]:
         prompts = tokenise_prompts(rows, tokenizer, max_length=max_prompt_tokens, template=template, overflow="truncate")
@@ -142,32 +144,10 @@ def policy_roll_out(
             RewardInput(rows[group]["prompt"], text, rows[group].get("answer"), dict(rows[group]))
             for group, text in zip(rollout.group_ids_N, texts, strict=True)
         ]
+        judged = registry.score_shared(reward, inputs, jax.process_index(), jax.process_count(), rows_of_all)
         verdicts: list[list[Any]] = [[] for _ in rows]
-        for group, verdict in zip(rollout.group_ids_N, _judged(reward, inputs), strict=True):
+        for group, verdict in zip(rollout.group_ids_N, judged, strict=True):
             verdicts[group].append(verdict)
         return verdicts
 
     return roll_out
-
-
-def _judged(reward: Any, inputs: list[Any]) -> list[Any]:
-    """A Verdict for each input. Of several processes each judges an equal share, since a judge that is asked twice may answer
-    differently; all get all verdicts, without reasons."""
-    import jax
-
-    from jaxrl_llm.rewards import registry
-    from jaxrl_llm.rewards.verdict import Status, Verdict
-
-    if jax.process_count() == 1:
-        return registry.score(reward, inputs)
-    from jax.experimental import multihost_utils
-
-    statuses, share = tuple(Status), -(-len(inputs) // jax.process_count())
-    first = share * jax.process_index()
-    table = np.full((share, 2), np.nan)  # status, score (NaN = none)
-    for line, verdict in zip(table, registry.score(reward, inputs[first : first + share]), strict=False):
-        line[:] = statuses.index(verdict.status), np.nan if verdict.score is None else verdict.score
-    # As halves: sent as they are, float64 would be rounded to float32.
-    halves = multihost_utils.process_allgather(table.view(np.uint32), tiled=True)
-    lines = np.ascontiguousarray(halves).view(np.float64)[: len(inputs)]
-    return [Verdict(statuses[int(status)], None if np.isnan(score) else float(score)) for status, score in lines]

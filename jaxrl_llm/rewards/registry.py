@@ -16,6 +16,8 @@ import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from jaxrl_llm.errors import UserError, nearest
 from jaxrl_llm.rewards.constraints import ConstraintsReward
 from jaxrl_llm.rewards.maths import MathsReward
@@ -93,6 +95,28 @@ def score(reward: Reward, inputs: Sequence[RewardInput], timeout_s: float | None
             raise failure
     late = Verdict(Status.TIMEOUT, reason=f"no verdict within {timeout_s} s")
     return [verdict or late for verdict in list(verdicts)]
+
+
+_STATUSES = tuple(Status)
+
+
+def score_shared(
+    reward: Reward, inputs: Sequence[RewardInput], process: int, processes: int, gather: Callable[[np.ndarray], np.ndarray]
+) -> list[Verdict]:
+    """`score`, of which each of several processes judges an equal share of the inputs: a judge that is asked twice may answer differently,
+    and all must go on with the same verdicts. They come back without reasons.
+
+    process, processes: the number of this one, and how many there are. gather: float64 [share, 2] of this process -> those of all
+    processes, one below the other, bit for bit.
+    """
+    if processes == 1:
+        return score(reward, inputs)
+    share = -(-len(inputs) // processes)
+    table = np.full((share, 2), np.nan)  # status, score (NaN = none)
+    for line, verdict in zip(table, score(reward, inputs[share * process : share * (process + 1)]), strict=False):
+        line[:] = _STATUSES.index(verdict.status), np.nan if verdict.score is None else verdict.score
+    lines = gather(table)[: len(inputs)]
+    return [Verdict(_STATUSES[int(status)], None if np.isnan(found) else float(found)) for status, found in lines]
 
 
 def _score_into(reward: Reward, inputs: list[RewardInput], verdicts: list[Verdict | None]) -> None:

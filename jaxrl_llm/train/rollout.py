@@ -11,9 +11,10 @@ import models
 from jaxrl_llm.data.prompts import PromptBatch
 from jaxrl_llm.losses.grpo import overlong_penalty
 from jaxrl_llm.rewards import registry
-from jaxrl_llm.rewards.verdict import Reward, RewardInput, Status, Verdict, reward_values
+from jaxrl_llm.rewards.verdict import Reward, RewardInput, Verdict, reward_values
 from jaxrl_llm.train.config import GRPOConfig, OnlineDPOConfig
 from models.decode import bucket
+from models.sharding import rows_of_all
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,34 +52,14 @@ def decode_completions(tokenizer, rollout: models.Rollout) -> list[str]:
 def judge(reward: Reward, prompts: PromptBatch, group_ids_N: np.ndarray, texts: Sequence[str]) -> list[Verdict]:
     """A Verdict for each completion; an exception in the reward becomes an ERROR verdict of its rows.
 
-    With several processes each judges an equal slice of the rows, and the verdicts (without reasons) are gathered: a judge that is
-    asked twice may answer differently, and every process must train on the same rewards.
+    Several processes share the work, see `registry.score_shared`.
     """
     inputs = []
     for group, text in zip(group_ids_N, texts, strict=True):
         row = prompts.rows[group]
         answer = row.get("answer")
         inputs.append(RewardInput(prompt=row.get("prompt", ""), response=text, answer=None if answer is None else str(answer), row=row))
-    if jax.process_count() == 1:
-        return registry.score(reward, inputs)
-    return _gathered(registry.score, reward, inputs)
-
-
-_STATUSES = tuple(Status)
-
-
-def _gathered(score, reward, inputs):
-    from jax.experimental import multihost_utils
-
-    share = -(-len(inputs) // jax.process_count())
-    start = share * jax.process_index()
-    table = np.full((share, 2), np.nan)  # status code, score (NaN = none)
-    for i, verdict in enumerate(score(reward, inputs[start : start + share])):
-        table[i] = _STATUSES.index(verdict.status), np.nan if verdict.score is None else verdict.score
-    # As bits: a gather over devices would round float64 to float32.
-    bits = multihost_utils.process_allgather(table.view(np.uint32), tiled=True)
-    table = np.ascontiguousarray(bits).view(np.float64)[: len(inputs)]
-    return [Verdict(_STATUSES[int(code)], None if np.isnan(s) else float(s)) for code, s in table]
+    return registry.score_shared(reward, inputs, jax.process_index(), jax.process_count(), rows_of_all)
 
 
 def collect(

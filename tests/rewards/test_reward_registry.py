@@ -3,6 +3,7 @@
 import threading
 import time
 
+import numpy as np
 import pytest
 
 from jaxrl_llm.errors import UserError
@@ -120,3 +121,32 @@ def test_an_interrupt_is_not_swallowed():
     for timeout_s in (None, 30.0):
         with pytest.raises(KeyboardInterrupt):
             score(reward, inputs("a"), timeout_s)
+
+
+@pytest.mark.parametrize(("rows", "processes"), [(7, 3), (2, 4), (6, 2)])
+def test_processes_share_the_work_and_all_get_all_verdicts(rows, processes):
+    """Shares that do not come out even, and processes with nothing to do; a score in 64 bits survives, and so does the lack of one."""
+    given = inputs(*map(str, range(rows)))
+    seen: list[str] = []
+
+    def reward(items):
+        seen.extend(item.response for item in items)
+        made = {0: Verdict(Status.PASS, 0.1 + 1e-12, "why"), 1: Verdict(Status.FAIL), 2: Verdict(Status.ERROR, reason="broken")}
+        return [made[int(item.response) % 3] for item in items]
+
+    class Told(Exception):
+        pass
+
+    def stop(table):
+        raise Told(table)
+
+    tables = []
+    for process in range(processes):
+        with pytest.raises(Told) as told:
+            registry.score_shared(reward, given, process, processes, stop)
+        tables.append(told.value.args[0])
+    assert sorted(seen) == [str(i) for i in range(rows)], "each row once"
+    wanted = registry.score_shared(reward, given, 0, 1, stop)
+    for process in range(processes):
+        found = registry.score_shared(reward, given, process, processes, lambda table: np.concatenate(tables))
+        assert [(v.status, v.score) for v in found] == [(v.status, v.score) for v in wanted]
