@@ -93,8 +93,8 @@ def run(config: Any, workdir: str) -> None:
 
     # ---------------------------------------------------------------------------------------------------- the policy before
     mesh = parse_mesh(config.mesh)
+    tokenizer = models.load_tokenizer(config.model)  # before the weights, which take longer to come
     cfg, params = models.load(config.model, dtype=config.dtype, mesh=mesh)
-    tokenizer = models.load_tokenizer(config.model)
     cfg = _with_story_end(cfg, tokenizer, config.story_end)
     train, held_out = (tokenise_prompts(rows, tokenizer, max_length=config.max_prompt_tokens) for rows in (train_rows, held_rows))
     judged = lambda policy: judge_policy(cfg, policy, params, tokenizer, held_out, reward, grpo, config.judge_samples, stories, mesh)  # noqa: E731

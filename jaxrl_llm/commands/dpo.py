@@ -45,8 +45,8 @@ def run(config: Any, workdir: str) -> None:
     sets = {name: _read(config, source, config.eval_limit, names) for name, source in parse_evals(config.evals).items()}
     run_dir = RunDir(workdir, config, kind="dpo", owns=OWNS)
     mesh = parse_mesh(config.mesh)
+    tokenizer = models.load_tokenizer(config.model)  # before the weights, which take longer to come
     cfg, params = models.load(config.model, dtype=config.dtype, mesh=mesh)
-    tokenizer = models.load_tokenizer(config.model)
     data = encode(rows, tokenizer, cfg.eos_token_ids, config, names)
     held_out = {name: encode(rows, tokenizer, cfg.eos_token_ids, config, names) for name, rows in sets.items()}
     if count := config.data.held_out:

@@ -56,8 +56,8 @@ def train_policy(config: Any, workdir: str, kind: str, settings: Any, train: Cal
         registry.validate_rows(reward, each)
     run_dir = RunDir(workdir, config, kind=kind, owns=OWNS)
     mesh = parse_mesh(config.mesh)
+    tokenizer = models.load_tokenizer(config.model)  # before the weights, which take longer to come
     cfg, params = models.load(config.model, dtype=config.dtype, mesh=mesh)
-    tokenizer = models.load_tokenizer(config.model)
 
     def tokenised(rows) -> PromptBatch:
         return tokenise_prompts(rows, tokenizer, max_length=config.max_prompt_tokens, template=config.template, overflow=config.overflow)

@@ -37,8 +37,8 @@ def run(config: Any, workdir: str) -> None:
     rows = _read(config)
     run_dir = RunDir(workdir, config, kind="sft", owns=OWNS)
     mesh = parse_mesh(config.mesh)
+    tokenizer = models.load_tokenizer(config.model)  # before the weights, which take longer to come
     cfg, params = models.load(config.model, dtype=config.dtype, mesh=mesh)
-    tokenizer = models.load_tokenizer(config.model)
     tokens_NT, mask_NT = encode(rows, tokenizer, cfg.eos_token_ids, config)
     if tokens_NT.shape[1] > cfg.max_position:
         raise UserError(f"the longest row has {tokens_NT.shape[1]} tokens, the model's context is {cfg.max_position}: lower max_length to that")

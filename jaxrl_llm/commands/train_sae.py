@@ -41,8 +41,8 @@ def run(config: Any, workdir: str) -> None:
         return
     run_dir.truncate_after(0)  # a run that goes on is given its earlier records again
     mesh = parse_mesh(config.mesh)
+    token_rows = _token_rows(texts, models.load_tokenizer(config.model))  # before the weights, which take longer to come
     model_cfg, params = models.load(config.model, dtype=config.dtype, mesh=mesh)
-    token_rows = _token_rows(texts, models.load_tokenizer(config.model))
     held_out = min(config.data.eval_rows, max(1, len(token_rows) // 5))
     train_rows, eval_rows = token_rows[:-held_out], token_rows[-held_out:]
     hook = config.hook or f"blocks.{model_cfg.n_layers // 2}.resid_post"

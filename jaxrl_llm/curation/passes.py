@@ -37,8 +37,8 @@ class LanguageModel:
 
     @classmethod
     def load(cls, name: str, dtype: str, mesh: Any) -> LanguageModel:
-        cfg, params = models.load(name, dtype=dtype, mesh=mesh)
-        return cls(cfg, params, models.load_tokenizer(name), name)
+        tokenizer = models.load_tokenizer(name)  # before the weights, which take longer to come
+        return cls(*models.load(name, dtype=dtype, mesh=mesh), tokenizer, name)
 
 
 @dataclass

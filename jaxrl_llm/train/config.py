@@ -196,6 +196,8 @@ class OnlineDPOConfig:
     stop_strings: tuple[str, ...] = ()  # a completion ends after any of these
     rollout_rows: int = 512  # most completions decoded at once
     rollout_refill: bool = False  # a finished completion gives its place to the next at once: the same samples, sooner, for more memory
+    overlong_buffer: int = 0  # last tokens before max_new_tokens over which a soft penalty grows (DAPO eq. 13); 0 = no penalty
+    overlong_penalty: float = 1.0  # what a completion that reaches max_new_tokens loses of its reward
     micro_batch_rows: int = 0  # pairs a micro-batch, gradients accumulated; 0 = all at once
     shared_prefix: bool = True  # forward each prompt once for both completions (same gradient, less work)
     remat: bool = False
@@ -285,11 +287,7 @@ def check_grpo(config: GRPOConfig) -> None:
             f"setting '{name}' compares the samples of a prompt, and num_samples=1: every advantage would be 0; "
             "set num_samples to 2 or more, or loss.baseline='batch_mean' or 'value' with rollout_tries=1"
         )
-    if not 0 <= config.overlong_buffer <= config.max_new_tokens or config.overlong_penalty < 0:
-        raise UserError(
-            f"setting 'overlong_buffer' must be from 0 (off) to max_new_tokens={config.max_new_tokens} and 'overlong_penalty' not below 0, "
-            f"got {config.overlong_buffer} and {config.overlong_penalty:g}"
-        )
+    _check_overlong(config)
     if not config.temperature > 0:
         raise UserError(f"setting 'temperature' must be above 0 in training, got {config.temperature}; evaluation is greedy anyway")
     truncated = config.top_k > 0 or config.top_p < 1.0
@@ -297,6 +295,14 @@ def check_grpo(config: GRPOConfig) -> None:
         raise UserError(
             f"top_k={config.top_k}, top_p={config.top_p}: the log-probabilities in the loss are over the full vocabulary, so training on "
             "truncated samples biases the ratio; set top_k=0 and top_p=1, or allow_truncated_sampling=True to accept that"
+        )
+
+
+def _check_overlong(config: GRPOConfig | OnlineDPOConfig) -> None:
+    if not 0 <= config.overlong_buffer <= config.max_new_tokens or config.overlong_penalty < 0:
+        raise UserError(
+            f"setting 'overlong_buffer' must be from 0 (off) to max_new_tokens={config.max_new_tokens} and 'overlong_penalty' not below 0, "
+            f"got {config.overlong_buffer} and {config.overlong_penalty:g}"
         )
 
 
@@ -371,6 +377,7 @@ def check_online_dpo(config: OnlineDPOConfig) -> None:
     """Raises UserError for settings that have no meaning; all samples of a prompt being one, there is no pair to be made."""
     _check_preference(config)
     _check_at_least_one(config, ("steps", "max_new_tokens", "rollout_rows", "eval_batch"))
+    _check_overlong(config)
     if config.num_samples < 2:
         raise UserError(f"setting 'num_samples' must be at least 2, got {config.num_samples}: a pair is made of two samples of a prompt")
     if config.loss.kind == "kto":

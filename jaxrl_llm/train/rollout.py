@@ -94,7 +94,7 @@ def collect(
     texts = decode_completions(tokenizer, rollout)
     verdicts = judge(reward, prompts, rollout.group_ids_N, texts)
     rewards_N, valid_N = reward_values(verdicts)
-    if isinstance(config, GRPOConfig) and config.overlong_buffer:
+    if config.overlong_buffer:
         penalty_N = np.asarray(overlong_penalty(rollout.completion_lengths_N, config.max_new_tokens, config.overlong_buffer))
         rewards_N = np.where(valid_N, rewards_N + config.overlong_penalty * penalty_N, 0.0).astype(np.float32)
     return Experience(

@@ -43,11 +43,11 @@ def test_the_same_pairs_whatever_the_order_of_rows():
     assert order[moved].tolist() == pairs.tolist() and tied == tied_moved
 
 
-def experience(reward, ids=None):
+def experience(reward, ids=None, config=prefs.ONLINE):
     batch = tiny.prompts().take([0, 1, 2])
     if ids:
         batch.ids[:] = ids
-    return collect(prefs.CONFIG, prefs.params(), tiny.Tokenizer(), batch, reward, prefs.ONLINE, jax.random.key(1))
+    return collect(prefs.CONFIG, prefs.params(), tiny.Tokenizer(), batch, reward, config, jax.random.key(1))
 
 
 def by_position(scores):
@@ -70,6 +70,18 @@ def test_batch_holds_the_best_and_the_worst_of_each_prompt_and_padding():
     assert batch["prompts"][0, 1, : len(prompts[2])].tolist() == prompts[2]
     micro = pair_batch(made, pairs, dataclasses.replace(prefs.ONLINE, micro_batch_rows=1), multiple=2)
     assert micro["completions"].shape[:2] == (2, 4)
+
+
+def test_long_completions_lose_reward_before_pairs_are_made():
+    """Of equal rewards the shorter completion is chosen; all of one length are tied, as without the penalty all are."""
+    same, longest = by_position([0.5] * 12), prefs.ONLINE.max_new_tokens
+    plain = experience(same)
+    made = experience(same, config=dataclasses.replace(prefs.ONLINE, overlong_buffer=longest, overlong_penalty=0.5))
+    lengths = made.rollout.completion_lengths_N
+    np.testing.assert_allclose(made.rewards_N, 0.5 - 0.5 * lengths / longest, rtol=1e-6)
+    assert len(pick_pairs(plain.rewards_N, plain.valid_N, plain.groups_N)[0]) == 0
+    pairs, _ = pick_pairs(made.rewards_N, made.valid_N, made.groups_N)
+    assert len(pairs) > 0 and (lengths[pairs[:, 0]] < lengths[pairs[:, 1]]).all()
 
 
 def test_one_prompt_that_comes_twice_is_one_group():
