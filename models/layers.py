@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
@@ -23,6 +24,7 @@ from models.config import BLOCK_NORMS, ModelConfig
 from models.rope import rotate
 
 QUERIES, QUERY_CHUNK = 1024, 256  # more queries than QUERIES attend in chunks of QUERY_CHUNK: their scores do not all fit in memory
+PRODUCT = "product"  # of activations and a weight matrix
 BATCH_AXES = ("data", "fsdp")  # the mesh axes over which the rows of a batch are spread
 
 ACTIVATIONS = {
@@ -35,6 +37,7 @@ ACTIVATIONS = {
 
 def dense(equation: str, x: Array, kernel: Array | Adapted, dtype: Any = None) -> Array:
     """Einsum with fp32 accumulation, returned in dtype (None: x's); equation like "BTD,DNH->BTNH". An adapted kernel adds scale (x A) B.
+    The result bears the name PRODUCT, by which a recomputed layer may keep it (`models.forward`).
 
     Run as one 2-D matmul: XLA's CPU backend computes the weight gradient of the plain einsum 1.5 times slower, and in
     bf16 not at all.
@@ -51,7 +54,7 @@ def dense(equation: str, x: Array, kernel: Array | Adapted, dtype: Any = None) -
     if isinstance(kernel, Adapted):  # A and B are trained in fp32 and computed with in x's dtype, as the base is
         low = product(x_2d, kernel.a.astype(x.dtype)).astype(x.dtype)
         y = y + kernel.scale * product(low, kernel.b.astype(x.dtype))
-    return y.astype(dtype or x.dtype).reshape(*rows, *width)
+    return checkpoint_name(y.astype(dtype or x.dtype).reshape(*rows, *width), PRODUCT)
 
 
 def rms_norm(x: Array, scale: Array, eps: float, kind: str = "rms") -> Array:

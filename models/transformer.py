@@ -24,7 +24,7 @@ from models.checks import check_tokens
 from models.config import ModelConfig
 from models.errors import ModelError
 from models.head import head, unembed, unembed_matrix
-from models.layers import Block, embed_at, fuse_qkv, norm
+from models.layers import PRODUCT, Block, embed_at, fuse_qkv, norm
 from models.rope import layer_ropes
 from models.taps import BLOCK_TAPS, Hooks, Interventions
 
@@ -266,7 +266,7 @@ def forward(
     taps: tuple[str, ...] = (),
     interventions: Interventions | None = None,
     stop_at: int | None = None,
-    remat: bool = False,
+    remat: bool | str = False,
     unroll: bool = False,
     return_kv: bool = False,
 ) -> ForwardOutput:
@@ -284,7 +284,8 @@ def forward(
       Asking for none costs nothing.
     interventions: {name: function}; the function's result replaces that activation.
     stop_at: run only the first `stop_at` blocks; hidden is then None.
-    remat: recompute a layer's activations in the backward pass instead of keeping them.
+    remat: recompute a layer's activations in the backward pass instead of keeping them: all of them ("nothing" is kept, or True), or all
+      but what its weight matrices give ("products" are kept: attention, norms and the rest cost little to compute again).
     unroll: a Python loop over layers rather than a scan (faster sampling of small models; a cache is then a tuple, and
       params may be `unstacked`).
     return_kv: also return this call's keys and values as a KV (to be someone's prefix).
@@ -327,6 +328,19 @@ def forward(
     return ForwardOutput(hidden, out_taps, new_cache, kv)
 
 
+# What a recomputed layer keeps for the backward pass, besides its input.
+REMAT: dict[str, Any] = {"nothing": None, "products": jax.checkpoint_policies.save_only_these_names(PRODUCT)}
+
+
+def _recomputed(layer, remat: bool | str, **options):
+    if not remat:
+        return layer
+    kept = "nothing" if remat is True else remat
+    if kept not in REMAT:
+        raise ModelError(f"remat={remat!r} is not known; known: False, True, {', '.join(map(repr, REMAT))}")
+    return jax.checkpoint(layer, policy=REMAT[kept], **options)
+
+
 def _scanned(block, carry, layers, n_layers, total_layers, remat):
     """Layers as one lax.scan; a run that stops early indexes the stack, so that no half of it is copied.
 
@@ -341,7 +355,7 @@ def _scanned(block, carry, layers, n_layers, total_layers, remat):
         carry, kept = block(state[0], layer, *given, state[1])
         return ((carry, None), kept) if cache is None else ((carry, kept), None)
 
-    body = jax.checkpoint(body, prevent_cse=False) if remat else body  # a scan's body is not merged with its backward
+    body = _recomputed(body, remat, prevent_cse=False)  # a scan's body is not merged with its backward
     given = (jnp.arange(n_layers), stack if n_layers == total_layers else None)
     (carry, cache), kept = lax.scan(body, (carry, cache), given)
     return carry, kept if cache is None else cache
@@ -353,7 +367,7 @@ def _unrolled(block, carry, layers, n_layers, total_layers, remat):
     at = lambda kv, i: None if kv is None else (kv[0][i], kv[1][i])  # noqa: E731  (stacked, or a tuple over layers)
     kept = []
     for i in range(n_layers):
-        run = jax.checkpoint(functools.partial(_call, block, i)) if remat else functools.partial(_call, block, i)
+        run = _recomputed(functools.partial(_call, block, i), remat)
         p = blocks[i] if isinstance(blocks, tuple) else jax.tree.map(lambda a, i=i: a[i], blocks)
         carry, keep = run(carry, p, tuple(at(prefix, i) for prefix in prefixes), at(cache, i))
         kept.append(keep)

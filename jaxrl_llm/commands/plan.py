@@ -158,7 +158,8 @@ def _plan_on_cpu() -> None:
 def _need(sizes: Mapping[str, Any]) -> None:
     endless = float("inf")
     ranges = dict.fromkeys(("prompts", "num_samples", "prompt_tokens", "max_new_tokens", "rollout_rows"), (1, endless))
-    check_fields(sizes, {"dtype": ("float32", "bfloat16")}, ranges | dict.fromkeys(("micro_batch_rows", "lora_rank"), (0, endless)))
+    ranges |= dict.fromkeys(("micro_batch_rows", "lora_rank"), (0, endless))
+    check_fields(sizes, {"dtype": ("float32", "bfloat16"), "remat_keep": ("nothing", "products")}, ranges)
 
 
 def _params(model: Any, mesh: Any) -> Any:
@@ -191,7 +192,7 @@ def _train_settings(model: Any, sizes: Mapping[str, Any]) -> Any:
     from jaxrl_llm.train.config import GRPOConfig, check_grpo
     from jaxrl_llm.train.step import step_spec
 
-    names = ("num_samples", "max_new_tokens", "micro_batch_rows", "remat", "loss", "lora")
+    names = ("num_samples", "max_new_tokens", "micro_batch_rows", "remat", "remat_keep", "loss", "lora")
     config = GRPOConfig(**{name: sizes[name] for name in names})
     check_grpo(config)
     return step_spec(model, config)
@@ -325,8 +326,8 @@ def _plan_train(model: Any, sizes: Mapping[str, Any], mesh: Any) -> dict[str, An
 
 def _passes(sizes: Mapping[str, Any]) -> int:
     """Forward passes that an update is worth: itself; backward two, one of them for gradients by the matrices, of which an adapter needs
-    none; and one more to recompute each layer."""
-    return 3 + sizes["remat"] - (sizes["lora"].adapter is not None)
+    none; and one more to recompute each layer, where the products of its matrices are not kept."""
+    return 3 + (sizes["remat"] and sizes["remat_keep"] == "nothing") - (sizes["lora"].adapter is not None)
 
 
 def _passes_before(loss: Any) -> int:
@@ -346,7 +347,7 @@ def _plan_pairs(model: Any, sizes: Mapping[str, Any], mesh: Any) -> dict[str, An
 
     new, width, kto = sizes["max_new_tokens"], sizes["prompt_tokens"], sizes["loss"].kind == "kto"
     loss = sizes["loss"]
-    spec = PreferenceSpec(model, loss, OptimizerConfig(), remat=sizes["remat"], lora=sizes["lora"].adapter)
+    spec = PreferenceSpec(model, loss, OptimizerConfig(), remat=sizes["remat"] and sizes["remat_keep"], lora=sizes["lora"].adapter)
     pairs = _round_up(min(sizes["micro_batch_rows"] or sizes["prompts"], sizes["prompts"]), mesh.shape["data"] * mesh.shape["fsdp"])
     micros, place = math.ceil(sizes["prompts"] / pairs), batch_shardings(mesh)
 

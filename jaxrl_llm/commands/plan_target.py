@@ -44,6 +44,7 @@ DEFAULTS: dict[str, Any] = {
     "micro_batch_rows": 0,
     "lora_rank": 0,
     "remat": True,
+    "remat_keep": "nothing",
 }
 
 # Our field -> the names it goes by in the configs of runs, most telling first; a path matches where it ends in one of them.
@@ -60,6 +61,7 @@ NAMES: dict[str, tuple[str, ...]] = {
     "micro_batch_rows": ("grpo.micro_batch_rows", "micro_batch_rows"),
     "lora_rank": ("lora.rank",),
     "remat": ("grpo.remat", "remat"),
+    "remat_keep": ("remat_keep",),
 }
 
 

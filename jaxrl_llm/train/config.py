@@ -102,6 +102,7 @@ class GRPOConfig:
     micro_batch_rows: int = 0  # completions a micro-batch, gradients accumulated; 0 = all at once
     shared_prefix: bool = True  # forward each distinct prompt once for its samples (same gradient, less work)
     remat: bool = False  # recompute each layer in the backward pass: less memory, a third more work
+    remat_keep: str = "nothing"  # with remat, what is not recomputed: "nothing", or "products", what the weight matrices give
     logprob_chunk: int | None = None  # tokens a chunk of the unembedding; None picks by vocabulary
     loss: LossConfig = LossConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -127,7 +128,8 @@ class SFTConfig:
 
     steps: int = 100
     micro_batch_rows: int = 0  # rows a micro-batch, gradients accumulated; 0 = all at once
-    remat: bool = False
+    remat: bool = False  # recompute each layer in the backward pass
+    remat_keep: str = "nothing"  # with remat, what is not recomputed: "nothing", or "products", what the weight matrices give
     logprob_chunk: int | None = None
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-5, clip_norm=1.0)
     lora: LoraSettings = LoraSettings()
@@ -169,7 +171,8 @@ class DPOConfig:
     micro_batch_rows: int = 0  # pairs (KTO: rows) a micro-batch, gradients accumulated; 0 = all at once
     temperature: float = 1.0  # of the log-probabilities, the policy's and the reference's: that of the sampling to come
     shared_prefix: bool = True  # forward each prompt once for both completions (same gradient, less work)
-    remat: bool = False
+    remat: bool = False  # recompute each layer in the backward pass
+    remat_keep: str = "nothing"  # with remat, what is not recomputed: "nothing", or "products", what the weight matrices give
     logprob_chunk: int | None = None
     loss: PreferenceLossConfig = PreferenceLossConfig()
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=5e-7, clip_norm=1.0)
@@ -200,7 +203,8 @@ class OnlineDPOConfig:
     overlong_penalty: float = 1.0  # what a completion that reaches max_new_tokens loses of its reward
     micro_batch_rows: int = 0  # pairs a micro-batch, gradients accumulated; 0 = all at once
     shared_prefix: bool = True  # forward each prompt once for both completions (same gradient, less work)
-    remat: bool = False
+    remat: bool = False  # recompute each layer in the backward pass
+    remat_keep: str = "nothing"  # with remat, what is not recomputed: "nothing", or "products", what the weight matrices give
     logprob_chunk: int | None = None
     loss: PairLossConfig = PairLossConfig()
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=5e-7, clip_norm=1.0)
@@ -345,6 +349,12 @@ def check_optimizer(config: OptimizerConfig) -> None:
     for name in ("b1", "b2"):
         if not 0 <= getattr(config, name) < 1:
             raise UserError(f"setting 'optimizer.{name}' must be from 0 to below 1, got {getattr(config, name)}")
+
+
+def remat_of(config: "GRPOConfig | SFTConfig | DPOConfig | OnlineDPOConfig") -> bool | str:
+    """What `models.forward` takes. Raises UserError for an unknown `remat_keep`."""
+    check_choice("remat_keep", config.remat_keep, ("nothing", "products"))
+    return config.remat and config.remat_keep
 
 
 def check_lora(config: LoraSettings) -> None:

@@ -27,7 +27,7 @@ def completion_logprobs(
     *,
     temperature: float = 1.0,
     chunk: int | None = None,
-    remat: bool = False,
+    remat: bool | str = False,
     shared_prefix: bool = True,
     with_entropy: bool = False,
 ) -> tuple[Float[Array, "rows completion_len"], Float[Array, "rows completion_len"] | None]:
@@ -69,7 +69,7 @@ def completion_hidden(
     completions_NC: Int[Array, "rows completion_len"],
     completion_lengths_N: Int[Array, "rows"],
     *,
-    remat: bool = False,
+    remat: bool | str = False,
     shared_prefix: bool = True,
 ) -> Float[Array, "rows completion_len d_model"]:
     """The states that predict each completion token; arguments as of `completion_logprobs`."""
@@ -77,7 +77,7 @@ def completion_hidden(
     return hidden_of(cfg, params, prompts_GP, prompt_lengths_G, completions_NC, completion_lengths_N, remat)
 
 
-def _forward(cfg: models.ModelConfig, params, tokens, *, remat: bool, **options) -> models.ForwardOutput:
+def _forward(cfg: models.ModelConfig, params, tokens, *, remat: bool | str, **options) -> models.ForwardOutput:
     return models.forward(cfg, params, tokens, remat=remat, unroll=cfg.n_layers <= UNROLLED_LAYERS and not remat, **options)
 
 

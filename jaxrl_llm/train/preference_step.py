@@ -18,7 +18,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxrl_llm.losses import preference
-from jaxrl_llm.train.config import DPOConfig, OnlineDPOConfig, OptimizerConfig, PairLossConfig
+from jaxrl_llm.train.config import DPOConfig, OnlineDPOConfig, OptimizerConfig, PairLossConfig, remat_of
 from jaxrl_llm.train.forward import policy_logprobs
 from jaxrl_llm.train.state import (
     State,
@@ -46,7 +46,7 @@ class PreferenceSpec:
     optimizer: OptimizerConfig
     temperature: float = 1.0
     shared_prefix: bool = True
-    remat: bool = False
+    remat: bool | str = False  # as of `models.forward`
     logprob_chunk: int | None = None
     lora: LoraConfig | None = None
 
@@ -59,7 +59,7 @@ def preference_spec(model: ModelConfig, config: DPOConfig | OnlineDPOConfig) -> 
         optimizer=resolve_decay(config.optimizer, config.steps),
         temperature=config.temperature,
         shared_prefix=config.shared_prefix,
-        remat=config.remat,
+        remat=remat_of(config),
         logprob_chunk=config.logprob_chunk,
         lora=config.lora.adapter,
     )

@@ -11,7 +11,7 @@ import models
 from jaxrl_llm.data.prompts import PromptBatch
 from jaxrl_llm.losses.grpo import overlong_penalty
 from jaxrl_llm.rewards import registry
-from jaxrl_llm.rewards.verdict import Reward, RewardInput, Verdict, reward_values
+from jaxrl_llm.rewards.verdict import Reward, RewardInput, Status, Verdict, reward_values
 from jaxrl_llm.train.config import GRPOConfig, OnlineDPOConfig
 from models.decode import bucket
 from models.sharding import rows_of_all

@@ -20,7 +20,7 @@ from jaxrl_llm.errors import UserError
 from jaxrl_llm.losses.logprobs import token_logprobs
 from jaxrl_llm.losses.sft import sft_loss
 from jaxrl_llm.run_dir import RunDir
-from jaxrl_llm.train.config import OptimizerConfig, SFTConfig, check_counts, check_lora, check_optimizer, from_mapping
+from jaxrl_llm.train.config import OptimizerConfig, SFTConfig, check_counts, check_lora, check_optimizer, from_mapping, remat_of
 from jaxrl_llm.train.signals import Interrupted, StopRequest, stop_on_signal, watchdog
 from jaxrl_llm.train.state import (
     abstract_state,
@@ -46,7 +46,7 @@ class SFTSpec:
 
     model: models.ModelConfig
     optimizer: OptimizerConfig
-    remat: bool
+    remat: bool | str  # as of `models.forward`
     logprob_chunk: int | None
     lora: LoraConfig | None = None
 
@@ -133,7 +133,7 @@ def train_sft(
     check_counts(config)
     check_lora(config.lora)
     lora = config.lora.adapter
-    spec = SFTSpec(model_cfg, resolve_decay(config.optimizer, config.steps), config.remat, config.logprob_chunk, lora)
+    spec = SFTSpec(model_cfg, resolve_decay(config.optimizer, config.steps), remat_of(config), config.logprob_chunk, lora)
     checkpoints = None if run_dir is None else Checkpoints(run_dir.checkpoints, config.keep_checkpoints)
     found = None if checkpoints is None else checkpoints.restore(abstract_state(model_cfg, spec.optimizer, mesh, lora=lora))
     params = given(params)

@@ -19,7 +19,7 @@ import models
 from jaxrl_llm.losses.grpo import Totals, batch_advantages, batch_totals, group_advantages, grpo_loss, kl_estimate, to_go
 from jaxrl_llm.losses.logprobs import default_chunk, token_logprobs
 from jaxrl_llm.losses.ppo import gae, token_values, value_loss
-from jaxrl_llm.train.config import GRPOConfig, LossConfig, OptimizerConfig
+from jaxrl_llm.train.config import GRPOConfig, LossConfig, OptimizerConfig, remat_of
 from jaxrl_llm.train.forward import completion_hidden, policy_logprobs
 from jaxrl_llm.train.state import (
     VALUE_HEAD,
@@ -49,7 +49,7 @@ class StepSpec:
     temperature: float
     max_new_tokens: int  # the constant length of "dr_grpo"
     shared_prefix: bool = True
-    remat: bool = False
+    remat: bool | str = False  # as of `models.forward`
     logprob_chunk: int | None = None
     lora: LoraConfig | None = None
 
@@ -63,7 +63,7 @@ def step_spec(model: ModelConfig, config: GRPOConfig) -> StepSpec:
         temperature=config.temperature,
         max_new_tokens=config.max_new_tokens,
         shared_prefix=config.shared_prefix,
-        remat=config.remat,
+        remat=remat_of(config),
         logprob_chunk=config.logprob_chunk,
         lora=config.lora.adapter,
     )

@@ -107,7 +107,7 @@ def test_batches_and_length_change_the_plan(plans):
 
 SIZES = {"mesh": "cpu:1", "dtype": "float32", "prompts": 4, "num_samples": 2, "prompt_tokens": 16, "max_new_tokens": 8}
 OTHERS = {"dtype": "bfloat16", "prompts": 6, "num_samples": 4, "prompt_tokens": 24, "max_new_tokens": 12, "rollout_rows": 4}
-OTHERS |= {"micro_batch_rows": 2, "remat": False, "rollout_refill": True, "lora_rank": 2}
+OTHERS |= {"micro_batch_rows": 2, "remat": False, "remat_keep": "products", "rollout_refill": True, "lora_rank": 2}
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ from jaxrl_llm.train.config import DPOConfig, GRPOConfig, OnlineDPOConfig, SFTCo
 
 NAMED = {"aggregation": "dr_grpo", "advantage_scale": "none", "kl": "k1", "schedule": "linear", "stop_strings": ("x",), "eval_by": ("level",)}
 NAMED |= {"kind": "ipo", "ratio": "sequence", "surrogate": "cispo", "baseline": "leave_one_out", "kl_place": "sequence_reward", "mismatch": "token"}
-NAMED |= {"targets": ("blocks.q",)}
+NAMED |= {"targets": ("blocks.q",), "remat_keep": "products", "keep_best": "x"}
 
 
 KINDS = {"grpo": GRPOConfig, "sft": SFTConfig, "dpo": DPOConfig, "online_dpo": OnlineDPOConfig, "story_rules": GRPOConfig}

@@ -104,6 +104,7 @@ def test_logprobs_equal_the_models_own_logits(params, shared):
         (spec(), 1, 8),  # ... and four micro-batches
         (spec(logprob_chunk=N), G, 0),  # ... the layers in a scan, as deep models train
         (spec(shared_prefix=False, remat=True, logprob_chunk=2 * N), G, 8),
+        (spec(remat=True, remat_keep="products"), 1, 0),
     ],
 )
 def test_every_fast_or_lean_path_equals_the_plain_loss_and_gradient(params, reference, how, groups, unrolled, monkeypatch):
