@@ -104,9 +104,12 @@ def measure(args: argparse.Namespace) -> Iterable[Figure]:
     found = json.loads(done.stdout.strip().splitlines()[-1])
     value, compile_s = found["peer"] if args.peers else None, max(0.0, found["first"] - found["ours"])
     shape = f"{args.sparse_rows} x {SPARSE_D}, {ENTRIES} entries a row, k {K}"
-    yield Figure("kmeans_sparse_pass", found["ours"], "s", peer, value, compile_s, f"{shape}; reading them first {found['read']:.1f} s", "lower")
+    size = "" if args.sparse_rows == SPARSE_N else f"_{args.sparse_rows}"
+    read = f"{shape}; reading them first {found['read']:.1f} s"
+    yield Figure(f"kmeans_sparse_pass{size}", found["ours"], "s", peer, value, compile_s, read, "lower")
     dense = 4 * args.sparse_rows * SPARSE_D / 2**30
-    yield Figure("kmeans_sparse_peak", found["peak"], "GiB", shape=f"{shape}; resident, all dense they would be {dense:.1f} GiB", better="lower")
+    resident = f"{shape}; resident, all dense they would be {dense:.1f} GiB"
+    yield Figure(f"kmeans_sparse_peak{size}", found["peak"], "GiB", shape=resident, better="lower")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
