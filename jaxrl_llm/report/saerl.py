@@ -17,6 +17,12 @@ from jaxrl_llm.curation.probes import auroc, spearman
 from jaxrl_llm.evals.statistics import Interval, paired_bootstrap, paired_t, steps_saved, steps_to_target
 from jaxrl_llm.report import summarise
 
+# Of a run without arms on other features; what docs/saerl.md found.
+UNCONTROLLED = (
+    "No arm here goes by other features, so this run does not tell what brings a difference: in the lab (docs/saerl.md) arms on random "
+    "clusters, an untrained SAE or no features beside the policy's view of the answers do as well."
+)
+
 
 class ArmRuns:
     """One arm over the cells of a pool: evaluation curves, final rates of each item, and what the training saw."""
@@ -52,7 +58,7 @@ def build(config, root: Path, cells: Sequence[Any], seconds: float) -> tuple[dic
         bases = [c.base for c in cells if c.pool == pool]
         rows = [_arm_row(runs[arm], runs[baseline], runs[main], bases) for arm in config.arms]
         summary[pool] = {row["arm"]: row for row in rows}
-        note = _note(len(folders), config)
+        note = _note(len(folders), config) + ("" if _controls(config) else f" {UNCONTROLLED}")
         shown = [{key: value for key, value in row.items() if key not in ("by_base", "no_saving")} for row in rows]
         tables.append({"title": f"Arms, pool “{pool}”", "rows": shown, "note": note})
         curves.append(_curve_chart(runs, baseline, pool, len(folders)))
@@ -195,7 +201,8 @@ def _headline(config, summary, cells: int) -> str:
     share, its = row["mixed_groups"], base["mixed_groups"]
     parts.append(f"Mixed rewards, the groups GRPO learns from: {share:.0%} against {its:.0%}.")
     parts.append(_attribution(config, summary))
-    parts.append("One seed: a demonstration, not evidence." if cells == 1 else f"{cells} paired runs.")
+    uncontrolled = "" if _controls(config) else " and no control of the SAE"
+    parts.append(f"One seed{uncontrolled}: a demonstration, not evidence." if cells == 1 else f"{cells} paired runs{uncontrolled}.")
     return " ".join(p for p in parts if p)
 
 
@@ -214,15 +221,18 @@ def _verdict(row, main: str, baseline: str, pool: str) -> str:
     return f"{where}{main} {verb} {baseline} by {abs(100 * d['value']):.1f} points{spread}; {saved}."
 
 
+def _controls(config) -> list[str]:
+    """Arms that differ from the main one by the features they go by."""
+    main, table = config.main_arm, config.arm_table
+    return [a for a in config.arms if a.startswith(f"{main}_") and "oracle" not in a and table[a].start == table[main].start]
+
+
 def _attribution(config, summary) -> str:
     """Whether SAE features bring the gain: the main arm against the same arm on other features."""
-    main, pool, table = config.main_arm, config.pools[0], config.arm_table
-    rivals = [a for a in config.arms if a.startswith(f"{main}_") and "oracle" not in a and table[a].start == table[main].start]
+    pool = config.pools[0]
+    rivals = _controls(config)
     if not rivals:
-        return (
-            "Which of its parts brings a difference, this run does not tell: it has no arm on other features. "
-            "In the lab (docs/saerl.md) arms on random clusters, an untrained SAE or no features at all do as well."
-        )
+        return ""
     best = max(rivals, key=lambda a: summary[pool][a]["accuracy"]["value"])
     gap, name = summary[pool][best]["main_minus"], best.replace("_", " ")
     points = f"{_hundredths(gap['value'])} points" + (f", 95% {_span(gap)}" if _span(gap) else "")

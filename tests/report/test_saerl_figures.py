@@ -73,9 +73,15 @@ def test_the_headline_names_the_arm_that_did_not_improve(tmp_path):
         assert facts[1]["detail"] == "flat did not improve"
 
 
-def test_a_run_without_controls_says_that_it_cannot_tell_what_brings_the_gain():
-    config = load_config("configs/saerl.py:demo")
-    assert "In the lab (docs/saerl.md) arms on random clusters" in saerl._attribution(config, {})
+def test_a_run_without_controls_says_that_it_cannot_tell_what_brings_the_gain(tmp_path):
+    vanilla, full = arm(tmp_path, "vanilla", [0.0, 0.2], [0.2] * 4), arm(tmp_path, "full", [0.0, 0.3], [0.3] * 4)
+    rows = {runs.arm: saerl._arm_row(runs, vanilla, full, [0]) for runs in (vanilla, full)}
+    rows["full_tuned"] = rows["vanilla"] | {"arm": "full_tuned"}
+    demo, controlled = (load_config("configs/saerl.py:demo", changes) for changes in ({}, {"arms": ("vanilla", "full", "full_tuned")}))
+    headline = saerl._headline(demo, {"wrong": rows}, 1)
+    assert headline.endswith("One seed and no control of the SAE: a demonstration, not evidence.") and len(headline) < 260
+    assert saerl._headline(controlled, {"wrong": rows}, 1).endswith("One seed: a demonstration, not evidence.")
+    assert saerl._headline(demo, {"wrong": rows}, 6).endswith("6 paired runs and no control of the SAE.")
 
 
 def test_an_item_without_a_verdict_is_left_out_of_the_difference(tmp_path):
