@@ -125,6 +125,6 @@ def test_every_field_of_the_loss_changes_the_gradient(params, kind):
 def test_settings_reach_the_compiled_update():
     config = OnlineDPOConfig(steps=7, temperature=0.6, remat=True, shared_prefix=False, logprob_chunk=3, optimizer=OptimizerConfig(schedule="linear"))
     made = step.preference_spec(prefs.CONFIG, config)
-    assert (made.temperature, made.remat, made.shared_prefix, made.logprob_chunk) == (0.6, True, False, 3)
+    assert (made.temperature, made.remat, made.shared_prefix, made.logprob_chunk) == (0.6, "nothing", False, 3)
     assert made.optimizer.decay_steps == 7 and made.loss is config.loss
     assert not PreferenceLossConfig(kind="simpo").needs_reference and PreferenceLossConfig(kind="kto").needs_reference
