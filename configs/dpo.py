@@ -54,7 +54,7 @@ def get_config(variant: str | None = None) -> ml_collections.ConfigDict:
     config.train.checkpoint_every = 100  # steps; 0 = only at the end and on SIGTERM
     config.train.keep_checkpoints = 2  # the newest so many stay
     config.train.keep_best = ""  # held-out set on which the checkpoint of least loss stays too, and is the policy that is written; empty = the last one is
-    config.train.watchdog_seconds = 0  # a run whose step takes longer ends and says where it stood; 0 = it waits
+    config.train.watchdog_seconds = 0  # a run whose step (the first with its compilation) takes longer ends and says where it stood; 0 = it waits
     config.seed = 0  # of the shuffling
 
     config.train.loss = ml_collections.ConfigDict()  # see jaxrl_llm.losses.preference for the formulas

@@ -76,7 +76,7 @@ def get_config(variant: str | None = None) -> ml_collections.ConfigDict:
     config.train.checkpoint_every = 20  # steps; 0 = only at the end and on SIGTERM
     config.train.keep_checkpoints = 2  # the newest so many stay
     config.train.keep_best = ""  # evaluation set whose most accurate checkpoint stays too, and is the policy that is written; empty = the last one is
-    config.train.watchdog_seconds = 0  # a run whose step takes longer ends and says where it stood; 0 = it waits
+    config.train.watchdog_seconds = 0  # a run whose step (the first with its compilation) takes longer ends and says where it stood; 0 = it waits
     config.train.sample_every = 10  # steps between lines of samples.jsonl; 0 = none
     config.train.samples_per_log = 2  # prompts shown each time, with all their completions
     config.train.zero_spread_warning = 0.9  # share of groups with equal rewards past which a warning is printed

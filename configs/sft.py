@@ -49,7 +49,7 @@ def get_config(variant: str | None = None) -> ml_collections.ConfigDict:
     config.train.log_every = 10  # steps between lines of metrics.jsonl
     config.train.checkpoint_every = 100  # steps; 0 = only at the end and on SIGTERM
     config.train.keep_checkpoints = 2  # the newest so many stay
-    config.train.watchdog_seconds = 0  # a run whose step takes longer ends and says where it stood; 0 = it waits
+    config.train.watchdog_seconds = 0  # a run whose step (the first with its compilation) takes longer ends and says where it stood; 0 = it waits
     config.seed = 0  # of the shuffling
 
     config.train.lora = ml_collections.ConfigDict()  # a low-rank adapter is trained in place of the parameters, and written to WORKDIR/adapter for PEFT too

@@ -24,6 +24,14 @@ PACKAGE_ROOT = Path(__file__).resolve().parent.parent
 # Fields that say how to run, not what: two runs that differ only here are the same run.
 NOT_THE_RUN = ("overwrite",)
 
+# What other libraries call a field of ours.
+_ALSO_CALLED = {
+    "batch_size": ("batch_rows", "batch_prompts", "prompts_per_step"), "epochs": ("steps",), "num_epochs": ("steps",),
+    "num_generations": ("num_samples",), "max_tokens": ("max_new_tokens",), "max_completion_length": ("max_new_tokens",),
+    "gradient_accumulation_steps": ("micro_batch_rows",), "max_grad_norm": ("clip_norm",), "gradient_checkpointing": ("remat",),
+    "dataset": ("source",), "path": ("source", "model"), "checkpoint": ("model",), "output_dir": ("workdir",), "lora_r": ("rank",),
+}  # fmt: skip
+
 
 def load_config(spec: str, overrides: Mapping[str, Any] | None = None) -> ConfigDict:
     """The locked config of "configs/x.py:variant" with overrides applied.
@@ -79,15 +87,6 @@ def set_field(config: ConfigDict, key: str, value: Any) -> None:
                 node[name] = new
     except (TypeError, ValueError) as error:
         raise UserError(f"config key '{key}' is {_type_name(field_type)}, got {value!r}") from error
-
-
-# What other libraries call a field of ours.
-_ALSO_CALLED = {
-    "batch_size": ("batch_rows", "batch_prompts", "prompts_per_step"), "epochs": ("steps",), "num_epochs": ("steps",),
-    "num_generations": ("num_samples",), "max_tokens": ("max_new_tokens",), "max_completion_length": ("max_new_tokens",),
-    "gradient_accumulation_steps": ("micro_batch_rows",), "max_grad_norm": ("clip_norm",), "gradient_checkpointing": ("remat",),
-    "dataset": ("source",), "path": ("source", "model"), "checkpoint": ("model",), "output_dir": ("workdir",), "lora_r": ("rank",),
-}  # fmt: skip
 
 
 def _nearest_key(key: str, config: ConfigDict) -> str:

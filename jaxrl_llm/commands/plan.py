@@ -404,8 +404,9 @@ def _bytes_a_device(arguments: Any) -> int:
 
 
 def _bytes_named(message: str) -> int | None:
-    """The working memory that a compiler's refusal names: "... HLO temporaries (20.82G) exceeds ..."; None where it names none."""
-    found = re.search(r"temporaries \(([\d.]+)([KMGT])", message)
+    """The working memory that a compiler's refusal names: "... HLO temporaries (20.82G) exceeds ..." or "... reserved 258.03M program 14.67G
+    arguments 1.33G ..."; None where it names none."""
+    found = re.search(r"(?:temporaries \(|\bprogram (?=[\d.]+[KMGT] arguments))([\d.]+)([KMGT])", message)
     return int(float(found.group(1)) * 1024 ** (" KMGT".index(found.group(2)))) if found else None
 
 

@@ -141,6 +141,8 @@ def train_dpo(
     check_dpo(config)
     if config.keep_best and config.keep_best not in (held_out or {}):
         raise UserError(f"setting 'keep_best' is {config.keep_best!r}, which is no held-out set: {nearest(config.keep_best, held_out or {})}")
+    if config.keep_best and run_dir is None:
+        raise UserError("setting 'keep_best' keeps a checkpoint: give a run directory to keep it in")
     for name, rows in {TRAINING: data, **(held_out or {})}.items():
         _check_rows(model_cfg, rows, config, name)
     spec = preference_spec(model_cfg, config)
@@ -234,6 +236,7 @@ def _train(run: _Run, state, start: int, progress: bool):
                     save = run.see_best() or save
                 pending, since = [], time.perf_counter()
             if save and checkpoints is not None:
+                alive()
                 checkpoints.save(done, state, run.references)
             if stop.signum and not last:
                 message = f"stopped by signal {stop.signum} after step {done}; the same command goes on from there"

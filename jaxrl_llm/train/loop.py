@@ -243,6 +243,7 @@ def _train(run: Run, state, start: int, progress: bool):
             if last or stop.signum or best or (config.checkpoint_every and done % config.checkpoint_every == 0):
                 # Without resampling the batches drawn are the steps.
                 drawn = {DRAWN: np.int64(run.drawn)} if run.tries > 1 else {}
+                alive()
                 run.checkpoints.save(done, state, run.schedule.state() | drawn)
             if stop.signum and not last:
                 message = f"stopped by signal {stop.signum} after step {done}; the same command goes on from there"

@@ -190,6 +190,7 @@ def _train(spec, state, frozen, start, batches, config, run_dir, checkpoints, me
                 if run_dir is not None:
                     run_dir.log(record)
             if save:
+                alive()
                 checkpoints.save(done, state, {})
             if stop.signum and not last:
                 saved = "the same command goes on from there"

@@ -355,6 +355,8 @@ def test_what_the_compiler_refuses_is_an_answer_not_a_failure(monkeypatch, tiny)
     with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
         plan_command._memory(refusing)
     assert plan_command._bytes_named("no figure") is None
+    other = "Total hbm usage >= 16.25G: reserved 258.03M program 14.67G arguments 1.33G Output size 1.33G. Program hbm requirement 14.67G"
+    assert plan_command._bytes_named(other) == int(14.67 * 2**30)
 
 
 def test_table_says_what_does_not_fit():

@@ -8,6 +8,9 @@ import select
 import shutil
 import subprocess
 import time
+from pathlib import Path
+
+import pytest
 
 FLAGS = [
     "--headless",
@@ -127,3 +130,18 @@ class Browser:
         os.close(self._read)
         self._process.terminate()
         self._process.wait(10)
+
+
+def assert_whole(page: Path, profile: Path, charts: set[str], said: str) -> None:
+    """Opens a page narrow and wide: nothing fails, overflows or is empty, the charts are there and so is the sentence. Skips without Chromium."""
+    if find_chromium() is None:
+        pytest.skip("no Chromium on this machine (Debian: apt-get install chromium)")
+    browser = Browser(profile)
+    try:
+        for width in (380, 1400):
+            browser.open(page.as_uri(), width)
+            check = browser.run("reportCheck()")
+            assert check["failures"] == [] and check["overflow"] == 0 and check["empty"] == 0 and browser.problems == []
+            assert charts <= set(check["charts"]) and said in browser.run("document.body.innerText")
+    finally:
+        browser.close()

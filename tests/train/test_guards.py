@@ -180,6 +180,8 @@ def test_a_set_that_is_not_there_is_named(tmp_path):
         tiny.run(tmp_path / "run", dataclasses.replace(tiny.TINY, keep_best="hold"), evals={"held": tiny.prompts(4)})
     with pytest.raises(UserError, match="'keep_best' is 'hold', which is no held-out set: did you mean held"):
         prefs.train(dataclasses.replace(prefs.QUICK, keep_best="hold"), held_out={"held": prefs.pairs(4)})
+    with pytest.raises(UserError, match="'keep_best' keeps a checkpoint: give a run directory"):
+        prefs.train(dataclasses.replace(prefs.QUICK, keep_best="held"), held_out={"held": prefs.pairs(4)})
 
 
 # ------------------------------------------------------------------------------------------------------------ watchdog
