@@ -287,6 +287,7 @@ def _plan_train(model: Any, sizes: Mapping[str, Any], mesh: Any) -> dict[str, An
     import jax
     import jax.numpy as jnp
 
+    from jaxrl_llm.train.rollout import samples_together
     from jaxrl_llm.train.state import abstract_state
     from jaxrl_llm.train.step import batch_shardings, compiled_update
 
@@ -294,9 +295,11 @@ def _plan_train(model: Any, sizes: Mapping[str, Any], mesh: Any) -> dict[str, An
     micro_rows = sizes["micro_batch_rows"]
     spec = _train_settings(model, sizes)
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
-    wanted = max(micro_rows // samples, 1) if micro_rows else sizes["prompts"]
-    prompts = _round_up(min(wanted, sizes["prompts"]), ways)
-    micros, rows = math.ceil(sizes["prompts"] / prompts), prompts * samples
+    together = samples_together(samples, micro_rows, ways)
+    blocks = sizes["prompts"] * samples // together  # a prompt is forwarded once for each
+    per_device = math.ceil(blocks / ways)
+    prompts = ways * (min(per_device, max(micro_rows // together // ways, 1)) if micro_rows else per_device)
+    micros, rows = math.ceil(blocks / prompts), prompts * together
     place = batch_shardings(mesh)
 
     def array(shape: tuple[int, ...], dtype: Any) -> Any:
@@ -318,9 +321,9 @@ def _plan_train(model: Any, sizes: Mapping[str, Any], mesh: Any) -> dict[str, An
         batch["values"] = batch["sampler_logps"]
     state = abstract_state(model, spec.optimizer, mesh, spec.loss.critic, spec.lora)
     memory = _memory(compiled_update(spec, mesh), state, batch, _frozen(model, sizes, mesh))
-    forward = width * model.flops_per_token(width // 2) + samples * new * model.flops_per_token(width + new // 2)
-    passes = _passes(sizes) + _passes_before(spec.loss)
-    flops = sizes["prompts"] * forward * passes
+    forward = blocks * width * model.flops_per_token(width // 2)
+    forward += sizes["prompts"] * samples * new * model.flops_per_token(width + new // 2)
+    flops = forward * (_passes(sizes) + _passes_before(spec.loss))
     return {"rows": rows, "micro_batches": micros, "flops": flops, **memory}
 
 

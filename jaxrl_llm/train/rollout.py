@@ -116,22 +116,32 @@ def groups_by_id(ids: Sequence[str]) -> np.ndarray:
     return np.array([numbers.setdefault(i, len(numbers)) for i in ids], dtype=np.int32)
 
 
+def samples_together(num_samples: int, micro_batch_rows: int, ways: int) -> int:
+    """How many of a prompt's completions share one forward of it in an update: all, or where micro_batch_rows over the ways (devices that
+    share the rows) leaves less room, the most that fit and divide them."""
+    room = max(micro_batch_rows // ways, 1) if micro_batch_rows else num_samples
+    return next(size for size in range(min(room, num_samples), 0, -1) if num_samples % size == 0)
+
+
 def build_batch(experience: Experience, config: GRPOConfig, *, row_multiple: int = 1) -> dict[str, np.ndarray]:
     """The update's batch (see `jaxrl_llm.train.step`) in micro-batches, padded with empty rows.
 
     Completions of one prompt stay together when every prompt has the same number of them, so that its prefix is forwarded once; else
-    each row carries its own copy of the prompt. row_multiple: micro-batches get a multiple of this many prompts (the devices that
-    share the rows). Widths are rounded up to a few sizes, so that steps share compilations.
+    each row carries its own copy of the prompt. A micro-batch with less room than that holds part of a prompt's completions (see
+    `samples_together`). row_multiple: over how many devices its rows are spread; each gets as many prompts. Widths are rounded up to a
+    few sizes, so that steps share compilations.
     """
     r, rows = experience.rollout, experience.rollout.group_ids_N
     order = np.argsort(rows, kind="stable")
     present, counts = np.unique(rows, return_counts=True)
     complete = len(counts) > 0 and np.all(counts == counts[0])
-    S = int(counts[0]) if complete else 1
-    of_prompt = present if complete else rows[order]  # the prompt of each block of S rows
+    S = samples_together(int(counts[0]), config.micro_batch_rows, row_multiple) if complete else 1
+    of_prompt = np.repeat(present, counts // S) if complete else rows[order]  # the prompt of each block of S rows
     G = len(of_prompt)
-    per_micro = max(config.micro_batch_rows // S, 1) if config.micro_batch_rows else G
-    per_micro = -(-min(per_micro, G) // row_multiple) * row_multiple
+    per_device = -(-G // row_multiple)
+    if config.micro_batch_rows:
+        per_device = min(per_device, max(config.micro_batch_rows // S // row_multiple, 1))
+    per_micro = per_device * row_multiple
     M = -(-G // per_micro)
 
     def blocks(array, size, fill=0):

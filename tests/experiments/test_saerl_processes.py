@@ -1,6 +1,7 @@
 """The SAERL experiment in processes of its own: shared by two workers, over two hosts, and killed while an arm filters anew.
 
-Each is compared with one run of one process (`alone`). JAXRL_LLM_KILLS=10 kills ten times rather than twice.
+Each is compared with one run of one process (`alone`). JAXRL_LLM_KILLS=10 kills ten times rather than twice; JAXRL_LLM_KILL_DEMO=10 kills
+the demo itself, at its own size (ten minutes or more, so that the suite leaves it out).
 """
 
 import json
@@ -175,3 +176,35 @@ def test_an_arm_killed_around_its_refilters_ends_as_an_undisturbed_one(repo, alo
     wanted, found = tiny.contents(folder), tiny.contents(killed)
     copied = f"{CELL}/sae/cfg.json"  # names the policy in the folder that it was copied from
     assert [name for name in wanted if name.startswith(CELL) and name != copied and found.get(name) != wanted[name]] == []
+
+
+@pytest.mark.skipif("JAXRL_LLM_KILL_DEMO" not in os.environ, reason="takes ten minutes or more: set JAXRL_LLM_KILL_DEMO to a number of kills")
+def test_the_demo_itself_killed_at_random_moments_of_its_training_ends_as_an_undisturbed_one(repo, tmp_path):
+    kills, folder, killed = int(os.environ["JAXRL_LLM_KILL_DEMO"]), tmp_path / "alone" / "demo", tmp_path / "killed" / "demo"
+
+    def demo(workdir):
+        command = [sys.executable, "-m", "jaxrl_llm", "saerl", "--config=configs/saerl.py:demo", f"--workdir={workdir}"]
+        env = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(repo)}
+        return subprocess.Popen(command, env=env, cwd=repo, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+    def trained(workdir):
+        lines = [path.read_bytes().splitlines() for path in (workdir / CELL).glob("*/metrics.jsonl")]
+        return sum(b'"kind": "train"' in line for run in lines for line in run)
+
+    finish(demo(folder))
+    total, rng, hits = trained(folder), random.Random(kills), 0
+    assert total == 480, "two arms of 240 steps"
+    for step in sorted(rng.sample(range(total), kills)):
+        before, process = trained(killed), demo(killed)
+        while trained(killed) <= max(step, before) and process.poll() is None:
+            time.sleep(0.01)
+        time.sleep(rng.random())
+        process.send_signal(signal.SIGKILL)
+        hits += process.wait() == -signal.SIGKILL
+        process.stderr.close()
+        print(f"killed after {trained(killed)} of {total} steps", flush=True)
+    assert hits == kills
+    finish(demo(killed))
+    wanted, found = tiny.contents(folder), tiny.contents(killed)
+    arms = [name for name in wanted if name.startswith(CELL) and name != f"{CELL}/sae/cfg.json"]
+    assert any(name.endswith("full/metrics.jsonl") for name in arms) and [name for name in arms if found.get(name) != wanted[name]] == []

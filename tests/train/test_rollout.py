@@ -11,9 +11,9 @@ from jaxrl_llm.errors import UserError
 from jaxrl_llm.rewards.verdict import Status, Verdict
 from jaxrl_llm.train.config import GRPOConfig, LossConfig, OptimizerConfig, check_grpo, from_mapping
 from jaxrl_llm.train.metrics import experience_metrics, samples_record
-from jaxrl_llm.train.rollout import build_batch, collect
+from jaxrl_llm.train.rollout import build_batch, collect, samples_together
 from jaxrl_llm.train.state import init_state
-from jaxrl_llm.train.step import compiled_update, step_spec
+from jaxrl_llm.train.step import compiled_update, loss_and_grads, step_spec
 
 S = tiny.TINY.num_samples
 
@@ -83,13 +83,33 @@ def test_temperature_is_the_same_in_sampling_and_loss():
     assert float(metrics["logp_diff_max"]) < 1e-5
 
 
-def test_micro_batches_keep_prompts_whole_and_pad_with_empty_rows(experience):
+def test_micro_batches_keep_prompts_whole_where_they_fit_and_pad_with_empty_rows(experience):
     batch = build_batch(experience, dataclasses.replace(tiny.TINY, micro_batch_rows=3 * S))
     assert batch["prompts"].shape[:2] == (2, 3) and batch["completions"].shape[:2] == (2, 3 * S)
     assert not batch["lengths"][1, S:].any() and not batch["valid"][1, S:].any() and batch["prompt_lengths"].all()
-    for_mesh = build_batch(experience, dataclasses.replace(tiny.TINY, micro_batch_rows=S), row_multiple=2)
+    for_mesh = build_batch(experience, dataclasses.replace(tiny.TINY, micro_batch_rows=2 * S), row_multiple=2)
     assert for_mesh["prompts"].shape[:2] == (2, 2)
     assert build_batch(experience, tiny.TINY, row_multiple=8)["prompts"].shape[:2] == (1, 8)
+
+
+@pytest.mark.parametrize("rows,ways,together", [(S // 2, 1, 2), (S, 2, 2), (S, 3, 1), (1, 1, 1), (3, 4, 1)])
+def test_micro_batches_smaller_than_a_prompt_hold_part_of_its_completions(experience, rows, ways, together):
+    whole = build_batch(experience, tiny.TINY)
+    parts = build_batch(experience, dataclasses.replace(tiny.TINY, micro_batch_rows=rows), row_multiple=ways)
+    micros, held = parts["completions"].shape[:2]
+    assert held == max(rows // ways, 1) // together * together * ways and parts["prompts"].shape[:2] == (micros, held // together)
+    for name, array in parts.items():
+        of_row = np.repeat(whole[name][0], S, axis=0) if name in ("prompts", "prompt_lengths") else whole[name][0]
+        got = np.repeat(array, together, axis=1) if name in ("prompts", "prompt_lengths") else array
+        np.testing.assert_array_equal(got.reshape(-1, *array.shape[2:])[: len(of_row)], of_row, err_msg=name)
+    spec = step_spec(tiny.CONFIG, tiny.TINY)
+    grads = [jax.jit(loss_and_grads, static_argnums=0)(spec, tiny.params(), batch)[2] for batch in (whole, parts)]
+    np.testing.assert_allclose(tiny.flat(grads[1]), tiny.flat(grads[0]), rtol=1e-4, atol=1e-6)
+
+
+def test_most_of_a_prompt_s_completions_that_fit_and_divide_them_share_its_forward():
+    found = [samples_together(8, rows, 4) for rows in (0, 1, 8, 12, 16, 31, 32, 64)]
+    assert found == [8, 1, 2, 2, 4, 4, 8, 8] and samples_together(6, 20, 4) == 3 and samples_together(7, 24, 4) == 1
 
 
 def test_a_prompt_that_comes_twice_is_one_group():
