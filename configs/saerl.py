@@ -48,8 +48,8 @@ def get_config(variant: str | None = "demo") -> ConfigDict:
         "dapo": _dapo,
         "rloo": _rloo,
         "own": _own,
-        "qwen2.5-math-1.5b": lambda c: _qwen(c, "Qwen/Qwen2.5-Math-1.5B", 28, 1536, "fsdp=8"),
-        "qwen2.5-math-7b": lambda c: _qwen(c, "Qwen/Qwen2.5-Math-7B", 28, 3584, "fsdp=64"),
+        "qwen2.5-math-1.5b": lambda c: _qwen(c, "Qwen/Qwen2.5-Math-1.5B", 28, 1536, "fsdp=8", 64),
+        "qwen2.5-math-7b": lambda c: _qwen(c, "Qwen/Qwen2.5-Math-7B", 28, 3584, "fsdp=64", 256),
     }[variant or "demo"](config)
     return config
 
@@ -249,7 +249,7 @@ def _own(c: ConfigDict) -> None:
     c.grpo.eval_every, c.grpo.eval_samples, c.grpo.checkpoint_every = 50, 4, 50
 
 
-def _qwen(c: ConfigDict, model: str, layers: int, d_model: int, mesh: str) -> None:
+def _qwen(c: ConfigDict, model: str, layers: int, d_model: int, mesh: str, micro_batch_rows: int) -> None:
     """The paper's setting, ready for a pod: DeepMath-103K, GRPO, maths benchmarks."""
     c.title = f"SAERL, {model}"
     c.arms = ("vanilla", "published", "full")
@@ -276,4 +276,4 @@ def _qwen(c: ConfigDict, model: str, layers: int, d_model: int, mesh: str) -> No
     c.curation.quality_labels, c.curation.remove_length = 0, True
     c.grpo.steps, c.grpo.prompts_per_step, c.grpo.num_samples, c.grpo.max_new_tokens = 300, 128, 8, 3000
     c.grpo.learning_rate, c.grpo.b2, c.grpo.aggregation, c.grpo.advantage_scale = 1e-6, 0.999, "dr_grpo", "none"
-    c.grpo.micro_batch_rows, c.grpo.remat = 64, True
+    c.grpo.micro_batch_rows, c.grpo.remat = micro_batch_rows, True

@@ -40,7 +40,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "block": tuple(BLOCK_NORMS),
     "positions": ("rotary", "learned"),
     "rotary_pairs": ("half", "adjacent"),
-    "mlp": ("gated", "plain"),
+    "mlp": ("gated", "plain", "experts"),
     "qk_norm_over": ("head", "all"),
 }
 
@@ -62,7 +62,8 @@ class ModelConfig:
     rotary_dim: how many units of a head are rotated, the first ones (None = all). rotary_pairs: "half", unit i with
       i + rotary_dim / 2, or "adjacent", 2 i with 2 i + 1. local_rope_theta: rope base of the layers with a window, which are then not
       scaled (None = as all layers).
-    mlp: "gated", or "plain": down(activation(up(x))).
+    mlp: "gated"; "plain": down(activation(up(x))); or "experts": n_experts gated MLPs a layer, each d_ff wide, of which a router picks
+      experts_per_token for each token. renormalise_experts: their weights sum to one (`models.experts`).
     qk_norm_over: the q/k norm is over each "head", or over "all" heads together.
     query_scalar: scores are divided by its square root (None = head_dim). attn_softcap, logit_softcap: scores and logits x become
       cap * tanh(x / cap). embed_scale: factor on the embeddings, rounded to their dtype. head_bias: the unembedding has a bias.
@@ -105,6 +106,9 @@ class ModelConfig:
     logit_softcap: float | None = None
     embed_scale: float = 1.0
     head_bias: bool = False
+    n_experts: int = 0
+    experts_per_token: int = 0
+    renormalise_experts: bool = False
 
     def __post_init__(self):
         for field, known in CHOICES.items():
@@ -114,6 +118,11 @@ class ModelConfig:
             raise ModelError(f"rotary_dim={self.rotary_dim} must be even and within 1..head_dim={self.head_dim}")
         if self.n_heads % self.n_kv_heads:
             raise ModelError(f"n_heads={self.n_heads} must be a multiple of n_kv_heads={self.n_kv_heads}")
+        if (self.mlp == "experts") != (self.n_experts > 0) or not 0 <= self.experts_per_token <= self.n_experts:
+            told = f"n_experts={self.n_experts} and experts_per_token={self.experts_per_token}"
+            raise ModelError(f"mlp={self.mlp!r} with {told}: experts are for mlp='experts', which has at least one, and a token no more than all")
+        if self.mlp == "experts" and (self.mlp_bias or not self.experts_per_token):
+            raise ModelError(f"mlp='experts' has no biases and at least one expert a token, not mlp_bias={self.mlp_bias} and none")
         if self.layer_windows and len(self.layer_windows) != self.n_layers:
             raise ModelError(f"layer_windows names {len(self.layer_windows)} layers, the model has {self.n_layers}")
 
@@ -126,8 +135,9 @@ class ModelConfig:
         d, n, k, h, f = self.d_model, self.n_heads, self.n_kv_heads, self.head_dim, self.d_ff
         attn = d * h * (2 * n + 2 * k) + (h * (n + 2 * k) if self.qkv_bias else 0) + (d if self.o_bias else 0)
         attn += ((n + k if self.qk_norm_over == "all" else 2) * h) if self.qk_norm else 0
-        into = 2 if self.mlp == "gated" else 1  # matrices that read the MLP's input
+        into = 1 if self.mlp == "plain" else 2  # matrices that read the MLP's input
         mlp = (into + 1) * d * f + (into * f + d if self.mlp_bias else 0)
+        mlp = self.n_experts * (mlp + d) if self.mlp == "experts" else mlp
         norm = 2 * d if self.norm == "layer" else d
         head = (0 if self.tie_embeddings else d * self.vocab_size) + (self.vocab_size if self.head_bias else 0)
         embedding = (self.vocab_size + (self.max_position if self.positions == "learned" else 0)) * d
@@ -136,10 +146,13 @@ class ModelConfig:
     def flops_per_token(self, context: int = 0) -> int:
         """Forward FLOPs a token (multiply and add are two) at a mean attended context of `context` tokens.
 
-        Backward is twice that. The embedding look-up costs nothing; the unembedding counts whether tied or not.
+        Backward is twice that. The embedding look-up costs nothing; the unembedding counts whether tied or not; of experts those that a
+        token goes to.
         """
         d, n, k, h, f = self.d_model, self.n_heads, self.n_kv_heads, self.head_dim, self.d_ff
-        layer = 2 * d * h * (2 * n + 2 * k) + (6 if self.mlp == "gated" else 4) * d * f
+        mlp = (4 if self.mlp == "plain" else 6) * d * f
+        mlp = self.experts_per_token * mlp + 2 * d * self.n_experts if self.mlp == "experts" else mlp
+        layer = 2 * d * h * (2 * n + 2 * k) + mlp
         attention = sum(4 * n * h * min(context, self.window(i) or context) for i in range(self.n_layers))
         return self.n_layers * layer + attention + 2 * d * self.vocab_size
 

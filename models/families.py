@@ -16,8 +16,10 @@ from models.tensors import (
     GPT2_TENSORS,
     GPT_NEOX_TENSORS,
     GPTJ_TENSORS,
+    MIXTRAL_TENSORS,
     OLMO2_TENSORS,
     PHI3_TENSORS,
+    QWEN3_MOE_TENSORS,
     TENSORS,
     Tensor,
 )
@@ -25,7 +27,7 @@ from models.tensors import (
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """What sets one family apart. A bias is True, False or the name of the config field that decides.
+    """What sets one family apart. A bias, and renormalise_experts, is True, False or the name of the config field that decides.
 
     models: what people call them.
     windows: "none"; "all" or "listed" (`sliding_window` on every layer, or on those of `layer_types`, which "listed"
@@ -60,6 +62,7 @@ class Family:
     qk_norm_over: str = "head"
     embed_scale: bool = False
     head_bias: bool = False
+    renormalise_experts: bool | str = False
     numbers: dict[str, str] = dataclasses.field(default_factory=dict)
     optional_numbers: dict[str, str] = dataclasses.field(default_factory=dict)
     names: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
@@ -151,6 +154,48 @@ _ROWS = (
         defaults={**_QWEN_DEFAULTS, "head_dim": 128},
     ),
     Family("mistral", "MistralForCausalLM", models="Mistral", windows="all", defaults=_MISTRAL_DEFAULTS),
+    Family(
+        "mixtral",
+        "MixtralForCausalLM",
+        models="Mixtral",
+        windows="all",
+        mlp="experts",
+        renormalise_experts=True,
+        names={"num_experts": ("num_local_experts", "num_experts")},
+        only={"layer_types": (None,), "router_jitter_noise": (0,)},
+        defaults={
+            **_MISTRAL_DEFAULTS,
+            "rope_theta": 1e6,
+            "sliding_window": None,
+            "num_experts": 8,
+            "num_experts_per_tok": 2,
+            "router_jitter_noise": 0,
+            "rms_norm_eps": 1e-5,
+        },
+        tensors=MIXTRAL_TENSORS,
+    ),
+    Family(
+        "qwen3_moe",
+        "Qwen3MoeForCausalLM",
+        models="Qwen3-MoE",
+        qkv_bias="attention_bias",
+        o_bias="attention_bias",
+        qk_norm=True,
+        mlp="experts",
+        renormalise_experts="norm_topk_prob",
+        names={"num_experts": ("num_experts", "num_local_experts"), "intermediate_size": ("moe_intermediate_size",)},
+        # Every layer has experts; transformers' class has one window for all layers, and no checkpoint has one.
+        only={"decoder_sparse_step": (1,), "mlp_only_layers": (None, []), "use_sliding_window": (False, None)},
+        defaults={
+            **_QWEN_DEFAULTS,
+            "num_key_value_heads": 4,
+            "num_experts": 128,
+            "num_experts_per_tok": 8,
+            "intermediate_size": 768,
+            "decoder_sparse_step": 1,
+        },
+        tensors=QWEN3_MOE_TENSORS,
+    ),
     Family("ministral", "MinistralForCausalLM", models="Ministral", windows="listed", defaults=_MISTRAL_DEFAULTS),
     Family(
         "olmo2",

@@ -150,7 +150,7 @@ class _Checkpoint:
         for leaf, abstract in leaves_of(abstract_params(cfg)):
             tensor = tensor_of(cfg, leaf)
             shape = tensor.stored_shape(abstract.shape[-len(tensor.ours) :])
-            expected |= dict.fromkeys(tensor.names(cfg.n_layers), shape)
+            expected |= dict.fromkeys(tensor.names(cfg).flat, shape)
         for name, shape in expected.items():
             if name not in self.shapes:
                 raise ModelError(f"{self.folder}: missing tensor {name} {list(shape)}")
@@ -183,15 +183,15 @@ class _Checkpoint:
     def reader(self, cfg: ModelConfig, leaf: str, abstract: jax.ShapeDtypeStruct):
         """read(index) -> that part of the leaf (index: a slice for each axis), as a fresh aligned array."""
         tensor = tensor_of(cfg, leaf)
-        names = tensor.names(cfg.n_layers)
-        shape = abstract.shape[-len(tensor.ours) :]
+        names = tensor.names(cfg)
+        shape, stacked = abstract.shape[names.ndim :], names.ndim
 
         def read(index: tuple[slice, ...]) -> np.ndarray:
             sizes = [len(range(*s.indices(size))) for s, size in zip(index, abstract.shape, strict=True)]
             out = _aligned(sizes, abstract.dtype)
-            layers, index = (names[index[0]], index[1:]) if len(index) > len(shape) else (names, index)
-            for row, name in zip(out.reshape(len(layers), *sizes[-len(shape) :]), layers, strict=True):
-                row[...] = tensor.read(functools.partial(self._read, name), shape, index)
+            wanted = names[(*index[:stacked], ...)].ravel()
+            for part, name in zip(out.reshape(len(wanted), *sizes[stacked:]), wanted, strict=True):
+                part[...] = tensor.read(functools.partial(self._read, name), shape, index[stacked:])
             return out
 
         return read

@@ -51,6 +51,13 @@ def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
     if not isinstance(block, str):
         switch, on, off = block
         block = on if fields.switch(switch) else off
+    experts = {}
+    if family.mlp == "experts":
+        experts = {"n_experts": fields.integer("num_experts"), "experts_per_token": fields.integer("num_experts_per_tok")}
+        experts["renormalise_experts"] = fields.switch(family.renormalise_experts)
+        if experts["experts_per_token"] > experts["n_experts"]:
+            told = f"{fields.told('num_experts')}={experts['n_experts']}"
+            raise ModelError(f"config.json: num_experts_per_tok={experts['experts_per_token']} is more than {told}")
     derived = 4 * d_model if fields.key("intermediate_size") == "n_inner" else None
     return ModelConfig(
         family=family.model_type,
@@ -86,6 +93,7 @@ def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
         embed_scale=d_model**0.5 if family.embed_scale else 1.0,
         **rope_from_hf(fields, head_dim),
         **numbers,
+        **experts,
     )
 
 
@@ -196,7 +204,10 @@ def config_to_hf(cfg: ModelConfig) -> dict[str, Any]:
         value = getattr(cfg, name)
         hf[theirs] = int(value) if name in family.numbers and value is not None and float(value).is_integer() else value
     hf |= family.always
-    for rule, value in ((family.qkv_bias, cfg.qkv_bias), (family.mlp_bias, cfg.mlp_bias)):
+    if family.mlp == "experts":
+        hf |= {family.names["num_experts"][0]: cfg.n_experts, "num_experts_per_tok": cfg.experts_per_token}
+    switches = {family.qkv_bias: cfg.qkv_bias, family.mlp_bias: cfg.mlp_bias, family.renormalise_experts: cfg.renormalise_experts}
+    for rule, value in switches.items():
         if isinstance(rule, str):
             hf[rule] = value
     if not isinstance(family.block, str):

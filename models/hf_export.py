@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import operator
 import os
 import shutil
 import struct
@@ -139,14 +140,14 @@ def _entries(cfg: ModelConfig, params: Params) -> Iterator[tuple[str, _Entry]]:
             raise ModelError(f"params: leaves that lie in one tensor, {tensor.name}, have several dtypes: {[str(a.dtype) for _, a in parts]}")
         shape = tensor.stored_shape(array.shape[-len(tensor.ours) :])
         here = [(part, np.asarray(a) if _is_host_memory(a) else a) for part, a in parts]
-        for layer, name in enumerate(tensor.names(cfg.n_layers)):
-            contents = functools.partial(_contents, here, layer if array.ndim > len(tensor.ours) else None, shape)
+        for place, name in np.ndenumerate(tensor.names(cfg)):
+            contents = functools.partial(_contents, here, place, shape)
             yield name, _Entry(_DTYPE_NAMES[str(array.dtype)], shape, array.dtype.itemsize, contents)
 
 
-def _contents(parts: list[tuple[Tensor, Any]], layer: int | None, shape: tuple[int, ...]) -> np.ndarray:
-    """One tensor as in the file, put together from the leaves (or one layer of them) that lie in it."""
-    values = [(tensor, _to_host(array if layer is None else array[layer])) for tensor, array in parts]
+def _contents(parts: list[tuple[Tensor, Any]], place: tuple[int, ...], shape: tuple[int, ...]) -> np.ndarray:
+    """One tensor as in the file, put together from the leaves (or one layer, one expert of them) that lie in it."""
+    values = [(tensor, _to_host(functools.reduce(operator.getitem, place, array))) for tensor, array in parts]
     if len(values) == 1 and not values[0][0].beside:
         return values[0][0].to_stored(values[0][1])
     whole = np.empty(shape, values[0][1].dtype)

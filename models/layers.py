@@ -21,11 +21,12 @@ from jaxtyping import Array, Float, Int
 from models.adapted import Adapted, base_of, side_by_side
 from models.attention import attention, attention_in_chunks, attention_scores
 from models.config import BLOCK_NORMS, ModelConfig
+from models.experts import expert_mlp, route
 from models.rope import rotate
 
 QUERIES, QUERY_CHUNK = 1024, 256  # more queries than QUERIES attend in chunks of QUERY_CHUNK: their scores do not all fit in memory
 PRODUCT = "product"  # of activations and a weight matrix
-BATCH_AXES = ("data", "fsdp")  # the mesh axes over which the rows of a batch are spread
+BATCH_AXES = ("data", "fsdp", "expert")  # the mesh axes over which the rows of a batch are spread
 
 ACTIVATIONS = {
     "silu": jax.nn.silu,
@@ -80,14 +81,19 @@ def norm(cfg: ModelConfig, x: Array, scale: Array, bias: Array | None = None) ->
     return rms_norm(x, scale, cfg.norm_eps, cfg.norm) if bias is None else layer_norm(x, scale, bias, cfg.norm_eps)
 
 
+def mesh_of(like: Array | Adapted) -> Any:
+    """The mesh that a parameter lives on; an empty one on a single device."""
+    mesh = jax.typeof(base_of(like)).sharding.mesh
+    return jax.sharding.get_abstract_mesh() if mesh.empty else mesh
+
+
 def constrain(x: Array, like: Array | Adapted, *axes: tuple[str, ...]) -> Array:
     """Spreads the leading dimensions of `x` over `axes` of the mesh that the parameter `like` lives on, if on one.
 
     The rest of `x` is whole on every device. Left alone, the partitioner may spread activations along d_model, as the
     parameters are, and reduce every product over all devices.
     """
-    mesh = jax.typeof(base_of(like)).sharding.mesh
-    mesh = jax.sharding.get_abstract_mesh() if mesh.empty else mesh
+    mesh = mesh_of(like)
     auto = {name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Auto}
     spec = [tuple(name for name in names if name in auto) for names in axes]
     ways = [math.prod(mesh.shape[name] for name in names) for names in spec]
@@ -154,11 +160,14 @@ class Block(nn.Module):
         qkv = {"qkv": (N + 2 * K, "heads")} if self.fused else {"q": (N, "heads"), "k": (K, "kv_heads"), "v": (K, "kv_heads")}
         self.qkv_kernels = [declare(name, (D, n, H), ("embed", axis, "head_dim")) for name, (n, axis) in qkv.items()]
         self.o = declare("o", (N, H, D), ("heads", "head_dim", "embed"))
-        gated = c.mlp == "gated"
+        gated = c.mlp != "plain"
+        many, experts = ((c.n_experts,), ("experts",)) if c.mlp == "experts" else ((), ())
+        if many:
+            self.router = declare("router", (D, *many), ("embed", "routes"))
         if gated:
-            self.gate = declare("gate", (D, F), ("embed", "mlp"))
-        self.up = declare("up", (D, F), ("embed", "mlp"))
-        self.down = declare("down", (F, D), ("mlp", "embed"))
+            self.gate = declare("gate", (*many, D, F), (*experts, "embed", "mlp"))
+        self.up = declare("up", (*many, D, F), (*experts, "embed", "mlp"))
+        self.down = declare("down", (*many, F, D), (*experts, "mlp", "embed"))
         if c.qkv_bias:
             self.qkv_biases = [declare(f"{name}_bias", (n, H), (axis, "head_dim"), zeros) for name, (n, axis) in qkv.items()]
         if c.o_bias:
@@ -212,8 +221,14 @@ class Block(nn.Module):
         return out + self.o_bias if self.cfg.o_bias else out
 
     def mlp(self, x, hook):
-        """The MLP: down(activation(gate(x)) * up(x)) where gated (Shazeer 2020), else down(activation(up(x)))."""
+        """The MLP: down(activation(gate(x)) * up(x)) where gated (Shazeer 2020), that of each of a token's experts, or where plain
+        down(activation(up(x)))."""
         c, activation = self.cfg, ACTIVATIONS[self.cfg.activation]
+        if c.mlp == "experts":
+            logits = hook("router_logits", dense("BTD,DE->BTE", x, self.router))
+            chosen = route(logits, c.experts_per_token, c.renormalise_experts)
+            how = {"activation": activation, "mesh": mesh_of(self.up), "rows": BATCH_AXES, "product": PRODUCT}
+            return expert_mlp(x, *chosen, self.gate, self.up, self.down, **how)
         if c.mlp == "gated":
             gate, up = dense("BTD,DF->BTF", x, self.gate), dense("BTD,DF->BTF", x, self.up)
             if c.mlp_bias:

@@ -40,9 +40,9 @@ _PREFIX = "base_model.model."
 class LoraConfig:
     """Which matrices are adapted, and how.
 
-    targets: patterns over the names of parameters ("blocks.q", "blocks.*", "lm_head.*"), as a shell's; norms and biases have no matrix
-      and are passed over by "*". rank: columns of A. alpha: the product is scaled by alpha / rank, or by alpha / sqrt(rank) where
-      rank_stabilised (Kalajdzievski 2023, arXiv 2312.03732).
+    targets: patterns over the names of parameters ("blocks.q", "blocks.*", "lm_head.*"), as a shell's; "*" passes over norms and biases,
+      which have no matrix, and over experts and their router, which are not adapted. rank: columns of A. alpha: the product is scaled by
+      alpha / rank, or by alpha / sqrt(rank) where rank_stabilised (Kalajdzievski 2023, arXiv 2312.03732).
     """
 
     targets: tuple[str, ...] = ("blocks.*",)
@@ -83,7 +83,9 @@ def _nearest(cfg: ModelConfig, pattern: str, matrices: Sequence[str]) -> list[st
 
 
 def _is_matrix(cfg: ModelConfig, name: str) -> bool:
-    return not name.startswith("embed.") and len(tensor_of(cfg, name).stored.split()) == 2
+    """Whether a parameter may have an adapter: every matrix but the embeddings and, of experts, their own and the router's."""
+    apart = name.startswith("embed.") or (cfg.mlp == "experts" and name in ("blocks.router", "blocks.gate", "blocks.up", "blocks.down"))
+    return not apart and len(tensor_of(cfg, name).stored.split()) == 2
 
 
 def _sides(cfg: ModelConfig, name: str) -> tuple[int, bool]:
@@ -175,7 +177,7 @@ def save_lora(folder: str | os.PathLike, cfg: ModelConfig, lora: Params, config:
             name = f"{group}.{leaf}"
             inputs, stacked = _sides(cfg, name)
             a, b = (np.asarray(pair[side], np.float32) for side in "ab")
-            for layer, stored in enumerate(tensor_of(cfg, name).names(cfg.n_layers)):
+            for layer, stored in enumerate(tensor_of(cfg, name).names(cfg).flat):
                 module = stored.removesuffix(".weight")
                 modules[module.rpartition(".")[2]] = None
                 one = (lambda x, i=layer: x[i]) if stacked else (lambda x: x)
@@ -233,7 +235,7 @@ def load_lora(folder: str | os.PathLike, cfg: ModelConfig) -> tuple[Params, Lora
     for name, abstract in shapes.items():
         if not _is_matrix(cfg, name) or tensor_of(cfg, name).beside:
             continue
-        modules = [stored.removesuffix(".weight") for stored in tensor_of(cfg, name).names(cfg.n_layers)]
+        modules = [stored.removesuffix(".weight") for stored in tensor_of(cfg, name).names(cfg).flat]
         keys = {side: [f"{_PREFIX}{module}.lora_{side.upper()}.weight" for module in modules] for side in "ab"}
         missing = [key for both in keys.values() for key in both if key not in tensors]
         if len(missing) == 2 * len(modules):

@@ -1,7 +1,7 @@
 """One table from logical axes to mesh axes, and the shardings of parameters and batches that follow from it.
 
-Mesh axes: "data" (batch only), "fsdp" (batch, and parameters along d_model: ZeRO-3), "tensor" (heads, MLP width and
-vocabulary). Axis types are Auto: XLA's partitioner places the collectives (GSPMD, Xu et al. 2021).
+Mesh axes: "data" (batch only), "fsdp" (batch, and parameters along d_model: ZeRO-3), "expert" (batch, and the experts of a
+mixture), "tensor" (heads, MLP width and vocabulary). Axis types are Auto: XLA's partitioner places the collectives (GSPMD, Xu et al. 2021).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from models.config import ModelConfig
@@ -22,7 +23,7 @@ from models.errors import ModelError
 from models.layers import BATCH_AXES
 from models.transformer import Params, abstract_params, logical_axes
 
-MESH_AXES = ("data", "fsdp", "tensor")
+MESH_AXES = ("data", "fsdp", "expert", "tensor")
 
 RULES: dict[str, str | None] = {
     "vocab": "tensor",
@@ -30,6 +31,8 @@ RULES: dict[str, str | None] = {
     "heads": "tensor",
     "kv_heads": "tensor",
     "mlp": "tensor",
+    "experts": "expert",
+    "routes": None,  # the router's score of each expert
     "head_dim": None,
     "norm": None,
     "positions": None,
@@ -39,7 +42,7 @@ RULES: dict[str, str | None] = {
 
 
 def make_mesh(shape: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh with axes data, fsdp and tensor (absent = 1; one may be -1 = all remaining devices).
+    """A mesh with axes data, fsdp, expert and tensor (absent = 1; one may be -1 = all remaining devices).
 
     Raises ModelError for an unknown axis or a shape that does not use exactly the devices there are.
     """
@@ -56,7 +59,9 @@ def make_mesh(shape: Mapping[str, int], devices: Sequence[jax.Device] | None = N
     sizes = [len(devices) // fixed if s == -1 else s for s in sizes]
     if math.prod(sizes) != len(devices):
         raise ModelError(f"mesh {dict(shape)} needs {math.prod(sizes) or fixed} devices, there are {len(devices)}")
-    return jax.make_mesh(sizes, MESH_AXES, (AxisType.Auto,) * len(MESH_AXES), devices=devices)
+    # An axis of 8 on a torus of 4 x 4 x 4 takes part of one of its sides.
+    array = mesh_utils.create_device_mesh(sizes, list(devices), allow_split_physical_axes=True)
+    return Mesh(array, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
 def partition_spec(shape: Sequence[int], axes: Sequence[str], mesh: Mesh) -> PartitionSpec:
@@ -94,7 +99,7 @@ def _axes_leaves(cfg: ModelConfig) -> list[tuple[str, ...]]:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows of a batch over "data" and "fsdp" together; all later dimensions replicated."""
+    """Rows of a batch over "data", "fsdp" and "expert" together; all later dimensions replicated."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 

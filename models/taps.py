@@ -16,10 +16,17 @@ Interventions = Mapping[str, Callable[[Array], Array]]
 
 # In the order in which a layer computes them. "attn_out" and "mlp_out" are what is added to the residual stream, after any norm that
 # stands there; "resid_mid" is the sum after the first, which an MLP in parallel does not read. "mlp_pre" is what goes into the
-# activation (of the gate, where there is one), "mlp_act" the input of the down projection. "embed" is what enters the first block:
+# activation (of the gate, where there is one), "mlp_act" the input of the down projection; a layer of experts has "router_logits" in
+# their place, the scores of its experts. "embed" is what enters the first block:
 # embeddings scaled and positions added, where the family does so.
-BLOCK_TAPS = ("resid_pre", "attn_probs", "attn_out", "resid_mid", "mlp_pre", "mlp_act", "mlp_out", "resid_post")
+BLOCK_TAPS = ("resid_pre", "attn_probs", "attn_out", "resid_mid", "router_logits", "mlp_pre", "mlp_act", "mlp_out", "resid_post")
 OUTER_TAPS = ("embed", "final_norm")
+
+
+def taps_of(cfg: ModelConfig) -> tuple[str, ...]:
+    """The kinds of BLOCK_TAPS that the model's layers have."""
+    absent = ("mlp_pre", "mlp_act") if cfg.mlp == "experts" else ("router_logits",)
+    return tuple(kind for kind in BLOCK_TAPS if kind not in absent)
 
 
 def parse_name(cfg: ModelConfig, name: str, what: str, stop_at: int | None = None) -> tuple[str, int | None]:
@@ -30,11 +37,11 @@ def parse_name(cfg: ModelConfig, name: str, what: str, stop_at: int | None = Non
     match name.split("."):
         case [kind] if kind in OUTER_TAPS:
             layer, reached = None, kind == "embed" or stop_at is None
-        case ["blocks", number, kind] if kind in BLOCK_TAPS and number in map(str, range(cfg.n_layers)):
+        case ["blocks", number, kind] if kind in taps_of(cfg) and number in map(str, range(cfg.n_layers)):
             layer = int(number)
             reached = stop_at is None or layer < stop_at
         case _:
-            kinds = "{" + ", ".join(BLOCK_TAPS) + "}"
+            kinds = "{" + ", ".join(taps_of(cfg)) + "}"
             raise ModelError(f"unknown {what} {name!r}; known: embed, blocks.0..{cfg.n_layers - 1}.{kinds}, final_norm")
     if not reached:
         raise ModelError(f"{what} {name!r} is never reached: the run stops after {stop_at} blocks (stop_at)")

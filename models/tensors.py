@@ -15,7 +15,8 @@ from models.config import ModelConfig
 class Tensor:
     """Where one parameter lives in a checkpoint.
 
-    name: "{layer}" stands for the layer's number; such a leaf is stacked on a leading axis that is not counted below.
+    name: "{layer}" stands for the layer's number, "{expert}" for an expert's; such a leaf is stacked on a leading axis for each, which are
+      not counted below.
     ours: a letter for each axis of our leaf. stored: the axes of the tensor, each a run of our letters flattened
       together; torch's matrices are [out, in], ours [in..., out...], so "DNH" is stored as "NH D".
     Several leaves may lie in one tensor. A "|" then stands where they follow each other, and `beside` names what each of them has
@@ -39,9 +40,15 @@ class Tensor:
         parts = [math.prod(sizes[letter] for letter in run) for run in self.beside]
         return dataclasses.replace(self, span=(sum(parts[: self.place]), parts[self.place], sum(parts)))
 
-    def names(self, n_layers: int) -> list[str]:
-        """The tensor's name, or its name in each layer."""
-        return [self.name.format(layer=i) for i in range(n_layers)] if "{layer}" in self.name else [self.name]
+    def stacked(self, cfg: ModelConfig) -> tuple[int, ...]:
+        """The sizes of the axes that our leaf has in front: none, layers, or layers and experts."""
+        return tuple(size for size, mark in ((cfg.n_layers, "{layer}"), (cfg.n_experts, "{expert}")) if mark in self.name)
+
+    def names(self, cfg: ModelConfig) -> np.ndarray:
+        """The tensor's name at each place of the axes in front (strings, of the shape of `stacked`)."""
+        sizes = self.stacked(cfg)
+        named = [self.name.format(**dict(zip(("layer", "expert"), at, strict=False))) for at in np.ndindex(*sizes)]
+        return np.array(named, object).reshape(sizes)
 
     def stored_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
         """The shape in the file of the tensor that holds our (unstacked) leaf of `shape`."""
@@ -164,6 +171,21 @@ def _norm(leaf: str, name: str) -> dict[str, Tensor]:
     """LayerNorm's scale and bias; leaf like "blocks.attn_norm"."""
     bias = f"{leaf.removesuffix('.scale')}.bias" if leaf.endswith(".scale") else f"{leaf}_bias"
     return {leaf: Tensor(f"{name}.weight", "D", "D"), bias: Tensor(f"{name}.bias", "D", "D")}
+
+
+def _experts(moe: str, gate: str, up: str, down: str) -> dict[str, Tensor]:
+    """A router and a tensor for each matrix of each expert, below "model.layers.{layer}." + moe."""
+    one = f"{_LAYER}{moe}.experts.{{expert}}"
+    return {
+        "blocks.router": Tensor(f"{_LAYER}{moe}.gate.weight", "DE", "E D"),
+        "blocks.gate": Tensor(f"{one}.{gate}.weight", "DF", "F D"),
+        "blocks.up": Tensor(f"{one}.{up}.weight", "DF", "F D"),
+        "blocks.down": Tensor(f"{one}.{down}.weight", "FD", "D F"),
+    }
+
+
+MIXTRAL_TENSORS = _experts("block_sparse_moe", "w1", "w3", "w2")
+QWEN3_MOE_TENSORS = _experts("mlp", "gate_proj", "up_proj", "down_proj")
 
 
 # GPT-2 keeps its matrices [in, out].

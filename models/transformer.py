@@ -26,7 +26,7 @@ from models.errors import ModelError
 from models.head import head, unembed, unembed_matrix
 from models.layers import PRODUCT, Block, embed_at, fuse_qkv, norm
 from models.rope import layer_ropes
-from models.taps import BLOCK_TAPS, Hooks, Interventions
+from models.taps import BLOCK_TAPS, Hooks, Interventions, taps_of
 
 __all__ = [
     "BLOCK_TAPS",
@@ -43,6 +43,7 @@ __all__ = [
     "init",
     "init_cache",
     "logical_axes",
+    "taps_of",
     "unembed",
     "unembed_matrix",
     "unstacked",
@@ -99,15 +100,8 @@ def _boxed_init(cfg: ModelConfig, key: Array) -> Params:
     embed_key, block_key, head_key = jax.random.split(key, 3)
     dtype = jnp.dtype(cfg.dtype)
     normal = nn.initializers.normal(cfg.initializer_range)
-    x = jnp.zeros((1, 1, cfg.d_model), dtype)
-    rope = layer_ropes(cfg, jnp.zeros((1, 1), jnp.int32))(0)
-    mask = jnp.ones((1, 1, 1), bool)
-
-    def block(key):
-        out = Block(cfg).init(key, x, rope, lambda k, v: ([(k, v, mask)], None), lambda _, y: y)
-        return out["params"]
-
-    blocks = jax.vmap(block)(jax.random.split(block_key, cfg.n_layers))
+    declared = lambda key: Block(cfg).init(key, method=lambda block: block.o)["params"]  # noqa: E731  (nothing is computed)
+    blocks = jax.vmap(declared)(jax.random.split(block_key, cfg.n_layers))
     blocks = jax.tree.map(lambda b: Boxed(b.value, ("layers", *b.names)), blocks, is_leaf=_is_boxed)
     embedding = normal(embed_key, (cfg.vocab_size, cfg.d_model), dtype)
     params: Params = {
@@ -280,7 +274,7 @@ def forward(
       flow into it. With P prefix rows and B = P * G, rows are grouped: row r reads prefix r // G. Needs positions.
       Several, each with its own number of rows, may follow each other.
     cache: written at [cache.next, cache.next + T) and attended to (sampling). Needs positions.
-    taps: names of activations to return: "embed", "final_norm", "blocks.{i}.KIND" with KIND in BLOCK_TAPS.
+    taps: names of activations to return: "embed", "final_norm", "blocks.{i}.KIND" with KIND in `taps_of`.
       Asking for none costs nothing.
     interventions: {name: function}; the function's result replaces that activation.
     stop_at: run only the first `stop_at` blocks; hidden is then None.
@@ -305,7 +299,8 @@ def forward(
     x = hooks.outer("embed", embed_at(cfg, params["embed"], tokens_BT, positions), out_taps)
     B, T, D = x.shape
     shapes = dict.fromkeys(BLOCK_TAPS, (B, T, D)) | dict.fromkeys(("mlp_pre", "mlp_act"), (B, T, cfg.d_ff))
-    buffers = hooks.buffers(shapes | {"attn_probs": (B, cfg.n_heads, T, memory.n_slots)}, x.dtype)
+    shapes |= {"attn_probs": (B, cfg.n_heads, T, memory.n_slots), "router_logits": (B, T, cfg.n_experts)}
+    buffers = hooks.buffers(shapes, x.dtype)
 
     def block(carry, layer, p, prefix_kvs, cache_kv):
         """One layer: (x and tap buffers, what to keep of its keys and values)."""

@@ -21,6 +21,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 from tqdm import tqdm
 
+from models.sharding import BATCH_AXES
 from sae.architectures import Params
 from sae.config import SAEConfig, choice
 from sae.dictionary import Dictionary, architecture, fold_decoder_norm, init, normalise
@@ -30,7 +31,6 @@ from sae.resume import CheckpointFolder, Position, described, restore, save
 from sae.sparse import sparse_pays
 
 MESH_AXES = {"d_sae": "tensor", "d_in": None}  # logical axis of a parameter -> mesh axis
-BATCH_AXES = ("data", "fsdp")  # mesh axes over which rows are spread
 
 
 @dataclasses.dataclass(frozen=True)

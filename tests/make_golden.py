@@ -63,7 +63,7 @@ def case_logits(name: str) -> dict[str, np.ndarray]:
 
 
 # Where the first prompts that come to hand all end early, these give completions past the cache's first stage.
-PROMPT_SEEDS = {"llama_yarn": 10, "mistral": 5, "phi3": 1}
+PROMPT_SEEDS = {"llama_yarn": 10, "mistral": 5, "phi3": 1, "qwen3_moe_unnormalised": 1}
 
 
 def prompts(name: str) -> list[list[int]]:

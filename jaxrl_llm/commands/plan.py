@@ -139,7 +139,10 @@ def _tpu_devices(name: str) -> list[Any]:
     for variable, value in TPU_ENVIRONMENT.items():
         os.environ.setdefault(variable, value)
     _plan_on_cpu()
+    import jax
     from jax.experimental import topologies
+
+    jax.config.update("jax_enable_compilation_cache", False)  # programs for a TPU that is not here cannot be read back
 
     try:
         return list(topologies.get_topology_desc(name, "tpu").devices)
@@ -225,11 +228,12 @@ def _prompt_copies(model: Any, sizes: Mapping[str, Any], mesh: Any) -> int:
 
     import jax
 
+    from models.sharding import batch_ways
     from models.transformer import init_cache
 
     places = min(sizes["prompts"] * sizes["num_samples"], sizes["rollout_rows"])
     cache = jax.eval_shape(functools.partial(init_cache, model, places, sizes["prompt_tokens"]))
-    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in (cache.k, cache.v)) // (mesh.shape["data"] * mesh.shape["fsdp"])
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in (cache.k, cache.v)) // batch_ways(mesh)
 
 
 def _plan_generate(model: Any, sizes: Mapping[str, Any], mesh: Any) -> dict[str, Any]:
@@ -243,7 +247,7 @@ def _plan_generate(model: Any, sizes: Mapping[str, Any], mesh: Any) -> dict[str,
     from models import sharding
 
     samples, new = sizes["num_samples"], sizes["max_new_tokens"]
-    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    ways = sharding.batch_ways(mesh)
     prompts = _round_up(min(sizes["prompts"], max(sizes["rollout_rows"] // samples, 1)), ways)
     batches = math.ceil(sizes["prompts"] / prompts)
     rows = sharding.batch_sharding(mesh)
@@ -290,11 +294,11 @@ def _plan_train(model: Any, sizes: Mapping[str, Any], mesh: Any) -> dict[str, An
     from jaxrl_llm.train.rollout import samples_together
     from jaxrl_llm.train.state import abstract_state
     from jaxrl_llm.train.step import batch_shardings, compiled_update
+    from models.sharding import batch_ways
 
     samples, new, width = sizes["num_samples"], sizes["max_new_tokens"], sizes["prompt_tokens"]
     micro_rows = sizes["micro_batch_rows"]
-    spec = _train_settings(model, sizes)
-    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    spec, ways = _train_settings(model, sizes), batch_ways(mesh)
     together = samples_together(samples, micro_rows, ways)
     blocks = sizes["prompts"] * samples // together  # a prompt is forwarded once for each
     per_device = math.ceil(blocks / ways)
@@ -347,11 +351,12 @@ def _plan_pairs(model: Any, sizes: Mapping[str, Any], mesh: Any) -> dict[str, An
     from jaxrl_llm.train.preference_step import PreferenceSpec, compiled_update
     from jaxrl_llm.train.state import abstract_state
     from jaxrl_llm.train.step import batch_shardings
+    from models.sharding import batch_ways
 
     new, width, kto = sizes["max_new_tokens"], sizes["prompt_tokens"], sizes["loss"].kind == "kto"
     loss = sizes["loss"]
     spec = PreferenceSpec(model, loss, OptimizerConfig(), remat=sizes["remat"] and sizes["remat_keep"], lora=sizes["lora"].adapter)
-    pairs = _round_up(min(sizes["micro_batch_rows"] or sizes["prompts"], sizes["prompts"]), mesh.shape["data"] * mesh.shape["fsdp"])
+    pairs = _round_up(min(sizes["micro_batch_rows"] or sizes["prompts"], sizes["prompts"]), batch_ways(mesh))
     micros, place = math.ceil(sizes["prompts"] / pairs), batch_shardings(mesh)
 
     def array(shape: tuple[int, ...], dtype: Any) -> Any:

@@ -17,6 +17,10 @@ _QWEN = {"model_type": "qwen2", "rms_norm_eps": 1e-6, "rope_theta": 1e6, "max_po
 _QWEN_05 = {"hidden_size": 896, "num_hidden_layers": 24, "num_attention_heads": 14, "num_key_value_heads": 2, "intermediate_size": 4864}
 _QWEN_15 = {"hidden_size": 1536, "num_hidden_layers": 28, "num_attention_heads": 12, "num_key_value_heads": 2, "intermediate_size": 8960}
 _QWEN_7 = {"hidden_size": 3584, "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4, "intermediate_size": 18944}
+_QWEN_MOE = _QWEN | {"model_type": "qwen3_moe", "hidden_size": 2048, "num_hidden_layers": 48, "num_attention_heads": 32, "head_dim": 128}
+_QWEN_MOE |= {"num_key_value_heads": 4, "moe_intermediate_size": 768, "num_experts": 128, "num_experts_per_tok": 8, "norm_topk_prob": True}
+_MIXTRAL = {"model_type": "mixtral", "vocab_size": 32000, "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32}
+_MIXTRAL |= {"num_key_value_heads": 8, "intermediate_size": 14336, "num_local_experts": 8, "num_experts_per_tok": 2}
 _TIED = {"vocab_size": 151936, "tie_word_embeddings": True}
 _UNTIED = {"vocab_size": 152064, "tie_word_embeddings": False}
 _MATH = {"max_position_embeddings": 4096, "rope_theta": 1e4}
@@ -26,6 +30,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "qwen2.5-0.5b": {**_QWEN, **_QWEN_05, **_TIED},
     "qwen2.5-1.5b": {**_QWEN, **_QWEN_15, **_TIED},
     "qwen2.5-7b": {**_QWEN, **_QWEN_7, **_UNTIED},
+    "qwen3-30b-a3b": {**_QWEN_MOE, "vocab_size": 151936, "tie_word_embeddings": False, "max_position_embeddings": 40960},
+    "mixtral-8x7b": {**_MIXTRAL, "max_position_embeddings": 32768, "rms_norm_eps": 1e-5, "rope_theta": 1e6, "eos_token_id": 2},
     "qwen2.5-math-1.5b": {**_QWEN, **_QWEN_15, **_TIED, **_MATH},
     "qwen2.5-math-7b": {**_QWEN, **_QWEN_7, **_UNTIED, **_MATH},
 }

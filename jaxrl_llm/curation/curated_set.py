@@ -245,6 +245,7 @@ def _write_array_record(folder: Path, columns: _Columns, manifest: dict[str, Any
     """ArrayRecord files and tfds's metadata, made with the parts of tfds that need no TensorFlow."""
     import tensorflow_datasets as tfds
     from array_record.python.array_record_module import ArrayRecordWriter
+    from tensorflow_datasets.proto import tf_example_pb2
 
     columns = columns.with_short_floats()
     manifest = {**manifest, "columns": columns.kinds}
@@ -266,6 +267,8 @@ def _write_array_record(folder: Path, columns: _Columns, manifest: dict[str, Any
         writer = ArrayRecordWriter(str(template.sharded_filepath(shard_index=i, num_shards=len(shards))), "group_size:1")
         for example in shard:
             record = features.serialize_example(example)
+            # A protobuf map is written in another order by each process, unless told.
+            record = tf_example_pb2.Example.FromString(record).SerializeToString(deterministic=True)
             size += len(record)
             writer.write(record)
         writer.close()

@@ -131,6 +131,7 @@ class SFTConfig:
     remat: bool = False  # recompute each layer in the backward pass
     remat_keep: str = "nothing"  # with remat, what is not recomputed: "nothing", or "products", what the weight matrices give
     logprob_chunk: int | None = None
+    router_balance: float = 0.0  # of a mixture of experts: weight of the loss that spreads tokens evenly over them; 0 = none
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-5, clip_norm=1.0)
     lora: LoraSettings = LoraSettings()
     log_every: int = 10  # steps between metric lines (and between waits for the device)

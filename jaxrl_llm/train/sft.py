@@ -18,7 +18,7 @@ import models
 from jaxrl_llm.checkpoint import Checkpoints
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.losses.logprobs import token_logprobs
-from jaxrl_llm.losses.sft import sft_loss
+from jaxrl_llm.losses.sft import load_balancing_loss, sft_loss
 from jaxrl_llm.run_dir import RunDir
 from jaxrl_llm.train.config import OptimizerConfig, SFTConfig, check_counts, check_lora, check_optimizer, from_mapping, remat_of
 from jaxrl_llm.train.signals import Interrupted, StopRequest, stop_on_signal, watchdog
@@ -49,23 +49,36 @@ class SFTSpec:
     remat: bool | str  # as of `models.forward`
     logprob_chunk: int | None
     lora: LoraConfig | None = None
+    router_balance: float = 0.0
 
 
 def _micro_loss(trained, spec: SFTSpec, frozen, tokens_BT, mask_BT, total, segments_BT=None):
     compute = jax.tree.map(lambda p: p.astype(spec.model.dtype), whole(spec.lora, trained, frozen))
     # Rows are right-padded and attention is causal, so no counted token ever sees padding.
     segments = None if segments_BT is None else segments_BT[:, :-1]
-    hidden_BTD = models.forward(spec.model, compute, tokens_BT[:, :-1], segments=segments, remat=spec.remat).hidden
-    logps_BT, _ = token_logprobs(hidden_BTD, models.head(spec.model, compute), tokens_BT[:, 1:], chunk=spec.logprob_chunk)
-    return sft_loss(logps_BT, mask_BT[:, 1:], total_tokens=total)[0]
+    taps = tuple(f"blocks.{i}.router_logits" for i in range(spec.model.n_layers)) if spec.router_balance else ()
+    out = models.forward(spec.model, compute, tokens_BT[:, :-1], segments=segments, taps=taps, remat=spec.remat)
+    logps_BT, _ = token_logprobs(out.hidden, models.head(spec.model, compute), tokens_BT[:, 1:], chunk=spec.logprob_chunk)
+    loss, counted_BT = sft_loss(logps_BT, mask_BT[:, 1:], total_tokens=total)[0], mask_BT[:, 1:]
+    if not spec.router_balance:
+        return loss, loss
+    # What comes before a row's last counted token is text, not padding. Micro-batches count by their tokens, as in the loss.
+    text_BT = jnp.flip(jnp.cumsum(jnp.flip(counted_BT, 1), axis=1), 1) > 0
+    balance = load_balancing_loss(jnp.stack([out.taps[name] for name in taps]), text_BT, spec.model.experts_per_token)
+    share = jnp.sum(counted_BT, dtype=jnp.float32) / jnp.maximum(total, 1.0)
+    return loss + spec.router_balance * share * balance, loss
 
 
 def _update(spec: SFTSpec, state, batch, frozen=None):
     """One update on {"tokens" [M, b, T] int32, "mask" [M, b, T] bool} and, of packed rows, "segments" [M, b, T] int32: micro-batches
-    weighted by their tokens."""
+    weighted by their tokens. The loss that is told is that of the tokens alone."""
     tokens = jnp.sum(batch["mask"][:, :, 1:], dtype=jnp.float32)
-    grad_fn = jax.value_and_grad(functools.partial(_micro_loss, spec=spec, frozen=frozen, total=tokens))
-    one = lambda micro: grad_fn(state["params"], **{f"{name}_BT": rows for name, rows in micro.items()})  # noqa: E731
+    grad_fn = jax.value_and_grad(functools.partial(_micro_loss, spec=spec, frozen=frozen, total=tokens), has_aux=True)
+
+    def one(micro):
+        (_, loss), grads = grad_fn(state["params"], **{f"{name}_BT": rows for name, rows in micro.items()})
+        return loss, grads
+
     if batch["tokens"].shape[0] == 1:
         loss, grads = one(jax.tree.map(lambda x: x[0], batch))
     else:
@@ -133,7 +146,12 @@ def train_sft(
     check_counts(config)
     check_lora(config.lora)
     lora = config.lora.adapter
-    spec = SFTSpec(model_cfg, resolve_decay(config.optimizer, config.steps), remat_of(config), config.logprob_chunk, lora)
+    if config.router_balance < 0:
+        raise UserError(f"setting 'router_balance' must not be below 0, got {config.router_balance:g}")
+    if config.router_balance and model_cfg.mlp != "experts":
+        raise UserError(f"train.router_balance={config.router_balance:g} is for mixtures of experts; this {model_cfg.family} has none: set it to 0")
+    optimizer = resolve_decay(config.optimizer, config.steps)
+    spec = SFTSpec(model_cfg, optimizer, remat_of(config), config.logprob_chunk, lora, config.router_balance)
     checkpoints = None if run_dir is None else Checkpoints(run_dir.checkpoints, config.keep_checkpoints)
     found = None if checkpoints is None else checkpoints.restore(abstract_state(model_cfg, spec.optimizer, mesh, lora=lora))
     params = given(params)

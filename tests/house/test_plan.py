@@ -84,7 +84,7 @@ def plans(tiny, run_python):
 def test_numbers_follow_the_sizes(plans, tiny):
     one, four = plans["one"], plans["four"]
     model = resolve_model(tiny, "float32")
-    assert one["parameters"] == model.param_count() and one["layout"] == {"data": 1, "fsdp": 1, "tensor": 1}
+    assert one["parameters"] == model.param_count() and one["layout"] == {"data": 1, "fsdp": 1, "expert": 1, "tensor": 1}
     # fp32 parameters and AdamW's two moments, the step's own arrays beside them.
     state = 3 * 4 * model.param_count()
     assert state < one["train_step"]["argument_bytes"] < state + 4000

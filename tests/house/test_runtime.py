@@ -146,7 +146,7 @@ def test_mesh_of_a_config_text(run_python):
     with pytest.raises(UserError, match="'fsdp' is not AXIS=NUMBER"):
         runtime.parse_mesh("fsdp")
     code = "from jaxrl_llm.runtime import parse_mesh; print(dict(parse_mesh('fsdp=-1,tensor=2').shape))"
-    assert "{'data': 1, 'fsdp': 4, 'tensor': 2}" in run_python(code, devices=8)
+    assert "{'data': 1, 'fsdp': 4, 'expert': 1, 'tensor': 2}" in run_python(code, devices=8)
 
 
 def test_cache_name_tells_cpus_apart(monkeypatch):

@@ -36,6 +36,15 @@ QWEN2 = {**SMALL, "model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], 
 QWEN3 = {**SMALL, "model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "use_sliding_window": False}
 MISTRAL = {**SMALL, "model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": None}
 
+MIXTRAL = {**SMALL, "model_type": "mixtral", "architectures": ["MixtralForCausalLM"], "num_local_experts": 4, "num_experts_per_tok": 2}
+QWEN3_MOE = {
+    **{name: value for name, value in SMALL.items() if name != "intermediate_size"},
+    "model_type": "qwen3_moe",
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "moe_intermediate_size": 24,
+    "num_experts": 6,
+    "num_experts_per_tok": 3,
+}
 OLMO2 = {**SMALL, "model_type": "olmo2", "architectures": ["Olmo2ForCausalLM"]}
 PHI3 = {**SMALL, "model_type": "phi3", "architectures": ["Phi3ForCausalLM"], "pad_token_id": 0}
 _GEMMA = {
@@ -141,6 +150,10 @@ CASES: dict[str, dict] = {
         "rope_theta": 10000.0,
     },
     "mistral_window": {**MISTRAL, "sliding_window": 7, "rope_theta": 10000.0},
+    "mixtral": {**MIXTRAL, "sliding_window": None, "rope_theta": 1e6},
+    "mixtral_window": {**MIXTRAL, "sliding_window": 7, "tie_word_embeddings": True, "num_experts_per_tok": 1, **rope("default", 1e6)},
+    "qwen3_moe": {**QWEN3_MOE, "head_dim": 16, "norm_topk_prob": True, "rms_norm_eps": 1e-6, "rope_theta": 1e6},
+    "qwen3_moe_unnormalised": {**QWEN3_MOE, "attention_bias": True, "norm_topk_prob": False, "decoder_sparse_step": 1, "mlp_only_layers": []},
     "olmo2": {**OLMO2, **rope("default", 5e5)},
     "olmo2_biases": {**OLMO2, "attention_bias": True, "num_key_value_heads": 1, "rope_theta": 10000.0},
     "gemma2": {
@@ -199,7 +212,7 @@ def tensors(config: dict, seed: int) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(seed)
     if config["model_type"].startswith("gpt"):
         return gpt_tensors(config, rng)
-    d, f, h = config["hidden_size"], config["intermediate_size"], config["head_dim"]
+    d, f, h = config["hidden_size"], config.get("moe_intermediate_size", config.get("intermediate_size")), config["head_dim"]
     n, k = config["num_attention_heads"], config["num_key_value_heads"]
     kind = config["model_type"]
     gemma = kind.startswith("gemma")
@@ -229,12 +242,19 @@ def tensors(config: dict, seed: int) -> dict[str, np.ndarray]:
         for name, rows in (("qkv", (n + 2 * k) * h),) if fused else (("q", n * h), ("k", k * h), ("v", k * h)):
             linear(f"{layer}.self_attn.{name}_proj", rows, d, bias)
         linear(f"{layer}.self_attn.o_proj", d, n * h, bias and kind != "qwen2")
-        if kind in ("qwen3", "gemma3_text"):
+        if kind in ("qwen3", "qwen3_moe", "gemma3_text"):
             norm(f"{layer}.self_attn.q_norm", h)
             norm(f"{layer}.self_attn.k_norm", h)
         if kind == "olmo2":
             norm(f"{layer}.self_attn.q_norm", n * h)
             norm(f"{layer}.self_attn.k_norm", k * h)
+        if experts := config.get("num_local_experts", config.get("num_experts")):
+            moe, names = ("block_sparse_moe", ("w1", "w3", "w2")) if kind == "mixtral" else ("mlp", ("gate_proj", "up_proj", "down_proj"))
+            linear(f"{layer}.{moe}.gate", experts, d)
+            for e in range(experts):
+                for name, rows, columns in zip(names, (f, f, d), (d, d, f), strict=True):
+                    linear(f"{layer}.{moe}.experts.{e}.{name}", rows, columns)
+            continue
         for name, rows, columns in (*((("gate_up", 2 * f, d),) if fused else (("gate", f, d), ("up", f, d))), ("down", d, f)):
             linear(f"{layer}.mlp.{name}_proj", rows, columns, config.get("mlp_bias", False))
     norm("model.norm", d)

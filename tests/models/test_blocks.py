@@ -16,7 +16,7 @@ import models
 from jaxrl_llm.losses.logprobs import token_logprobs
 from jaxrl_llm.train.forward import completion_logprobs
 from models import layers
-from models.taps import BLOCK_TAPS
+from models.taps import taps_of
 from models.transformer import fused, unstacked
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -79,7 +79,7 @@ def test_every_form_gives_the_same(name, monkeypatch):
 @pytest.mark.parametrize("name", KINDS)
 def test_taps_add_up_and_interventions_reach_what_follows(name):
     cfg, params = model(name)
-    names = ("embed", *(f"blocks.{i}.{kind}" for i in range(cfg.n_layers) for kind in BLOCK_TAPS), "final_norm")
+    names = ("embed", *(f"blocks.{i}.{kind}" for i in range(cfg.n_layers) for kind in taps_of(cfg)), "final_norm")
 
     def edit(x):  # not the same along the last axis, which LayerNorm would take out again
         return x + 0.3 * jnp.cos(jnp.arange(x.shape[-1]))

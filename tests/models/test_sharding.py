@@ -13,7 +13,7 @@ from models import ModelError, lora, sharding
 
 
 def abstract_mesh(data=1, fsdp=1, tensor=1):
-    return AbstractMesh((data, fsdp, tensor), sharding.MESH_AXES)
+    return AbstractMesh((data, fsdp, 1, tensor), sharding.MESH_AXES)
 
 
 def test_every_axis_has_a_rule_and_every_rule_an_axis():
@@ -57,10 +57,10 @@ def test_what_does_not_divide_is_replicated_and_said(caplog):
 
 def test_mesh_shapes():
     n = len(jax.devices())
-    assert dict(sharding.make_mesh({"fsdp": -1}).shape) == {"data": 1, "fsdp": n, "tensor": 1}
+    assert dict(sharding.make_mesh({"fsdp": -1}).shape) == {"data": 1, "fsdp": n, "expert": 1, "tensor": 1}
     assert set(sharding.make_mesh({"data": n}).axis_types) == {AxisType.Auto}
-    assert sharding.batch_sharding(sharding.make_mesh({"data": n})).spec == PartitionSpec(("data", "fsdp"))
-    with pytest.raises(ModelError, match="unknown mesh axis 'model'; known: data, fsdp, tensor"):
+    assert sharding.batch_sharding(sharding.make_mesh({"data": n})).spec == PartitionSpec(("data", "fsdp", "expert"))
+    with pytest.raises(ModelError, match="unknown mesh axis 'model'; known: data, fsdp, expert, tensor"):
         sharding.make_mesh({"model": 2})
     with pytest.raises(ModelError, match=f"needs {7 * n} devices, there are {n}"):
         sharding.make_mesh({"fsdp": 7 * n})

@@ -14,10 +14,10 @@ from models import ModelError
 from models.attention import attention_mask
 from models.layers import Block, rms_norm
 from models.rope import rope_table
-from models.taps import BLOCK_TAPS
+from models.taps import taps_of
 
 CASE = "qwen3_layer_types"  # one windowed layer, one full; biases; q/k norm; YaRN
-NAMES = ("embed", *(f"blocks.{i}.{kind}" for i in range(2) for kind in BLOCK_TAPS), "final_norm")
+NAMES = ("embed", *(f"blocks.{i}.{kind}" for i in range(2) for kind in taps_of(models.ModelConfig.from_hf(cases.CASES[CASE]))), "final_norm")
 
 
 @pytest.fixture(scope="module")

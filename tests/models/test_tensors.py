@@ -33,7 +33,7 @@ def test_parts_are_read_and_written_back(name):
     for leaf, abstract in leaves_of(models.abstract_params(cfg)):
         tensor = tensor_of(cfg, leaf)
         shape = abstract.shape[-len(tensor.ours) :]
-        source = stored[tensor.names(cfg.n_layers)[0]]
+        source = stored[tensor.names(cfg).flat[0]]
         assert tensor.stored_shape(shape) == source.shape, leaf
         asked = []
         whole = tensor.read(lambda index, s=source, a=asked: a.append(s[index].size) or s[index], shape, (slice(None),) * len(shape))

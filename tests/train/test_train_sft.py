@@ -5,6 +5,7 @@ import itertools
 import os
 import signal
 
+import jax
 import numpy as np
 import pytest
 import tiny_grpo as tiny
@@ -12,6 +13,7 @@ import tiny_grpo as tiny
 import models
 from jaxrl_llm.data.prompts import pack_rows
 from jaxrl_llm.errors import UserError
+from jaxrl_llm.losses.sft import load_balancing_loss
 from jaxrl_llm.run_dir import RunDir
 from jaxrl_llm.train.config import OptimizerConfig, SFTConfig
 from jaxrl_llm.train.sft import micro_batches, train_sft
@@ -156,3 +158,45 @@ def test_rows_packed_without_segments_would_not():
     config = dataclasses.replace(QUICK, steps=1)
     mixed = (part[:2] for part in packed(data(), 20))
     assert abs(train(config, mixed)[1][0]["loss"] - train(config)[1][0]["loss"]) > 1e-3
+
+
+EXPERTS = dataclasses.replace(tiny.CONFIG, mlp="experts", n_experts=4, experts_per_token=1, d_ff=8)
+
+
+def crowded():
+    """Parameters whose router has much to say of the last expert and little of the others."""
+    params = models.init(EXPERTS, jax.random.key(0))
+    loud = jax.random.normal(jax.random.key(1), params["blocks"]["router"].shape) * jax.numpy.array([0.1, 0.1, 0.1, 1.0])
+    return params | {"blocks": params["blocks"] | {"router": loud}}
+
+
+def unevenness(params):
+    taps = tuple(f"blocks.{i}.router_logits" for i in range(EXPERTS.n_layers))
+    tokens, mask = next(data(seed=9))
+    logits = models.apply(EXPERTS, params, np.where(mask, tokens, 2), taps=taps)[1]
+    return float(load_balancing_loss(np.stack([logits[name] for name in taps]), mask, 1))
+
+
+def test_router_balance_spreads_tokens_over_experts():
+    config = dataclasses.replace(QUICK, steps=30, log_every=30)
+    run = lambda **changes: train_sft(EXPERTS, crowded(), data(), dataclasses.replace(config, **changes), progress=False)  # noqa: E731
+    (free, history), (balanced, told) = run(), run(router_balance=0.5)
+    assert unevenness(balanced) < unevenness(free) - 0.1
+    # The loss told is that of the tokens: both learn.
+    assert history[0]["loss"] == pytest.approx(told[0]["loss"], rel=0.3)
+
+
+def test_router_balance_of_micro_batches_weighs_them_by_tokens():
+    """Two micro-batches of the same rows balance as one of them does."""
+    tokens, mask = next(data(rows=3))
+    one_step = dataclasses.replace(QUICK, steps=1, router_balance=0.5)
+    run = lambda rows, config: train_sft(EXPERTS, crowded(), iter([rows]), config, progress=False)[0]  # noqa: E731
+    twice = run((np.concatenate([tokens] * 2), np.concatenate([mask] * 2)), dataclasses.replace(one_step, micro_batch_rows=3))
+    np.testing.assert_allclose(tiny.flat(twice), tiny.flat(run((tokens, mask), one_step)), rtol=1e-4, atol=1e-6)
+
+
+def test_router_balance_is_for_experts():
+    with pytest.raises(UserError, match="router_balance=0.1 is for mixtures of experts; this .* has none: set it to 0"):
+        train(dataclasses.replace(QUICK, router_balance=0.1))
+    with pytest.raises(UserError, match="'router_balance' must not be below 0"):
+        train(dataclasses.replace(QUICK, router_balance=-0.1))
