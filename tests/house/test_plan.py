@@ -298,7 +298,7 @@ def test_the_large_configs_have_a_layout_on_each_slice(variant, name, devices):
         ("--config.mesh=cpu:none", "give the number of devices"),
         ("--config.mesh=cpu:4096", "plan in a process of its own"),
         ("--config.layout=fsdp", "'fsdp' is not AXIS=NUMBER"),
-        ("--config.layout=expert=2", "unknown mesh axis 'expert'"),
+        ("--config.layout=model=2", "unknown mesh axis 'model'"),
         ("--config.prompts=0", "config key 'prompts' is 0"),
         ("--config.micro_batch_rows=-1", "config key 'micro_batch_rows' is -1: give 0 or more"),
         ("--config.max_new_tokens=999999", "prompt_tokens=256 and max_new_tokens=999999 make 1000255, the context of"),
