@@ -81,6 +81,39 @@ def train(steps: int, shared_prefix: bool) -> tuple[list[dict], list[float]]:
     return records, [later - earlier for earlier, later in itertools.pairwise(reward.times)]
 
 
+def updates(buckets: int, repeats: int, longest: int = 256) -> tuple[float, float]:
+    """(best seconds of an update, seconds to compile) on completions of lengths spread evenly over 1:8, 8 a micro-batch."""
+    import jax
+
+    import models
+    from jaxrl_llm.data.prompts import PromptBatch
+    from jaxrl_llm.rewards.verdict import Status, Verdict
+    from jaxrl_llm.train.config import GRPOConfig, OptimizerConfig
+    from jaxrl_llm.train.rollout import Experience, build_batch
+    from jaxrl_llm.train.state import init_state
+    from jaxrl_llm.train.step import compiled_update, step_spec
+
+    cfg, rng, N = small_qwen2(), np.random.default_rng(0), PROMPTS * SAMPLES
+    lengths = rng.permutation(np.linspace(longest // 8, longest, N).astype(np.int32))
+    draw = lambda *shape: rng.integers(0, VOCAB, shape).astype(np.int32)  # noqa: E731
+    rows = np.repeat(np.arange(PROMPTS, dtype=np.int32), SAMPLES)
+    sampled = (draw(N, longest), lengths, -np.ones((N, longest), np.float32), rows, np.zeros(N, np.int32))
+    rollout = models.Rollout(draw(N, PROMPT), np.full(N, PROMPT, np.int32), *sampled)
+    prompts = PromptBatch(draw(PROMPTS, PROMPT), np.full(PROMPTS, PROMPT, np.int32), [str(i) for i in range(PROMPTS)], [{}] * PROMPTS)
+    rewards = rng.random(N).astype(np.float32)
+    judged = Experience(prompts, rollout, [""] * N, [Verdict(Status.PASS)] * N, rewards, np.ones(N, bool), rows, 0.0, 0.0)
+    optimizer = OptimizerConfig(learning_rate=1e-6)
+    config = GRPOConfig(num_samples=SAMPLES, max_new_tokens=longest, micro_batch_rows=8, length_buckets=buckets, optimizer=optimizer)
+    config = dataclasses.replace(config, samples_together=2 if buckets > 1 else 0)
+    spec, batch = step_spec(cfg, config), build_batch(judged, config)
+    state, update, seconds = init_state(cfg, spec.optimizer, models.init(cfg, jax.random.key(0))), compiled_update(spec), []
+    for _ in range(repeats + 1):
+        began = time.perf_counter()
+        state, metrics, _ = jax.block_until_ready(update(state, batch))
+        seconds.append(time.perf_counter() - began)
+    return min(seconds[1:]), seconds[0] - min(seconds[1:])
+
+
 def measure(args: argparse.Namespace) -> Iterable[Figure]:
     """Seconds a step beside the peers, then where they go."""
     peers = {name: run_peer(name, f"{name}_grpo", ["--repeats", args.repeats]) if args.peers else None for name in ("tunix", "trl")}
@@ -95,6 +128,10 @@ def measure(args: argparse.Namespace) -> Iterable[Figure]:
     best = min(records[2:], key=lambda record: record["seconds"])
     for part in ("rollout", "reward", "update"):
         yield Figure(f"grpo_step_{part}", best[f"seconds_{part}"], "s", shape=shape, better="lower")
+    progress("updates on completions of many lengths")
+    (cut, compile_s), (whole, _) = (updates(buckets, args.repeats) for buckets in (4, 1))
+    shape = f"{PROMPTS} x {SAMPLES} completions of 32 to 256 tokens, 8 a micro-batch, 2 of a prompt together, length_buckets 4"
+    yield Figure("grpo_update_buckets", cut, "s", "length_buckets 1", whole, compile_s, shape, better="lower")
     if args.plain:
         progress("our steps without the shared prefix")
         plain = min(record["seconds_update"] for record in train(args.repeats + 3, shared_prefix=False)[0][2:])

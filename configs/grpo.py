@@ -69,6 +69,8 @@ def get_config(variant: str | None = None) -> ml_collections.ConfigDict:
     config.train.overlong_buffer = 0  # last tokens before max_new_tokens over which a penalty of the reward grows; 0 = no penalty
     config.train.overlong_penalty = 1.0  # what a completion that reaches max_new_tokens loses of its reward
     config.train.micro_batch_rows = 0  # completions a micro-batch, gradients accumulated; 0 = all at once
+    config.train.length_buckets = 1  # widths that micro-batches are cut to, completions sorted by length: less padding, same gradient; 1 = all as wide as the longest
+    config.train.samples_together = 0  # most completions of a prompt that share one forward of it: fewer can be sorted better by length, for more work on prompts; 0 = all that fit
     config.train.shared_prefix = True  # forward each prompt once for its samples: same gradient, less work
     config.train.remat = False  # recompute layers in the backward pass: less memory, a third more work
     config.train.remat_keep = "nothing"  # with remat, what is not recomputed: "nothing", or "products", what the weight matrices give: more memory, little more work

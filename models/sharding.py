@@ -100,7 +100,7 @@ def _axes_leaves(cfg: ModelConfig) -> list[tuple[str, ...]]:
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Rows of a batch over "data", "fsdp" and "expert" together; all later dimensions replicated."""
-    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+    return NamedSharding(mesh, PartitionSpec(_batch_axes(mesh)))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -110,7 +110,11 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 def batch_ways(mesh: Mesh) -> int:
     """Over how many devices the rows of a batch are spread."""
-    return math.prod(mesh.shape[name] for name in BATCH_AXES)
+    return math.prod(mesh.shape[name] for name in _batch_axes(mesh))
+
+
+def _batch_axes(mesh: Mesh) -> tuple[str, ...]:
+    return tuple(name for name in BATCH_AXES if name in mesh.shape)  # a mesh of one's own may have fewer axes
 
 
 def place(array: np.ndarray, where: NamedSharding) -> jax.Array:

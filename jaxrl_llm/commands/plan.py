@@ -161,7 +161,7 @@ def _plan_on_cpu() -> None:
 def _need(sizes: Mapping[str, Any]) -> None:
     endless = float("inf")
     ranges = dict.fromkeys(("prompts", "num_samples", "prompt_tokens", "max_new_tokens", "rollout_rows"), (1, endless))
-    ranges |= dict.fromkeys(("micro_batch_rows", "lora_rank"), (0, endless))
+    ranges |= dict.fromkeys(("micro_batch_rows", "samples_together", "lora_rank"), (0, endless))
     check_fields(sizes, {"dtype": ("float32", "bfloat16"), "remat_keep": ("nothing", "products")}, ranges)
 
 
@@ -299,7 +299,7 @@ def _plan_train(model: Any, sizes: Mapping[str, Any], mesh: Any) -> dict[str, An
     samples, new, width = sizes["num_samples"], sizes["max_new_tokens"], sizes["prompt_tokens"]
     micro_rows = sizes["micro_batch_rows"]
     spec, ways = _train_settings(model, sizes), batch_ways(mesh)
-    together = samples_together(samples, micro_rows, ways)
+    together = samples_together(samples, micro_rows, ways, sizes["samples_together"])
     blocks = sizes["prompts"] * samples // together  # a prompt is forwarded once for each
     per_device = math.ceil(blocks / ways)
     prompts = ways * (min(per_device, max(micro_rows // together // ways, 1)) if micro_rows else per_device)

@@ -100,6 +100,8 @@ class GRPOConfig:
     overlong_buffer: int = 0  # last tokens before max_new_tokens over which a soft penalty grows (DAPO eq. 13); 0 = no penalty
     overlong_penalty: float = 1.0  # what a completion that reaches max_new_tokens loses of its reward
     micro_batch_rows: int = 0  # completions a micro-batch, gradients accumulated; 0 = all at once
+    length_buckets: int = 1  # widths that micro-batches of completions sorted by length are cut to; 1 = all are as wide as the longest
+    samples_together: int = 0  # most completions of a prompt that share one forward of it (fewer are sorted better); 0 = all that fit
     shared_prefix: bool = True  # forward each distinct prompt once for its samples (same gradient, less work)
     remat: bool = False  # recompute each layer in the backward pass: less memory, a third more work
     remat_keep: str = "nothing"  # with remat, what is not recomputed: "nothing", or "products", what the weight matrices give
@@ -283,7 +285,7 @@ def check_grpo(config: GRPOConfig) -> None:
     check_optimizer(config.optimizer)
     check_lora(config.lora)
     check_counts(config)
-    for name in ("steps", "num_samples", "max_new_tokens", "inner_epochs", "rollout_rows", "rollout_tries", "eval_batch"):
+    for name in ("steps", "num_samples", "max_new_tokens", "inner_epochs", "rollout_rows", "rollout_tries", "eval_batch", "length_buckets"):
         if getattr(config, name) < 1:
             raise UserError(f"setting '{name}' must be at least 1, got {getattr(config, name)}")
     if config.num_samples == 1 and (config.rollout_tries > 1 or config.loss.baseline not in TOKEN_BASELINES):
@@ -292,6 +294,8 @@ def check_grpo(config: GRPOConfig) -> None:
             f"setting '{name}' compares the samples of a prompt, and num_samples=1: every advantage would be 0; "
             "set num_samples to 2 or more, or loss.baseline='batch_mean' or 'value' with rollout_tries=1"
         )
+    if config.length_buckets > 1 and not config.micro_batch_rows:
+        raise UserError(f"setting 'length_buckets' is {config.length_buckets} and 'micro_batch_rows' 0: there is one micro-batch, so set that too")
     _check_overlong(config)
     if not config.temperature > 0:
         raise UserError(f"setting 'temperature' must be above 0 in training, got {config.temperature}; evaluation is greedy anyway")

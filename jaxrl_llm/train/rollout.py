@@ -116,10 +116,11 @@ def groups_by_id(ids: Sequence[str]) -> np.ndarray:
     return np.array([numbers.setdefault(i, len(numbers)) for i in ids], dtype=np.int32)
 
 
-def samples_together(num_samples: int, micro_batch_rows: int, ways: int) -> int:
-    """How many of a prompt's completions share one forward of it in an update: all, or where micro_batch_rows over the ways (devices that
-    share the rows) leaves less room, the most that fit and divide them."""
+def samples_together(num_samples: int, micro_batch_rows: int, ways: int, most: int = 0) -> int:
+    """How many of a prompt's completions share one forward of it in an update: all, or where `most` of them or micro_batch_rows over the
+    ways (devices that share the rows) leaves less room, the most that fit and divide them."""
     room = max(micro_batch_rows // ways, 1) if micro_batch_rows else num_samples
+    room = min(room, most or room)
     return next(size for size in range(min(room, num_samples), 0, -1) if num_samples % size == 0)
 
 
@@ -129,15 +130,21 @@ def build_batch(experience: Experience, config: GRPOConfig, *, row_multiple: int
     Completions of one prompt stay together when every prompt has the same number of them, so that its prefix is forwarded once; else
     each row carries its own copy of the prompt. A micro-batch with less room than that holds part of a prompt's completions (see
     `samples_together`). row_multiple: over how many devices its rows are spread; each gets as many prompts. Widths are rounded up to a
-    few sizes, so that steps share compilations.
+    few sizes, so that steps share compilations. With `config.length_buckets` a prompt's completions, and then what stays together, are
+    sorted by length, so that a micro-batch has completions of similar lengths (see `step.cut_to_length`).
     """
     r, rows = experience.rollout, experience.rollout.group_ids_N
     order = np.argsort(rows, kind="stable")
+    if config.length_buckets > 1:  # within a prompt
+        order = np.lexsort((r.completion_lengths_N, rows))
     present, counts = np.unique(rows, return_counts=True)
     complete = len(counts) > 0 and np.all(counts == counts[0])
-    S = samples_together(int(counts[0]), config.micro_batch_rows, row_multiple) if complete else 1
+    S = samples_together(int(counts[0]), config.micro_batch_rows, row_multiple, config.samples_together) if complete else 1
     of_prompt = np.repeat(present, counts // S) if complete else rows[order]  # the prompt of each block of S rows
     G = len(of_prompt)
+    if config.length_buckets > 1:
+        by_longest = np.argsort(r.completion_lengths_N[order].reshape(G, S).max(axis=1), kind="stable")
+        of_prompt, order = of_prompt[by_longest], order.reshape(G, S)[by_longest].ravel()
     per_device = -(-G // row_multiple)
     if config.micro_batch_rows:
         per_device = min(per_device, max(config.micro_batch_rows // S // row_multiple, 1))

@@ -9,6 +9,7 @@ A batch is a dict of host or device arrays with a leading micro-batch axis M; g 
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -52,6 +53,7 @@ class StepSpec:
     remat: bool | str = False  # as of `models.forward`
     logprob_chunk: int | None = None
     lora: LoraConfig | None = None
+    length_buckets: int = 1  # widths that a micro-batch may be cut to: equal steps up to that of the batch
 
 
 def step_spec(model: ModelConfig, config: GRPOConfig) -> StepSpec:
@@ -66,6 +68,7 @@ def step_spec(model: ModelConfig, config: GRPOConfig) -> StepSpec:
         remat=remat_of(config),
         logprob_chunk=config.logprob_chunk,
         lora=config.lora.adapter,
+        length_buckets=config.length_buckets,
     )
 
 
@@ -171,6 +174,28 @@ def micro_loss(trained, spec: StepSpec, micro: Batch, totals: Totals, frozen=Non
     return loss, (metrics, jax.lax.stop_gradient(logps))
 
 
+PER_TOKEN = ("completions", "sampler_logps", "old_logps", "ref_logps", "kl", "values", "returns", "advantages")
+
+
+def cut_to_length(spec: StepSpec, run: Callable[[Batch], tuple[Any, jax.Array]], micro: Batch) -> tuple[Any, jax.Array]:
+    """run(micro) -> (anything, [r, C]) on the micro-batch cut to the smallest width of `spec.length_buckets` that holds its longest completion.
+
+    Each width is a branch of one program, so that only compilation grows with their number; what is cut off of the second result is 0.
+    """
+    width, steps = micro["completions"].shape[-1], spec.length_buckets
+    widths = sorted({-(-width * step // steps) for step in range(1, steps + 1)})
+
+    def narrow(size, micro):
+        cut = {name: x[:, :size] if name in PER_TOKEN and x.ndim == 2 else x for name, x in micro.items()}
+        found, tokens = run(cut)
+        return found, jnp.pad(tokens, ((0, 0), (0, width - size)))
+
+    if len(widths) == 1:
+        return run(micro)
+    which = jnp.sum(jnp.max(micro["lengths"]) > jnp.array(widths[:-1]))
+    return jax.lax.switch(which, [functools.partial(narrow, size) for size in widths], micro)
+
+
 def loss_and_grads(spec: StepSpec, params, batch: Batch, frozen=None):
     """(loss, metrics, gradients, log-probabilities [M, r, C]) of the whole batch, one micro-batch in memory at a time. params: what is
     trained; frozen: what an adapter is put into (see `train.state`)."""
@@ -178,9 +203,13 @@ def loss_and_grads(spec: StepSpec, params, batch: Batch, frozen=None):
     micros = batch | (critic_targets(spec, batch) if spec.loss.critic else {"advantages": advantages(spec, batch)})
     grad_fn = jax.value_and_grad(functools.partial(micro_loss, spec=spec, totals=totals, frozen=frozen), has_aux=True)
 
-    def one(micro):
+    def run(micro):
         (loss, (metrics, logps)), grads = grad_fn(params, micro=micro)
-        return {"loss": loss, **metrics}, grads, logps
+        return ({"loss": loss, **metrics}, grads), logps
+
+    def one(micro):
+        (metrics, grads), logps = cut_to_length(spec, run, micro)
+        return metrics, grads, logps
 
     if batch["prompts"].shape[0] == 1:
         metrics, grads, logps = one(jax.tree.map(lambda x: x[0], micros))
@@ -233,13 +262,18 @@ def compiled_update(spec: StepSpec, mesh=None):
     )
 
 
+def _each(spec: StepSpec, per_token: Callable[[Batch], jax.Array], batch: Batch) -> jax.Array:
+    """[M, r, C] of a function of one micro-batch."""
+    return jax.lax.map(lambda micro: cut_to_length(spec, lambda cut: (None, per_token(cut)), micro)[1], batch)
+
+
 @functools.lru_cache(maxsize=64)
 def compiled_logprobs(spec: StepSpec, mesh=None):
     """jitted (params, batch) -> log-probabilities [M, r, C] without gradients: for the reference model, which has no adapter."""
     spec = chunk_on(spec, mesh)
 
     def run(params, batch):
-        return jax.lax.map(lambda micro: policy_logprobs(spec, params, micro)[0], batch)
+        return _each(spec, lambda micro: policy_logprobs(spec, params, micro)[0], batch)
 
     if mesh is None:
         return jax.jit(run)
@@ -253,9 +287,8 @@ def compiled_kl(spec: StepSpec, mesh=None):
     those that sampled, whole and in the trainer's own precision."""
 
     def run(params, reference, batch):
-        return jax.lax.map(
-            lambda micro: kl_estimate(policy_logprobs(spec, params, micro)[0], policy_logprobs(spec, reference, micro)[0], spec.loss.kl), batch
-        )
+        logps = lambda params, micro: policy_logprobs(spec, params, micro)[0]  # noqa: E731
+        return _each(spec, lambda micro: kl_estimate(logps(params, micro), logps(reference, micro), spec.loss.kl), batch)
 
     if mesh is None:
         return jax.jit(run)
@@ -268,7 +301,7 @@ def compiled_values(spec: StepSpec, mesh=None):
     """jitted (whole params with the value head, batch) -> values [M, r, C] without gradients: those that advantages are taken against."""
 
     def run(params, batch):
-        return jax.lax.map(lambda micro: _values(spec, params, micro)[2], batch)
+        return _each(spec, lambda micro: _values(spec, params, micro)[2], batch)
 
     if mesh is None:
         return jax.jit(run)

@@ -28,6 +28,7 @@ TINY = {
     "vocab_size": 128,
     "tie_word_embeddings": True,
 }
+PRESET_SIZES = {"qwen2.5-0.5b": 0.494, "Qwen/Qwen2.5-Math-1.5B": 1.544, "qwen2.5-7b": 7.616, "qwen3-30b-a3b": 30.532, "mixtral-8x7b": 46.703}
 SMALL = ("--config.prompts=8", "--config.num_samples=2", "--config.prompt_tokens=16", "--config.max_new_tokens=8")
 
 
@@ -38,7 +39,7 @@ def tiny(tmp_path_factory):
     return str(folder)
 
 
-@pytest.mark.parametrize(("name", "billions"), [("qwen2.5-0.5b", 0.494), ("Qwen/Qwen2.5-Math-1.5B", 1.544), ("qwen2.5-7b", 7.616)])
+@pytest.mark.parametrize(("name", "billions"), PRESET_SIZES.items())
 def test_presets_have_the_published_number_of_parameters(name, billions):
     assert resolve_model(name, "bfloat16").param_count() == pytest.approx(billions * 1e9, rel=1e-3)
 
@@ -107,7 +108,7 @@ def test_batches_and_length_change_the_plan(plans):
 
 SIZES = {"mesh": "cpu:1", "dtype": "float32", "prompts": 4, "num_samples": 2, "prompt_tokens": 16, "max_new_tokens": 8}
 OTHERS = {"dtype": "bfloat16", "prompts": 6, "num_samples": 4, "prompt_tokens": 24, "max_new_tokens": 12, "rollout_rows": 4}
-OTHERS |= {"micro_batch_rows": 2, "remat": False, "remat_keep": "products", "rollout_refill": True, "lora_rank": 2}
+OTHERS |= {"micro_batch_rows": 2, "remat": False, "remat_keep": "products", "rollout_refill": True, "lora_rank": 2, "samples_together": 1}
 
 
 @pytest.fixture

@@ -208,10 +208,10 @@ def test_inner_epochs_and_kl_are_used(tmp_path):
     assert first["clip_share"] > 0 and abs(first["ratio"] - 1) > 1e-4 and first["logp_diff_max"] < 1e-5
 
 
-@pytest.mark.parametrize("rows", [4, 2])
-def test_micro_batches_train_the_same_policy(tmp_path, rows):
+@pytest.mark.parametrize(("rows", "buckets"), [(4, 1), (2, 1), (2, 3)])
+def test_micro_batches_train_the_same_policy(tmp_path, rows, buckets):
     whole, _ = tiny.run(tmp_path / "whole", dataclasses.replace(tiny.TINY, steps=1))
-    parts, _ = tiny.run(tmp_path / "parts", dataclasses.replace(tiny.TINY, steps=1, micro_batch_rows=rows))
+    parts, _ = tiny.run(tmp_path / "parts", dataclasses.replace(tiny.TINY, steps=1, micro_batch_rows=rows, length_buckets=buckets))
     np.testing.assert_allclose(tiny.flat(parts), tiny.flat(whole), rtol=1e-4, atol=1e-5)
 
 

@@ -60,13 +60,17 @@ OPTIMIZER = {"warmup_steps": -1, "decay_steps": -1, "clip_norm": -1.0, "b1": 1.0
 @pytest.mark.parametrize(("verb", "check"), [("grpo", check_grpo), ("dpo", check_dpo), ("online_dpo", check_online_dpo)])
 def test_numbers_out_of_range_are_one_clear_line(verb, check):
     kind = KINDS[verb]
-    for name, value in (COUNTS if verb == "dpo" else COUNTS | SAMPLED).items():
+    counts = {"dpo": COUNTS, "online_dpo": COUNTS | SAMPLED, "grpo": COUNTS | SAMPLED | {"length_buckets": 0}}[verb]
+    for name, value in counts.items():
         with pytest.raises(UserError, match=f"^setting '{name}' must be at least [01], got {value}$"):
             check(from_mapping(kind, {name: value}))
     for name, value in OPTIMIZER.items():
         with pytest.raises(UserError, match=f"^setting 'optimizer.{name}' must .*, got {value}$"):
             check(from_mapping(kind, {"optimizer": {name: value}}))
     check(from_mapping(kind, {name: -1 for name in ("seed",) if verb != "dpo"}))
+    if verb == "grpo":
+        with pytest.raises(UserError, match="'length_buckets' is 3 and 'micro_batch_rows' 0: there is one micro-batch"):
+            check(from_mapping(kind, {"length_buckets": 3}))
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from jaxrl_llm.train import forward as train_forward
 from jaxrl_llm.train.config import GRPOConfig, LossConfig, OptimizerConfig
 from jaxrl_llm.train.forward import completion_logprobs
 from jaxrl_llm.train.state import init_state
-from jaxrl_llm.train.step import chunk_on, compiled_logprobs, compiled_update, loss_and_grads, step_spec
+from jaxrl_llm.train.step import chunk_on, compiled_logprobs, compiled_update, cut_to_length, loss_and_grads, step_spec
 
 G, S, P, C = 4, 3, 5, 6
 N = G * S
@@ -105,6 +105,8 @@ def test_logprobs_equal_the_models_own_logits(params, shared):
         (spec(logprob_chunk=N), G, 0),  # ... the layers in a scan, as deep models train
         (spec(shared_prefix=False, remat=True, logprob_chunk=2 * N), G, 8),
         (spec(remat=True, remat_keep="products"), 1, 0),
+        (spec(length_buckets=4), 1, 8),  # micro-batches cut to widths of 2, 3, 5 or 6
+        (spec(length_buckets=2, remat=True, logprob_chunk=N), 2, 0),
     ],
 )
 def test_every_fast_or_lean_path_equals_the_plain_loss_and_gradient(params, reference, how, groups, unrolled, monkeypatch):
@@ -115,6 +117,19 @@ def test_every_fast_or_lean_path_equals_the_plain_loss_and_gradient(params, refe
     assert_same(got[2], reference[2])
     mask = counted(make_batch())
     np.testing.assert_allclose(got[3].reshape(mask.shape)[mask], reference[3][mask], rtol=1e-4, atol=1e-5)
+
+
+def test_micro_batches_are_cut_to_the_smallest_width_that_holds_them():
+    micro = {"completions": np.zeros((2, 6), int), "values": np.zeros((2, 6)), "prompts": np.zeros((1, 6), int), "advantages": np.ones(2)}
+
+    def run(cut):
+        assert cut["values"].shape == cut["completions"].shape and cut["prompts"].shape == (1, 6) and cut["advantages"].shape == (2,)
+        return jnp.float32(cut["completions"].shape[1]), jnp.ones(cut["completions"].shape)
+
+    for longest, width in ((0, 2), (1, 2), (2, 2), (3, 3), (4, 5), (5, 5), (6, 6)):
+        found, tokens = cut_to_length(spec(length_buckets=4), run, micro | {"lengths": np.array([1, longest])})
+        assert float(found) == width and tokens.shape == (2, 6) and np.asarray(tokens).sum() == 2 * width
+    assert float(cut_to_length(spec(), run, micro | {"lengths": np.array([1, 1])})[0]) == 6
 
 
 def test_padding_changes_nothing(params, reference):
@@ -198,7 +213,8 @@ import tiny_grpo as tiny, test_grpo_step as t
 from jaxrl_llm.train.state import init_state
 from jaxrl_llm.train.step import batch_shardings, compiled_logprobs, compiled_update
 assert len(jax.devices()) == 8
-batch, spec = t.make_batch(), t.spec()
+batch, spec = t.make_batch(), t.spec(length_buckets=2)
+batch["lengths"] = np.minimum(batch["lengths"], t.C // 2)  # the narrower of two widths
 def run(mesh):
     state = init_state(tiny.CONFIG, spec.optimizer, tiny.params(), mesh)
     b = batch if mesh is None else jax.device_put(batch, batch_shardings(mesh))

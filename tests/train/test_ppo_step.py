@@ -68,7 +68,7 @@ def test_targets_equal_numpy(batch, place):
 def test_micro_batches_and_paths_give_one_gradient(params, batch):
     whole = grads_of(spec(PPO), params, batch)
     assert np.abs(np.asarray(whole[2][VALUE_HEAD]["kernel"])).max() > 1e-3 and whole[1]["value_loss"] > 0
-    for how, groups in ((spec(PPO), 1), (spec(PPO, shared_prefix=False, remat=True), 2)):
+    for how, groups in ((spec(PPO), 1), (spec(PPO, shared_prefix=False, remat=True), 2), (spec(PPO, length_buckets=3), 1)):
         parts = grads_of(how, params, in_micro_batches(batch, groups))
         np.testing.assert_allclose(parts[0], whole[0], rtol=1e-5)
         assert_same(parts[1:3], whole[1:3], atol=1e-6)

@@ -107,9 +107,33 @@ def test_micro_batches_smaller_than_a_prompt_hold_part_of_its_completions(experi
     np.testing.assert_allclose(tiny.flat(grads[1]), tiny.flat(grads[0]), rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("rows", [2 * S, S // 2])
+def test_with_buckets_micro_batches_have_completions_of_similar_lengths(experience, rows):
+    plain = build_batch(experience, dataclasses.replace(tiny.TINY, micro_batch_rows=rows))
+    batch = build_batch(experience, dataclasses.replace(tiny.TINY, micro_batch_rows=rows, length_buckets=3))
+    together = batch["completions"].shape[1] // batch["prompts"].shape[1]
+    longest = batch["lengths"].reshape(-1, together).max(axis=1)
+    assert (np.diff(longest) >= 0).all()
+    assert together == S or longest.min() < longest.max()
+
+    def rows_of(given):
+        """Each completion with its prompt and all that belongs to it."""
+        prompts = [np.repeat(given[name], together, axis=1).reshape(-1, *given[name].shape[2:]) for name in ("prompts", "prompt_lengths")]
+        others = [given[name].reshape(-1, *given[name].shape[2:]) for name in given if name not in ("prompts", "prompt_lengths")]
+        return sorted(tuple(part[i].tobytes() for part in (*prompts, *others)) for i in range(len(prompts[0])))
+
+    assert rows_of(batch) == rows_of(plain)
+
+
 def test_most_of_a_prompt_s_completions_that_fit_and_divide_them_share_its_forward():
     found = [samples_together(8, rows, 4) for rows in (0, 1, 8, 12, 16, 31, 32, 64)]
     assert found == [8, 1, 2, 2, 4, 4, 8, 8] and samples_together(6, 20, 4) == 3 and samples_together(7, 24, 4) == 1
+    assert [samples_together(8, 64, 4, most) for most in (0, 1, 3, 8, 9)] == [8, 1, 2, 8, 8]
+
+
+def test_fewer_completions_may_share_a_prompt_s_forward(experience):
+    batch = build_batch(experience, dataclasses.replace(tiny.TINY, micro_batch_rows=2 * S, samples_together=2))
+    assert batch["completions"].shape[:2] == (2, 2 * S) and batch["prompts"].shape[:2] == (2, S)
 
 
 def test_a_prompt_that_comes_twice_is_one_group():
