@@ -180,6 +180,7 @@ def _grpo(c: ConfigDict) -> None:
     c.grpo.rollout_tries = 1  # most rollouts a step: groups of equal rewards are replaced by the schedule's next prompts (DAPO); 1 = never
     c.grpo.overlong_buffer = 0  # last tokens before max_new_tokens over which a penalty of the reward grows (DAPO); 0 = no penalty
     c.grpo.overlong_penalty = 1.0  # what a completion that reaches max_new_tokens loses of its reward
+    c.grpo.rollout_mesh = ""  # how the mesh's devices are used while sampling, such as "fsdp=4,tensor=2"; empty = as in training
     c.grpo.micro_batch_rows = 0  # completions a micro-batch; 0 = all at once
     c.grpo.remat = False
     c.grpo.eval_every = 40

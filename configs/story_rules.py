@@ -57,6 +57,7 @@ def get_config(variant: str | None = None) -> ml_collections.ConfigDict:
     config.grpo.stop_strings = ("\n",)  # a continuation is one paragraph
     config.grpo.rollout_rows = 512  # most continuations decoded at once
     config.grpo.rollout_refill = False  # a finished continuation gives its place to the next at once: same samples, sooner, more memory
+    config.grpo.rollout_mesh = ""  # how the mesh's devices are used while sampling, such as "fsdp=4,tensor=2": a policy whose parameters are whole, or split by heads, waits for none at each token; empty = as in training
     config.grpo.micro_batch_rows = 0  # continuations a micro-batch, gradients accumulated; 0 = all at once
     config.grpo.remat = False  # recompute layers in the backward pass: less memory, a third more work
     config.grpo.eval_samples = 0  # samples an opening for avg@k beside greedy in those evaluations; 0 = greedy only

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -47,6 +48,13 @@ def make_mesh(shape: Mapping[str, int], devices: Sequence[jax.Device] | None = N
     Raises ModelError for an unknown axis or a shape that does not use exactly the devices there are.
     """
     devices = jax.devices() if devices is None else devices
+    # An axis of 8 on a torus of 4 x 4 x 4 takes part of one of its sides.
+    array = mesh_utils.create_device_mesh(_sizes(shape, len(devices)), list(devices), allow_split_physical_axes=True)
+    return Mesh(array, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def _sizes(shape: Mapping[str, int], devices: int) -> list[int]:
+    """The size of each of MESH_AXES."""
     for name, size in shape.items():
         if name not in MESH_AXES:
             raise ModelError(f"unknown mesh axis {name!r}; known: {', '.join(MESH_AXES)}")
@@ -56,12 +64,37 @@ def make_mesh(shape: Mapping[str, int], devices: Sequence[jax.Device] | None = N
     if sizes.count(-1) > 1:
         raise ModelError(f"mesh {dict(shape)}: only one axis may be -1")
     fixed = math.prod(s for s in sizes if s != -1)
-    sizes = [len(devices) // fixed if s == -1 else s for s in sizes]
-    if math.prod(sizes) != len(devices):
-        raise ModelError(f"mesh {dict(shape)} needs {math.prod(sizes) or fixed} devices, there are {len(devices)}")
-    # An axis of 8 on a torus of 4 x 4 x 4 takes part of one of its sides.
-    array = mesh_utils.create_device_mesh(sizes, list(devices), allow_split_physical_axes=True)
-    return Mesh(array, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+    sizes = [devices // fixed if s == -1 else s for s in sizes]
+    if math.prod(sizes) != devices:
+        raise ModelError(f"mesh {dict(shape)} needs {math.prod(sizes) or fixed} devices, there are {devices}")
+    return sizes
+
+
+def relaid(mesh: Mesh, shape: Mapping[str, int]) -> Mesh:
+    """The devices of `mesh`, in their order, as a mesh of another shape, so that one program may move arrays between the two.
+
+    Raises ModelError as `make_mesh`.
+    """
+    return Mesh(mesh.devices.reshape(_sizes(shape, mesh.size)), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def moved(array: jax.Array, source: NamedSharding, target: NamedSharding) -> jax.Array:
+    """Inside jit, an array that lies as `source` says where `target`, on the mesh of `relaid`, wants it.
+
+    Where one dimension is spread over all devices (fsdp alone), XLA finds no way to other dimensions but by the whole array on each device.
+    The way is shown to it: the parts are put in another order, gathered along the axes that the target does not use, then exchanged.
+    """
+    mesh, specs = target.mesh, []
+    axes = lambda spec: [() if name is None else (name,) if isinstance(name, str) else tuple(name) for name in spec]  # noqa: E731
+    spread = [dim for dim, names in enumerate(axes(source.spec)) if math.prod(source.mesh.shape[name] for name in names) > 1]
+    wanted = axes(target.spec)
+    if len(spread) == 1 and math.prod(source.mesh.shape[name] for name in axes(source.spec)[spread[0]]) == mesh.size:
+        here = [*wanted[spread[0]], *(name for dim, names in enumerate(wanted) if dim != spread[0] for name in names)]
+        for names in (mesh.axis_names, [*here, *(name for name in mesh.axis_names if name not in here)], here):
+            specs.append(PartitionSpec(*[tuple(names) if dim == spread[0] else None for dim in range(array.ndim)]))
+    for spec in (*specs, target.spec):
+        array = lax.with_sharding_constraint(array, NamedSharding(mesh, spec))
+    return array
 
 
 def partition_spec(shape: Sequence[int], axes: Sequence[str], mesh: Mesh) -> PartitionSpec:

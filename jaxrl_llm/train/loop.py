@@ -22,6 +22,7 @@ from jaxrl_llm.data.prompts import PromptBatch
 from jaxrl_llm.errors import UserError, nearest
 from jaxrl_llm.rewards.verdict import Reward
 from jaxrl_llm.run_dir import RunDir
+from jaxrl_llm.runtime import parse_axes
 from jaxrl_llm.train.config import GRPOConfig, OnlineDPOConfig, check_grpo, from_mapping
 from jaxrl_llm.train.evaluate import evaluate
 from jaxrl_llm.train.metrics import experience_metrics, samples_record
@@ -29,9 +30,9 @@ from jaxrl_llm.train.preference_step import PreferenceSpec
 from jaxrl_llm.train.resample import fill
 from jaxrl_llm.train.rollout import Experience, build_batch, collect
 from jaxrl_llm.train.signals import Interrupted, stop_on_signal, watchdog
-from jaxrl_llm.train.state import State, abstract_state, given, init_state, policy_params, start_params, trunk, whole
+from jaxrl_llm.train.state import State, abstract_state, given, init_state, laid_out, policy_params, start_params, trunk, whole
 from jaxrl_llm.train.step import StepSpec, batch_shardings, compiled_kl, compiled_logprobs, compiled_update, compiled_values, step_spec
-from models.sharding import batch_ways, place
+from models.sharding import batch_ways, place, relaid
 
 DRAWN = "loop.batches_drawn"  # among the schedule's arrays in a checkpoint
 RESAMPLED = 2**31  # randomness of a step's further rollouts: above every step number
@@ -80,6 +81,7 @@ class Run:
     critic: bool = False  # the state has a value head
     reference: Any = dataclasses.field(init=False, default=None)  # parameters of that policy
     frozen: Any = dataclasses.field(init=False, default=None)  # what an adapter is put into: the same ones
+    sampler_mesh: Any = dataclasses.field(init=False)  # `mesh`, or the one of `rollout_mesh`
     checkpoints: Checkpoints = dataclasses.field(init=False)
     key: jax.Array = dataclasses.field(init=False)
     drawn: int = 0  # batches taken from the schedule
@@ -95,12 +97,20 @@ class Run:
         if self.config.keep_best and self.config.keep_best not in self.evals:
             known = nearest(self.config.keep_best, self.evals)
             raise UserError(f"setting 'keep_best' is {self.config.keep_best!r}, which is no evaluation set: {known}")
+        if self.config.rollout_mesh and self.mesh is None:
+            raise UserError(f"setting 'rollout_mesh' is {self.config.rollout_mesh!r}, but there is no mesh to use otherwise: set that too")
+        self.sampler_mesh = relaid(self.mesh, parse_axes(self.config.rollout_mesh)) if self.config.rollout_mesh else self.mesh
         self.checkpoints = Checkpoints(self.run_dir.checkpoints, self.config.keep_checkpoints)
         self.key = jax.random.key(self.config.seed)
 
     def policy(self, state: State) -> Any:
         """The policy's parameters as the model computes with them."""
         return policy_params(self.model, state["params"], self.spec.lora, self.frozen)
+
+    def sampler(self, state: State) -> Any:
+        """The policy's parameters where they lie while it samples."""
+        policy = self.policy(state)
+        return policy if self.sampler_mesh is self.mesh else laid_out(self.model, self.mesh, self.sampler_mesh, self.spec.lora)(policy)
 
     def see_best(self, records: list[dict[str, Any]]) -> bool:
         """Takes note of evaluations; whether one of them is the best of a trained policy so far (the first of equals), whose checkpoint then
@@ -255,12 +265,12 @@ def _train(run: Run, state, start: int, progress: bool):
 def _step(run: Run, state, step: int) -> tuple[dict, dict]:
     """One rollout, or as many as make a full batch, and its updates: (new state, the record to log)."""
     began = time.perf_counter()
-    policy = run.policy(state)
+    policy = run.sampler(state)
     rolled: list[np.ndarray] = []  # the rows of each rollout
     scheduling: list[float] = []  # seconds
 
     def draw(attempt: int) -> Experience:
-        indices, seconds, experience = _roll_out(run, policy, step, attempt)
+        indices, seconds, experience = _roll_out(run, state, policy, step, attempt)
         rolled.append(indices)
         scheduling.append(seconds)
         return experience
@@ -294,16 +304,16 @@ def _step(run: Run, state, step: int) -> tuple[dict, dict]:
     return state, record
 
 
-def _roll_out(run: Run, policy, step: int, attempt: int) -> tuple[np.ndarray, float, Experience]:
+def _roll_out(run: Run, state: State, policy, step: int, attempt: int) -> tuple[np.ndarray, float, Experience]:
     """(rows, seconds that the schedule looked at the policy, completions) of the schedule's next batch; it is told what they scored."""
     began = time.perf_counter()
     # A step's further rollouts are of the same policy: there is nothing new to see.
     if attempt == 0 and (see_policy := getattr(run.schedule, "see_policy", None)) is not None:
-        see_policy(step, policy)
+        see_policy(step, policy if run.sampler_mesh is run.mesh else run.policy(state))
     seconds = time.perf_counter() - began
     indices = np.asarray(run.schedule.batch(run.drawn))
     key = jax.random.fold_in(jax.random.fold_in(run.key, RESAMPLED + attempt) if attempt else run.key, step)
-    experience = collect(run.model, policy, run.tokenizer, run.prompts.take(indices), run.reward, run.config, key, run.mesh)
+    experience = collect(run.model, policy, run.tokenizer, run.prompts.take(indices), run.reward, run.config, key, run.sampler_mesh)
     run.schedule.observe(run.drawn, indices, experience.pass_rates())
     run.drawn += 1
     return indices, seconds, experience
@@ -379,7 +389,7 @@ def _evaluate(run: Run, state, step: int) -> list[dict[str, Any]]:
     config, records = run.config, []
     if not run.evals:
         return records
-    policy = run.policy(state)
+    policy = run.sampler(state)
     for name, prompts in run.evals.items():
         began = time.perf_counter()
         record = evaluate(
@@ -395,7 +405,7 @@ def _evaluate(run: Run, state, step: int) -> list[dict[str, Any]]:
             by=config.eval_by,
             stop_strings=config.stop_strings,
             seed=run.key,
-            mesh=run.mesh,
+            mesh=run.sampler_mesh,
         )
         records.append({"kind": "eval", "step": step, "set": name} | record | {"seconds": time.perf_counter() - began})
         run.run_dir.log(records[-1])

@@ -153,6 +153,15 @@ def whole_shardings(model: ModelConfig, mesh, critic: bool = False, lora: LoraCo
     return whole(lora, trained_shardings(model, mesh, critic, lora), frozen_shardings(model, mesh, lora))
 
 
+@functools.lru_cache(maxsize=8)
+def laid_out(model: ModelConfig, mesh, other, lora: LoraConfig | None = None):
+    """jitted policy parameters that lie on `mesh` -> the same ones on `other`, which is `models.sharding.relaid` of it."""
+    from models.sharding import moved
+
+    here, there = (whole_shardings(model, each, lora=lora) for each in (mesh, other))
+    return jax.jit(lambda policy: jax.tree.map(moved, policy, here, there), out_shardings=there)
+
+
 def frozen_shardings(model: ModelConfig, mesh, lora: LoraConfig | None = None):
     """A sharding for each frozen parameter; None where all are trained."""
     from models import sharding

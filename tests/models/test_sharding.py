@@ -157,3 +157,40 @@ def test_a_mesh_of_one_device_changes_nothing(tmp_path):
     _, plain = models.load(tmp_path / "model")
     tokens = cases.inputs("qwen2")["tokens"]
     np.testing.assert_array_equal(models.apply(cfg, params, tokens)[0], models.apply(cfg, plain, tokens)[0])
+
+
+MOVED = """
+import jax, jax.numpy as jnp, numpy as np
+from models import sharding
+from jax.sharding import NamedSharding, PartitionSpec as P
+
+def check(source, target, before, after, kinds):
+    mesh = sharding.make_mesh(source)
+    other = sharding.relaid(mesh, target)
+    assert list(other.devices.flat) == list(mesh.devices.flat)
+    here, there = NamedSharding(mesh, P(*before)), NamedSharding(other, P(*after))
+    value = np.arange(16 * 32.0).reshape(16, 32)
+    program = jax.jit(lambda x: sharding.moved(x, here, there), in_shardings=here, out_shardings=there)
+    compiled = program.lower(jax.ShapeDtypeStruct(value.shape, value.dtype)).compile()
+    text = compiled.as_text()
+    assert f"f64[16,32]" not in text and "f32[16,32]" not in text, "the whole array lies on a device"
+    assert kinds == {kind for kind in ("all-gather", "all-to-all", "collective-permute", "all-reduce") if f" {kind}(" in text}, text
+    found = compiled(jax.device_put(value.astype(np.float32), here))
+    np.testing.assert_array_equal(found, value)
+
+fsdp, tensor = ("fsdp", None), (None, "tensor")
+check({"fsdp": 8}, {"data": 2, "tensor": 4}, fsdp, tensor, {"all-gather", "all-to-all", "collective-permute"})
+check({"fsdp": 8}, {"tensor": 8}, fsdp, tensor, {"all-to-all"})
+check({"fsdp": 8}, {"fsdp": 2, "tensor": 4}, fsdp, ("fsdp", "tensor"), {"all-to-all"})
+check({"fsdp": 4, "tensor": 2}, {"data": 4, "tensor": 2}, ("fsdp", "tensor"), tensor, {"all-gather"})
+print("equal")
+"""
+
+
+def test_arrays_move_to_another_mesh_without_being_whole_on_a_device(run_python):
+    assert "equal" in run_python(MOVED, devices=8)
+
+
+def test_the_mesh_of_another_shape_is_checked():
+    with pytest.raises(ModelError, match=f"needs {3 * len(jax.devices())} devices"):
+        sharding.relaid(sharding.make_mesh({"fsdp": -1}), {"tensor": 3 * len(jax.devices())})

@@ -235,3 +235,51 @@ def test_full_disk_while_logging_leaves_the_run_resumable(undisturbed, tmp_path,
     monkeypatch.undo()
     resumed, _ = tiny.run(tmp_path / "run", schedule=LearningSchedule())
     np.testing.assert_array_equal(tiny.flat(resumed), tiny.flat(params))
+
+
+MESHES = """
+import sys; sys.path.insert(0, "tests/train")
+import dataclasses, jax, numpy as np, models.sharding
+import tiny_grpo as tiny
+from jaxrl_llm.train import evaluate, loop
+from jaxrl_llm.train.config import LoraSettings
+sampled = []
+def watched(collect):
+    def call(model, params, *given, **how):
+        sampled.append(params["blocks"]["q"])
+        return collect(model, params, *given, **how)
+    return call
+loop.collect, loop.evaluate = watched(loop.collect), watched(loop.evaluate)
+
+class Seen(tiny.ShuffledSchedule):
+    def see_policy(self, step, policy):
+        sampled.append(policy["blocks"]["q"])
+
+for adapter in (LoraSettings(), LoraSettings(rank=2)):
+    config, found = dataclasses.replace(tiny.TINY, steps=2, lora=adapter, eval_every=2), []
+    for how in ("", "data=2,tensor=4"):
+        mesh = models.sharding.make_mesh({"fsdp": 8}) if how else None
+        changed = dataclasses.replace(config, rollout_mesh=how)
+        sampled.clear()
+        schedule, evals = Seen(len(tiny.prompts()), 4, seed=3), {"held_out": tiny.prompts(8)}
+        folder = f"{sys.argv[1]}/{adapter.rank}{bool(how)}"
+        trained, _ = tiny.run(folder, changed, mesh=mesh, schedule=schedule, evals=evals)
+        found.append(tiny.flat(models.adapted.merged(trained)))
+    np.testing.assert_allclose(*found, rtol=1e-4, atol=1e-5)
+    # At the start an evaluation, then twice the schedule's look and a rollout, and an evaluation.
+    lie = [models.adapted.base_of(q).sharding for q in sampled]
+    spread = [tuple(name for name in at.spec if name and at.mesh.shape[name] > 1) for at in lie]
+    assert spread == [("tensor",), ("fsdp",), ("tensor",), ("fsdp",), ("tensor",), ("tensor",)], spread
+    q = models.adapted.base_of(trained["blocks"]["q"])
+    assert "fsdp" in q.sharding.spec  # what is returned lies as in training
+print("equal")
+"""
+
+
+def test_sampling_on_another_mesh_of_the_same_devices_trains_the_same(run_python, tmp_path):
+    assert "equal" in run_python(MESHES, (str(tmp_path),), devices=8, env={"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"})
+
+
+def test_a_mesh_for_sampling_needs_one_for_training(tmp_path):
+    with pytest.raises(UserError, match="'rollout_mesh' is 'tensor=2', but there is no mesh to use otherwise"):
+        tiny.run(tmp_path / "run", dataclasses.replace(tiny.TINY, rollout_mesh="tensor=2"))

@@ -48,7 +48,7 @@ for steps in (1, 2):  # the second goes on from the first one's checkpoint, in w
     trained, _ = prefs.train(config, folder=folder, start=start, held_out=held_out, mesh=mesh)
 """
 ONLINE = """
-config = dataclasses.replace(prefs.ONLINE, steps=2)
+config = dataclasses.replace(prefs.ONLINE, steps=2, rollout_mesh="data=2")
 start = placed(prefs.params(), prefs.CONFIG)
 trained, _ = prefs.train_online(folder, config, reward=reward, mesh=mesh, start=start, evals={"held_out": tiny.prompts(7)})
 """
