@@ -20,6 +20,7 @@ def get_config(variant: str | None = None) -> ml_collections.ConfigDict:
     config.model = ""  # a preset such as "qwen2.5-0.5b", a Hugging Face folder or a hub id (only its config.json is read)
     config.mesh = "here"  # "here" (the devices of this machine), "cpu:4", or a TPU slice such as "v5e:2x4" or "v5p:4x4x4"
     config.layout = placeholder(str)  # how the mesh is used: data=, fsdp=, expert= and tensor=, one of them -1 for all remaining devices; None = the target's if it fits, or a fitting one
+    config.rollout_layout = placeholder(str)  # how it is used while sampling; None = the target's if it fits, or as in training
     config.dtype = placeholder(str)  # of parameters and activations; the trained copy and AdamW's moments are float32; None = the target's, or bfloat16
     config.prompts = placeholder(int)  # prompts a step; None = the target's, or 16
     config.num_samples = placeholder(int)  # completions a prompt; None = the target's, or 8

@@ -262,7 +262,7 @@ def train_sae(
     Raises SAEError when the batches end too early, have another width, or hold a NaN, or the checkpoints are of another run.
     """
     run = described(cfg, train, key, batches)
-    found = None if checkpoints is None else restore(checkpoints, cfg, run, _abstract_state(cfg, mesh), batches)
+    found = None if checkpoints is None else restore(checkpoints, cfg, run, abstract_state(cfg, mesh), batches)
     if found is None:
         stream = iter(batches)
         sample, taken = read_ahead(stream, train.init_rows, cfg.d_in)
@@ -304,7 +304,7 @@ def train_sae(
     return Dictionary(jax.tree.map(lambda a: a.astype(cfg.dtype), d.params), d.cfg.replace(dtype=cfg.dtype)), at.history
 
 
-def _abstract_state(cfg: SAEConfig, mesh: Mesh | None = None) -> TrainState:
+def abstract_state(cfg: SAEConfig, mesh: Mesh | None = None) -> TrainState:
     """The shapes of the train state, with shardings where there is a mesh: what a checkpoint is restored into."""
     full = cfg.replace(dtype="float32")  # as `start` makes it, whatever the dictionary is rounded to at the end
     shapes = jax.eval_shape(lambda key: init_state(init(full, key)), jax.random.key(0))

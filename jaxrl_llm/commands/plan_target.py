@@ -41,6 +41,8 @@ DEFAULTS: dict[str, Any] = {
     "dtype": "bfloat16",
     "layout": "",
     "target_layout": "",
+    "rollout_layout": "",
+    "target_rollout_layout": "",
     "prompts": 16,
     "num_samples": 8,
     "prompt_tokens": 256,
@@ -59,6 +61,7 @@ NAMES: dict[str, tuple[str, ...]] = {
     "model": ("policy.model", "model.path", "model.source", "model", "policy"),
     "dtype": ("policy.dtype", "model.dtype", "dtype"),
     "target_layout": ("mesh",),
+    "target_rollout_layout": ("rollout_mesh",),
     "prompts": ("grpo.prompts_per_step", "prompts_per_step", "batch_prompts", "batch_rows", "batch_size"),
     "num_samples": ("grpo.num_samples", "num_samples"),
     "prompt_tokens": ("grpo.max_prompt_tokens", "max_prompt_tokens", "prompt_tokens"),
@@ -76,7 +79,8 @@ NAMES: dict[str, tuple[str, ...]] = {
 def target_sizes(config: Any) -> dict[str, Any]:
     """The fields of configs/plan.py: as given, else the target config's, else `DEFAULTS`; the target's mesh as target_layout; its
     `LossConfig` or `PreferenceLossConfig`, for a KL term and a critic take memory, as loss; its `LoraSettings`, as lora; whether it samples,
-    as sampled; and whether the policy that training starts from stays in memory, as keeps_start.
+    as sampled; whether the policy that training starts from stays in memory, as keeps_start; and the settings of the sparse autoencoder that it
+    trains, or None, as sae.
 
     Raises:
       UserError: neither names a model, or the target has no step that is planned here.
@@ -113,7 +117,9 @@ def _step(name: str, target: ConfigDict, paths: list[str]) -> dict[str, Any]:
     reference = sampled and loss.needs_reference if isinstance(loss, PreferenceLossConfig) else bool(loss.kl)
     keeps_start = reference or "arm_table" in target or "stories" in target
     settings = from_mapping(LoraSettings, lora, "lora.")
-    return {"loss": loss, "lora": settings, "sampled": sampled or not paths, "keeps_start": keeps_start, **widths}
+    # SAERL trains a sparse autoencoder of its own, unless one is given.
+    trained = target.sae.to_dict() if "arm_table" in target and not target.sae.path else None
+    return {"loss": loss, "lora": settings, "sampled": sampled or not paths, "keeps_start": keeps_start, "sae": trained, **widths}
 
 
 def choose_layout(sizes: Mapping[str, Any], devices: int) -> str:
@@ -130,6 +136,14 @@ def choose_layout(sizes: Mapping[str, Any], devices: int) -> str:
     while devices % (2 * tensor) == 0 and devices // tensor > sizes["prompts"]:
         tensor *= 2
     return f"fsdp={devices // tensor},tensor={tensor}"
+
+
+def choose_rollout_layout(sizes: Mapping[str, Any], devices: int) -> str:
+    """The mesh to sample on: the one given, else the target's where it is of so many devices, else "" (that of the training)."""
+    if sizes["rollout_layout"] or not sizes["target_rollout_layout"]:
+        return sizes["rollout_layout"]
+    axes = parse_axes(sizes["target_rollout_layout"])
+    return sizes["target_rollout_layout"] if -1 in axes.values() or math.prod(axes.values()) == devices else ""
 
 
 def _first(target: ConfigDict, paths: list[str], names: tuple[str, ...]) -> Any:

@@ -21,7 +21,9 @@ FLOORS = {
     "jaxrl_llm.report": {f"jaxrl_llm.{name}" for name in ("report", "curation", "evals", "data", "errors", "run_dir", "config")},
     "jaxrl_llm.evals": {f"jaxrl_llm.{name}" for name in ("evals", "train", "data", "rewards", "errors")} | {"models"},
     # Of curation, the loop knows only what a schedule is.
-    "jaxrl_llm.train": {f"jaxrl_llm.{name}" for name in ("train", "losses", "rewards", "data", "errors", "run_dir", "checkpoint", "config", "runtime")}
+    "jaxrl_llm.train": {
+        f"jaxrl_llm.{name}" for name in ("train", "losses", "rewards", "data", "errors", "run_dir", "checkpoint", "config", "runtime")
+    }
     | {"models", "jaxrl_llm.curation.schedule"},
     "jaxrl_llm.curation": {f"jaxrl_llm.{name}" for name in ("curation", "data", "errors", "run_dir", "checkpoint", "config", "runtime", "rewards")}
     | {"models", "sae"},

@@ -10,7 +10,8 @@ import pytest
 
 from jaxrl_llm import cli
 from jaxrl_llm.commands import plan as plan_command
-from jaxrl_llm.commands.plan_target import DEFAULTS, PRESETS, choose_layout, resolve_model, target_sizes
+from jaxrl_llm.commands import plan_cost, plan_programs
+from jaxrl_llm.commands.plan_target import DEFAULTS, PRESETS, choose_layout, choose_rollout_layout, resolve_model, target_sizes
 from jaxrl_llm.config import field_names, load_config
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.runtime import parse_axes
@@ -64,6 +65,7 @@ PLANS = {
     "kto": ("--config.mesh=cpu:1", "--config.target=configs/dpo.py:kto", "--config.remat=True"),
     "online": ("--config.mesh=cpu:4", "--config.target=configs/online_dpo.py", "--config.remat=True"),
     "simpo": ("--config.mesh=cpu:1", "--config.target=configs/online_dpo.py:simpo", "--config.micro_batch_rows=2"),
+    "apart": ("--config.mesh=cpu:4", "--config.rollout_layout=data=4"),
     "split": ("--config.mesh=cpu:1", "--config.micro_batch_rows=4", "--config.rollout_rows=8", "--config.max_new_tokens=16"),
 }
 RUN_PLANS = """
@@ -115,17 +117,17 @@ OTHERS |= {"micro_batch_rows": 2, "remat": False, "remat_keep": "products", "rol
 def planned(tiny, monkeypatch):
     """(loss, changes) -> the plan of SIZES with them, traced but not compiled: the arguments stand for all memory."""
 
-    def memory(program, *arguments):
+    def traced(program, *arguments, endless=1):
         program.trace(*arguments)
-        own = plan_command._bytes_a_device(arguments)
-        return {"argument_bytes": own, "output_bytes": 0, "temporary_bytes": 0, "total_bytes": own, "refused": ""}
+        own = plan_cost.bytes_a_device(arguments)
+        return {"argument_bytes": own, "output_bytes": 0, "temporary_bytes": 0, "total_bytes": own, "collectives": {}, "refused": ""}
 
     def plan(loss=None, **changes):
         sizes = target_sizes(load_config("configs/plan.py", {"model": tiny, **SIZES, **changes}))
         found = plan_command.plan(sizes | ({"loss": LossConfig(**loss), "keeps_start": "kl" in loss} if loss else {}))
         return {name: {key: value for key, value in found[name].items() if key != "compile_seconds"} for name in ("generate", "train_step")}
 
-    monkeypatch.setattr(plan_command, "_memory", memory)
+    monkeypatch.setattr(plan_programs, "compiled", traced)
     return plan
 
 
@@ -135,7 +137,7 @@ def test_another_value_of_a_size_changes_the_plan(planned, field):
 
 
 def test_every_field_has_such_a_test():
-    elsewhere = {"target", "model", "mesh", "layout", "json"}
+    elsewhere = {"target", "model", "mesh", "layout", "rollout_layout", "json"}
     assert elsewhere | set(OTHERS) == set(field_names(load_config("configs/plan.py")))
 
 
@@ -228,11 +230,11 @@ def test_one_stage_needs_what_all_need_together(tiny, monkeypatch):
 
     model, mesh = dataclasses.replace(resolve_model(tiny, "float32"), n_layers=2), make_mesh({}, jax.devices()[:1])
     sizes = DEFAULTS | {"prompts": 4, "num_samples": 2, "prompt_tokens": 16, "max_new_tokens": 150, "loss": LossConfig(), "lora": LoraSettings()}
-    one = plan_command._plan_generate(model, sizes, mesh)
+    one = plan_programs.generate(model, sizes, mesh)
     module = importlib.import_module("models.generate")
     assert one["stages"] == 4 and module.STAGE == 32
-    monkeypatch.setattr(plan_command, "_one_stage", lambda new: contextlib.nullcontext(4))
-    every = plan_command._plan_generate(model, sizes, mesh)
+    monkeypatch.setattr(plan_programs, "_one_stage", lambda new: contextlib.nullcontext(4))
+    every = plan_programs.generate(model, sizes, mesh)
     assert every["argument_bytes"] == one["argument_bytes"] and every["total_bytes"] == pytest.approx(one["total_bytes"], rel=0.05)
 
 
@@ -327,7 +329,141 @@ def test_a_tpu_slice_is_planned_on_this_machine(run_python, tiny):
     flags = [[f"--config.model={tiny}", "--config.mesh=v5e:2x4", *SMALL]]
     found = json.loads(run_python(RUN_PLANS, (json.dumps(flags),)))
     assert found["devices"] == 8 and "v5" in found["device_kind"] and found["memory_gib"] == 16
-    assert found["train_step"]["fits"] and found["train_step"]["seconds_at_peak"] > 0
+    least = found["train_step"]["roofline"]
+    assert found["train_step"]["fits"] and least["seconds"] == max(least["compute"], least["memory"], least["links"]) > 0
+    assert found["generate"]["collectives"]["all-gather"] > 0
+
+
+def test_sampling_on_another_layout_waits_for_no_parameters(plans, tiny):
+    same, apart = plans["four"], plans["apart"]
+    assert apart["layout"] == same["layout"] == same["rollout_layout"] and apart["rollout_layout"]["data"] == 4
+    assert apart["train_step"]["collectives"] == same["train_step"]["collectives"]
+    with_fsdp, whole = (found["generate"]["collectives"].get("all-gather", 0) for found in (same, apart))
+    size = 4 * resolve_model(tiny, "float32").param_count()
+    # At the least once what three of four devices have: of so small a model the compiler takes the gathers out of the loop over tokens.
+    assert with_fsdp > 0.9 * 3 / 4 * size and whole < 0.01 * with_fsdp
+    assert apart["generate"]["argument_bytes"] > 3 * same["generate"]["argument_bytes"]
+    # What training holds meanwhile shares nothing with it.
+    assert apart["generate"]["held_bytes"] > same["generate"]["held_bytes"]
+
+
+def test_the_target_s_layout_of_sampling_counts_where_it_fits():
+    sizes = {"rollout_layout": "", "target_rollout_layout": "data=2,tensor=4"}
+    assert [choose_rollout_layout(sizes, devices) for devices in (8, 4)] == ["data=2,tensor=4", ""]
+    assert choose_rollout_layout(sizes | {"rollout_layout": "data=4"}, 4) == "data=4"
+    assert choose_rollout_layout(sizes | {"target_rollout_layout": ""}, 8) == ""
+
+
+HLO = """
+%add (a: f32[], b: f32[]) -> f32[] {
+  ROOT %sum = f32[] add(%a, %b)
+}
+%fused_start (p: bf16[4,2]) -> bf16[4,16] {
+  ROOT %g = bf16[4,16]{1,0} all-gather(%p), channel_id=7, replica_groups=mesh['x'=8,'y'=2] {'x'}, dimensions={1}
+}
+%fused_done (p: bf16[4,2]) -> bf16[4,16] {
+  ROOT %g = bf16[4,16]{1,0} all-gather(%p), channel_id=7, replica_groups=mesh['x'=8,'y'=2] {'x'}, dimensions={1}
+}
+%inner_body (t: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %start = bf16[4,16] fusion(%p), kind=kCustom, calls=%fused_start
+  %done = bf16[4,16] fusion(%start), kind=kCustom, calls=%fused_done
+  %r = f32[8]{0:T(128)} all-reduce(%x), channel_id=8, replica_groups={{0,1,2,3},{4,5,6,7}}, to_apply=%add
+}
+%inner_cond (t: (s32[], f32[8])) -> pred[] {
+  %n = s32[]{:T(128)} constant(24)
+  ROOT %less = pred[] compare(%i, %n), direction=LT
+}
+%outer_body (t: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %loop = (s32[], f32[8]) while(%t), condition=%inner_cond, body=%inner_body
+  %s = f32[2]{0} reduce-scatter(%x), channel_id=9, replica_groups=[2,4]<=[8], to_apply=%add
+}
+%outer_cond (t: (s32[], f32[8])) -> pred[] {
+  ROOT %go = pred[] fusion(%t), kind=kLoop, calls=%all_done
+}
+%all_done (t: (s32[], f32[8])) -> pred[] {
+  ROOT %go = pred[] not(%x)
+}
+%small (x: f32[4]) -> f32[4] {
+  %e = (f32[2], f32[2]) all-to-all(%x, %y), channel_id=10, replica_groups={{0,1}}
+}
+%large (x: f32[4]) -> f32[4] {
+  %p = (f32[4], f32[4], u32[], u32[]) collective-permute-start(%x), channel_id=11, source_target_pairs={{0,1},{1,0}}
+  %q = f32[4] collective-permute-done(%p)
+}
+ENTRY %main (p: f32[8]) -> f32[8] {
+  %loop = (s32[], f32[8]) while(%t), condition=%outer_cond, body=%outer_body
+  %either = f32[4] conditional(%i, %a, %b), branch_computations={%small, %large}
+}
+"""
+
+
+def test_what_travels_between_devices_by_hand():
+    """24 rounds of a gather of 4 x 16 x 2 bytes over 8 devices (once, though start and end name it) and a sum of 8 x 4 bytes over 4; outside of
+    them a scatter of 2 x 4 bytes over 4; all 5 times; and the larger branch."""
+    found = plan_cost.collectives(HLO, endless=5)
+    wanted = {"all-gather": 5 * 24 * 128 * 7 / 8, "all-reduce": 5 * 24 * 2 * 32 * 3 / 4, "reduce-scatter": 5 * 8 * 3, "collective-permute": 16}
+    assert found == wanted
+
+
+COUNTED = """
+import jax, jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec as P
+from jaxrl_llm.commands.plan_cost import collectives
+from models.sharding import make_mesh
+mesh = make_mesh({"fsdp": 8})
+at = lambda *spec: NamedSharding(mesh, P(*spec))
+
+def program(x, w):
+    def body(x, w_i):
+        w_i = jax.lax.with_sharding_constraint(w_i, at())
+        return jnp.tanh(x @ w_i), None
+    return jax.lax.scan(body, x, w)[0]
+
+shapes = [jax.ShapeDtypeStruct((64, 32), "float32", sharding=at("fsdp")), jax.ShapeDtypeStruct((5, 32, 32), "float32", sharding=at(None, "fsdp"))]
+text = jax.jit(program, out_shardings=at("fsdp")).lower(*shapes).compile().as_text()
+found = collectives(text)
+assert found == {"all-gather": 5 * 32 * 32 * 4 * 7 / 8}, found
+print("counted")
+"""
+
+
+def test_what_travels_in_a_compiled_loop(run_python):
+    assert "counted" in run_python(COUNTED, devices=8)
+
+
+def test_roofline_by_hand():
+    chip = plan_cost.Chip(16, flops=100.0, memory_rate=10.0, link_rate=2.0)
+    found = plan_cost.roofline(chip, 4, flops=800.0, read_bytes=30.0, moved={"all-gather": 4.0, "all-reduce": 6.0})
+    assert found == {"compute": 2.0, "memory": 3.0, "links": 5.0, "seconds": 5.0}
+    assert plan_cost.roofline(chip, 4, 800.0, 30.0, None)["links"] == 0
+
+
+def test_what_does_not_fit_is_answered_with_a_setting(tiny):
+    from models.sharding import make_mesh
+
+    mesh = make_mesh({"fsdp": -1})
+    ways, sizes = mesh.size, DEFAULTS | {"remat": True}
+    told = lambda name, rows, **changes: plan_command._smaller(name, {"rows": rows}, sizes | changes, mesh)  # noqa: E731
+    assert told("train_step", 64 * ways, remat=False).startswith("--config.remat=True")
+    assert told("train_step", 64 * ways).startswith(f"--config.micro_batch_rows={32 * ways} ")
+    assert told("train_step", ways).startswith("--config.layout with tensor=2")
+    assert told("generate", 64 * ways).startswith(f"--config.rollout_rows={32 * ways} ")
+    assert told("generate", 8 * ways).startswith("--config.rollout_layout with tensor=2")
+
+
+def test_saerl_s_autoencoder_is_planned_too(planned, tiny, tmp_path):
+    target = tmp_path / "own.py"
+    lines = ["from configs.saerl import get_config as get", "def get_config(variant=None):", "    c = get()", "    c.sae.d_sae, c.sae.k = 96, 4"]
+    target.write_text("\n".join([*lines, "    return c\n"]))
+    sizes = target_sizes(load_config("configs/plan.py", {"model": tiny, **SIZES, "target": str(target), "prompt_tokens": 16}))
+    found = plan_command.plan(sizes)
+    assert found["sae_train"]["rows"] == 1024 and found["sae_train"]["flops"] == 3 * 4 * 32 * 96 * 1024
+    state = 3 * 4 * (2 * 96 * 32 + 96 + 32)
+    assert state < found["sae_train"]["argument_bytes"] - 1024 * 32 * 4 < state + 4 * 96 + 100
+    assert found["sae_encode"]["rows"] == 256 and "sae_encode" in plan_command.table(found)
+    given = tmp_path / "given.py"
+    given.write_text("\n".join([*lines, "    c.sae.path = 'sae'", "    return c\n"]))
+    assert target_sizes(load_config("configs/plan.py", {"model": tiny, "target": str(given)}))["sae"] is None
 
 
 def test_what_the_compiler_refuses_is_an_answer_not_a_failure(monkeypatch, tiny):
@@ -343,32 +479,33 @@ def test_what_the_compiler_refuses_is_an_answer_not_a_failure(monkeypatch, tiny)
             raise jax.errors.JaxRuntimeError(self.words)
 
     refusing, place = Refusing(), jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    found = plan_command._memory(refusing, {"x": jax.ShapeDtypeStruct((3, 5), "float32", sharding=place)})
+    found = plan_cost.compiled(refusing, {"x": jax.ShapeDtypeStruct((3, 5), "float32", sharding=place)})
     assert found["argument_bytes"] == 60 and found["temporary_bytes"] == int(20.82 * 2**30) == found["total_bytes"] - 60
     assert "exceeds available HBM" in found["refused"]
-    program = found | {"rows": 8, "batches": 1, "micro_batches": 1, "flops": 1.0, "stages": 1}
-    for name in ("_plan_generate", "_plan_train"):
-        monkeypatch.setattr(plan_command, name, lambda model, sizes, mesh: dict(program))
+    program = found | {"rows": 8, "batches": 1, "micro_batches": 1, "flops": 1.0, "read_bytes": 1, "stages": 1}
+    for name in ("generate", "update"):
+        monkeypatch.setattr(plan_programs, name, lambda model, sizes, mesh: dict(program))
     planned = plan_command.plan(target_sizes(load_config("configs/plan.py", {"model": tiny, "mesh": "cpu:1"})))
     text = plan_command.table(planned)
     assert planned["generate"]["fits"] is False and "20.82" in text and "NO" in text and "generate was refused: RESOURCE_EXHAUSTED" in text
     refusing.words = "INTERNAL: something else"
     with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
-        plan_command._memory(refusing)
-    assert plan_command._bytes_named("no figure") is None
+        plan_cost.compiled(refusing)
+    assert plan_cost.bytes_named("no figure") is None
     other = "Total hbm usage >= 16.25G: reserved 258.03M program 14.67G arguments 1.33G Output size 1.33G. Program hbm requirement 14.67G"
-    assert plan_command._bytes_named(other) == int(14.67 * 2**30)
+    assert plan_cost.bytes_named(other) == int(14.67 * 2**30)
 
 
 def test_table_says_what_does_not_fit():
     program = {"compile_seconds": 7.0, "flops": 1e12}
     program |= {"rows": 8, "argument_bytes": 2**30, "output_bytes": 0, "temporary_bytes": 2**31, "total_bytes": 3 * 2**30, "refused": ""}
-    program |= {"held_bytes": 2**30}
+    program |= {"held_bytes": 2**30, "collectives": {"all-gather": 3e9, "all-reduce": 5e9}}
+    least = {"compute": 0.5, "memory": 0.2, "links": 0.75, "seconds": 0.75}
     found = {
         "model": "m", "parameters": 10**9, "dtype": "bfloat16", "mesh": "v5e:2x4", "devices": 8, "device_kind": "TPU", "memory_gib": 2,
-        "layout": {"fsdp": 8}, "lora_rank": 0,
-        "generate": {**program, "batches": 2, "fits": True, "seconds_at_peak": 0.5, "stages": 6},
-        "train_step": {**program, "micro_batches": 3, "fits": False, "seconds_at_peak": None},
+        "layout": {"fsdp": 8}, "rollout_layout": {"tensor": 8}, "lora_rank": 0,
+        "generate": {**program, "batches": 2, "fits": True, "roofline": least, "stages": 6, "try": ""},
+        "train_step": {**program, "micro_batches": 3, "fits": False, "roofline": None, "try": "--config.remat=True"},
     }  # fmt: skip
     text = plan_command.table(found)
     row = next(line for line in text.splitlines() if line.startswith("train_step"))
@@ -377,4 +514,6 @@ def test_table_says_what_does_not_fit():
     assert "in bfloat16, an adapter of rank 8 is trained" in plan_command.table(found | {"lora_rank": 8})
     lines = {line.split()[0]: line for line in text.splitlines() if "TFLOP" in line}
     assert "compiled in 7 s" in lines["generate"] and "one cache for all new tokens; a run's 6 stages" in text
-    assert lines["train_step"].startswith("train_step") and "NO" in text and "2 x 8 rows, 0.50 s at the mesh's peak" in text
+    assert lines["train_step"].startswith("train_step") and "NO" in text and "2 x 8 rows; compiled in 7 s" in lines["generate"]
+    assert "at least 0.75 s: arithmetic 0.50, memory 0.20, links 0.75; GB to a device: all-reduce 5.0, all-gather 3.0\n" in text
+    assert "fsdp=8; while sampling tensor=8" in text and "train_step does not fit; try --config.remat=True" in text
