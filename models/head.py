@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from models.adapted import Adapted, merged
 from models.attention import soft_cap
 from models.config import ModelConfig
-from models.layers import dense
+from models.layers import BATCH_AXES, constrain, dense, mesh_of
 
 Params = dict[str, Any]
 
@@ -30,6 +32,41 @@ class Head(NamedTuple):
         if self.bias_V is not None:
             logits = logits + self.bias_V.astype(jnp.float32)
         return soft_cap(logits, self.cap)
+
+    def spread(self) -> Head | SpreadHead:
+        """The same function for a loop over chunks of a batch whose rows are spread over a mesh; itself where its parameters are on none."""
+        mesh = mesh_of(self.kernel_DV)
+        ways = math.prod(mesh.shape[name] for name in BATCH_AXES if name in mesh.shape)
+        if ways == 1:
+            return self
+        copy = lambda a, *axes: constrain(jnp.broadcast_to(a, (ways, *a.shape)), self.kernel_DV, BATCH_AXES, *axes)  # noqa: E731
+        tensor = ("tensor",) if "tensor" in mesh.shape else ()
+        kernel = self.kernel_DV
+        if isinstance(kernel, Adapted):
+            copies: Any = Adapted(copy(kernel.base, (), tensor), copy(kernel.a, (), ()), copy(kernel.b, (), tensor), kernel.scale)
+        else:
+            copies = copy(kernel, (), tensor)
+        return SpreadHead(self, Head(copies, None if self.bias_V is None else copy(self.bias_V, tensor), self.cap), ways)
+
+
+class SpreadHead(NamedTuple):
+    """A `Head` with a copy of its parameters for each group of devices that has rows of its own: call it on [rows, ..., D].
+
+    The gradient by a copy stays on its devices, so that a loop over chunks adds them up where they are and they are summed over the devices
+    once, after it. With the one matrix, the partitioner sums a gradient as large as it over all devices in every round of the loop.
+    """
+
+    whole: Head
+    copies: Head
+    ways: int
+
+    def __call__(self, hidden: Float[Array, "B ... D"]) -> Float[Array, "B ... V"]:
+        if hidden.shape[0] % self.ways:
+            return self.whole(hidden)
+        x = hidden.reshape(self.ways, -1, *hidden.shape[1:])
+        axes = Head(0, None if self.copies.bias_V is None else 0, None)  # pyright: ignore[reportArgumentType]
+        logits = jax.vmap(Head.__call__, in_axes=(axes, 0))(self.copies, x)
+        return logits.reshape(*hidden.shape[:-1], -1)
 
 
 def head(cfg: ModelConfig, params: Params) -> Head:

@@ -40,7 +40,8 @@ def completion_logprobs(
     hidden_NCD = completion_hidden(
         cfg, params, prompts_GP, prompt_lengths_G, completions_NC, completion_lengths_N, remat=remat, shared_prefix=shared_prefix
     )
-    return token_logprobs(hidden_NCD, models.head(cfg, params), completions_NC, temperature=temperature, chunk=chunk, with_entropy=with_entropy)
+    how = {"temperature": temperature, "chunk": chunk, "with_entropy": with_entropy}
+    return token_logprobs(hidden_NCD, models.head(cfg, params).spread(), completions_NC, **how)
 
 
 def policy_logprobs(spec: Any, params, micro: Mapping[str, Any], with_entropy: bool = False):

@@ -58,7 +58,7 @@ def _micro_loss(trained, spec: SFTSpec, frozen, tokens_BT, mask_BT, total, segme
     segments = None if segments_BT is None else segments_BT[:, :-1]
     taps = tuple(f"blocks.{i}.router_logits" for i in range(spec.model.n_layers)) if spec.router_balance else ()
     out = models.forward(spec.model, compute, tokens_BT[:, :-1], segments=segments, taps=taps, remat=spec.remat)
-    logps_BT, _ = token_logprobs(out.hidden, models.head(spec.model, compute), tokens_BT[:, 1:], chunk=spec.logprob_chunk)
+    logps_BT, _ = token_logprobs(out.hidden, models.head(spec.model, compute).spread(), tokens_BT[:, 1:], chunk=spec.logprob_chunk)
     loss, counted_BT = sft_loss(logps_BT, mask_BT[:, 1:], total_tokens=total)[0], mask_BT[:, 1:]
     if not spec.router_balance:
         return loss, loss

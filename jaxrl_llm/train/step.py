@@ -123,7 +123,7 @@ def _values(spec: StepSpec, params, micro: Batch):
         shared_prefix=spec.shared_prefix,
     )
     how = {"temperature": spec.temperature, "chunk": spec.logprob_chunk, "with_entropy": True}
-    logps, entropy = token_logprobs(hidden, models.head(spec.model, compute), micro["completions"], **how)
+    logps, entropy = token_logprobs(hidden, models.head(spec.model, compute).spread(), micro["completions"], **how)
     head = params[VALUE_HEAD]
     return logps, entropy, token_values(hidden, head["kernel"], head["bias"])
 

@@ -194,3 +194,49 @@ def test_arrays_move_to_another_mesh_without_being_whole_on_a_device(run_python)
 def test_the_mesh_of_another_shape_is_checked():
     with pytest.raises(ModelError, match=f"needs {3 * len(jax.devices())} devices"):
         sharding.relaid(sharding.make_mesh({"fsdp": -1}), {"tensor": 3 * len(jax.devices())})
+
+
+HEADS = """
+import sys; sys.path.insert(0, "tests/models")
+import jax, jax.numpy as jnp, numpy as np
+import models, parity_cases as cases
+from jaxrl_llm.commands.plan_cost import collectives
+from jaxrl_llm.losses.logprobs import token_logprobs
+from models import lora, sharding
+
+rng, adapter = np.random.default_rng(0), lora.LoraConfig(targets=("lm_head.kernel",), rank=2)
+for name, adapted in (("llama2", False), ("llama2", True), ("gptj", False), ("gemma2", False)):  # untied; a bias; tied, with a soft-cap
+    cfg = models.ModelConfig.from_hf(cases.CASES[name])
+    params = cases.random_params(cfg)
+    low = lora.init_lora(cfg, adapter, jax.random.key(0)) if adapted else {}
+    low = jax.tree.map(lambda x: jnp.asarray(rng.standard_normal(x.shape), x.dtype), low)
+    hidden = jnp.asarray(rng.standard_normal((16, 12, cfg.d_model)), jnp.float32)
+    targets = jnp.asarray(rng.integers(0, cfg.vocab_size, (16, 12)))
+
+    def loss(params, low, hidden, targets, spread=True, chunk=1000):
+        head = models.head(cfg, lora.adapt(params, low, 0.5))
+        return token_logprobs(hidden, head.spread() if spread else head, targets, chunk=chunk)[0].sum()
+
+    grad = jax.grad(loss, argnums=(0, 1, 2))
+    expected = grad(params, low, hidden, targets, False)
+    for shape in ({"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}):
+        mesh = sharding.make_mesh(shape)
+        places, rows, moved = sharding.param_shardings(cfg, mesh), sharding.batch_sharding(mesh), {}
+        given = (jax.device_put(params, places), low, jax.device_put(hidden, rows), jax.device_put(targets, rows))
+        run = jax.jit(grad, static_argnums=(4, 5), out_shardings=(places, None, rows))
+        for spread, chunk in ((False, 48), (False, 16), (True, 48), (True, 16), (True, 1000)):
+            found = run.lower(*given, spread, chunk).compile()
+            close = lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5 * float(jnp.abs(b).max() + 1e-3))
+            jax.tree.map(close, found(*given), expected)
+            moved[spread, chunk] = sum(collectives(found.as_text()).values())
+        # Spread, the sum over devices comes once, however many chunks there are.
+        assert moved[True, 16] == moved[True, 48] < 0.6 * moved[False, 48] < 0.4 * moved[False, 16], (name, shape, moved)
+    # Rows that do not divide over the devices.
+    odd = jax.jit(loss, static_argnums=(4, 5))
+    np.testing.assert_allclose(odd(given[0], low, hidden[:3], targets[:3], True, 3), loss(params, low, hidden[:3], targets[:3]), rtol=1e-5)
+print("equal")
+"""
+
+
+def test_the_head_s_gradient_is_summed_over_devices_once(run_python):
+    assert "equal" in run_python(HEADS, devices=8)
