@@ -33,5 +33,6 @@ def get_config(variant: str | None = None) -> ml_collections.ConfigDict:
     config.lora_rank = placeholder(int)  # of an adapter that is trained in place of the parameters, on the target's matrices; None = the target's, or 0 (none)
     config.remat = placeholder(bool)  # recompute each layer in the backward pass; None = the target's, or True
     config.remat_keep = placeholder(str)  # with remat, what is not recomputed: "nothing", or "products", what the weight matrices give; None = the target's, or "nothing"
+    config.attention = placeholder(str)  # of the update: "plain", "splash" (TPU) or "cudnn" (GPU); None = the target's, or "plain"
     config.json = False  # print one JSON object instead of a table
     return config

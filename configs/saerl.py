@@ -48,8 +48,8 @@ def get_config(variant: str | None = "demo") -> ConfigDict:
         "dapo": _dapo,
         "rloo": _rloo,
         "own": _own,
-        "qwen2.5-math-1.5b": lambda c: _qwen(c, "Qwen/Qwen2.5-Math-1.5B", 28, 1536, "fsdp=8", 64),
-        "qwen2.5-math-7b": lambda c: _qwen(c, "Qwen/Qwen2.5-Math-7B", 28, 3584, "fsdp=64", 256),
+        "qwen2.5-math-1.5b": lambda c: _qwen(c, "Qwen/Qwen2.5-Math-1.5B", 28, 1536, "fsdp=8", 64, "data=4,tensor=2", 512),
+        "qwen2.5-math-7b": lambda c: _qwen(c, "Qwen/Qwen2.5-Math-7B", 28, 3584, "fsdp=64", 256, "data=16,tensor=4", 1024),
     }[variant or "demo"](config)
     return config
 
@@ -180,9 +180,11 @@ def _grpo(c: ConfigDict) -> None:
     c.grpo.rollout_tries = 1  # most rollouts a step: groups of equal rewards are replaced by the schedule's next prompts (DAPO); 1 = never
     c.grpo.overlong_buffer = 0  # last tokens before max_new_tokens over which a penalty of the reward grows (DAPO); 0 = no penalty
     c.grpo.overlong_penalty = 1.0  # what a completion that reaches max_new_tokens loses of its reward
+    c.grpo.rollout_rows = 512  # most completions decoded at once
     c.grpo.rollout_mesh = ""  # how the mesh's devices are used while sampling, such as "fsdp=4,tensor=2"; empty = as in training
     c.grpo.micro_batch_rows = 0  # completions a micro-batch; 0 = all at once
     c.grpo.remat = False
+    c.grpo.attention = "plain"  # of the update: "plain", or by a kernel that holds no scores in memory, "splash" (TPU) or "cudnn" (GPU)
     c.grpo.eval_every = 40
     c.grpo.eval_samples = 4  # avg@k beside greedy
     c.grpo.checkpoint_every = 80
@@ -250,7 +252,7 @@ def _own(c: ConfigDict) -> None:
     c.grpo.eval_every, c.grpo.eval_samples, c.grpo.checkpoint_every = 50, 4, 50
 
 
-def _qwen(c: ConfigDict, model: str, layers: int, d_model: int, mesh: str, micro_batch_rows: int) -> None:
+def _qwen(c: ConfigDict, model: str, layers: int, d_model: int, mesh: str, micro_batch_rows: int, rollout_mesh: str, rollout_rows: int) -> None:
     """The paper's setting, ready for a pod: DeepMath-103K, GRPO, maths benchmarks."""
     c.title = f"SAERL, {model}"
     c.arms = ("vanilla", "published", "full")
@@ -278,3 +280,5 @@ def _qwen(c: ConfigDict, model: str, layers: int, d_model: int, mesh: str, micro
     c.grpo.steps, c.grpo.prompts_per_step, c.grpo.num_samples, c.grpo.max_new_tokens = 300, 128, 8, 3000
     c.grpo.learning_rate, c.grpo.b2, c.grpo.aggregation, c.grpo.advantage_scale = 1e-6, 0.999, "dr_grpo", "none"
     c.grpo.micro_batch_rows, c.grpo.remat = micro_batch_rows, True
+    # Sharded as in training, each token would wait for the whole model to come over the links.
+    c.grpo.rollout_mesh, c.grpo.rollout_rows = rollout_mesh, rollout_rows

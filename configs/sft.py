@@ -45,6 +45,7 @@ def get_config(variant: str | None = None) -> ml_collections.ConfigDict:
     config.train.micro_batch_rows = 0  # rows (packed ones with pack) a micro-batch, gradients accumulated; 0 = all at once
     config.train.remat = False  # recompute layers in the backward pass: less memory, a third more work
     config.train.remat_keep = "nothing"  # with remat, what is not recomputed: "nothing", or "products", what the weight matrices give: more memory, little more work
+    config.train.attention = "plain"  # of the update: "plain", or by a kernel that holds no scores in memory, "splash" (TPU) or "cudnn" (GPU)
     config.train.logprob_chunk = placeholder(int)  # tokens a chunk of the unembedding, on each device; None picks by vocabulary
     config.train.router_balance = 0.0  # of a mixture of experts: weight of the loss that spreads tokens evenly over them, such as 0.001; 0 = none
     config.train.log_every = 10  # steps between lines of metrics.jsonl

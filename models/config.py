@@ -42,6 +42,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "rotary_pairs": ("half", "adjacent"),
     "mlp": ("gated", "plain", "experts"),
     "qk_norm_over": ("head", "all"),
+    "attention": ("plain", "splash", "cudnn"),
 }
 
 
@@ -65,6 +66,8 @@ class ModelConfig:
     mlp: "gated"; "plain": down(activation(up(x))); or "experts": n_experts gated MLPs a layer, each d_ff wide, of which a router picks
       experts_per_token for each token. renormalise_experts: their weights sum to one (`models.experts`).
     qk_norm_over: the q/k norm is over each "head", or over "all" heads together.
+    attention: how a whole text is attended to in training, which is no property of the model: "plain", or by a kernel of an accelerator
+      ("splash" on TPU, "cudnn" on GPU; see `models.kernels`). Sampling is plain in any case.
     query_scalar: scores are divided by its square root (None = head_dim). attn_softcap, logit_softcap: scores and logits x become
       cap * tanh(x / cap). embed_scale: factor on the embeddings, rounded to their dtype. head_bias: the unembedding has a bias.
     """
@@ -109,6 +112,7 @@ class ModelConfig:
     n_experts: int = 0
     experts_per_token: int = 0
     renormalise_experts: bool = False
+    attention: str = "plain"
 
     def __post_init__(self):
         for field, known in CHOICES.items():
@@ -123,6 +127,10 @@ class ModelConfig:
             raise ModelError(f"mlp={self.mlp!r} with {told}: experts are for mlp='experts', which has at least one, and a token no more than all")
         if self.mlp == "experts" and (self.mlp_bias or not self.experts_per_token):
             raise ModelError(f"mlp='experts' has no biases and at least one expert a token, not mlp_bias={self.mlp_bias} and none")
+        if self.attention != "plain" and any(self.layer_windows):
+            raise ModelError(f"attention={self.attention!r} has no sliding windows, which this {self.family} model has: give 'plain'")
+        if self.attention == "cudnn" and self.attn_softcap is not None:
+            raise ModelError(f"attention='cudnn' does not cap scores, which this {self.family} model does: give 'plain' or 'splash'")
         if self.layer_windows and len(self.layer_windows) != self.n_layers:
             raise ModelError(f"layer_windows names {len(self.layer_windows)} layers, the model has {self.n_layers}")
 

@@ -22,6 +22,7 @@ from models.adapted import Adapted, base_of, side_by_side
 from models.attention import attention, attention_in_chunks, attention_scores
 from models.config import BLOCK_NORMS, ModelConfig
 from models.experts import expert_mlp, route
+from models.kernels import Fused, fused_attention
 from models.rope import rotate
 
 QUERIES, QUERY_CHUNK = 1024, 256  # more queries than QUERIES attend in chunks of QUERY_CHUNK: their scores do not all fit in memory
@@ -211,11 +212,18 @@ class Block(nn.Module):
         return norm(self.cfg, x, *self.norms[name]) if name in self.norms else x
 
     def attend(self, q, segments, hook):
-        """Attention over key/value segments [(k, v, mask_BTS)], softmax over all of them together."""
+        """Attention over key/value segments [(k, v, mask_BTS)], or what stands for them before a kernel, softmax over all of them together."""
+        if isinstance(segments, Fused):
+            out = fused_attention(self.cfg, q, segments, mesh_of(self.o), BATCH_AXES)
+            return self.attn_result(q, out)
         probs_hook = functools.partial(hook, "attn_probs")
         scores_of = functools.partial(attention_scores, query_scalar=self.cfg.query_scalar, cap=self.cfg.attn_softcap)
         many = q.shape[1] > QUERIES and not self.whole_probs
         out = attention_in_chunks(q, segments, QUERY_CHUNK, scores_of) if many else attention(q, segments, probs_hook, scores_of)
+        return self.attn_result(q, out)
+
+    def attn_result(self, q, out):
+        """What the heads' values add to the residual stream."""
         # Rounded once, so that a row's values do not depend on how many segments they lie in.
         out = dense("BTNH,NHD->BTD", out.astype(q.dtype), self.o)
         return out + self.o_bias if self.cfg.o_bias else out

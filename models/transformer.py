@@ -8,6 +8,7 @@ P distinct prompts.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -24,6 +25,7 @@ from models.checks import check_tokens
 from models.config import ModelConfig
 from models.errors import ModelError
 from models.head import head, unembed, unembed_matrix
+from models.kernels import Fused
 from models.layers import PRODUCT, Block, embed_at, fuse_qkv, norm
 from models.rope import layer_ropes
 from models.taps import BLOCK_TAPS, Hooks, Interventions, taps_of
@@ -191,6 +193,9 @@ class _Memory:
     def __init__(
         self, cfg: ModelConfig, positions: Array, prefix: KV | Sequence[KV] | None, cache: KVCache | None, segments: Array | None = None
     ):
+        self.fused = None
+        if cfg.attention != "plain" and cache is None and positions.shape[1] > 1:
+            self.fused = jnp.where(positions < 0, -1, 0 if segments is None else segments)
         self.prefixes = () if prefix is None else (prefix,) if isinstance(prefix, KV) else tuple(prefix)
         self.cache, self.slots = cache, positions
         if cache is not None:
@@ -209,6 +214,8 @@ class _Memory:
 
     def segments(self, layer, prefix_kvs, cache_kv, k, v):
         """([(k, v, mask)] to attend to, this layer's (k, v) to keep) for new keys and values k, v."""
+        if self.fused is not None:
+            return Fused([*prefix_kvs, (k, v)], [part.positions >= 0 for part in self.prefixes], self.fused), (k, v)
         (k, v), kept = ((k, v), (k, v)) if cache_kv is None else self._written(layer, cache_kv, k, v)
         own = (k, v, self.mask(layer))
         return [*((*kv, mask(layer)) for kv, mask in zip(prefix_kvs, self.prefix_masks, strict=True)), own], kept
@@ -294,7 +301,10 @@ def forward(
         positions = _packed_positions(segments, lengths, positions, prefix, cache)
     check_tokens(cfg, tokens_BT, lengths, positions)
     positions = _positions(tokens_BT, lengths, positions, prefix, cache, stop_at, cfg.n_layers)
-    hooks, memory = Hooks(cfg, taps, interventions, stop_at), _Memory(cfg, positions, prefix, cache, segments)
+    hooks = Hooks(cfg, taps, interventions, stop_at)
+    if hooks.wants("attn_probs"):  # which a kernel does not show
+        cfg = dataclasses.replace(cfg, attention="plain")
+    memory = _Memory(cfg, positions, prefix, cache, segments)
     rope_of, out_taps = layer_ropes(cfg, positions), {}
     x = hooks.outer("embed", embed_at(cfg, params["embed"], tokens_BT, positions), out_taps)
     B, T, D = x.shape

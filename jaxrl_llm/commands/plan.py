@@ -180,7 +180,7 @@ def _need(sizes: Mapping[str, Any]) -> None:
     endless = float("inf")
     ranges = dict.fromkeys(("prompts", "num_samples", "prompt_tokens", "max_new_tokens", "rollout_rows"), (1, endless))
     ranges |= dict.fromkeys(("micro_batch_rows", "samples_together", "lora_rank"), (0, endless))
-    check_fields(sizes, {"dtype": ("float32", "bfloat16"), "remat_keep": ("nothing", "products")}, ranges)
+    check_fields(sizes, {"dtype": ("float32", "bfloat16"), "remat_keep": ("nothing", "products"), "attention": ("plain", "splash", "cudnn")}, ranges)
 
 
 _HEADER = f"{'a device, GiB':<16}{'arguments':>10}{'outputs':>9}{'working':>9}{'held':>8}{'total':>8}  fits"

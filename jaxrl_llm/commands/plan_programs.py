@@ -5,6 +5,7 @@ step over all devices by the model's formulas, and "read_bytes", what a device a
 """
 
 import contextlib
+import dataclasses
 import importlib
 import math
 from collections.abc import Mapping
@@ -45,7 +46,7 @@ def _train_settings(model: Any, sizes: Mapping[str, Any]) -> Any:
     from jaxrl_llm.train.config import GRPOConfig, check_grpo
     from jaxrl_llm.train.step import step_spec
 
-    names = ("num_samples", "max_new_tokens", "micro_batch_rows", "remat", "remat_keep", "loss", "lora")
+    names = ("num_samples", "max_new_tokens", "micro_batch_rows", "remat", "remat_keep", "attention", "loss", "lora")
     config = GRPOConfig(**{name: sizes[name] for name in names})
     check_grpo(config)
     return step_spec(model, config)
@@ -226,7 +227,8 @@ def update_pairs(model: Any, sizes: Mapping[str, Any], mesh: Any) -> dict[str, A
 
     new, width, kto = sizes["max_new_tokens"], sizes["prompt_tokens"], sizes["loss"].kind == "kto"
     loss = sizes["loss"]
-    spec = PreferenceSpec(model, loss, OptimizerConfig(), remat=sizes["remat"] and sizes["remat_keep"], lora=sizes["lora"].adapter)
+    trained, remat = dataclasses.replace(model, attention=sizes["attention"]), sizes["remat"] and sizes["remat_keep"]
+    spec = PreferenceSpec(trained, loss, OptimizerConfig(), remat=remat, lora=sizes["lora"].adapter)
     pairs = _round_up(min(sizes["micro_batch_rows"] or sizes["prompts"], sizes["prompts"]), batch_ways(mesh))
     micros, place = math.ceil(sizes["prompts"] / pairs), batch_shardings(mesh)
 

@@ -54,6 +54,7 @@ DEFAULTS: dict[str, Any] = {
     "lora_rank": 0,
     "remat": True,
     "remat_keep": "nothing",
+    "attention": "plain",
 }
 
 # Our field -> the names it goes by in the configs of runs, most telling first; a path matches where it ends in one of them.
@@ -73,6 +74,7 @@ NAMES: dict[str, tuple[str, ...]] = {
     "lora_rank": ("lora.rank",),
     "remat": ("grpo.remat", "remat"),
     "remat_keep": ("remat_keep",),
+    "attention": ("attention",),
 }
 
 

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 from jaxrl_llm.errors import UserError, nearest
 
 if typing.TYPE_CHECKING:
+    from models.config import ModelConfig
     from models.lora import LoraConfig
 
 T = TypeVar("T")
@@ -106,6 +107,7 @@ class GRPOConfig:
     shared_prefix: bool = True  # forward each distinct prompt once for its samples (same gradient, less work)
     remat: bool = False  # recompute each layer in the backward pass: less memory, a third more work
     remat_keep: str = "nothing"  # with remat, what is not recomputed: "nothing", or "products", what the weight matrices give
+    attention: str = "plain"  # of the update: "plain", or by a kernel of the accelerator, "splash" (TPU) or "cudnn" (GPU)
     logprob_chunk: int | None = None  # tokens a chunk of the unembedding; None picks by vocabulary
     loss: LossConfig = LossConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -133,6 +135,7 @@ class SFTConfig:
     micro_batch_rows: int = 0  # rows a micro-batch, gradients accumulated; 0 = all at once
     remat: bool = False  # recompute each layer in the backward pass
     remat_keep: str = "nothing"  # with remat, what is not recomputed: "nothing", or "products", what the weight matrices give
+    attention: str = "plain"  # of the update: "plain", or by a kernel of the accelerator, "splash" (TPU) or "cudnn" (GPU)
     logprob_chunk: int | None = None
     router_balance: float = 0.0  # of a mixture of experts: weight of the loss that spreads tokens evenly over them; 0 = none
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-5, clip_norm=1.0)
@@ -177,6 +180,7 @@ class DPOConfig:
     shared_prefix: bool = True  # forward each prompt once for both completions (same gradient, less work)
     remat: bool = False  # recompute each layer in the backward pass
     remat_keep: str = "nothing"  # with remat, what is not recomputed: "nothing", or "products", what the weight matrices give
+    attention: str = "plain"  # of the update: "plain", or by a kernel of the accelerator, "splash" (TPU) or "cudnn" (GPU)
     logprob_chunk: int | None = None
     loss: PreferenceLossConfig = PreferenceLossConfig()
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=5e-7, clip_norm=1.0)
@@ -210,6 +214,7 @@ class OnlineDPOConfig:
     shared_prefix: bool = True  # forward each prompt once for both completions (same gradient, less work)
     remat: bool = False  # recompute each layer in the backward pass
     remat_keep: str = "nothing"  # with remat, what is not recomputed: "nothing", or "products", what the weight matrices give
+    attention: str = "plain"  # of the update: "plain", or by a kernel of the accelerator, "splash" (TPU) or "cudnn" (GPU)
     logprob_chunk: int | None = None
     loss: PairLossConfig = PairLossConfig()
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=5e-7, clip_norm=1.0)
@@ -356,6 +361,18 @@ def check_optimizer(config: OptimizerConfig) -> None:
     for name in ("b1", "b2"):
         if not 0 <= getattr(config, name) < 1:
             raise UserError(f"setting 'optimizer.{name}' must be from 0 to below 1, got {getattr(config, name)}")
+
+
+def trained_as(model: "ModelConfig", config: "GRPOConfig | SFTConfig | DPOConfig | OnlineDPOConfig") -> "ModelConfig":
+    """The model as the update computes it. Raises UserError for an attention that is unknown or that the model cannot have."""
+    from models.config import CHOICES
+    from models.errors import ModelError
+
+    check_choice("attention", config.attention, CHOICES["attention"])
+    try:
+        return dataclasses.replace(model, attention=config.attention)
+    except ModelError as error:
+        raise UserError(f"setting 'attention': {error}") from error
 
 
 def remat_of(config: "GRPOConfig | SFTConfig | DPOConfig | OnlineDPOConfig") -> bool | str:

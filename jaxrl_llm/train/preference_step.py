@@ -18,7 +18,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxrl_llm.losses import preference
-from jaxrl_llm.train.config import DPOConfig, OnlineDPOConfig, OptimizerConfig, PairLossConfig, remat_of
+from jaxrl_llm.train.config import DPOConfig, OnlineDPOConfig, OptimizerConfig, PairLossConfig, remat_of, trained_as
 from jaxrl_llm.train.forward import policy_logprobs
 from jaxrl_llm.train.state import (
     State,
@@ -54,7 +54,7 @@ class PreferenceSpec:
 def preference_spec(model: ModelConfig, config: DPOConfig | OnlineDPOConfig) -> PreferenceSpec:
     """The static part of a run's settings."""
     return PreferenceSpec(
-        model=model,
+        model=trained_as(model, config),
         loss=config.loss,
         optimizer=resolve_decay(config.optimizer, config.steps),
         temperature=config.temperature,

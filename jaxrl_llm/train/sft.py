@@ -20,7 +20,7 @@ from jaxrl_llm.errors import UserError
 from jaxrl_llm.losses.logprobs import token_logprobs
 from jaxrl_llm.losses.sft import load_balancing_loss, sft_loss
 from jaxrl_llm.run_dir import RunDir
-from jaxrl_llm.train.config import OptimizerConfig, SFTConfig, check_counts, check_lora, check_optimizer, from_mapping, remat_of
+from jaxrl_llm.train.config import OptimizerConfig, SFTConfig, check_counts, check_lora, check_optimizer, from_mapping, remat_of, trained_as
 from jaxrl_llm.train.signals import Interrupted, StopRequest, stop_on_signal, watchdog
 from jaxrl_llm.train.state import (
     abstract_state,
@@ -151,7 +151,7 @@ def train_sft(
     if config.router_balance and model_cfg.mlp != "experts":
         raise UserError(f"train.router_balance={config.router_balance:g} is for mixtures of experts; this {model_cfg.family} has none: set it to 0")
     optimizer = resolve_decay(config.optimizer, config.steps)
-    spec = SFTSpec(model_cfg, optimizer, remat_of(config), config.logprob_chunk, lora, config.router_balance)
+    spec = SFTSpec(trained_as(model_cfg, config), optimizer, remat_of(config), config.logprob_chunk, lora, config.router_balance)
     checkpoints = None if run_dir is None else Checkpoints(run_dir.checkpoints, config.keep_checkpoints)
     found = None if checkpoints is None else checkpoints.restore(abstract_state(model_cfg, spec.optimizer, mesh, lora=lora))
     params = given(params)

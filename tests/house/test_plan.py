@@ -6,6 +6,7 @@ import importlib.util
 import json
 import math
 
+import jax
 import pytest
 
 from jaxrl_llm import cli
@@ -15,8 +16,9 @@ from jaxrl_llm.commands.plan_target import DEFAULTS, PRESETS, choose_layout, cho
 from jaxrl_llm.config import field_names, load_config
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.runtime import parse_axes
-from jaxrl_llm.train.config import LoraSettings, LossConfig
+from jaxrl_llm.train.config import LoraSettings, LossConfig, PairLossConfig
 from models.errors import ModelError
+from models.sharding import make_mesh
 
 TINY = {
     "model_type": "qwen2",
@@ -110,7 +112,8 @@ def test_batches_and_length_change_the_plan(plans):
 
 SIZES = {"mesh": "cpu:1", "dtype": "float32", "prompts": 4, "num_samples": 2, "prompt_tokens": 16, "max_new_tokens": 8}
 OTHERS = {"dtype": "bfloat16", "prompts": 6, "num_samples": 4, "prompt_tokens": 24, "max_new_tokens": 12, "rollout_rows": 4}
-OTHERS |= {"micro_batch_rows": 2, "remat": False, "remat_keep": "products", "rollout_refill": True, "lora_rank": 2, "samples_together": 1}
+OTHERS |= {"micro_batch_rows": 2, "remat": False, "remat_keep": "products", "rollout_refill": True, "lora_rank": 2}
+OTHERS |= {"samples_together": 1, "attention": "splash"}
 
 
 @pytest.fixture
@@ -131,9 +134,20 @@ def planned(tiny, monkeypatch):
     return plan
 
 
-@pytest.mark.parametrize("field", OTHERS)
+@pytest.mark.parametrize("field", sorted(set(OTHERS) - {"attention"}))
 def test_another_value_of_a_size_changes_the_plan(planned, field):
     assert planned(**{field: OTHERS[field]}) != planned()
+
+
+def test_the_attention_of_a_plan_is_that_of_the_update(tiny, monkeypatch):
+    seen = []
+    traced = lambda program, *given, endless=1: seen.append(str(program.trace(*given).jaxpr)) or {"collectives": {}}  # noqa: E731
+    monkeypatch.setattr(plan_programs, "compiled", traced)
+    sizes = target_sizes(load_config("configs/plan.py", {"model": tiny, **SIZES, "attention": "splash"}))
+    mesh = make_mesh({}, jax.devices()[:1])
+    for loss, program in ((sizes["loss"], plan_programs.update), (PairLossConfig(), plan_programs.update_pairs)):
+        program(resolve_model(tiny, "float32"), sizes | {"loss": loss}, mesh)
+    assert len(seen) == 2 and all("pallas_call" in text for text in seen)
 
 
 def test_every_field_has_such_a_test():
@@ -224,10 +238,6 @@ def test_the_sizes_of_preferences_and_what_has_none(tmp_path):
 
 
 def test_one_stage_needs_what_all_need_together(tiny, monkeypatch):
-    import jax
-
-    from models.sharding import make_mesh
-
     model, mesh = dataclasses.replace(resolve_model(tiny, "float32"), n_layers=2), make_mesh({}, jax.devices()[:1])
     sizes = DEFAULTS | {"prompts": 4, "num_samples": 2, "prompt_tokens": 16, "max_new_tokens": 150, "loss": LossConfig(), "lora": LoraSettings()}
     one = plan_programs.generate(model, sizes, mesh)
@@ -439,8 +449,6 @@ def test_roofline_by_hand():
 
 
 def test_what_does_not_fit_is_answered_with_a_setting(tiny):
-    from models.sharding import make_mesh
-
     mesh = make_mesh({"fsdp": -1})
     ways, sizes = mesh.size, DEFAULTS | {"remat": True}
     told = lambda name, rows, **changes: plan_command._smaller(name, {"rows": rows}, sizes | changes, mesh)  # noqa: E731
@@ -467,8 +475,6 @@ def test_saerl_s_autoencoder_is_planned_too(planned, tiny, tmp_path):
 
 
 def test_what_the_compiler_refuses_is_an_answer_not_a_failure(monkeypatch, tiny):
-    import jax
-
     class Refusing:
         words = "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (20.82G) exceeds available HBM"
 

@@ -19,10 +19,12 @@ from jaxrl_llm.config import field_names, load_config
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.train import loop
 from jaxrl_llm.train.config import DPOConfig, GRPOConfig, OnlineDPOConfig, SFTConfig, check_dpo, check_grpo, check_online_dpo, from_mapping
+from jaxrl_llm.train.preference_step import preference_spec
+from jaxrl_llm.train.step import step_spec
 
 NAMED = {"aggregation": "dr_grpo", "advantage_scale": "none", "kl": "k1", "schedule": "linear", "stop_strings": ("x",), "eval_by": ("level",)}
 NAMED |= {"kind": "ipo", "ratio": "sequence", "surrogate": "cispo", "baseline": "leave_one_out", "kl_place": "sequence_reward", "mismatch": "token"}
-NAMED |= {"targets": ("blocks.q",), "remat_keep": "products", "keep_best": "x"}
+NAMED |= {"targets": ("blocks.q",), "remat_keep": "products", "keep_best": "x", "attention": "splash", "rollout_mesh": "tensor=2"}
 
 
 KINDS = {"grpo": GRPOConfig, "sft": SFTConfig, "dpo": DPOConfig, "online_dpo": OnlineDPOConfig, "story_rules": GRPOConfig}
@@ -202,3 +204,14 @@ def test_inner_epochs_update_again(tmp_path):
     once, twice = (tiny.flat(tiny.run(tmp_path / str(n), dataclasses.replace(tiny.TINY, steps=1, inner_epochs=n))[0]) for n in (1, 2))
     start = tiny.flat(tiny.params())
     assert np.abs(twice - start).mean() > 1.2 * np.abs(once - start).mean()
+
+
+def test_the_attention_of_the_update():
+    dpo, online = (from_mapping(kind, {"attention": "cudnn"}) for kind in (DPOConfig, OnlineDPOConfig))
+    specs = [step_spec(tiny.CONFIG, GRPOConfig(attention="splash")), *(preference_spec(tiny.CONFIG, each) for each in (dpo, online))]
+    assert [spec.model.attention for spec in specs] == ["splash", "cudnn", "cudnn"]
+    with pytest.raises(UserError, match="setting 'attention' is 'flash'; it must be one of 'plain', 'splash', 'cudnn'"):
+        step_spec(tiny.CONFIG, GRPOConfig(attention="flash"))
+    windowed = dataclasses.replace(tiny.CONFIG, layer_windows=(4, None))
+    with pytest.raises(UserError, match="setting 'attention': attention='splash' has no sliding windows"):
+        step_spec(windowed, GRPOConfig(attention="splash"))

@@ -79,6 +79,13 @@ def test_remat_and_chunks_change_memory_not_the_result():
     )
 
 
+def test_attention_by_a_kernel_trains_the_same():
+    one_step = dataclasses.replace(QUICK, steps=1)
+    kernel, plain = (train(dataclasses.replace(one_step, attention=kind))[0] for kind in ("splash", "plain"))
+    np.testing.assert_allclose(tiny.flat(kernel), tiny.flat(plain), rtol=1e-4, atol=1e-5)
+    assert not np.array_equal(tiny.flat(kernel), tiny.flat(plain))  # another program, to rounding
+
+
 def test_sigterm_saves_and_resume_is_bit_exact(tmp_path):
     whole, _ = train(folder=tmp_path / "whole")
 

@@ -1,0 +1,102 @@
+"""Attention by kernels of accelerators, which hold no scores in memory: splash attention (Pallas, TPU) and cuDNN's (GPU).
+
+They compute what `models.attention.attention` does for a whole text, or what follows a prompt, at once: training, not sampling. Letters as
+there; S counts the slots of all that is attended to, the T new tokens last.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Bool, Float, Int
+
+from models.config import ModelConfig
+
+BLOCK = 512  # most queries, and most keys, of one tile of splash attention
+LANES = 128  # a tile's sides are multiples of it
+NOWHERE = -2  # the text of slots that nothing attends to
+CUDNN = "cudnn"  # jax.nn.dot_product_attention's name of it
+
+
+class Fused(NamedTuple):
+    """What queries attend to, for a kernel: keys [P, K, H, S] and values [P, K, S, H] of each part, the queries' own last; which slots of the
+    parts before are filled, [P, S] bool each; and of each query its text, [B, T] int32: 0 where a row is one text, -1 = padding."""
+
+    parts: Sequence[tuple[Array, Array]]
+    filled: Sequence[Bool[Array, "P S"]]
+    texts_BT: Int[Array, "B T"]
+
+
+def fused_attention(cfg: ModelConfig, q_BTNH: Float[Array, "B T N H"], fused: Fused, mesh: Any, rows: Sequence[str]) -> Array:
+    """Softmax attention of each query over its text's slots up to its own, [B, T, N, H], by `cfg.attention`'s kernel.
+
+    mesh: where the parameters live (empty: one device), the rows of a batch over its axes `rows` and heads over "tensor", where they divide.
+    Queries of padding get numbers without meaning.
+    """
+    B = len(q_BTNH)
+    whole = lambda a: jnp.repeat(a, B // len(a), axis=0)  # noqa: E731
+    k_BKHS = jnp.concatenate([whole(k) for k, _ in fused.parts], axis=-1)
+    v_BKSH = jnp.concatenate([whole(v) for _, v in fused.parts], axis=-2)
+    before = [jnp.where(whole(filled), 0, NOWHERE).astype(jnp.int32) for filled in fused.filled]
+    slots_BS = jnp.concatenate([*before, fused.texts_BT], axis=1)
+    scale = (cfg.head_dim if cfg.query_scalar is None else cfg.query_scalar) ** -0.5
+    if cfg.attention == "cudnn":
+        mask_BTS = fused.texts_BT[:, :, None] == slots_BS[:, None, :]
+        mask_BTS &= jnp.arange(slots_BS.shape[1]) <= jnp.arange(q_BTNH.shape[1])[:, None] + slots_BS.shape[1] - q_BTNH.shape[1]
+        keys_values = k_BKHS.transpose(0, 3, 1, 2), v_BKSH.transpose(0, 2, 1, 3)
+        return jax.nn.dot_product_attention(q_BTNH, *keys_values, mask=mask_BTS[:, None], scale=scale, implementation=CUDNN)
+    splash = functools.partial(_splash, scale=scale, cap=cfg.attn_softcap)
+    given = (q_BTNH, k_BKHS, v_BKSH, fused.texts_BT, slots_BS)
+    if mesh.empty:
+        return splash(*given)
+    present = tuple(name for name in rows if name in mesh.shape)
+    over = present if B % math.prod(mesh.shape[name] for name in present) == 0 else ()
+    tensor = "tensor" if "tensor" in mesh.shape and cfg.n_kv_heads % mesh.shape["tensor"] == 0 else None
+    row = PartitionSpec(over or None)
+    heads = PartitionSpec(over or None, tensor)
+    query = PartitionSpec(over or None, None, tensor)
+    run = jax.shard_map(splash, mesh=mesh, in_specs=(query, heads, heads, row, row), out_specs=query, check_vma=False)
+    return run(*given)
+
+
+def _splash(q_BTNH, k_BKHS, v_BKSH, texts_BT, slots_BS, *, scale, cap):
+    """Splash attention on one device; Pallas interprets the kernel where there is no TPU, which is for tests."""
+    T, S = q_BTNH.shape[1], slots_BS.shape[1]
+    (block_q, pad_q), (block_kv, pad_kv) = _tiles(T), _tiles(S)
+    q_BNTH = jnp.pad((q_BTNH * scale).astype(q_BTNH.dtype).transpose(0, 2, 1, 3), ((0, 0), (0, 0), (0, pad_q), (0, 0)))
+    k_BKSH, v_BKSH = (jnp.pad(a, ((0, 0), (0, 0), (0, pad_kv), (0, 0))) for a in (k_BKHS.transpose(0, 1, 3, 2), v_BKSH))
+    texts_BT = jnp.pad(texts_BT, ((0, 0), (0, pad_q)), constant_values=-1)
+    slots_BS = jnp.pad(slots_BS, ((0, 0), (0, pad_kv)), constant_values=NOWHERE)
+
+    def kernel(*given, interpret):
+        from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+        from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+        sizes = splash.BlockSizes(
+            block_q=block_q, block_kv=block_kv, block_kv_compute=block_kv, block_q_dkv=block_q, block_kv_dkv=block_kv,
+            block_kv_dkv_compute=block_kv, block_q_dq=block_q, block_kv_dq=block_kv,
+        )  # fmt: skip
+        causal = masks.CausalMask((T + pad_q, S + pad_kv), offset=S - T)
+        attend = splash.make_splash_mha(
+            masks.MultiHeadMask([causal] * q_BNTH.shape[1]), head_shards=1, q_seq_shards=1, block_sizes=sizes,
+            attn_logits_soft_cap=cap, interpret=interpret,
+        )  # fmt: skip
+        q, k, v, texts, slots = given
+        return jax.vmap(lambda q, k, v, t, s: attend(q, k, v, splash.SegmentIds(t, s)))(q, k, v, texts, slots)
+
+    run = functools.partial(lax.platform_dependent, q_BNTH, k_BKSH, v_BKSH, texts_BT, slots_BS)
+    out_BNTH: Array = run(tpu=functools.partial(kernel, interpret=False), default=functools.partial(kernel, interpret=True))
+    return out_BNTH[:, :, :T].transpose(0, 2, 1, 3)
+
+
+def _tiles(size: int) -> tuple[int, int]:
+    """(side of a tile, places of padding) for so many queries or keys: multiples of LANES, of few tiles."""
+    block = min(BLOCK, -(-size // LANES) * LANES)
+    return block, -size % block
