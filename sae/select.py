@@ -110,16 +110,28 @@ def by_rank(rank: Int[Array, "n C ..."], payload: Array, k: int) -> Array:
     return lax.fori_loop(0, rank.shape[1], add, start, unroll=16)
 
 
-def in_row_blocks(function: Callable[[Array], object], rows: Float[Array, "... D"], bytes_per_row: int, block_bytes: int):
-    """function(rows) for a function of independent rows [n, D], computed a block of rows at a time."""
+def in_row_blocks(
+    function: Callable[[Array], object], rows: Float[Array, "... D"], bytes_per_row: int, block_bytes: int, apart: bool = False
+):
+    """function(rows) for a function of independent rows [n, D], computed a block of rows at a time.
+
+    apart: a block takes every so-manieth row rather than rows that follow each other. Where neighbouring rows lie on one device of a mesh, every
+    device then has its part of each block; else each block in turn would be sent to all of them.
+    """
     flat = rows.reshape(-1, rows.shape[-1])
     blocks = max(1, -(-flat.shape[0] * bytes_per_row // block_bytes))
     height = -(-flat.shape[0] // blocks)
     if blocks == 1:
         result = function(flat)
     else:
-        padded = jnp.pad(flat, ((0, blocks * height - flat.shape[0]), (0, 0))).reshape(blocks, height, -1)
-        result = jax.tree.map(lambda a: a.reshape(blocks * height, -1)[: flat.shape[0]], lax.map(function, padded))
+        padded = jnp.pad(flat, ((0, blocks * height - flat.shape[0]), (0, 0)))
+        if apart:
+            padded = padded.reshape(height, blocks, -1)
+            found = lax.map(lambda block: function(lax.dynamic_index_in_dim(padded, block, 1, keepdims=False)), jnp.arange(blocks))
+            found = jax.tree.map(lambda a: a.swapaxes(0, 1), found)
+        else:
+            found = lax.map(function, padded.reshape(blocks, height, -1))
+        result = jax.tree.map(lambda a: a.reshape(blocks * height, -1)[: flat.shape[0]], found)
     return jax.tree.map(lambda a: a.reshape(*rows.shape[:-1], a.shape[-1]), result)
 
 
@@ -129,5 +141,5 @@ def by_platform(function: Callable[[Array, int], object], rows: Float[Array, "..
     return lax.platform_dependent(
         rows,
         cpu=functools.partial(blocked, block_bytes=CPU_BLOCK_BYTES),
-        default=functools.partial(blocked, block_bytes=BLOCK_BYTES),
+        default=functools.partial(blocked, block_bytes=BLOCK_BYTES, apart=True),
     )

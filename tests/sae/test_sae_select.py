@@ -92,7 +92,8 @@ def test_shards(shards):
 
 @pytest.mark.parametrize("block_bytes", [1, 40, 100, 10**9])
 @pytest.mark.parametrize("shape", [(7, 3), (2, 5, 3), (3,)])
-def test_row_blocks(shape, block_bytes):
+@pytest.mark.parametrize("apart", [False, True])
+def test_row_blocks(shape, block_bytes, apart):
     x = jnp.asarray(np.random.default_rng(0).standard_normal(shape), jnp.float32)
     heights = []
 
@@ -100,7 +101,31 @@ def test_row_blocks(shape, block_bytes):
         heights.append(len(rows))
         return rows * 2, jnp.sum(rows, axis=1, keepdims=True)
 
-    double, total = in_row_blocks(function, x, 10, block_bytes)
+    double, total = in_row_blocks(function, x, 10, block_bytes, apart)
     np.testing.assert_array_equal(double, 2 * x)
     np.testing.assert_allclose(total, x.sum(axis=-1, keepdims=True), rtol=1e-6)
     assert max(heights) <= max(1, block_bytes // 10)
+
+
+BLOCKS = """
+import functools, jax, jax.numpy as jnp, numpy as np
+from jax.sharding import NamedSharding, PartitionSpec as P
+from jaxrl_llm.commands.plan_cost import collectives
+from models.sharding import batch_sharding, make_mesh
+from sae.select import in_row_blocks
+mesh = make_mesh({"fsdp": 8})
+x = np.random.default_rng(0).standard_normal((16, 12, 6)).astype(np.float32)
+moved = {}
+for apart in (False, True):
+    run = functools.partial(in_row_blocks, lambda rows: jnp.sin(rows) * rows.sum(1, keepdims=True), bytes_per_row=24, block_bytes=800, apart=apart)
+    placed = jax.device_put(x, batch_sharding(mesh))
+    program = jax.jit(run, out_shardings=batch_sharding(mesh)).lower(placed).compile()
+    np.testing.assert_allclose(program(placed), np.sin(x) * x.sum(-1, keepdims=True), rtol=1e-5, atol=1e-6)
+    moved[apart] = sum(collectives(program.as_text()).values())
+assert moved[True] == 0 < moved[False], moved
+print("stay")
+"""
+
+
+def test_rows_of_blocks_apart_stay_on_their_devices(run_python):
+    assert "stay" in run_python(BLOCKS, devices=8)
