@@ -67,7 +67,7 @@ def fused_attention(cfg: ModelConfig, q_BTNH: Float[Array, "B T N H"], fused: Fu
 
 
 def _splash(q_BTNH, k_BKHS, v_BKSH, texts_BT, slots_BS, *, scale, cap):
-    """Splash attention on one device; Pallas interprets the kernel where there is no TPU, which is for tests."""
+    """Splash attention on one device; Pallas interprets the kernel on a CPU, which is for tests."""
     T, S = q_BTNH.shape[1], slots_BS.shape[1]
     (block_q, pad_q), (block_kv, pad_kv) = _tiles(T), _tiles(S)
     q_BNTH = jnp.pad((q_BTNH * scale).astype(q_BTNH.dtype).transpose(0, 2, 1, 3), ((0, 0), (0, 0), (0, pad_q), (0, 0)))
@@ -91,8 +91,9 @@ def _splash(q_BTNH, k_BKHS, v_BKSH, texts_BT, slots_BS, *, scale, cap):
         q, k, v, texts, slots = given
         return jax.vmap(lambda q, k, v, t, s: attend(q, k, v, splash.SegmentIds(t, s)))(q, k, v, texts, slots)
 
+    # On a GPU there is no such branch, and lowering says so: interpreted, it would be of no use there.
     run = functools.partial(lax.platform_dependent, q_BNTH, k_BKSH, v_BKSH, texts_BT, slots_BS)
-    out_BNTH: Array = run(tpu=functools.partial(kernel, interpret=False), default=functools.partial(kernel, interpret=True))
+    out_BNTH: Array = run(tpu=functools.partial(kernel, interpret=False), cpu=functools.partial(kernel, interpret=True))
     return out_BNTH[:, :, :T].transpose(0, 2, 1, 3)
 
 

@@ -40,6 +40,8 @@ def hook_width(cfg: models.ModelConfig, hook: str) -> int:
     kind, _ = parse_name(cfg, hook, "tap")
     if kind == "attn_probs":
         raise UserError(f"features: {hook} is no vector a token; choose another tap")
+    if kind == "router_logits":
+        return cfg.n_experts
     return cfg.d_ff if kind in ("mlp_pre", "mlp_act") else cfg.d_model
 
 

@@ -365,10 +365,17 @@ def check_optimizer(config: OptimizerConfig) -> None:
 
 def trained_as(model: "ModelConfig", config: "GRPOConfig | SFTConfig | DPOConfig | OnlineDPOConfig") -> "ModelConfig":
     """The model as the update computes it. Raises UserError for an attention that is unknown or that the model cannot have."""
+    import jax
+
     from models.config import CHOICES
     from models.errors import ModelError
 
     check_choice("attention", config.attention, CHOICES["attention"])
+    backend = jax.default_backend()  # a CPU takes splash too, slowly, which is for tests and `plan`
+    if (config.attention, backend) in (("splash", "gpu"), ("cudnn", "tpu"), ("cudnn", "cpu")):
+        told = f"setting 'attention' is {config.attention!r}, a kernel of {'TPUs' if config.attention == 'splash' else 'GPUs'}"
+        other = "'plain' or 'cudnn'" if backend == "gpu" else "'plain'"
+        raise UserError(f"{told}; this machine's devices are {backend.upper()}s: set {other}")
     try:
         return dataclasses.replace(model, attention=config.attention)
     except ModelError as error:

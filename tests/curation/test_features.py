@@ -7,7 +7,7 @@ import pytest
 import models
 import sae
 from jaxrl_llm.curation import streaming
-from jaxrl_llm.curation.features import DENSE, POOLINGS, extract_features, middle_hook, random_dictionary, tree_fingerprint
+from jaxrl_llm.curation.features import DENSE, POOLINGS, extract_features, hook_width, middle_hook, random_dictionary, tree_fingerprint
 from jaxrl_llm.errors import UserError
 
 HOOK = "blocks.1.resid_post"
@@ -233,6 +233,15 @@ def test_an_sae_that_does_not_fit_the_model_is_refused(model, dictionaries):
         extract_features(*model, {"topk": with_config(topk, hook_name="blocks.1.attn_probs")}, rows)
     with pytest.raises(models.ModelError, match="unknown tap 'blocks.7.resid_post'"):
         extract_features(*model, {"topk": with_config(topk, hook_name="blocks.7.resid_post")}, rows)
+
+
+def test_the_width_of_each_tap():
+    dense = models.ModelConfig(d_model=16, d_ff=24, n_layers=2)
+    moe = models.ModelConfig(d_model=16, d_ff=24, n_layers=2, mlp="experts", n_experts=6, experts_per_token=2)
+    assert [hook_width(dense, f"blocks.1.{kind}") for kind in ("resid_post", "mlp_pre", "mlp_act", "mlp_out")] == [16, 24, 24, 16]
+    assert [hook_width(moe, f"blocks.1.{kind}") for kind in ("resid_post", "router_logits", "mlp_out")] == [16, 6, 16]
+    with pytest.raises(models.ModelError, match="unknown tap 'blocks.1.mlp_act'"):
+        hook_width(moe, "blocks.1.mlp_act")
 
 
 def test_a_tap_of_another_width_has_its_own(model):

@@ -30,7 +30,7 @@ class Recorder:
 
 
 def policy_of():
-    cfg = types.SimpleNamespace(d_model=8, n_layers=4, max_position=64)
+    cfg = types.SimpleNamespace(d_model=8, n_layers=4, max_position=64, mlp="gated")
     return types.SimpleNamespace(cfg=cfg, params={}, tokenizer=lab_world.build_tokenizer(), name="policy")
 
 

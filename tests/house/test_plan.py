@@ -523,3 +523,38 @@ def test_table_says_what_does_not_fit():
     assert lines["train_step"].startswith("train_step") and "NO" in text and "2 x 8 rows; compiled in 7 s" in lines["generate"]
     assert "at least 0.75 s: arithmetic 0.50, memory 0.20, links 0.75; GB to a device: all-reduce 5.0, all-gather 3.0\n" in text
     assert "fsdp=8; while sampling tensor=8" in text and "train_step does not fit; try --config.remat=True" in text
+
+
+@pytest.fixture(scope="module")
+def pods_table(repo):
+    spec = importlib.util.spec_from_file_location("pods_table", repo / "docs" / "pods_table.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_every_recipe_of_the_documented_table_can_be_planned(pods_table):
+    for name, flags in pods_table.RECIPES.items():
+        sizes = target_sizes(load_config("configs/plan.py", dict(flag.removeprefix("--config.").split("=", 1) for flag in flags)))
+        devices = math.prod(int(side) for side in sizes["mesh"].partition(":")[2].split("x"))
+        for layout in (choose_layout(sizes, devices), choose_rollout_layout(sizes, devices)):
+            assert not layout or math.prod(parse_axes(layout).values()) == devices, (name, layout)
+        assert resolve_model(sizes["model"], sizes["dtype"]).param_count() > 4e8 and sizes["remat"], name
+
+
+def test_the_documented_table_has_every_recipe_and_all_fit(pods_table, repo):
+    page = (repo / "docs" / "pods.md").read_text()
+    made = page.partition(pods_table.BEGIN)[2].partition(pods_table.END)[0]
+    rows = [line for line in made.splitlines() if line.startswith("|")][2:]
+    assert [row.split(",")[0] + "," + row.split(",")[1] for row in rows if not row.startswith("|  |")] == [f"| {name}" for name in pods_table.RECIPES]
+    assert all("| yes |" in row for row in rows) and len(rows) == 2 * len(pods_table.RECIPES) + 2 * 2
+    assert all(f"jaxrl-llm plan {' '.join(flags)}\n" in made for flags in pods_table.RECIPES.values())
+
+
+def test_a_row_of_the_documented_table(pods_table):
+    program = {"argument_bytes": 2**30, "temporary_bytes": 2**29, "held_bytes": 2**28, "total_bytes": 3 * 2**29, "fits": True, "flops": 1.5e15}
+    program |= {"roofline": {"compute": 1.0, "memory": 2.0, "links": 0.5, "seconds": 2.0}, "rows": 8, "batches": 3, "micro_batches": 4}
+    plan = {"mesh": "v5e:2x4", "layout": {"fsdp": 8, "tensor": 1}, "rollout_layout": {"data": 8}, "generate": program, "train_step": program}
+    rows = [line for line in pods_table.table({"a recipe": plan}).splitlines() if line.startswith("|")]
+    sizes = "1.00 | 0.50 | 0.25 | 1.75 | yes | 1,500 | 2.00 | 1.00, 2.00, 0.50 |"
+    assert rows[2] == f"| a recipe, v5e:2x4: fsdp=8; sampling data=8 | sampling | 3 x 8 | {sizes}" and rows[3] == f"|  | update | 4 x 8 | {sizes}"

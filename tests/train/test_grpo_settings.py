@@ -6,6 +6,7 @@ The formulas: test_grpo_update_rules.py (loss), test_train_state.py (optimizer),
 import dataclasses
 import json
 
+import jax
 import numpy as np
 import pytest
 import tiny_grpo as tiny
@@ -206,10 +207,17 @@ def test_inner_epochs_update_again(tmp_path):
     assert np.abs(twice - start).mean() > 1.2 * np.abs(once - start).mean()
 
 
-def test_the_attention_of_the_update():
+def test_the_attention_of_the_update(monkeypatch):
+    with pytest.raises(UserError, match="setting 'attention' is 'cudnn', a kernel of GPUs; this machine's devices are CPUs: set 'plain'$"):
+        step_spec(tiny.CONFIG, GRPOConfig(attention="cudnn"))
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    with pytest.raises(UserError, match="'splash', a kernel of TPUs; this machine's devices are GPUs: set 'plain' or 'cudnn'$"):
+        step_spec(tiny.CONFIG, GRPOConfig(attention="splash"))
     dpo, online = (from_mapping(kind, {"attention": "cudnn"}) for kind in (DPOConfig, OnlineDPOConfig))
-    specs = [step_spec(tiny.CONFIG, GRPOConfig(attention="splash")), *(preference_spec(tiny.CONFIG, each) for each in (dpo, online))]
-    assert [spec.model.attention for spec in specs] == ["splash", "cudnn", "cudnn"]
+    specs = [step_spec(tiny.CONFIG, GRPOConfig(attention="cudnn")), *(preference_spec(tiny.CONFIG, each) for each in (dpo, online))]
+    assert [spec.model.attention for spec in specs] == ["cudnn", "cudnn", "cudnn"]
+    monkeypatch.undo()
+    assert step_spec(tiny.CONFIG, GRPOConfig(attention="splash")).model.attention == "splash"
     with pytest.raises(UserError, match="setting 'attention' is 'flash'; it must be one of 'plain', 'splash', 'cudnn'"):
         step_spec(tiny.CONFIG, GRPOConfig(attention="flash"))
     windowed = dataclasses.replace(tiny.CONFIG, layer_windows=(4, None))
