@@ -49,7 +49,7 @@ def get_config(variant: str | None = "demo") -> ConfigDict:
         "rloo": _rloo,
         "own": _own,
         "qwen2.5-math-1.5b": lambda c: _qwen(c, "Qwen/Qwen2.5-Math-1.5B", 28, 1536, "fsdp=8", 64, "data=4,tensor=2", 512),
-        "qwen2.5-math-7b": lambda c: _qwen(c, "Qwen/Qwen2.5-Math-7B", 28, 3584, "fsdp=64", 256, "data=16,tensor=4", 1024),
+        "qwen2.5-math-7b": lambda c: _qwen(c, "Qwen/Qwen2.5-Math-7B", 28, 3584, "fsdp=64", 128, "data=16,tensor=4", 1024),
     }[variant or "demo"](config)
     return config
 

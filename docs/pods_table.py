@@ -33,7 +33,7 @@ RECIPES: dict[str, tuple[str, ...]] = {
         "--config.micro_batch_rows=256",
     ),
 }  # fmt: skip
-PROGRAMS = {"generate": "sampling", "train_step": "update", "sae_encode": "SAE, encoding", "sae_train": "SAE, a step"}
+PROGRAMS = {"move": "to sampling", "generate": "sampling", "train_step": "update", "sae_encode": "SAE, encoding", "sae_train": "SAE, a step"}
 
 
 def main(folder: Path) -> None:
@@ -62,7 +62,7 @@ def table(plans: dict[str, dict[str, Any]]) -> str:
             program, least = plan[key], plan[key]["roofline"]
             sizes = [program[size] for size in ("argument_bytes", "temporary_bytes", "held_bytes")]
             sizes.append(program["total_bytes"] + program["held_bytes"])
-            split = f"{program['micro_batches' if key == 'train_step' else 'batches']} x {program['rows']}"
+            split = "" if key == "move" else f"{program['micro_batches' if key == 'train_step' else 'batches']} x {program['rows']}"
             parts = ", ".join(f"{least[part]:.2f}" for part in ("compute", "memory", "links"))
             rows.append((
                 f"{name}, {plan['mesh']}: {layouts}" if number == 0 else "", told, split, *(f"{size / 2**30:.2f}" for size in sizes),

@@ -380,15 +380,28 @@ def tuner(bench: Bench):
     return fine_tuner(bench.policy.cfg, bench.mesh) if bench.config.curation.tuned else None
 
 
+def sampling(bench: Bench) -> tuple[Any, Callable[[Any], Any]]:
+    """(mesh to sample on, what lays parameters of the policy's shape out on it): that of `grpo.rollout_mesh`, or that of all else."""
+    from jaxrl_llm.runtime import parse_axes
+    from jaxrl_llm.train.state import laid_out
+    from models.sharding import relaid
+
+    if not bench.config.grpo.rollout_mesh or bench.mesh is None:
+        return bench.mesh, lambda params: params
+    mesh = relaid(bench.mesh, parse_axes(bench.config.grpo.rollout_mesh))
+    return mesh, laid_out(bench.policy.cfg, bench.mesh, mesh)
+
+
 def fail_rates(bench: Bench, rows: np.ndarray, name: str, salt: int) -> np.ndarray:
     """[N] share of failures of the base policy's samples, NaN for rows that are not asked for or could not be judged."""
     from jaxrl_llm.curation.labels import pass_rates, policy_roll_out
 
     config, c = bench.config, bench.config.curation
+    mesh, lay_out = sampling(bench)
     roll_out = policy_roll_out(
-        bench.policy.cfg, bench.policy.params, bench.policy.tokenizer, bench.reward, samples=c.label_samples, template=config.data.template,
+        bench.policy.cfg, lay_out(bench.policy.params), bench.policy.tokenizer, bench.reward, samples=c.label_samples, template=config.data.template,
         max_prompt_tokens=config.data.max_prompt_tokens, max_new_tokens=config.grpo.max_new_tokens, seed=1000 * bench.cell.seed + 100_000 * salt,
-        mesh=bench.mesh,
+        mesh=mesh,
     )  # fmt: skip
     path = bench.folder / f"pass_rates-{name}.jsonl"
     return 1 - pass_rates(bench.pool.rows, rows, roll_out, path=path, batch_prompts=c.label_batch)[0]
@@ -552,6 +565,7 @@ def grpo_settings(config, cell: Cell, arm) -> dict[str, Any]:
     loss = dict(clip_high=g.clip_high, baseline=g.baseline, aggregation=g.aggregation, advantage_scale=g.advantage_scale)
     return dict(
         steps=arm_steps(config, arm), num_samples=g.num_samples, max_new_tokens=g.max_new_tokens, rollout_tries=g.rollout_tries,
+        rollout_rows=g.rollout_rows, rollout_mesh=g.rollout_mesh, attention=g.attention,
         overlong_buffer=g.overlong_buffer, overlong_penalty=g.overlong_penalty, micro_batch_rows=g.micro_batch_rows, remat=g.remat,
         seed=cell.seed, eval_every=g.eval_every, eval_samples=g.eval_samples, eval_by=("level",), checkpoint_every=g.checkpoint_every,
         loss=loss, optimizer=dict(learning_rate=g.learning_rate, b2=g.b2),
@@ -614,7 +628,7 @@ def compare_answers(bench: Bench, prompts: int = 24) -> None:
     import models
     from jaxrl_llm.train.rollout import decode_completions, judge
 
-    config, policy, mesh = bench.config, bench.policy, bench.mesh
+    config, policy, (mesh, lay_out) = bench.config, bench.policy, sampling(bench)
     batch = next(iter(bench.evals.values()))
     batch = batch.take(np.random.default_rng(0).permutation(len(batch))[:prompts])
     tags = [{k: r[k] for k in ("topic", "level") if k in r} for r in batch.rows]
@@ -622,8 +636,8 @@ def compare_answers(bench: Bench, prompts: int = 24) -> None:
     how = dict(max_new_tokens=config.grpo.max_new_tokens, temperature=0.0, mesh=mesh)
     for name in ("base", *config.arms):
         trained = bench.folder / name / "policy"
-        params = policy.params if name == "base" else models.load(trained, dtype=config.policy.dtype, mesh=mesh)[1]
-        rollout = models.generate(policy.cfg, params, batch.token_lists(), **how)
+        params = policy.params if name == "base" else models.load(trained, dtype=config.policy.dtype, mesh=bench.mesh)[1]
+        rollout = models.generate(policy.cfg, lay_out(params), batch.token_lists(), **how)
         texts = decode_completions(policy.tokenizer, rollout)
         for i, verdict in enumerate(judge(bench.reward, batch, rollout.group_ids_N, texts)):
             answer = {"arm": name, "text": texts[i], "status": str(verdict.status), "reason": verdict.reason}

@@ -18,7 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
-TILE = 64  # most rows of one expert that are multiplied at once on a CPU
+TILE = 128  # most rows of one expert that are multiplied at once where they are cut into tiles
 
 
 def route(
@@ -105,12 +105,14 @@ def grouped_matmul(x_MD: Float[Array, "M D"], w_EDF: Float[Array, "E D F"], size
     """Rows of x times the matrix of their group, fp32: the first sizes[0] rows times w[0], the next sizes[1] times w[1], and so on; 0 past
     the last group.
 
-    `jax.lax.ragged_dot` where the compiler knows such a product (TPU); XLA's CPU backend multiplies every row by every matrix for it,
-    so there the groups are cut into tiles.
+    `jax.lax.ragged_dot` where the compiler knows such a product (TPU); elsewhere XLA multiplies every row by every matrix for it, so there
+    the groups are cut into tiles.
     """
     ragged = functools.partial(lax.ragged_dot, preferred_element_type=jnp.float32)
-    y_MF = lax.platform_dependent(x_MD, w_EDF, sizes_E, cpu=_tiled_matmul, default=ragged)
-    return jnp.where(jnp.arange(len(x_MD))[:, None] < jnp.sum(sizes_E), y_MF, 0.0)
+    here_M1 = jnp.arange(len(x_MD))[:, None] < jnp.sum(sizes_E)
+    # Past the last group a product may hold anything, and so may its gradient by x: both are cut off.
+    y_MF = lax.platform_dependent(jnp.where(here_M1, x_MD, 0), w_EDF, sizes_E, tpu=ragged, default=_tiled_matmul)
+    return jnp.where(here_M1, y_MF, 0.0)
 
 
 def _tile(n_rows: int, n_groups: int) -> int:

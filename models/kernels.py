@@ -1,7 +1,8 @@
 """Attention by kernels of accelerators, which hold no scores in memory: splash attention (Pallas, TPU) and cuDNN's (GPU).
 
-They compute what `models.attention.attention` does for a whole text, or what follows a prompt, at once: training, not sampling. Letters as
-there; S counts the slots of all that is attended to, the T new tokens last.
+They compute what `models.attention.attention` does for a whole text, or what follows a prompt, at once: training, not sampling. cuDNN's is given a
+mask of all queries and slots, where the plain path has a score for each head too; both read a shared prompt's keys and values from a copy for
+each of its completions. Letters as there; S counts the slots of all that is attended to, the T new tokens last.
 """
 
 from __future__ import annotations
@@ -47,23 +48,29 @@ def fused_attention(cfg: ModelConfig, q_BTNH: Float[Array, "B T N H"], fused: Fu
     before = [jnp.where(whole(filled), 0, NOWHERE).astype(jnp.int32) for filled in fused.filled]
     slots_BS = jnp.concatenate([*before, fused.texts_BT], axis=1)
     scale = (cfg.head_dim if cfg.query_scalar is None else cfg.query_scalar) ** -0.5
-    if cfg.attention == "cudnn":
-        mask_BTS = fused.texts_BT[:, :, None] == slots_BS[:, None, :]
-        mask_BTS &= jnp.arange(slots_BS.shape[1]) <= jnp.arange(q_BTNH.shape[1])[:, None] + slots_BS.shape[1] - q_BTNH.shape[1]
-        keys_values = k_BKHS.transpose(0, 3, 1, 2), v_BKSH.transpose(0, 2, 1, 3)
-        return jax.nn.dot_product_attention(q_BTNH, *keys_values, mask=mask_BTS[:, None], scale=scale, implementation=CUDNN)
-    splash = functools.partial(_splash, scale=scale, cap=cfg.attn_softcap)
+    kernel = functools.partial(_cudnn, scale=scale) if cfg.attention == "cudnn" else functools.partial(_splash, scale=scale, cap=cfg.attn_softcap)
     given = (q_BTNH, k_BKHS, v_BKSH, fused.texts_BT, slots_BS)
     if mesh.empty:
-        return splash(*given)
+        return kernel(*given)
     present = tuple(name for name in rows if name in mesh.shape)
     over = present if B % math.prod(mesh.shape[name] for name in present) == 0 else ()
     tensor = "tensor" if "tensor" in mesh.shape and cfg.n_kv_heads % mesh.shape["tensor"] == 0 else None
     row = PartitionSpec(over or None)
     heads = PartitionSpec(over or None, tensor)
     query = PartitionSpec(over or None, None, tensor)
-    run = jax.shard_map(splash, mesh=mesh, in_specs=(query, heads, heads, row, row), out_specs=query, check_vma=False)
+    run = jax.shard_map(kernel, mesh=mesh, in_specs=(query, heads, heads, row, row), out_specs=query, check_vma=False)
     return run(*given)
+
+
+def _cudnn(q_BTNH, k_BKHS, v_BKSH, texts_BT, slots_BS, *, scale):
+    """cuDNN's attention on one device. It takes even lengths, and a mask as an array of all queries and slots."""
+    T, S = q_BTNH.shape[1], slots_BS.shape[1]
+    even = lambda a, fill=0: jnp.pad(a, ((0, 0), (0, a.shape[1] % 2), *((0, 0),) * (a.ndim - 2)), constant_values=fill)  # noqa: E731
+    q_BTNH, texts_BT, slots_BS = even(q_BTNH), even(texts_BT, -1), even(slots_BS, NOWHERE)
+    k_BSKH, v_BSKH = even(k_BKHS.transpose(0, 3, 1, 2)), even(v_BKSH.transpose(0, 2, 1, 3))
+    mask_BTS = (texts_BT[:, :, None] == slots_BS[:, None, :]) & (jnp.arange(S + S % 2) <= jnp.arange(T + T % 2)[:, None] + S - T)
+    out = jax.nn.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, mask=mask_BTS[:, None], scale=scale, implementation=CUDNN)
+    return out[:, :T]
 
 
 def _splash(q_BTNH, k_BKHS, v_BKSH, texts_BT, slots_BS, *, scale, cap):

@@ -51,7 +51,7 @@ def kmeans(
     squared shift is at most tol times the mean variance of a feature. spherical: rows and centres on the unit sphere,
     so that inertia is twice the sum of (1 - cosine). chunk: rows at a time. stream: keep the points in host memory
     and send chunks to the device in every pass; by default only for sparse or very large input (True: never by entries). mesh: spread each
-    chunk's rows over its batch axes ("data" and "fsdp"); every process calls with the same points and gets the result.
+    chunk's rows over its batch axes; every process calls with the same points and gets the result.
     Raises SAEError for k > N, a NaN, or initial centres of another shape.
     """
     if scipy.sparse.issparse(x):

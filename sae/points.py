@@ -105,7 +105,7 @@ class Points:
 
     Attributes: count N, width D, mean [D], variance (mean over features). Dense rows are centred on their mean, as
     scikit-learn does for accuracy; `mean` is zero for spherical input. mesh: rows of a chunk are
-    spread over those of the axes "data" and "fsdp" that it has; every process makes the same points and passes.
+    spread over those of the batch axes that it has; every process makes the same points and passes.
     """
 
     def __init__(self, x: Any, *, chunk: int | None, spherical: bool, stream: bool | None, mesh: Any):

@@ -115,11 +115,13 @@ def in_row_blocks(
 ):
     """function(rows) for a function of independent rows [n, D], computed a block of rows at a time.
 
-    apart: a block takes every so-manieth row rather than rows that follow each other. Where neighbouring rows lie on one device of a mesh, every
-    device then has its part of each block; else each block in turn would be sent to all of them.
+    apart: of b blocks (a power of two, so that rows divide as over devices), each takes every b-th row rather than rows that follow each other. Where
+    neighbouring rows lie on one device of a mesh, every device then has its part of each block; else each block would be sent to all of them.
     """
     flat = rows.reshape(-1, rows.shape[-1])
     blocks = max(1, -(-flat.shape[0] * bytes_per_row // block_bytes))
+    if apart:
+        blocks = 1 << (blocks - 1).bit_length()
     height = -(-flat.shape[0] // blocks)
     if blocks == 1:
         result = function(flat)

@@ -254,8 +254,8 @@ def train_sae(
 
     The first train.init_rows rows set the decoder's bias, the input scale ("expected_average_only_in") and the
     loss's scale, and are trained on too. A record of the history, every train.log_every steps and at the end, holds
-    step, rows, learning_rate and that step's loss, fvu, l0, l1, aux, dead_share. mesh: rows over its "data" (and
-    "fsdp") axes, latents over "tensor". progress: a bar (default: on a terminal).
+    step, rows, learning_rate and that step's loss, fvu, l0, l1, aux, dead_share. mesh: rows over its batch
+    axes, latents over "tensor". progress: a bar (default: on a terminal).
     checkpoints: saved every `checkpoint_every` steps (0: only at the end) once the rows read ahead are used up, and at the
     end. Where it holds some, training goes on from the newest and ends bit for bit like a run that was not stopped;
     `on_log` is first given the records of before. `batches` must be fresh and, if no ActivationBuffer, the same again.

@@ -59,7 +59,9 @@ def plan(sizes: Mapping[str, Any]) -> dict[str, Any]:
     kind = getattr(devices[0], "device_kind", "device")
     found, held = {}, programs.held(model, sizes, mesh, sampler_mesh)
     pairs = isinstance(sizes["loss"], PreferenceLossConfig)
-    wanted = [("generate", programs.generate, sampler_mesh)] if sizes["sampled"] else []
+    move = lambda model, sizes, where: programs.move(model, sizes, mesh, where)  # noqa: E731
+    wanted = [("move", move, sampler_mesh)] if sizes["sampled"] and sampler_mesh is not mesh else []
+    wanted += [("generate", programs.generate, sampler_mesh)] if sizes["sampled"] else []
     wanted += [("train_step", programs.update_pairs if pairs else programs.update, mesh)]
     wanted += [("sae_encode", programs.sae_encode, mesh), ("sae_train", programs.sae_train, mesh)] if sizes["sae"] else []
     for name, compile_program, where in wanted:
@@ -97,12 +99,13 @@ def _smaller(name: str, program: Mapping[str, Any], sizes: Mapping[str, Any], me
     ways, rows = batch_ways(mesh), program["rows"]
     if name == "train_step" and not sizes["remat"]:
         return "--config.remat=True (layers are recomputed: less memory, a third more work)"
-    if name == "train_step" and rows > 2 * ways:
-        return f"--config.micro_batch_rows={rows // 2} (half the rows at once)"
+    unit = 2 if name == "train_step" and "kind" in dir(sizes["loss"]) else 1  # micro-batches of preferences count pairs
+    if name == "train_step" and rows > unit * ways:
+        return f"--config.micro_batch_rows={max(rows // unit // 2, ways)} (half the rows at once)"
     if name == "generate" and rows > ways * sizes["num_samples"]:
         return f"--config.rollout_rows={rows // 2} (half the completions at once)"
-    axis = "--config.rollout_layout" if name == "generate" else "--config.layout"
-    return f"{axis} with tensor={2 * mesh.shape['tensor']} (each device has half the heads and widths), a larger slice, or chips with more memory"
+    axis = "--config.rollout_layout" if name in ("generate", "move") else "--config.layout"
+    return f"{axis} with tensor={2 * mesh.shape['tensor']} (each device has half the widths), a larger slice, or larger chips"
 
 
 def resolve_devices(name: str) -> tuple[list[Any], float | None, Chip | None]:
@@ -208,7 +211,7 @@ def table(found: Mapping[str, Any]) -> str:
         "",
         _HEADER,
     ]
-    names = [name for name in ("generate", "train_step", "sae_encode", "sae_train") if name in found]  # of given texts nothing is generated
+    names = [name for name in ("move", "generate", "train_step", "sae_encode", "sae_train") if name in found]  # of given texts nothing is generated
     lines += [_row(name, found[name]) for name in names]
     lines.append("held: the policy that training started from, where something still reads it, and while sampling the training state")
     lines.append("")

@@ -91,7 +91,8 @@ _COLLECTIVE = re.compile(rf"= (\(?.*?\)?) ({'|'.join(_KINDS)})(-start)?\(")
 _SHAPE = re.compile(r"\b([a-z]+)(\d*)(?:e\d+m\d+\w*)?\[([\d,]*)\]")
 _LOOP = re.compile(r" while\(.*condition=%?([\w.\-]+), body=%?([\w.\-]+)")
 _BRANCHES = re.compile(r" conditional\(.*?branch_computations=\{([^}]*)\}")
-_CALLS = re.compile(r"(?:calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)")
+_TWO_BRANCHES = re.compile(r" conditional\(.*true_computation=%?([\w.\-]+), false_computation=%?([\w.\-]+)")
+_CALLS = re.compile(r"(?:calls|to_apply)=%?([\w.\-]+)")
 
 
 def collectives(text: str, endless: int = 1) -> dict[str, float]:
@@ -111,6 +112,9 @@ def collectives(text: str, endless: int = 1) -> dict[str, float]:
         elif here is not None:
             here.append(line)
 
+    module = re.search(r"(?:num_partitions|replica_count)=(\d+)", text)
+    devices = int(module.group(1)) if module else 1
+
     def rounds(condition: str) -> int:
         lines = list(_with_callees(bodies, condition))
         numbers = [int(n) for line in lines for n in re.findall(r"\bs32\[\]\S* constant\((\d+)\)", line)]
@@ -128,11 +132,12 @@ def collectives(text: str, endless: int = 1) -> dict[str, float]:
         for number, line in enumerate(bodies.get(name, ())):
             if found := _COLLECTIVE.search(line):
                 channel = re.search(r"channel_id=(\d+)", line)
-                add({channel.group(1) if channel else f"{name} {number}": (found.group(2), _received(found, line))})
+                add({channel.group(1) if channel else f"{name} {number}": (found.group(2), _received(found, line, devices))})
             elif loop := _LOOP.search(line):
                 add(moved(loop.group(2)), rounds(loop.group(1)))
-            elif branches := _BRANCHES.search(line):
-                each = [moved(branch.strip().lstrip("%")) for branch in branches.group(1).split(",")]
+            elif branches := _BRANCHES.search(line) or _TWO_BRANCHES.search(line):
+                names = branches.groups() if len(branches.groups()) == 2 else branches.group(1).split(",")
+                each = [moved(branch.strip().lstrip("%")) for branch in names]
                 add(max(each, key=lambda one: sum(size for _, size in one.values())))
             else:
                 for callee in _CALLS.findall(line):
@@ -152,15 +157,18 @@ def _with_callees(bodies: Mapping[str, list[str]], name: str) -> Iterator[str]:
             yield from _with_callees(bodies, callee)
 
 
-def _received(found: re.Match, line: str) -> float:
+def _received(found: re.Match, line: str, devices: int) -> float:
     """Bytes that a device receives by one collective on a ring of its group."""
     result, kind, start = found.group(1), found.group(2), found.group(3)
     sizes = [
         math.prod(int(n) for n in dims.split(",") if n) * (1 if letters == "pred" else int(bits or 8) / 8)
         for letters, bits, dims in _SHAPE.findall(result)
     ]
-    size = max(sizes, default=0.0) if start else sum(sizes)  # what starts holds operand and result
-    group = _group(line)
+    if start and kind == "collective-permute":
+        sizes = sizes[1:2]  # operand, result, then two marks
+    elif start and kind != "all-reduce":
+        sizes = sizes[len(sizes) // 2 :]  # operands, then results
+    size, group = sum(sizes), _group(line) or devices
     if kind == "collective-permute":
         return size
     if kind == "reduce-scatter":
@@ -177,4 +185,4 @@ def _group(line: str) -> int:
         return int(iota.group(2))
     if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", line):
         return len(listed.group(1).split(","))
-    return 1
+    return 0  # "{}": all devices

@@ -73,7 +73,9 @@ def held(model: Any, sizes: Mapping[str, Any], mesh: Any, sampler_mesh: Any) -> 
     if sampler_mesh is not mesh:
         shared, kept = 0, kept + (start if lora is not None else 0)
     copies = _prompt_copies(model, sizes, sampler_mesh) if sizes["rollout_refill"] else 0
-    return {"generate": kept + copies + state - shared, "train_step": 0 if lora is not None else kept, "sae_encode": 0, "sae_train": 0}
+    found = {"generate": kept + copies + state - shared, "train_step": 0 if lora is not None else kept}
+    # While the SAE learns, the policy gives it activations.
+    return found | {"move": found["generate"] - copies, "sae_encode": 0, "sae_train": start}
 
 
 def _prompt_copies(model: Any, sizes: Mapping[str, Any], mesh: Any) -> int:
@@ -88,6 +90,18 @@ def _prompt_copies(model: Any, sizes: Mapping[str, Any], mesh: Any) -> int:
     places = min(sizes["prompts"] * sizes["num_samples"], sizes["rollout_rows"])
     cache = jax.eval_shape(functools.partial(init_cache, model, places, sizes["prompt_tokens"]))
     return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in (cache.k, cache.v)) // batch_ways(mesh)
+
+
+def move(model: Any, sizes: Mapping[str, Any], mesh: Any, sampler_mesh: Any) -> dict[str, Any]:
+    """The policy's way from where training has it to where it samples."""
+    import jax
+
+    from jaxrl_llm.train.state import laid_out
+
+    policy = _policy(model, sizes, mesh)
+    found = compiled(laid_out(model, mesh, sampler_mesh, sizes["lora"].adapter), policy)
+    here = bytes_a_device(jax.tree.leaves(policy))
+    return {"rows": 0, "batches": 1, "flops": 0, "read_bytes": here, **found}
 
 
 def generate(model: Any, sizes: Mapping[str, Any], mesh: Any) -> dict[str, Any]:

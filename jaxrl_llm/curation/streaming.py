@@ -127,7 +127,7 @@ def run_sharded(
     """Run `program` over n rows. tokens_of(a, b) -> (token lists of rows a..b, their marks). folder: where shards are kept (None:
     in memory). overflow: what happens to a row longer than the program's context: "window" runs it in parts and merges
     them, "truncate" keeps its end (behind the beginning-of-text token), "drop" skips it, "error" raises UserError. mesh: rows of
-    a batch are spread over its "data" and "fsdp" axes. progress(rows) is called after each shard."""
+    a batch are spread over its batch axes. progress(rows) is called after each shard."""
     if overflow not in OVERFLOWS:
         raise UserError(f"overflow {overflow!r}: one of {', '.join(OVERFLOWS)}")
     folder = None if folder is None else Path(folder)

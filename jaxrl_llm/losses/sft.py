@@ -28,7 +28,7 @@ def load_balancing_loss(
     """How unevenly a mixture's experts are used (Fedus et al. 2021, arXiv 2101.03961, eq. 4-6, over the tokens of all layers together, as
     transformers' `load_balancing_loss_func`): experts x the sum over experts of the share of tokens that go there x their mean probability.
 
-    It is `experts_per_token` where all are used alike, at most `experts` times that. mask_BT: True at real tokens; without one it is 0. The
+    It is `experts_per_token` where all are used alike, and at most `experts`. mask_BT: True at real tokens; without one it is 0. The
     shares have no gradient, the probabilities do.
     """
     experts = router_logits_LBTE.shape[-1]

@@ -376,6 +376,9 @@ def trained_as(model: "ModelConfig", config: "GRPOConfig | SFTConfig | DPOConfig
         told = f"setting 'attention' is {config.attention!r}, a kernel of {'TPUs' if config.attention == 'splash' else 'GPUs'}"
         other = "'plain' or 'cudnn'" if backend == "gpu" else "'plain'"
         raise UserError(f"{told}; this machine's devices are {backend.upper()}s: set {other}")
+    if config.attention == "cudnn" and (model.dtype == "float32" or model.head_dim % 8 or model.head_dim > 256):
+        told = f"this model computes in {model.dtype} with heads of {model.head_dim}"
+        raise UserError(f"setting 'attention' is 'cudnn', which takes bfloat16 and heads of 8, 16, ... 256 units; {told}: set 'plain', or the dtype")
     try:
         return dataclasses.replace(model, attention=config.attention)
     except ModelError as error:

@@ -29,7 +29,7 @@ from jaxrl_llm.train.state import (
     whole,
     whole_shardings,
 )
-from jaxrl_llm.train.step import Batch, batch_shardings
+from jaxrl_llm.train.step import Batch, batch_shardings, chunk_on
 from models import ModelConfig
 from models.lora import LoraConfig
 
@@ -202,6 +202,7 @@ def _update(spec: PreferenceSpec, state: State, batch: Batch, frozen=None):
 @functools.lru_cache(maxsize=64)
 def compiled_update(spec: PreferenceSpec, mesh=None):
     """jitted (state, batch, frozen parameters or None) -> (state, metrics); the state is donated. Cached, so runs share compilations."""
+    spec = chunk_on(spec, mesh)
     if mesh is None:
         return jax.jit(functools.partial(_update, spec), donate_argnums=0)
     shardings = state_shardings(spec.model, spec.optimizer, mesh, lora=spec.lora)
@@ -218,6 +219,7 @@ def compiled_update(spec: PreferenceSpec, mesh=None):
 def compiled_sums(spec: PreferenceSpec, mesh=None):
     """jitted (params, batch) -> [M, 2g] summed log-probabilities, on every device: for held-out figures, of the whole policy, and for
     references, of a spec without an adapter."""
+    spec = chunk_on(spec, mesh)
 
     def run(params, batch):
         return jax.lax.map(lambda micro: _sums(spec, params, micro), batch)

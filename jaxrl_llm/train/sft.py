@@ -61,31 +61,32 @@ def _micro_loss(trained, spec: SFTSpec, frozen, tokens_BT, mask_BT, total, segme
     logps_BT, _ = token_logprobs(out.hidden, models.head(spec.model, compute).spread(), tokens_BT[:, 1:], chunk=spec.logprob_chunk)
     loss, counted_BT = sft_loss(logps_BT, mask_BT[:, 1:], total_tokens=total)[0], mask_BT[:, 1:]
     if not spec.router_balance:
-        return loss, loss
+        return loss, {"loss": loss}
     # What comes before a row's last counted token is text, not padding. Micro-batches count by their tokens, as in the loss.
     text_BT = jnp.flip(jnp.cumsum(jnp.flip(counted_BT, 1), axis=1), 1) > 0
     balance = load_balancing_loss(jnp.stack([out.taps[name] for name in taps]), text_BT, spec.model.experts_per_token)
     share = jnp.sum(counted_BT, dtype=jnp.float32) / jnp.maximum(total, 1.0)
-    return loss + spec.router_balance * share * balance, loss
+    return loss + spec.router_balance * share * balance, {"loss": loss, "router_balance": share * balance}
 
 
 def _update(spec: SFTSpec, state, batch, frozen=None):
     """One update on {"tokens" [M, b, T] int32, "mask" [M, b, T] bool} and, of packed rows, "segments" [M, b, T] int32: micro-batches
-    weighted by their tokens. The loss that is told is that of the tokens alone."""
+    weighted by their tokens. The loss that is told is that of the tokens alone; of a mixture of experts with `router_balance` its balance too."""
     tokens = jnp.sum(batch["mask"][:, :, 1:], dtype=jnp.float32)
     grad_fn = jax.value_and_grad(functools.partial(_micro_loss, spec=spec, frozen=frozen, total=tokens), has_aux=True)
 
     def one(micro):
-        (_, loss), grads = grad_fn(state["params"], **{f"{name}_BT": rows for name, rows in micro.items()})
-        return loss, grads
+        (_, told), grads = grad_fn(state["params"], **{f"{name}_BT": rows for name, rows in micro.items()})
+        return told, grads
 
     if batch["tokens"].shape[0] == 1:
-        loss, grads = one(jax.tree.map(lambda x: x[0], batch))
+        told, grads = one(jax.tree.map(lambda x: x[0], batch))
     else:
-        zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, state["params"]))
-        (loss, grads), _ = jax.lax.scan(lambda total, micro: (jax.tree.map(jnp.add, total, one(micro)), None), zero, batch)
+        names = ("loss", "router_balance") if spec.router_balance else ("loss",)
+        zero = (dict.fromkeys(names, jnp.zeros(())), jax.tree.map(jnp.zeros_like, state["params"]))
+        (told, grads), _ = jax.lax.scan(lambda total, micro: (jax.tree.map(jnp.add, total, one(micro)), None), zero, batch)
     state, moved = apply_gradients(spec.optimizer, state, grads)
-    return state, {"loss": loss, "tokens": tokens} | moved
+    return state, told | {"tokens": tokens} | moved
 
 
 @functools.lru_cache(maxsize=64)
@@ -247,6 +248,7 @@ def _record(pending, step, seconds, checkpoints) -> dict:
         "kind": "sft",
         "step": step,
         "loss": sum(float(m["loss"] * m["tokens"]) for m in pending) / max(tokens, 1.0),
+        **{"router_balance": float(m["router_balance"]) for m in pending[-1:] if "router_balance" in m},
         "grad_norm": float(pending[-1]["grad_norm"]),
         "learning_rate": float(pending[-1]["learning_rate"]),
         "tokens": int(tokens),

@@ -285,6 +285,7 @@ def compiled_logprobs(spec: StepSpec, mesh=None):
 def compiled_kl(spec: StepSpec, mesh=None):
     """jitted (params, reference, batch) -> per-token KL estimates [M, r, C] without gradients: what is taken from the rewards. `params` are
     those that sampled, whole and in the trainer's own precision."""
+    spec = chunk_on(spec, mesh)
 
     def run(params, reference, batch):
         logps = lambda params, micro: policy_logprobs(spec, params, micro)[0]  # noqa: E731
@@ -299,6 +300,7 @@ def compiled_kl(spec: StepSpec, mesh=None):
 @functools.lru_cache(maxsize=64)
 def compiled_values(spec: StepSpec, mesh=None):
     """jitted (whole params with the value head, batch) -> values [M, r, C] without gradients: those that advantages are taken against."""
+    spec = chunk_on(spec, mesh)
 
     def run(params, batch):
         return _each(spec, lambda micro: _values(spec, params, micro)[2], batch)

@@ -355,6 +355,8 @@ def test_sampling_on_another_layout_waits_for_no_parameters(plans, tiny):
     assert apart["generate"]["argument_bytes"] > 3 * same["generate"]["argument_bytes"]
     # What training holds meanwhile shares nothing with it.
     assert apart["generate"]["held_bytes"] > same["generate"]["held_bytes"]
+    assert "move" not in same and apart["move"]["argument_bytes"] > size / 4 and apart["move"]["held_bytes"] > 3 * size / 4
+    assert 0.5 * size < sum(apart["move"]["collectives"].values()) < 1.5 * size
 
 
 def test_the_target_s_layout_of_sampling_counts_where_it_fits():
@@ -364,7 +366,7 @@ def test_the_target_s_layout_of_sampling_counts_where_it_fits():
     assert choose_rollout_layout(sizes | {"target_rollout_layout": ""}, 8) == ""
 
 
-HLO = """
+HLO = """HloModule jit_step, num_partitions=8
 %add (a: f32[], b: f32[]) -> f32[] {
   ROOT %sum = f32[] add(%a, %b)
 }
@@ -396,6 +398,9 @@ HLO = """
 %small (x: f32[4]) -> f32[4] {
   %e = (f32[2], f32[2]) all-to-all(%x, %y), channel_id=10, replica_groups={{0,1}}
 }
+%few (x: f32[4]) -> f32[4] {
+  %e = f32[1] all-gather(%x), channel_id=12, replica_groups={{0,1}}
+}
 %large (x: f32[4]) -> f32[4] {
   %p = (f32[4], f32[4], u32[], u32[]) collective-permute-start(%x), channel_id=11, source_target_pairs={{0,1},{1,0}}
   %q = f32[4] collective-permute-done(%p)
@@ -403,16 +408,20 @@ HLO = """
 ENTRY %main (p: f32[8]) -> f32[8] {
   %loop = (s32[], f32[8]) while(%t), condition=%outer_cond, body=%outer_body
   %either = f32[4] conditional(%i, %a, %b), branch_computations={%small, %large}
+  %or = f32[4] conditional(%i, %a, %b), true_computation=%few, false_computation=%small
+  %two = (f32[5], f32[5]) all-reduce-start(%a, %b), channel_id=13, replica_groups={}, to_apply=%add
+  %both = ((f32[1], f32[3]), (f32[8], f32[24])) all-gather-start(%a, %b), channel_id=14, replica_groups={}
+  %cut = ((f32[16]), f32[2]) reduce-scatter-start(%a), channel_id=15, replica_groups={}, to_apply=%add
 }
 """
 
 
 def test_what_travels_between_devices_by_hand():
     """24 rounds of a gather of 4 x 16 x 2 bytes over 8 devices (once, though start and end name it) and a sum of 8 x 4 bytes over 4; outside of
-    them a scatter of 2 x 4 bytes over 4; all 5 times; and the larger branch."""
+    them a scatter of 2 x 4 bytes over 4; all 5 times; the larger branch of two conditionals; and three that start, over all 8."""
     found = plan_cost.collectives(HLO, endless=5)
-    wanted = {"all-gather": 5 * 24 * 128 * 7 / 8, "all-reduce": 5 * 24 * 2 * 32 * 3 / 4, "reduce-scatter": 5 * 8 * 3, "collective-permute": 16}
-    assert found == wanted
+    wanted = {"all-gather": 5 * 24 * 128 * 7 / 8 + 128 * 7 / 8, "all-reduce": 5 * 24 * 2 * 32 * 3 / 4 + 2 * 40 * 7 / 8}
+    assert found == wanted | {"reduce-scatter": 5 * 8 * 3 + 8 * 7, "collective-permute": 16, "all-to-all": 16 / 2}
 
 
 COUNTED = """
@@ -450,11 +459,16 @@ def test_roofline_by_hand():
 
 def test_what_does_not_fit_is_answered_with_a_setting(tiny):
     mesh = make_mesh({"fsdp": -1})
-    ways, sizes = mesh.size, DEFAULTS | {"remat": True}
+    ways, sizes = mesh.size, DEFAULTS | {"remat": True, "loss": LossConfig()}
     told = lambda name, rows, **changes: plan_command._smaller(name, {"rows": rows}, sizes | changes, mesh)  # noqa: E731
     assert told("train_step", 64 * ways, remat=False).startswith("--config.remat=True")
     assert told("train_step", 64 * ways).startswith(f"--config.micro_batch_rows={32 * ways} ")
+    assert told("train_step", 2 * ways).startswith(f"--config.micro_batch_rows={ways} ")
     assert told("train_step", ways).startswith("--config.layout with tensor=2")
+    pairs = {"loss": PairLossConfig()}
+    assert told("train_step", 64 * ways, **pairs).startswith(f"--config.micro_batch_rows={16 * ways} ")
+    assert told("train_step", 2 * ways, **pairs).startswith("--config.layout with tensor=2")
+    assert told("move", 0).startswith("--config.rollout_layout with tensor=2")
     assert told("generate", 64 * ways).startswith(f"--config.rollout_rows={32 * ways} ")
     assert told("generate", 8 * ways).startswith("--config.rollout_layout with tensor=2")
 

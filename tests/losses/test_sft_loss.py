@@ -60,6 +60,11 @@ def test_balance_of_experts_against_the_formula(k):
     assert load_balancing_loss(ROUTER, REAL & False, k) == 0
 
 
+def test_the_most_uneven_balance_is_the_number_of_experts():
+    same = jnp.zeros((1, 1, 3, 4)).at[..., 1].set(90.0).at[..., 2].set(90.0)
+    np.testing.assert_allclose(load_balancing_loss(same, jnp.ones((1, 3), bool), 2), 4.0, rtol=1e-6)
+
+
 def test_balance_by_hand():
     """Two tokens, two experts, one a token: each its own with certainty gives 1, both the same 2; half-certain 1 + (2 p - 1) of the way."""
     certain = jnp.array([[[[50.0, 0.0], [0.0, 50.0]]]])

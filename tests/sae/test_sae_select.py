@@ -116,13 +116,14 @@ from sae.select import in_row_blocks
 mesh = make_mesh({"fsdp": 8})
 x = np.random.default_rng(0).standard_normal((16, 12, 6)).astype(np.float32)
 moved = {}
-for apart in (False, True):
-    run = functools.partial(in_row_blocks, lambda rows: jnp.sin(rows) * rows.sum(1, keepdims=True), bytes_per_row=24, block_bytes=800, apart=apart)
+for apart, block_bytes in ((False, 800), (True, 800), (True, 1600)):  # of 192 rows, six blocks are made eight, and three four
+    how = dict(bytes_per_row=24, block_bytes=block_bytes, apart=apart)
+    run = functools.partial(in_row_blocks, lambda rows: jnp.sin(rows) * rows.sum(1, keepdims=True), **how)
     placed = jax.device_put(x, batch_sharding(mesh))
     program = jax.jit(run, out_shardings=batch_sharding(mesh)).lower(placed).compile()
     np.testing.assert_allclose(program(placed), np.sin(x) * x.sum(-1, keepdims=True), rtol=1e-5, atol=1e-6)
-    moved[apart] = sum(collectives(program.as_text()).values())
-assert moved[True] == 0 < moved[False], moved
+    moved[apart, block_bytes] = sum(collectives(program.as_text()).values())
+assert moved[True, 800] == moved[True, 1600] == 0 < moved[False, 800], moved
 print("stay")
 """
 

@@ -214,7 +214,10 @@ def test_the_attention_of_the_update(monkeypatch):
     with pytest.raises(UserError, match="'splash', a kernel of TPUs; this machine's devices are GPUs: set 'plain' or 'cudnn'$"):
         step_spec(tiny.CONFIG, GRPOConfig(attention="splash"))
     dpo, online = (from_mapping(kind, {"attention": "cudnn"}) for kind in (DPOConfig, OnlineDPOConfig))
-    specs = [step_spec(tiny.CONFIG, GRPOConfig(attention="cudnn")), *(preference_spec(tiny.CONFIG, each) for each in (dpo, online))]
+    with pytest.raises(UserError, match="'cudnn', which takes bfloat16 and heads of .*; this model computes in float32 with heads of 8"):
+        step_spec(tiny.CONFIG, GRPOConfig(attention="cudnn"))
+    half = dataclasses.replace(tiny.CONFIG, dtype="bfloat16")
+    specs = [step_spec(half, GRPOConfig(attention="cudnn")), *(preference_spec(half, each) for each in (dpo, online))]
     assert [spec.model.attention for spec in specs] == ["cudnn", "cudnn", "cudnn"]
     monkeypatch.undo()
     assert step_spec(tiny.CONFIG, GRPOConfig(attention="splash")).model.attention == "splash"

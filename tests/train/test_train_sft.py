@@ -191,6 +191,7 @@ def test_router_balance_spreads_tokens_over_experts():
     assert unevenness(balanced) < unevenness(free) - 0.1
     # The loss told is that of the tokens: both learn.
     assert history[0]["loss"] == pytest.approx(told[0]["loss"], rel=0.3)
+    assert "router_balance" not in history[0] and 1 <= told[0]["router_balance"] <= 4
 
 
 def test_router_balance_of_micro_batches_weighs_them_by_tokens():
