@@ -248,7 +248,7 @@ def _record(pending, step, seconds, checkpoints) -> dict:
         "kind": "sft",
         "step": step,
         "loss": sum(float(m["loss"] * m["tokens"]) for m in pending) / max(tokens, 1.0),
-        **{"router_balance": float(m["router_balance"]) for m in pending[-1:] if "router_balance" in m},
+        **{name: float(pending[-1][name]) for name in ("router_balance",) if name in pending[-1]},
         "grad_norm": float(pending[-1]["grad_norm"]),
         "learning_rate": float(pending[-1]["learning_rate"]),
         "tokens": int(tokens),

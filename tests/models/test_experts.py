@@ -95,6 +95,35 @@ def test_tiles_equal_a_ragged_product(sizes, tile, monkeypatch):
     close(*grads)
 
 
+def test_what_a_product_leaves_past_the_last_group_reaches_nobody(monkeypatch):
+    """Rows of experts elsewhere: a kernel may leave anything there, in the product and in its gradient by x."""
+
+    @jax.custom_vjp
+    def careless(x, w, sizes):
+        y = jax.lax.ragged_dot(x, w, sizes)
+        return jnp.where(jnp.arange(len(x))[:, None] < sizes.sum(), y, jnp.nan)
+
+    def backward(kept, g):
+        x, w, sizes = kept
+        dx, dw = jax.vjp(lambda x, w: jax.lax.ragged_dot(x, w, sizes), x, w)[1](jnp.nan_to_num(g))
+        return jnp.where(jnp.arange(len(x))[:, None] < sizes.sum(), dx, jnp.nan), dw, None
+
+    careless.defvjp(lambda *given: (careless(*given), given), backward)
+    monkeypatch.setattr(experts, "_tiled_matmul", careless)
+    rng = np.random.default_rng(2)
+    x, w = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in ((9, D), (E, D, F)))
+    sizes = jnp.array([2, 0, 3, 1])
+    found, grads = jax.value_and_grad(lambda x, w: jnp.sum(jnp.sin(experts.grouped_matmul(x, w, sizes))), argnums=(0, 1))(x, w)
+    assert np.isfinite(found) and all(np.isfinite(g).all() for g in grads) and not np.asarray(grads[0][6:]).any() and np.asarray(grads[0][:6]).any()
+
+
+@pytest.mark.parametrize(("platform", "ragged"), [("tpu", True), ("cuda", False), ("cpu", False)])
+def test_only_a_tpu_s_compiler_is_given_a_ragged_product(platform, ragged):
+    shapes = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in (((40, D), "float32"), ((E, D, F), "float32"), ((E,), "int32"))]
+    program = jax.jit(jax.grad(lambda x, w, s: jnp.sum(experts.grouped_matmul(x, w, s)), argnums=(0, 1))).trace(*shapes)
+    assert ("ragged_dot" in program.lower(lowering_platforms=(platform,)).as_text()) == ragged
+
+
 def test_a_tile_is_no_larger_than_an_expert_s_share():
     assert [experts._tile(*given) for given in ((8, 8), (4096, 8), (300, 8), (3, 8))] == [1, experts.TILE, 32, 1]
 

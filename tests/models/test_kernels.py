@@ -93,6 +93,24 @@ def test_more_queries_than_a_tile_and_keys_than_one(monkeypatch):
     np.testing.assert_allclose(logits[0][1, :131], logits[1][1, :131], atol=2e-4)
 
 
+@pytest.mark.parametrize("length", [20, 21])
+def test_cudnn_takes_what_it_is_given(length, monkeypatch):
+    """Its shapes are checked where the gradient is traced: lengths must be even, numbers of 16 bits. No GPU is asked."""
+    from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+    monkeypatch.setattr(kernels, "CUDNN", "cudnn")
+    monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91000)
+    monkeypatch.setattr(cudnn, "check_compute_capability", lambda *_: True)
+    cfg = dataclasses.replace(model("qwen3")[0], dtype="bfloat16", attention="cudnn")
+
+    def loss(params, tokens):
+        prompt = models.forward(cfg, params, tokens[:2, :5], return_kv=True)
+        positions = jnp.broadcast_to(5 + jnp.arange(length), tokens.shape)
+        return jnp.sum(models.forward(cfg, params, tokens, positions=positions, prefix=prompt.kv).hidden.astype(jnp.float32))
+
+    jax.eval_shape(jax.grad(loss), models.abstract_params(cfg), jax.ShapeDtypeStruct((4, length), "int32"))
+
+
 def test_probabilities_asked_for_are_those_of_the_plain_path():
     cfg, params = model("llama2")
     splash = dataclasses.replace(cfg, attention="splash")
@@ -124,12 +142,13 @@ import models, test_kernels as t
 from models import sharding
 cfg, params = t.model("qwen3")
 wanted = t.loss_and_grads(cfg, params, t.TOKENS)
-splash = dataclasses.replace(cfg, attention="splash")
+t.kernels.CUDNN = "xla"
 for shape in ({"fsdp": 2, "tensor": 2}, {"tensor": 4}, {"data": 4}):  # two prompts over two devices; heads that do not divide; rows that do not
     mesh = sharding.make_mesh(shape)
     placed = jax.device_put(params, sharding.param_shardings(cfg, mesh))
-    found = t.loss_and_grads(splash, placed, jax.device_put(t.TOKENS, sharding.replicated(mesh)))
-    t.assert_equal(jax.device_get(found), jax.device_get(wanted), 2e-5)
+    for kind in ("splash", "cudnn"):
+        found = t.loss_and_grads(dataclasses.replace(cfg, attention=kind), placed, jax.device_put(t.TOKENS, sharding.replicated(mesh)))
+        t.assert_equal(jax.device_get(found), jax.device_get(wanted), 2e-5)
 print("equal")
 """
 

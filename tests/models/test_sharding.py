@@ -183,6 +183,16 @@ check({"fsdp": 8}, {"data": 2, "tensor": 4}, fsdp, tensor, {"all-gather", "all-t
 check({"fsdp": 8}, {"tensor": 8}, fsdp, tensor, {"all-to-all"})
 check({"fsdp": 8}, {"fsdp": 2, "tensor": 4}, fsdp, ("fsdp", "tensor"), {"all-to-all"})
 check({"fsdp": 4, "tensor": 2}, {"data": 4, "tensor": 2}, ("fsdp", "tensor"), tensor, {"all-gather"})
+# Layers in front: whatever way XLA takes, no more than a layer is whole.
+for source, before in (({"data": 2, "fsdp": 4}, (None, "fsdp")), ({"fsdp": 4, "expert": 2}, ("expert", "fsdp"))):
+    mesh = sharding.make_mesh(source)
+    other = sharding.relaid(mesh, {"data": 2, "tensor": 4})
+    here, there = NamedSharding(mesh, P(None, *before)), NamedSharding(other, P(None, None, "tensor"))
+    value = np.arange(5 * 16 * 32.0, dtype=np.float32).reshape(5, 16, 32)
+    program = jax.jit(lambda x: sharding.moved(x, here, there), in_shardings=here, out_shardings=there)
+    text = program.lower(jax.ShapeDtypeStruct(value.shape, value.dtype)).compile().as_text()
+    assert "f32[5,16,32]" not in text, "the whole array lies on a device"
+    np.testing.assert_array_equal(program(jax.device_put(value, here)), value)
 print("equal")
 """
 
