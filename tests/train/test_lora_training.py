@@ -123,9 +123,9 @@ def test_sft_s_gradient_is_the_chain_rule_of_the_full_one():
     spec = sft.SFTSpec(CONFIG, OPTIMIZER, False, None, LORA.adapter)
     batch = sft.micro_batches(*next(sft_batches()), 0)
     adapter, base, of = drawn(), prefs.params(), {"tokens_BT": batch["tokens"][0], "mask_BT": batch["mask"][0], "total": 20.0}
-    found = jax.jit(jax.grad(lambda a: sft._micro_loss(a, spec, base, **of)))(adapter)
+    found = jax.jit(jax.grad(lambda a: sft._micro_loss(a, spec, base, **of)[0]))(adapter)
     full = dataclasses.replace(spec, lora=None)
-    wanted = jax.jit(jax.grad(lambda p: sft._micro_loss(p, full, None, **of)))(lora.merge(base, adapter, SCALE))
+    wanted = jax.jit(jax.grad(lambda p: sft._micro_loss(p, full, None, **of)[0]))(lora.merge(base, adapter, SCALE))
     assert_chain_rule(found, wanted, adapter)
 
 
