@@ -81,13 +81,10 @@ def relaid(mesh: Mesh, shape: Mapping[str, int]) -> Mesh:
 def moved(array: jax.Array, source: NamedSharding, target: NamedSharding) -> jax.Array:
     """Inside jit, an array that lies as `source` says where `target`, on the mesh of `relaid`, wants it.
 
-    Arrays of more than two dimensions have layers in front, which are not spread, and move a layer at a time. Where one dimension is spread over
+    Arrays of more than two dimensions have layers in front, which are not spread. Where one dimension is spread over
     all devices (fsdp alone), XLA finds no way to other dimensions but by the whole array on each device. The way is shown to it: the parts are
-    put in another order, gathered along the axes that the target does not use, then exchanged.
+    put in another order, gathered along the axes that the target does not use, then exchanged. Other layouts move a layer at a time.
     """
-    if array.ndim > 2:  # a layer at a time, in case that XLA takes the way by the whole array after all
-        here, there = (NamedSharding(at.mesh, PartitionSpec(*at.spec[1:])) for at in (source, target))
-        return lax.map(lambda layer: moved(layer, here, there), array)
     mesh, specs = target.mesh, []
     axes = lambda spec: [() if name is None else (name,) if isinstance(name, str) else tuple(name) for name in spec]  # noqa: E731
     spread = [dim for dim, names in enumerate(axes(source.spec)) if math.prod(source.mesh.shape[name] for name in names) > 1]
@@ -96,6 +93,9 @@ def moved(array: jax.Array, source: NamedSharding, target: NamedSharding) -> jax
         here = [*wanted[spread[0]], *(name for dim, names in enumerate(wanted) if dim != spread[0] for name in names)]
         for names in (mesh.axis_names, [*here, *(name for name in mesh.axis_names if name not in here)], here):
             specs.append(PartitionSpec(*[tuple(names) if dim == spread[0] else None for dim in range(array.ndim)]))
+    elif array.ndim > 2:  # a layer at a time, as XLA may take the way by the whole array after all
+        here, there = (NamedSharding(at.mesh, PartitionSpec(*at.spec[1:])) for at in (source, target))
+        return lax.map(lambda layer: moved(layer, here, there), array)
     for spec in (*specs, target.spec):
         array = lax.with_sharding_constraint(array, NamedSharding(mesh, spec))
     return array
