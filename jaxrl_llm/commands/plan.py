@@ -26,7 +26,7 @@ TPU_ENVIRONMENT = {
 
 
 def run(config: Any, workdir: str | None = None) -> None:
-    """Compiles both programs of the config and prints what they need."""
+    """Compiles the programs of the config and prints what they need."""
     sizes = target_sizes(config)
     found = plan(sizes)
     print(json.dumps(found) if sizes["json"] else table(found))
@@ -94,12 +94,13 @@ def plan(sizes: Mapping[str, Any]) -> dict[str, Any]:
 
 def _smaller(name: str, program: Mapping[str, Any], sizes: Mapping[str, Any], mesh: Any) -> str:
     """The setting that would take the most memory off a program that does not fit."""
+    from jaxrl_llm.train.config import PreferenceLossConfig
     from models.sharding import batch_ways
 
     ways, rows = batch_ways(mesh), program["rows"]
     if name == "train_step" and not sizes["remat"]:
         return "--config.remat=True (layers are recomputed: less memory, a third more work)"
-    unit = 2 if name == "train_step" and "kind" in dir(sizes["loss"]) else 1  # micro-batches of preferences count pairs
+    unit = 2 if isinstance(sizes["loss"], PreferenceLossConfig) else 1  # micro-batches of preferences count pairs
     if name == "train_step" and rows > unit * ways:
         return f"--config.micro_batch_rows={max(rows // unit // 2, ways)} (half the rows at once)"
     if name == "generate" and rows > ways * sizes["num_samples"]:

@@ -53,6 +53,7 @@ def _train_settings(model: Any, sizes: Mapping[str, Any]) -> Any:
 
 
 def critic(sizes: Mapping[str, Any]) -> bool:
+    """Whether the loss has a value head beside the policy."""
     return getattr(sizes["loss"], "critic", False)
 
 
@@ -132,15 +133,27 @@ def generate(model: Any, sizes: Mapping[str, Any], mesh: Any) -> dict[str, Any]:
     flops = sizes["prompts"] * per_prompt
     # Each new token reads the parameters, and each row's keys and values so far.
     cache = _cache_bytes(model, prompts * samples // ways, sizes["prompt_tokens"] + new // 2, mesh)
-    read = batches * new * (_weight_bytes(model, mesh) + cache)
+    read = batches * new * (_weight_bytes(model, mesh, prompts * samples // ways) + cache)
     if found["collectives"] is not None:
         found["collectives"] = {kind: size * batches for kind, size in found["collectives"].items()}
     return {"rows": prompts * samples, "batches": batches, "flops": flops, "read_bytes": read, "stages": stages, **found}
 
 
-def _weight_bytes(model: Any, mesh: Any) -> int:
-    """What a device reads of the parameters in one pass: whole along "fsdp", its part along "tensor" and "expert"."""
-    return bytes_a_device(_params(model, mesh)) * mesh.shape["fsdp"]
+def _weight_bytes(model: Any, mesh: Any, tokens: int) -> int:
+    """What a device reads of the parameters in one pass over so many tokens: whole along "fsdp", its part along "tensor" and "expert"; of
+    experts no more than the tokens that it gathers can go to, of an embedding that is no unembedding the tokens' rows, which are left out."""
+    import jax
+
+    params, total = _params(model, mesh), 0
+    if not model.tie_embeddings:
+        params = params | {"embed": {}}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        size = bytes_a_device(leaf) * (mesh.shape["fsdp"] if "fsdp" in leaf.sharding.spec else 1)
+        if model.mlp == "experts" and path[-1].key in ("gate", "up", "down"):
+            here = leaf.sharding.shard_shape(leaf.shape)[1]
+            size = size * min(here, tokens * mesh.shape["expert"] * model.experts_per_token) // here
+        total += size
+    return total
 
 
 def _cache_bytes(model: Any, rows: int, context: int, mesh: Any) -> int:
@@ -213,7 +226,7 @@ def update(model: Any, sizes: Mapping[str, Any], mesh: Any) -> dict[str, Any]:
     forward = blocks * width * model.flops_per_token(width // 2)
     forward += sizes["prompts"] * samples * new * model.flops_per_token(width + new // 2)
     passes = _passes(sizes) + _passes_before(spec.loss)
-    read = micros * passes * _weight_bytes(model, mesh)
+    read = micros * passes * _weight_bytes(model, mesh, rows // ways * (width // together + new))
     return {"rows": rows, "micro_batches": micros, "flops": forward * passes, "read_bytes": read, **found}
 
 
@@ -265,12 +278,12 @@ def update_pairs(model: Any, sizes: Mapping[str, Any], mesh: Any) -> dict[str, A
     flops = (prompt + completion) * (passes + 1) if kto else (prompt + 2 * completion) * passes
     if loss.needs_reference and sizes["sampled"]:
         flops += prompt + 2 * completion
-    read = micros * passes * _weight_bytes(model, mesh)
+    read = micros * passes * _weight_bytes(model, mesh, 2 * pairs // batch_ways(mesh) * (width // 2 + new))
     return {"rows": 2 * pairs, "micro_batches": micros, "flops": sizes["prompts"] * flops, "read_bytes": read, **found}
 
 
 def sae_encode(model: Any, sizes: Mapping[str, Any], mesh: Any) -> dict[str, Any]:
-    """The prompts' activations at the middle block and their latents, SAE_ROWS rows of the SAE's context at once, as `curate` reads them."""
+    """The texts' activations and their latents, SAE_ROWS rows of the SAE's context at once, as `curate` reads them."""
     import jax
     import jax.numpy as jnp
 
@@ -278,17 +291,18 @@ def sae_encode(model: Any, sizes: Mapping[str, Any], mesh: Any) -> dict[str, Any
     from sae.dictionary import encode_topk
     from sae.harvest import blocks_needed, tap
 
-    hook = f"blocks.{model.n_layers // 2}.resid_post"
-    dictionary, context = _dictionary(model, sizes), min(sizes["sae"]["context"], model.max_position)
+    model, hook = _feature_model(model, sizes)
+    dictionary, context = _dictionary(model, sizes, hook), min(sizes["sae"]["context"], model.max_position)
     rows, where = _round_up(SAE_ROWS, batch_ways(mesh)), batch_sharding(mesh)
     tokens = jax.ShapeDtypeStruct((rows, context), jnp.int32, sharding=where)
     lengths = jax.ShapeDtypeStruct((rows,), jnp.int32, sharding=where)
     placed = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated(mesh)), dictionary)
     encode = jax.jit(lambda params, d, tokens, lengths: encode_topk(d, tap(model, params, tokens, lengths, hook)))
     found = compiled(encode, _params(model, mesh), placed, tokens, lengths)
-    blocks = blocks_needed(hook) / model.n_layers
+    needed = blocks_needed(hook)
+    blocks = 1.0 if needed is None else needed / model.n_layers
     each = blocks * (model.flops_per_token(context // 2) - 2 * model.d_model * model.vocab_size) + 2 * model.d_model * sizes["sae"]["d_sae"]
-    read = int(blocks * _weight_bytes(model, mesh)) + bytes_a_device(placed)
+    read = int(blocks * _weight_bytes(model, mesh, rows // batch_ways(mesh) * context)) + bytes_a_device(placed)
     return {"rows": rows, "batches": 1, "flops": int(each * rows * context), "read_bytes": read, **found}
 
 
@@ -300,7 +314,8 @@ def sae_train(model: Any, sizes: Mapping[str, Any], mesh: Any) -> dict[str, Any]
     from models.sharding import batch_sharding
     from sae.train import SAETrainConfig, abstract_state, numbers_at, step_for
 
-    cfg, rows = _dictionary(model, sizes).cfg, sizes["sae"]["batch"]
+    model, hook = _feature_model(model, sizes)
+    cfg, rows = _dictionary(model, sizes, hook).cfg, sizes["sae"]["batch"]
     settings = SAETrainConfig(method="dense")  # as on any mesh of accelerators
     state = abstract_state(cfg, mesh)
     batch = jax.ShapeDtypeStruct((rows, cfg.d_in), jnp.float32, sharding=batch_sharding(mesh))
@@ -310,14 +325,24 @@ def sae_train(model: Any, sizes: Mapping[str, Any], mesh: Any) -> dict[str, Any]
     return {"rows": rows, "batches": 1, "flops": flops, "read_bytes": 3 * bytes_a_device(state), **found}
 
 
-def _dictionary(model: Any, sizes: Mapping[str, Any]) -> Any:
+def _feature_model(model: Any, sizes: Mapping[str, Any]) -> tuple[Any, str]:
+    """(the model whose activations the SAE reads, which of them): the policy's middle block where the target names none."""
+    from jaxrl_llm.commands.plan_target import resolve_model
+    from jaxrl_llm.curation.features import middle_hook
+
+    model = resolve_model(sizes["sae"]["model"], model.dtype) if sizes["sae"]["model"] else model
+    return model, sizes["sae"]["hook"] or middle_hook(model)
+
+
+def _dictionary(model: Any, sizes: Mapping[str, Any], hook: str) -> Any:
     """The target's SAE, as shapes."""
     import jax
 
+    from jaxrl_llm.curation.features import hook_width
     from sae.config import SAEConfig
     from sae.dictionary import init
 
-    cfg = SAEConfig(d_in=model.d_model, d_sae=sizes["sae"]["d_sae"], k=sizes["sae"]["k"])
+    cfg = SAEConfig(d_in=hook_width(model, hook), d_sae=sizes["sae"]["d_sae"], k=sizes["sae"]["k"])
     return jax.eval_shape(lambda key: init(cfg, key), jax.random.key(0))
 
 

@@ -16,7 +16,7 @@ from jaxrl_llm.commands.plan_target import DEFAULTS, PRESETS, choose_layout, cho
 from jaxrl_llm.config import field_names, load_config
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.runtime import parse_axes
-from jaxrl_llm.train.config import LoraSettings, LossConfig, PairLossConfig
+from jaxrl_llm.train.config import LoraSettings, LossConfig, PairLossConfig, PreferenceLossConfig
 from models.errors import ModelError
 from models.sharding import make_mesh
 
@@ -450,6 +450,18 @@ def test_what_travels_in_a_compiled_loop(run_python):
     assert "counted" in run_python(COUNTED, devices=8)
 
 
+def test_the_weights_that_a_device_reads(tiny):
+    mesh = make_mesh({}, jax.devices()[:1])
+    tied = resolve_model(tiny, "float32")
+    assert plan_programs._weight_bytes(tied, mesh, 5) == 4 * tied.param_count()
+    untied = dataclasses.replace(tied, tie_embeddings=False)
+    assert plan_programs._weight_bytes(untied, mesh, 5) == 4 * (untied.param_count() - untied.vocab_size * untied.d_model)
+    moe = dataclasses.replace(tied, mlp="experts", n_experts=8, experts_per_token=2)
+    one = 4 * moe.n_layers * 3 * moe.d_model * moe.d_ff
+    read = [plan_programs._weight_bytes(moe, mesh, tokens) for tokens in (1, 3, 4, 100)]
+    assert [read[3] - size for size in read] == [6 * one, 2 * one, 0, 0] and read[3] == 4 * moe.param_count()
+
+
 def test_roofline_by_hand():
     chip = plan_cost.Chip(16, flops=100.0, memory_rate=10.0, link_rate=2.0)
     found = plan_cost.roofline(chip, 4, flops=800.0, read_bytes=30.0, moved={"all-gather": 4.0, "all-reduce": 6.0})
@@ -465,7 +477,7 @@ def test_what_does_not_fit_is_answered_with_a_setting(tiny):
     assert told("train_step", 64 * ways).startswith(f"--config.micro_batch_rows={32 * ways} ")
     assert told("train_step", 2 * ways).startswith(f"--config.micro_batch_rows={ways} ")
     assert told("train_step", ways).startswith("--config.layout with tensor=2")
-    pairs = {"loss": PairLossConfig()}
+    pairs = {"loss": PreferenceLossConfig()}
     assert told("train_step", 64 * ways, **pairs).startswith(f"--config.micro_batch_rows={16 * ways} ")
     assert told("train_step", 2 * ways, **pairs).startswith("--config.layout with tensor=2")
     assert told("move", 0).startswith("--config.rollout_layout with tensor=2")
@@ -483,6 +495,12 @@ def test_saerl_s_autoencoder_is_planned_too(planned, tiny, tmp_path):
     state = 3 * 4 * (2 * 96 * 32 + 96 + 32)
     assert state < found["sae_train"]["argument_bytes"] - 1024 * 32 * 4 < state + 4 * 96 + 100
     assert found["sae_encode"]["rows"] == 256 and "sae_encode" in plan_command.table(found)
+    assert found["sae_train"]["held_bytes"] == 4 * resolve_model(tiny, "float32").param_count()
+    # Another place, and another model, than the policy's middle block.
+    for line, width in (("    c.sae.hook = 'blocks.0.mlp_act'", 64), ("    c.sae.model = 'qwen2.5-0.5b'", 896)):
+        target.write_text("\n".join([*lines, line, "    return c\n"]))
+        sizes = target_sizes(load_config("configs/plan.py", {"model": tiny, **SIZES, "target": str(target), "prompt_tokens": 16}))
+        assert plan_command.plan(sizes)["sae_train"]["flops"] == 3 * 4 * width * 96 * 1024
     given = tmp_path / "given.py"
     given.write_text("\n".join([*lines, "    c.sae.path = 'sae'", "    return c\n"]))
     assert target_sizes(load_config("configs/plan.py", {"model": tiny, "target": str(given)}))["sae"] is None
