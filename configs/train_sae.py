@@ -39,7 +39,7 @@ def get_config(variant: str | None = None) -> ml_collections.ConfigDict:
     config.harvest.buffer_rows = 65536  # activations in the shuffling buffer
 
     config.sae = ml_collections.ConfigDict()
-    config.sae.architecture = "topk"  # "topk" or "relu" (with train.l1_coefficient)
+    config.sae.architecture = "topk"  # "topk" or "relu" (with train.sparsity_coefficient)
     config.sae.d_sae = 0  # latents; 0 = expansion times the width of the tap
     config.sae.expansion = 8  # see d_sae
     config.sae.k = 32  # latents kept for each token ("topk")
@@ -60,8 +60,8 @@ def get_config(variant: str | None = None) -> ml_collections.ConfigDict:
     config.train.beta1 = 0.9  # Adam's moments
     config.train.beta2 = 0.999  # the second one
     config.train.grad_clip = 1.0  # global norm of the gradient; 0 = off
-    config.train.l1_coefficient = 0.0  # weight of the sparsity penalty ("relu")
-    config.train.l1_warmup_steps = 0  # linear rise of that weight
+    config.train.sparsity_coefficient = 0.0  # weight of the sparsity penalty ("relu")
+    config.train.sparsity_warmup_steps = 0  # linear rise of that weight
     config.train.aux_coefficient = 0.03125  # weight of the auxiliary loss of dead latents; 0 = off
     config.train.aux_k = ml_collections.config_dict.placeholder(int)  # dead latents it lets into each row; None = half the width
     config.train.dead_after = 250_000  # activations without firing after which a latent counts as dead

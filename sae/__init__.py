@@ -37,7 +37,8 @@ from sae.formats import load, save
 from sae.harvest import ActivationBuffer, array_batches, harvest_activations
 from sae.kmeans import KMeans, kmeans
 from sae.metrics import ce_recovered, evaluate
-from sae.train import SAETrainConfig, train_sae
+from sae.train import SAETask, train_sae, train_saes
+from sae.train_config import SAETrainConfig
 
 __all__ = [
     "ActivationBuffer",
@@ -45,6 +46,7 @@ __all__ = [
     "KMeans",
     "SAEConfig",
     "SAEError",
+    "SAETask",
     "SAETrainConfig",
     "array_batches",
     "ce_recovered",
@@ -62,5 +64,6 @@ __all__ = [
     "reconstruct",
     "save",
     "train_sae",
+    "train_saes",
     "unfold_input_scale",
 ]

@@ -81,6 +81,28 @@ def grouped_positions(x: Float[Array, "n F"], k: int, size: int) -> tuple[Int[Ar
     return by_rank(rank, positions, k), enough & distinct & jnp.all(x == x)  # a maximum may pass over NaN on CPUs
 
 
+def nth_largest(x: Float[Array, "..."], n: int) -> Float[Array, ""]:
+    """The n-th largest of all entries of x, none negative, or the least of a few that are equal to it in rank; 0 where n is over their number.
+
+    The result t is such that n entries are >= t, more where entries are equal. Bits of non-negative floats are ordered as the floats are, so
+    bisection on them needs at most 31 counts of x, in any layout: where x is spread over devices, only counts travel.
+    """
+    bits = lax.bitcast_convert_type(x.astype(jnp.float32), jnp.int32)
+
+    def unsure(state):
+        low, high, found = state
+        return (high - low > 1) & (found != n)
+
+    def halve(state):
+        low, high, _ = state
+        middle = low + (high - low) // 2
+        found = jnp.sum(bits >= middle, dtype=jnp.int32)
+        return jnp.where(found >= n, middle, low), jnp.where(found >= n, high, middle), found
+
+    low, _, _ = lax.while_loop(unsure, halve, (jnp.int32(0), jnp.max(bits) + 1, jnp.int32(-1)))
+    return lax.bitcast_convert_type(low, jnp.float32)
+
+
 def ranks(x: Float[Array, "n C ..."]) -> Int[Array, "n C ..."]:
     """How many entries along axis 1 are larger than each entry."""
 

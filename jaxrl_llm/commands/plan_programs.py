@@ -312,7 +312,8 @@ def sae_train(model: Any, sizes: Mapping[str, Any], mesh: Any) -> dict[str, Any]
     import jax.numpy as jnp
 
     from models.sharding import batch_sharding
-    from sae.train import SAETrainConfig, abstract_state, numbers_at, step_for
+    from sae.step import abstract_state, step_for
+    from sae.train_config import SAETrainConfig, Scale, numbers_at
 
     model, hook = _feature_model(model, sizes)
     cfg, rows = _dictionary(model, sizes, hook).cfg, sizes["sae"]["batch"]
@@ -320,7 +321,7 @@ def sae_train(model: Any, sizes: Mapping[str, Any], mesh: Any) -> dict[str, Any]
     state = abstract_state(cfg, mesh)
     batch = jax.ShapeDtypeStruct((rows, cfg.d_in), jnp.float32, sharding=batch_sharding(mesh))
     step = step_for(cfg, settings, mesh)
-    found = compiled(jax.jit(lambda *given: step(*given), donate_argnums=0), state, batch, numbers_at(1, cfg, settings, 1.0))
+    found = compiled(jax.jit(lambda *given: step(*given), donate_argnums=0), state, batch, numbers_at(1, cfg.d_sae, settings, Scale(1.0, 1.0)))
     flops = 3 * 4 * cfg.d_in * cfg.d_sae * rows
     return {"rows": rows, "batches": 1, "flops": flops, "read_bytes": 3 * bytes_a_device(state), **found}
 

@@ -111,9 +111,9 @@ def check(config: Any) -> None:
     }
     check_fields(config, choices, ranges)
     sae.SAETrainConfig(**config.train)  # checks its own fields
-    if ARCHITECTURES[config.sae.architecture].penalty is not None and not config.train.l1_coefficient:
+    if ARCHITECTURES[config.sae.architecture].penalty is not None and not config.train.sparsity_coefficient:
         kind = config.sae.architecture
-        raise UserError(f"config key 'train.l1_coefficient' is 0, and nothing else makes a {kind!r} dictionary sparse: give a positive weight")
+        raise UserError(f"config key 'train.sparsity_coefficient' is 0, and nothing else makes a {kind!r} dictionary sparse: give a positive weight")
 
 
 def _texts(data: Any) -> list[str]:

@@ -124,7 +124,7 @@ def test_checkpoint_every_zero_keeps_none_on_the_way(repo, tmp_path, assets, sou
 
 
 def test_other_taps_architectures_and_layouts(tmp_path, assets, source):
-    changes = {"hook": "blocks.0.mlp_act", "sae.architecture": "relu", "train.l1_coefficient": 0.1, "sae.layout": "saelens", "sae.d_sae": 200}
+    changes = {"hook": "blocks.0.mlp_act", "sae.architecture": "relu", "train.sparsity_coefficient": 0.1, "sae.layout": "saelens", "sae.d_sae": 200}
     changes |= {"train.steps": 2}
     assert call(tmp_path, assets, source, **changes) == 0
     assert (tmp_path / "sae" / "cfg.json").exists()
@@ -159,7 +159,7 @@ def test_no_model_and_no_text(tmp_path, capsys):
     ("changes", "message"),
     [
         ({"sae.layout": "saelen"}, "sae.layout.*did you mean saelens"),
-        ({"sae.architecture": "relu"}, "train.l1_coefficient' is 0.*'relu'"),
+        ({"sae.architecture": "relu"}, "train.sparsity_coefficient' is 0.*'relu'"),
         ({"sae.normalize_activations": "layernorm"}, "did you mean layer_norm"),
         ({"sae.dtype": "float8"}, "sae.dtype"),
         ({"dtype": "float16"}, "dtype.*float16"),
@@ -233,7 +233,7 @@ def test_every_setting_reaches_what_it_is_for(monkeypatch, tmp_path, field):
         monkeypatch.setattr(sae, "save", lambda folder, *how, **named: keep("save")(*how, **named))
         monkeypatch.setattr(checkpoint, "until_done", lambda folder: contextlib.nullcontext())
         monkeypatch.setattr(processes, "on_this_process", lambda dictionary, mesh: dictionary)
-        given = {"model": "m", "data.source": "s.txt", "train.l1_coefficient": "0.1"}
+        given = {"model": "m", "data.source": "s.txt", "train.sparsity_coefficient": "0.1"}
         command.run(load_config("configs/train_sae.py", given | changes), str(workdir))
         return seen
 
