@@ -4,7 +4,8 @@
 
 Steps have no gradient, so a rectangle of width `bandwidth` around the threshold stands for theirs (equations 11 and 12 there). The penalty
 is the number of active latents ("step"), its square distance to a target in units of that target, or a sum of tanh(c z |W_dec|), which
-also reaches latents far from their threshold ("tanh", Anthropic, January 2025 update).
+also reaches latents far from their threshold ("tanh", Anthropic, January 2025 update; there the step passes its gradient to the
+pre-activation too).
 """
 
 from __future__ import annotations
@@ -26,11 +27,13 @@ def encode(params: Params, x: Float[Array, "... D"], cfg: SAEConfig) -> Float[Ar
     return jnp.where(pre > params["threshold"].astype(jnp.float32), jax.nn.relu(pre), 0.0)
 
 
-def gated_by_threshold(pre: Array, threshold: Array, bandwidth: Array | float) -> Array:
-    """`encode`'s step with a gradient for the threshold: dz/dthreshold = -threshold / bandwidth within the rectangle."""
+def gated_by_threshold(pre: Array, threshold: Array, bandwidth: Array | float, to_input: bool = False) -> Array:
+    """`encode`'s step with a gradient for the threshold: dz/dthreshold = -threshold / bandwidth within the rectangle. to_input: the step
+    also has the opposite gradient for the pre-activation."""
     z = jnp.where(lax.stop_gradient(pre > threshold), jax.nn.relu(pre), 0.0)
     slope = lax.stop_gradient(-threshold * step_gradient(pre, threshold, bandwidth))
-    return z + slope * (threshold - lax.stop_gradient(threshold))
+    moved = threshold - pre if to_input else threshold
+    return z + slope * (moved - lax.stop_gradient(moved))
 
 
 def active(pre: Array, threshold: Array, bandwidth: Array | float) -> Float[Array, "B"]:
@@ -44,7 +47,7 @@ def train(params: Params, cfg: SAEConfig, x: Array, target: Array, context: Cont
     """FVU and one of the penalties above; with `pre_act`, dead latents are drawn towards their threshold."""
     pre = pre_activations(params, centred(params, x, cfg.apply_b_dec_to_input))
     threshold, width = params["threshold"].astype(jnp.float32), context.bandwidth * context.unit
-    z = gated_by_threshold(pre, threshold, width)
+    z = gated_by_threshold(pre, threshold, width, to_input=context.penalty == "tanh")
     if context.penalty == "tanh":
         penalty = jnp.mean(jnp.sum(jnp.tanh(context.tanh_scale * z * decoder_norms(params) / context.unit), axis=1))
     else:

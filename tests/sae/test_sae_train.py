@@ -228,7 +228,9 @@ def test_batch_mistakes(batches, message):
     [
         ({"decoder_norm": "unti"}, "'unit'"), ({"b_dec_init": "median"}, "b_dec_init"), ({"steps": 0}, "steps is 0"), ({"decay_share": 2.0}, "share"),
         ({"learning_rate": -1e-3}, "learning_rate is -0.001"), ({"beta1": 1.5}, "beta1 is 1.5"), ({"beta2": 1.0}, "beta2 is 1.0"),
-        ({"grad_clip": -1.0}, "grad_clip is -1.0"), ({"aux_k": 0}, "aux_k is 0"), ({"sparsity_coefficient": float("nan")}, "sparsity_coefficient is nan"),
+        ({"grad_clip": -1.0}, "grad_clip is -1.0"), ({"aux_k": 0}, "aux_k is 0"),
+        ({"sparsity_coefficient": float("nan")}, "sparsity_coefficient is nan"), ({"target_l0": 3, "penalty": "tanh"}, "target_l0 is a form"),
+        ({"penalty": "l0"}, "penalty"), ({"bandwidth": 0.0}, "bandwidth is 0.0"), ({"matmul_dtype": "int8"}, "matmul_dtype"),
         ({"dead_after": 0}, "dead_after is 0"), ({"warmup_steps": -1}, "warmup_steps is -1"),
     ],
 )  # fmt: skip
