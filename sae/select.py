@@ -81,11 +81,11 @@ def grouped_positions(x: Float[Array, "n F"], k: int, size: int) -> tuple[Int[Ar
     return by_rank(rank, positions, k), enough & distinct & jnp.all(x == x)  # a maximum may pass over NaN on CPUs
 
 
-def nth_largest(x: Float[Array, "..."], n: int) -> Float[Array, ""]:
-    """The n-th largest of all entries of x, none negative, or the least of a few that are equal to it in rank; 0 where n is over their number.
+def cut_for(x: Float[Array, "..."], n: int) -> Float[Array, ""]:
+    """A value t with n entries of x at or above it, none of which may be negative: at most the n-th largest and above the next.
 
-    The result t is such that n entries are >= t, more where entries are equal. Bits of non-negative floats are ordered as the floats are, so
-    bisection on them needs at most 31 counts of x, in any layout: where x is spread over devices, only counts travel.
+    More than n where entries equal the n-th largest; 0, so all of them, where n is over their number. Bits of non-negative floats are ordered
+    as the floats are, so bisection on them needs at most 31 counts of x, in any layout: where x is spread over devices, only counts travel.
     """
     bits = lax.bitcast_convert_type(x.astype(jnp.float32), jnp.int32)
 

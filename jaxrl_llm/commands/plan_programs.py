@@ -297,7 +297,7 @@ def sae_encode(model: Any, sizes: Mapping[str, Any], mesh: Any) -> dict[str, Any
     tokens = jax.ShapeDtypeStruct((rows, context), jnp.int32, sharding=where)
     lengths = jax.ShapeDtypeStruct((rows,), jnp.int32, sharding=where)
     placed = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated(mesh)), dictionary)
-    encode = jax.jit(lambda params, d, tokens, lengths: encode_topk(d, tap(model, params, tokens, lengths, hook)))
+    encode = jax.jit(lambda params, d, tokens, lengths: encode_topk(d, tap(model, params, tokens, lengths, (hook,))))
     found = compiled(encode, _params(model, mesh), placed, tokens, lengths)
     needed = blocks_needed(hook)
     blocks = 1.0 if needed is None else needed / model.n_layers

@@ -14,14 +14,13 @@ from jaxtyping import Array, Float
 from sae.architectures.jumprelu import AXES, encode
 from sae.base import Architecture, Context, Outcome, Params, centred, dense_outcome, nothing_to_penalise, pre_activations
 from sae.config import SAEConfig
-from sae.select import nth_largest
+from sae.select import cut_for
 
 
 def kept_of_batch(params: Params, cfg: SAEConfig, x: Float[Array, "B D"]) -> tuple[Float[Array, "B F"], Float[Array, ""]]:
     """(z, its least positive entry): the B k largest ReLU activations of the batch, and those equal to the least of them."""
     z = jax.nn.relu(pre_activations(params, centred(params, x, cfg.apply_b_dec_to_input)))
-    least = nth_largest(lax.stop_gradient(z), z.shape[0] * (cfg.k or 0))
-    z = jnp.where(z >= least, z, 0.0)
+    z = jnp.where(z >= cut_for(lax.stop_gradient(z), z.shape[0] * (cfg.k or 0)), z, 0.0)
     return z, jnp.min(jnp.where(z > 0, lax.stop_gradient(z), jnp.inf))
 
 
