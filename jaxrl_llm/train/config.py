@@ -176,6 +176,7 @@ class DPOConfig:
 
     steps: int = 100
     micro_batch_rows: int = 0  # pairs (KTO: rows) a micro-batch, gradients accumulated; 0 = all at once
+    length_buckets: int = 1  # widths that micro-batches of pairs sorted by length are cut to; 1 = all are as wide as the step's longest completion
     temperature: float = 1.0  # of the log-probabilities, the policy's and the reference's: that of the sampling to come
     shared_prefix: bool = True  # forward each prompt once for both completions (same gradient, less work)
     remat: bool = False  # recompute each layer in the backward pass
@@ -211,6 +212,7 @@ class OnlineDPOConfig:
     overlong_buffer: int = 0  # last tokens before max_new_tokens over which a soft penalty grows (DAPO eq. 13); 0 = no penalty
     overlong_penalty: float = 1.0  # what a completion that reaches max_new_tokens loses of its reward
     micro_batch_rows: int = 0  # pairs a micro-batch, gradients accumulated; 0 = all at once
+    length_buckets: int = 1  # widths that micro-batches of pairs sorted by length are cut to; 1 = all are as wide as the step's longest completion
     shared_prefix: bool = True  # forward each prompt once for both completions (same gradient, less work)
     remat: bool = False  # recompute each layer in the backward pass
     remat_keep: str = "nothing"  # with remat, what is not recomputed: "nothing", or "products", what the weight matrices give
@@ -301,8 +303,7 @@ def check_grpo(config: GRPOConfig) -> None:
             f"setting '{name}' compares the samples of a prompt, and num_samples=1: every advantage would be 0; "
             "set num_samples to 2 or more, or loss.baseline='batch_mean' or 'value' with rollout_tries=1"
         )
-    if config.length_buckets > 1 and not config.micro_batch_rows:
-        raise UserError(f"setting 'length_buckets' is {config.length_buckets} and 'micro_batch_rows' 0: there is one micro-batch, so set that too")
+    _check_buckets(config)
     _check_overlong(config)
     if not config.temperature > 0:
         raise UserError(f"setting 'temperature' must be above 0 in training, got {config.temperature}; evaluation is greedy anyway")
@@ -312,6 +313,11 @@ def check_grpo(config: GRPOConfig) -> None:
             f"top_k={config.top_k}, top_p={config.top_p}: the log-probabilities in the loss are over the full vocabulary, so training on "
             "truncated samples biases the ratio; set top_k=0 and top_p=1, or allow_truncated_sampling=True to accept that"
         )
+
+
+def _check_buckets(config: GRPOConfig | DPOConfig | OnlineDPOConfig) -> None:
+    if config.length_buckets > 1 and not config.micro_batch_rows:
+        raise UserError(f"setting 'length_buckets' is {config.length_buckets} and 'micro_batch_rows' 0: there is one micro-batch, so set that too")
 
 
 def _check_overlong(config: GRPOConfig | OnlineDPOConfig) -> None:
@@ -433,6 +439,8 @@ def _check_preference(config: DPOConfig | OnlineDPOConfig) -> None:
 
     loss = config.loss
     check_counts(config)
+    _check_at_least_one(config, ("length_buckets",))
+    _check_buckets(config)
     check_choice("loss.kind", loss.kind, (*preference.DPO_KINDS, "simpo", "orpo", "kto"))
     check_optimizer(config.optimizer)
     check_lora(config.lora)
