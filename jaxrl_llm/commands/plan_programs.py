@@ -1,8 +1,8 @@
 """The programs that `plan` compiles, with shapes in the place of arrays: sampling, the updates, and of SAERL its sparse autoencoder's.
 
 Each function returns what `plan_cost.compiled` tells and: "rows" that it takes at once, "batches" or "micro_batches" of a step, "flops" of a
-step over all devices by the model's formulas, and "read_bytes", what a device at least reads from its memory in a step; of the GRPO update "epochs", how often a step runs it, all of which
-"flops", "read_bytes" and "collectives" count.
+step over all devices by the model's formulas, and "read_bytes", what a device at least reads from its memory in a step. Of the GRPO update
+"epochs" says how often a step runs it; the numbers of a step count all of them.
 """
 
 import contextlib
