@@ -44,7 +44,8 @@ def _frozen(model: Any, sizes: Mapping[str, Any], mesh: Any) -> Any:
 
 def _train_settings(model: Any, sizes: Mapping[str, Any]) -> Any:
     """The StepSpec of the update that is planned."""
-    from jaxrl_llm.train.config import GRPOConfig, check_grpo
+    from jaxrl_llm.train.checks import check_grpo
+    from jaxrl_llm.train.config import GRPOConfig
     from jaxrl_llm.train.step import step_spec
 
     names = ("num_samples", "max_new_tokens", "micro_batch_rows", "remat", "remat_keep", "attention", "loss", "lora")

@@ -21,7 +21,8 @@ from jaxrl_llm.checkpoint import Checkpoints
 from jaxrl_llm.data.sampler import ShuffledSchedule
 from jaxrl_llm.errors import UserError, nearest
 from jaxrl_llm.run_dir import RunDir
-from jaxrl_llm.train.config import DPOConfig, check_dpo, from_mapping
+from jaxrl_llm.train.checks import check_dpo
+from jaxrl_llm.train.config import DPOConfig, from_mapping
 from jaxrl_llm.train.preference_step import (
     PreferenceSpec,
     by_length,

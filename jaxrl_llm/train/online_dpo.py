@@ -16,7 +16,8 @@ import models
 from jaxrl_llm.data.prompts import PromptBatch
 from jaxrl_llm.rewards.verdict import Reward
 from jaxrl_llm.run_dir import RunDir
-from jaxrl_llm.train.config import OnlineDPOConfig, check_online_dpo, from_mapping
+from jaxrl_llm.train.checks import check_online_dpo
+from jaxrl_llm.train.config import OnlineDPOConfig, from_mapping
 from jaxrl_llm.train.loop import Run, Schedule, train
 from jaxrl_llm.train.preference_step import by_length, compiled_sums, compiled_update, preference_batch, preference_spec, to_host
 from jaxrl_llm.train.rollout import Experience

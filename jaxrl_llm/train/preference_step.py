@@ -18,7 +18,8 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxrl_llm.losses import preference
-from jaxrl_llm.train.config import DPOConfig, OnlineDPOConfig, OptimizerConfig, PairLossConfig, remat_of, trained_as
+from jaxrl_llm.train.checks import remat_of, trained_as
+from jaxrl_llm.train.config import DPOConfig, OnlineDPOConfig, OptimizerConfig, PairLossConfig
 from jaxrl_llm.train.forward import policy_logprobs
 from jaxrl_llm.train.state import (
     State,

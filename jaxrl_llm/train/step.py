@@ -20,7 +20,8 @@ import models
 from jaxrl_llm.losses.grpo import Totals, batch_advantages, batch_totals, group_advantages, grpo_loss, kl_estimate, to_go
 from jaxrl_llm.losses.logprobs import default_chunk, token_logprobs
 from jaxrl_llm.losses.ppo import gae, token_values, value_loss
-from jaxrl_llm.train.config import GRPOConfig, LossConfig, OptimizerConfig, remat_of, trained_as
+from jaxrl_llm.train.checks import remat_of, trained_as
+from jaxrl_llm.train.config import GRPOConfig, LossConfig, OptimizerConfig
 from jaxrl_llm.train.forward import completion_hidden, policy_logprobs
 from jaxrl_llm.train.state import (
     VALUE_HEAD,

@@ -19,7 +19,8 @@ from jaxrl_llm.commands import grpo
 from jaxrl_llm.config import field_names, load_config
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.train import loop
-from jaxrl_llm.train.config import DPOConfig, GRPOConfig, OnlineDPOConfig, SFTConfig, check_dpo, check_grpo, check_online_dpo, from_mapping
+from jaxrl_llm.train.checks import check_dpo, check_grpo, check_online_dpo
+from jaxrl_llm.train.config import DPOConfig, GRPOConfig, OnlineDPOConfig, SFTConfig, from_mapping
 from jaxrl_llm.train.preference_step import preference_spec
 from jaxrl_llm.train.step import step_spec
 

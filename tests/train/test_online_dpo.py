@@ -13,7 +13,8 @@ import tiny_preferences as prefs
 
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.rewards.verdict import Status, Verdict
-from jaxrl_llm.train.config import OnlineDPOConfig, check_online_dpo, from_mapping
+from jaxrl_llm.train.checks import check_online_dpo
+from jaxrl_llm.train.config import OnlineDPOConfig, from_mapping
 from jaxrl_llm.train.online_dpo import pair_batch, pick_pairs
 from jaxrl_llm.train.rollout import collect
 from jaxrl_llm.train.signals import Interrupted

@@ -14,7 +14,8 @@ import tiny_preferences as prefs
 import models
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.train import dpo
-from jaxrl_llm.train.config import DPOConfig, OptimizerConfig, PreferenceLossConfig, check_dpo, from_mapping
+from jaxrl_llm.train.checks import check_dpo
+from jaxrl_llm.train.config import DPOConfig, OptimizerConfig, PreferenceLossConfig, from_mapping
 from jaxrl_llm.train.dpo import Preferences, with_unrelated
 from jaxrl_llm.train.preference_step import preference_batch
 from jaxrl_llm.train.signals import Interrupted
