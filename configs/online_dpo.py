@@ -64,6 +64,7 @@ def get_config(variant: str | None = None) -> ml_collections.ConfigDict:
     config.train.overlong_buffer = 0  # last tokens before max_new_tokens over which a penalty of the reward grows; 0 = no penalty
     config.train.overlong_penalty = 1.0  # what a completion that reaches max_new_tokens loses of its reward
     config.train.micro_batch_rows = 0  # pairs a micro-batch, gradients accumulated; 0 = all at once
+    config.train.length_buckets = 1  # widths that micro-batches are cut to, pairs sorted by length: less padding, same gradient; 1 = all as wide as the longest
     config.train.shared_prefix = True  # forward each prompt once for both completions: same gradient, less work
     config.train.remat = False  # recompute layers in the backward pass: less memory, a third more work
     config.train.remat_keep = "nothing"  # with remat, what is not recomputed: "nothing", or "products", what the weight matrices give: more memory, little more work

@@ -1,7 +1,8 @@
 """The programs that `plan` compiles, with shapes in the place of arrays: sampling, the updates, and of SAERL its sparse autoencoder's.
 
 Each function returns what `plan_cost.compiled` tells and: "rows" that it takes at once, "batches" or "micro_batches" of a step, "flops" of a
-step over all devices by the model's formulas, and "read_bytes", what a device at least reads from its memory in a step.
+step over all devices by the model's formulas, and "read_bytes", what a device at least reads from its memory in a step. Of the GRPO update
+"epochs" says how often a step runs it; the numbers of a step count all of them.
 """
 
 import contextlib
@@ -43,7 +44,8 @@ def _frozen(model: Any, sizes: Mapping[str, Any], mesh: Any) -> Any:
 
 def _train_settings(model: Any, sizes: Mapping[str, Any]) -> Any:
     """The StepSpec of the update that is planned."""
-    from jaxrl_llm.train.config import GRPOConfig, check_grpo
+    from jaxrl_llm.train.checks import check_grpo
+    from jaxrl_llm.train.config import GRPOConfig
     from jaxrl_llm.train.step import step_spec
 
     names = ("num_samples", "max_new_tokens", "micro_batch_rows", "remat", "remat_keep", "attention", "loss", "lora")
@@ -182,7 +184,7 @@ def _one_stage(new: int):
 
 
 def update(model: Any, sizes: Mapping[str, Any], mesh: Any) -> dict[str, Any]:
-    """The GRPO update on the whole step's completions: gradients by micro-batches, AdamW, the target's loss.
+    """The GRPO update on the whole step's completions, `inner_epochs` times: gradients by micro-batches, AdamW, the target's loss.
 
     A reference's log-probabilities and a critic's values come from passes before it, without gradients, that take less.
     """
@@ -221,13 +223,17 @@ def update(model: Any, sizes: Mapping[str, Any], mesh: Any) -> dict[str, Any]:
         batch["ref_logps" if spec.loss.kl_place == "loss" else "kl"] = batch["sampler_logps"]
     if spec.loss.critic:
         batch["values"] = batch["sampler_logps"]
+    if (epochs := sizes["inner_epochs"]) > 1:
+        batch["old_logps"] = batch["sampler_logps"]  # which the first epoch gives the others
     state = abstract_state(model, spec.optimizer, mesh, spec.loss.critic, spec.lora)
     found = compiled(compiled_update(spec, mesh), state, batch, _frozen(model, sizes, mesh))
     forward = blocks * width * model.flops_per_token(width // 2)
     forward += sizes["prompts"] * samples * new * model.flops_per_token(width + new // 2)
-    passes = _passes(sizes) + _passes_before(spec.loss)
+    passes = epochs * _passes(sizes) + _passes_before(spec.loss)
     read = micros * passes * _weight_bytes(model, mesh, rows // ways * (width // together + new))
-    return {"rows": rows, "micro_batches": micros, "flops": forward * passes, "read_bytes": read, **found}
+    if found["collectives"] is not None:
+        found["collectives"] = {kind: size * epochs for kind, size in found["collectives"].items()}
+    return {"rows": rows, "micro_batches": micros, "epochs": epochs, "flops": forward * passes, "read_bytes": read, **found}
 
 
 def _passes(sizes: Mapping[str, Any]) -> int:

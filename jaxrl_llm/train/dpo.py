@@ -21,9 +21,11 @@ from jaxrl_llm.checkpoint import Checkpoints
 from jaxrl_llm.data.sampler import ShuffledSchedule
 from jaxrl_llm.errors import UserError, nearest
 from jaxrl_llm.run_dir import RunDir
-from jaxrl_llm.train.config import DPOConfig, check_dpo, from_mapping
+from jaxrl_llm.train.checks import check_dpo
+from jaxrl_llm.train.config import DPOConfig, from_mapping
 from jaxrl_llm.train.preference_step import (
     PreferenceSpec,
+    by_length,
     compiled_sums,
     compiled_update,
     preference_batch,
@@ -60,6 +62,10 @@ class Preferences:
         pick = lambda column: [column[i] for i in indices]  # noqa: E731
         labels = None if self.labels_N is None else self.labels_N[np.asarray(indices)]
         return Preferences(pick(self.prompts), pick(self.completions), pick(self.ids), labels)
+
+    def lengths(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
+        """int [len(indices), 2]: tokens of both completions of the rows at `indices`."""
+        return np.array([[len(tokens) for tokens in self.completions[i]] for i in indices])
 
     def batch(self, indices: Sequence[int] | np.ndarray, rows: int = 0, multiple: int = 1, **columns: np.ndarray) -> dict[str, np.ndarray]:
         """The rows at `indices` as `preference_step` takes them; columns: [N, ...] arrays of which the same rows go along."""
@@ -191,7 +197,8 @@ def _sums(run: _Run, state, rows: Preferences, name: str) -> np.ndarray:
     ways = 1 if run.mesh is None else batch_ways(run.mesh)
     size = min(run.config.forward_rows, len(rows))
     order = np.argsort([len(p) + max(map(len, c)) for p, c in zip(rows.prompts, rows.completions, strict=True)], kind="stable")
-    sums, forward = np.zeros((len(rows), 2), np.float32), compiled_sums(run.spec, run.mesh)
+    spec = dataclasses.replace(run.spec, length_buckets=1)  # each chunk is a batch, of a width of its own
+    sums, forward = np.zeros((len(rows), 2), np.float32), compiled_sums(spec, run.mesh)
     params = whole(run.spec.lora, state["params"], run.frozen)
     for begin in range(0, len(rows), size):
         chosen = order[begin : begin + size]
@@ -218,7 +225,10 @@ def _train(run: _Run, state, start: int, progress: bool):
     with bar, stopping as stop, watchdog(config.watchdog_seconds) as alive:
         for step in range(start, config.steps):
             alive()
-            batch = run.data.batch(run.schedule.batch(step), config.micro_batch_rows, ways, **columns)
+            indices = np.asarray(run.schedule.batch(step))
+            if config.length_buckets > 1:
+                indices = indices[by_length(run.data.lengths(indices))]
+            batch = run.data.batch(indices, config.micro_batch_rows, ways, **columns)
             state, metrics = update(state, _placed(run, batch), run.frozen)
             trained = batch["lengths"][:, ::2] if config.loss.kind == "kto" else batch["lengths"]
             pending.append((metrics, int(trained.sum())))
@@ -269,7 +279,7 @@ def _evaluate(run: _Run, state, step: int) -> None:
     for name, rows in run.held_out.items():
         began = time.perf_counter()
         sums = _sums(run, state, rows, name)
-        lengths = np.array([[len(tokens) for tokens in pair] for pair in rows.completions])
+        lengths = rows.lengths(range(len(rows)))
         loss, metrics = preference_loss(run.config.loss, jnp.asarray(sums), jnp.asarray(lengths), run.references.get(name), rows.labels_N)
         figures = {key: float(value) for key, value in {"loss": loss, **metrics}.items()}
         run.log({"kind": "eval", "step": step, "set": name, **figures, "n": len(rows), "seconds": time.perf_counter() - began})

@@ -23,7 +23,8 @@ from jaxrl_llm.errors import UserError, nearest
 from jaxrl_llm.rewards.verdict import Reward
 from jaxrl_llm.run_dir import RunDir
 from jaxrl_llm.runtime import parse_axes
-from jaxrl_llm.train.config import GRPOConfig, OnlineDPOConfig, check_grpo, from_mapping
+from jaxrl_llm.train.checks import check_grpo
+from jaxrl_llm.train.config import GRPOConfig, OnlineDPOConfig, from_mapping
 from jaxrl_llm.train.evaluate import evaluate
 from jaxrl_llm.train.metrics import experience_metrics, samples_record
 from jaxrl_llm.train.preference_step import PreferenceSpec

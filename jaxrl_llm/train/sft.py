@@ -20,7 +20,8 @@ from jaxrl_llm.errors import UserError
 from jaxrl_llm.losses.logprobs import token_logprobs
 from jaxrl_llm.losses.sft import load_balancing_loss, sft_loss
 from jaxrl_llm.run_dir import RunDir
-from jaxrl_llm.train.config import OptimizerConfig, SFTConfig, check_counts, check_lora, check_optimizer, from_mapping, remat_of, trained_as
+from jaxrl_llm.train.checks import check_counts, check_lora, check_optimizer, remat_of, trained_as
+from jaxrl_llm.train.config import OptimizerConfig, SFTConfig, from_mapping
 from jaxrl_llm.train.signals import Interrupted, StopRequest, stop_on_signal, watchdog
 from jaxrl_llm.train.state import (
     abstract_state,
