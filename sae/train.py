@@ -299,6 +299,8 @@ def train_sae(
             save(checkpoints, at, run, state, batches)
         bar.update()
     bar.close()
+    if checkpoints is not None:
+        checkpoints.finish()
     d = Dictionary(state.params, at.cfg)
     d = fold_decoder_norm(d) if train.decoder_norm == "free" and not architecture(cfg).needs_k else d
     return Dictionary(jax.tree.map(lambda a: a.astype(cfg.dtype), d.params), d.cfg.replace(dtype=cfg.dtype)), at.history

@@ -179,15 +179,13 @@ def train_grpo(
 
 def train(run: Run, params, progress: bool = True):
     """Goes on from the newest checkpoint of `run.run_dir`, or starts from `params`; (parameters, summary), see `train_grpo`."""
-    try:
+    with run.checkpoints:
         state, start = _restore(run, params)
         state = _train(run, state, start, progress)
         if run.best is not None and run.best[1] < run.config.steps:
             del state
             found = run.checkpoints.restore(_abstract(run), at=run.best[1])
             state = found[1]  # pyright: ignore[reportOptionalSubscript]
-    finally:
-        run.checkpoints.close()
     summary = _summary(run.run_dir.metrics(), run.config)
     if run.best is not None:
         summary["best"] = {"set": run.config.keep_best, "step": run.best[1], "accuracy": run.best[0]}
@@ -256,6 +254,7 @@ def _train(run: Run, state, start: int, progress: bool):
                 alive()
                 run.checkpoints.save(done, state, run.schedule.state() | drawn)
             if stop.signum and not last:
+                run.checkpoints.finish()
                 message = f"stopped by signal {stop.signum} after step {done}; the same command goes on from there"
                 logging.warning("%s", message)
                 raise Interrupted(stop.signum, message)
