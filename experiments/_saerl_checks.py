@@ -93,5 +93,12 @@ def check_arm(config, name: str) -> None:
         )
     if arm.filter == "tuned" and not (c.tuned and c.answers):
         raise UserError(f"arm {name!r} filters by tuned policies: it needs config.curation.tuned and config.curation.answers")
+    if arm.schedule == "band" and config.grpo.overlap_rewards:
+        raise UserError(
+            f"arm {name!r} follows the policy, so its prompts of a step wait for the verdicts of the step before: set "
+            "config.grpo.overlap_rewards=False, or take it out of config.arms"
+        )
+    if config.grpo.overlap_rewards and config.grpo.rollout_tries > 1:
+        raise UserError("config.grpo.overlap_rewards needs config.grpo.rollout_tries=1: whether to roll out again is for the verdicts to say")
     if config.data.source and "oracle" in (arm.filter, arm.difficulty):
         raise UserError(f"arm {name!r} needs the truth, which only the generated world has; take it out of config.arms")

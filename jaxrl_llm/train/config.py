@@ -97,6 +97,7 @@ class GRPOConfig:
     rollout_rows: int = 512  # most completions decoded at once
     rollout_refill: bool = False  # a finished completion gives its place to the next at once: the same samples, sooner, for more memory
     rollout_mesh: str = ""  # how the mesh's devices are used while sampling, such as "fsdp=4,tensor=2"; empty = as in training
+    overlap_rewards: bool = False  # judge a step's completions while the next step's are sampled, by the policy before the update: one update old
     inner_epochs: int = 1  # updates on each rollout (mu); above 1 the old log-probabilities are kept
     rollout_tries: int = 1  # most rollouts a step: groups of equal rewards are replaced by the schedule's next prompts (DAPO); 1 = never
     overlong_buffer: int = 0  # last tokens before max_new_tokens over which a soft penalty grows (DAPO eq. 13); 0 = no penalty
@@ -208,6 +209,7 @@ class OnlineDPOConfig:
     rollout_rows: int = 512  # most completions decoded at once
     rollout_refill: bool = False  # a finished completion gives its place to the next at once: the same samples, sooner, for more memory
     rollout_mesh: str = ""  # how the mesh's devices are used while sampling, such as "fsdp=4,tensor=2"; empty = as in training
+    overlap_rewards: bool = False  # judge a step's completions while the next step's are sampled, by the policy before the update: one update old
     overlong_buffer: int = 0  # last tokens before max_new_tokens over which a soft penalty grows (DAPO eq. 13); 0 = no penalty
     overlong_penalty: float = 1.0  # what a completion that reaches max_new_tokens loses of its reward
     micro_batch_rows: int = 0  # pairs a micro-batch, gradients accumulated; 0 = all at once
@@ -303,6 +305,7 @@ def check_grpo(config: GRPOConfig) -> None:
         )
     if config.length_buckets > 1 and not config.micro_batch_rows:
         raise UserError(f"setting 'length_buckets' is {config.length_buckets} and 'micro_batch_rows' 0: there is one micro-batch, so set that too")
+    _check_overlap(config)
     _check_overlong(config)
     if not config.temperature > 0:
         raise UserError(f"setting 'temperature' must be above 0 in training, got {config.temperature}; evaluation is greedy anyway")
@@ -311,6 +314,19 @@ def check_grpo(config: GRPOConfig) -> None:
         raise UserError(
             f"top_k={config.top_k}, top_p={config.top_p}: the log-probabilities in the loss are over the full vocabulary, so training on "
             "truncated samples biases the ratio; set top_k=0 and top_p=1, or allow_truncated_sampling=True to accept that"
+        )
+
+
+def _check_overlap(config: GRPOConfig) -> None:
+    if config.overlap_rewards and config.rollout_tries > 1:
+        raise UserError(
+            f"setting 'overlap_rewards' is True and 'rollout_tries' {config.rollout_tries}: whether to roll out again is known only when the step's "
+            "completions are judged; set rollout_tries=1, or overlap_rewards=False"
+        )
+    if config.overlap_rewards and config.loss.mismatch is not None:
+        raise UserError(
+            f"setting 'loss.mismatch' is {config.loss.mismatch!r}, the weight of the trainer's old log-probabilities over the sampler's; with "
+            "overlap_rewards the old ones are the sampler's: set it to None, or overlap_rewards=False"
         )
 
 
