@@ -24,9 +24,12 @@ from sae.train_config import Scale
 
 
 class CheckpointFolder(Protocol):
-    """What training needs of a folder of checkpoints (jaxrl_llm.checkpoint.Checkpoints)."""
+    """What training needs of a folder of checkpoints (jaxrl_llm.checkpoint.Checkpoints). `save` may return as soon as it has copied what is
+    to be written; `finish` waits until that is written."""
 
     def save(self, step: int, state: Any, host: dict[str, np.ndarray]) -> None: ...
+
+    def finish(self) -> None: ...
 
     def restore(self, abstract_state: Any) -> tuple[int, Any, dict[str, np.ndarray]] | None: ...
 

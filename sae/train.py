@@ -126,6 +126,8 @@ def train_saes(
                     check_finite(state, at.step)
                 save(checkpoints, at, run, loop.states, batches)
             bar.update()
+    if checkpoints is not None:
+        checkpoints.finish()
     return {name: (_finished(task, member.cfg, state), member.history) for (name, task), member, state in loop.each()}
 
 

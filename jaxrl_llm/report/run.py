@@ -45,7 +45,7 @@ PANELS: tuple[tuple[str, tuple[str, ...], dict[str, Any]], ...] = (
         {"log": True, "note": "Difference of their log-probabilities of the sampled tokens; 0 is perfect agreement."},
     ),
     ("Gradient norm", ("grad_norm",), {}),
-    ("Seconds a step", ("seconds_rollout", "seconds_reward", "seconds_update", "seconds_schedule"), {}),
+    ("Seconds a step", ("seconds_rollout", "seconds_reward", "seconds_reward_waited", "seconds_update", "seconds_schedule"), {}),
     ("Seconds a record", ("seconds",), {}),
     ("Tokens a second", ("tokens_per_s",), {}),
     ("Completions without a verdict", ("errors", "timeouts"), {}),
@@ -55,6 +55,7 @@ SHORT_NAMES = {
     "logp_diff_max": "max",
     "seconds_rollout": "rollout",
     "seconds_reward": "reward",
+    "seconds_reward_waited": "waited for the reward",
     "seconds_update": "update",
     "seconds_schedule": "schedule",
     "implicit_chosen": "chosen",
@@ -356,9 +357,10 @@ def _provenance(head: dict[str, Any], summary: dict[str, Any], train: list[dict[
     seed = head.get("config", {}).get("seed") if isinstance(head.get("config"), dict) else None
     if isinstance(seed, int):
         out["seeds"] = [seed]
+    overlapped = any("seconds_reward_waited" in r for r in train)  # then the rest of the judging is in the time of the rollouts
     stages = [
         {"name": SHORT_NAMES[key], "seconds": sum(v for v in _series(train, key)[1] if v is not None)}
-        for key in ("seconds_rollout", "seconds_reward", "seconds_update")
+        for key in ("seconds_rollout", "seconds_reward_waited" if overlapped else "seconds_reward", "seconds_update")
         if any(key in r for r in train)
     ]
     if stages:

@@ -48,6 +48,7 @@ def check_grpo(config: GRPOConfig) -> None:
             "set num_samples to 2 or more, or loss.baseline='batch_mean' or 'value' with rollout_tries=1"
         )
     _check_buckets(config)
+    _check_overlap(config)
     _check_overlong(config)
     if not config.temperature > 0:
         raise UserError(f"setting 'temperature' must be above 0 in training, got {config.temperature}; evaluation is greedy anyway")
@@ -62,6 +63,19 @@ def check_grpo(config: GRPOConfig) -> None:
 def _check_buckets(config: GRPOConfig | DPOConfig | OnlineDPOConfig) -> None:
     if config.length_buckets > 1 and not config.micro_batch_rows:
         raise UserError(f"setting 'length_buckets' is {config.length_buckets} and 'micro_batch_rows' 0: there is one micro-batch, so set that too")
+
+
+def _check_overlap(config: GRPOConfig) -> None:
+    if config.overlap_rewards and config.rollout_tries > 1:
+        raise UserError(
+            f"setting 'overlap_rewards' is True and 'rollout_tries' {config.rollout_tries}: whether to roll out again is known only when the step's "
+            "completions are judged; set rollout_tries=1, or overlap_rewards=False"
+        )
+    if config.overlap_rewards and config.loss.mismatch is not None:
+        raise UserError(
+            f"setting 'loss.mismatch' is {config.loss.mismatch!r}, the weight of the trainer's old log-probabilities over the sampler's; with "
+            "overlap_rewards the old ones are the sampler's: set it to None, or overlap_rewards=False"
+        )
 
 
 def _check_overlong(config: GRPOConfig | OnlineDPOConfig) -> None:

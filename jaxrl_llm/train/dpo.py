@@ -162,7 +162,7 @@ def train_dpo(
         run_dir.truncate_after(start if found else -1)
     history = [] if run_dir is None else run_dir.metrics()
     run = _Run(data, held_out or {}, schedule, config, spec, run_dir, checkpoints, mesh, references, history, frozen)
-    try:
+    with contextlib.nullcontext() if checkpoints is None else checkpoints:
         if not found and config.loss.needs_reference:
             run.references = {name: _sums(run, state, rows, name) for name, rows in {TRAINING: data, **run.held_out}.items()}
         run.see_best()
@@ -170,9 +170,6 @@ def train_dpo(
         if run.best is not None and run.best[1] < config.steps:
             del state
             state = checkpoints.restore(abstract_state(model_cfg, spec.optimizer, mesh, lora=spec.lora), at=run.best[1])[1]
-    finally:
-        if checkpoints is not None:
-            checkpoints.close()
     return policy_params(model_cfg, state["params"], spec.lora, frozen), run.history
 
 
@@ -248,7 +245,8 @@ def _train(run: _Run, state, start: int, progress: bool):
             if save and checkpoints is not None:
                 alive()
                 checkpoints.save(done, state, run.references)
-            if stop.signum and not last:
+            if stop.signum and not last and checkpoints is not None:
+                checkpoints.finish()
                 message = f"stopped by signal {stop.signum} after step {done}; the same command goes on from there"
                 logging.warning("%s", message)
                 raise Interrupted(stop.signum, message)

@@ -164,11 +164,8 @@ def train_sft(
     del params  # the state has a copy
     if run_dir is not None:
         run_dir.truncate_after(start if found else -1)
-    try:
+    with contextlib.nullcontext() if checkpoints is None else checkpoints:
         state, history = _train(spec, state, frozen, start, iter(batches), config, run_dir, checkpoints, mesh, progress)
-    finally:
-        if checkpoints is not None:
-            checkpoints.close()
     return policy_params(model_cfg, state["params"], lora, frozen), history
 
 
@@ -213,6 +210,7 @@ def _train(spec, state, frozen, start, batches, config, run_dir, checkpoints, me
                 alive()
                 checkpoints.save(done, state, {})
             if stop.signum and not last:
+                checkpoints.finish()
                 saved = "the same command goes on from there"
                 logging.warning("stopped by signal %d after step %d; %s", stop.signum, done, saved)
                 raise Interrupted(stop.signum, f"stopped by signal {stop.signum} after step {done}; {saved}")
