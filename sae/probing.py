@@ -112,16 +112,19 @@ def mean_difference(x: Any, labels: np.ndarray) -> np.ndarray:
     return column_moments(x[labels == 1])[0] - column_moments(x[labels == 0])[0]
 
 
-def fit_probe(x: Any, labels: np.ndarray, *, penalty: float = 1.0) -> Probe:
+def fit_probe(x: Any, labels: np.ndarray, *, penalty: float = 1.0, per_column: bool = True) -> Probe:
     """Logistic regression on columns standardised by these rows, with weights for raw columns; constant ones get weight 0.
 
-    penalty: the inverse of scikit-learn's C, of the L2 penalty on the standardised columns' weights.
+    penalty: the inverse of scikit-learn's C, of the L2 penalty on the standardised columns' weights. per_column: each column is divided by
+    its own standard deviation; otherwise all by one, the root of their mean variance, which leaves directions between columns as they
+    are: for a probe whose direction is what is asked for.
     """
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
 
     x = np.asarray(x.todense() if scipy.sparse.issparse(x) else x, np.float64)
     mean, spread = column_moments(x)
+    spread = spread if per_column else np.full_like(spread, np.sqrt(np.mean(spread**2)))
     spread = np.where(spread > 1e-12 * np.maximum(1.0, np.abs(mean)), spread, np.inf)
     model = LogisticRegression(C=1.0 / penalty, max_iter=MAX_ITER)
     with warnings.catch_warnings():

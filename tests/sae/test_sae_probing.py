@@ -145,6 +145,9 @@ def test_the_probe_is_scikit_learns_on_standardised_columns():
     np.testing.assert_allclose(fit_probe(x, labels).scores(x), theirs.decision_function(scaler.transform(x)), atol=1e-6)
     tighter = fit_probe(x, labels, penalty=100.0)
     assert np.abs(tighter.weights).sum() < np.abs(fit_probe(x, labels).weights).sum()
+    one_scale = (x - x.mean(axis=0)) / np.sqrt(np.mean(x.var(axis=0)))
+    whole = LogisticRegression().fit(one_scale, labels).decision_function(one_scale)
+    np.testing.assert_allclose(fit_probe(x, labels, per_column=False).scores(x), whole, atol=1e-6)
     constant = np.c_[x, np.full(200, 0.1)]
     np.testing.assert_allclose(fit_probe(constant, labels).scores(constant), fit_probe(x, labels).scores(x), atol=1e-6)
 
