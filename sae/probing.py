@@ -79,11 +79,12 @@ def split(labels: Sequence[Any], texts: Sequence[Any] | None = None, *, test_sha
 def one_vs_rest(labels: Sequence[Any], train: np.ndarray, test: np.ndarray, *, seed: int = 0) -> list[Problem]:
     """A balanced problem for each class: its rows, and as many others drawn from the rest (or all of them, where they are fewer, beside as
     many of the class). Of two classes there is one problem, the second against the first, for the other is its mirror image."""
-    labels, classes = np.asarray(labels), sorted(set(np.asarray(labels).tolist()), key=str)
+    of: np.ndarray = np.asarray(labels)
+    classes: list[Any] = sorted(set(of.tolist()), key=str)
     rng = np.random.default_rng(seed)
 
     def balanced(rows: np.ndarray, label: Any) -> tuple[np.ndarray, np.ndarray]:
-        own, rest = rows[labels[rows] == label], rows[labels[rows] != label]
+        own, rest = rows[of[rows] == label], rows[of[rows] != label]
         size = min(len(own), len(rest))
         own, rest = (np.sort(rng.permutation(part)[:size]) for part in (own, rest))
         return np.concatenate([own, rest]), np.repeat([1, 0], size)
