@@ -36,7 +36,8 @@ from sae.errors import SAEError
 from sae.formats import load, save
 from sae.harvest import ActivationBuffer, array_batches, harvest_activations
 from sae.kmeans import KMeans, kmeans
-from sae.metrics import ce_recovered, evaluate
+from sae.metrics import Statistics, activation_statistics, evaluate, geometry, max_cosines, token_counts
+from sae.splice import ce_recovered, splice_figures, splice_sums
 from sae.train import SAETask, train_sae, train_saes
 from sae.train_config import SAETrainConfig
 
@@ -48,6 +49,8 @@ __all__ = [
     "SAEError",
     "SAETask",
     "SAETrainConfig",
+    "Statistics",
+    "activation_statistics",
     "array_batches",
     "ce_recovered",
     "decode",
@@ -57,12 +60,17 @@ __all__ = [
     "evaluate",
     "fold_decoder_norm",
     "fold_input_scale",
+    "geometry",
     "harvest_activations",
     "init",
     "kmeans",
     "load",
+    "max_cosines",
     "reconstruct",
     "save",
+    "splice_figures",
+    "splice_sums",
+    "token_counts",
     "train_sae",
     "train_saes",
     "unfold_input_scale",

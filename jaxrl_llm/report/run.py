@@ -79,7 +79,8 @@ def save_data(run_dir: str | os.PathLike[str], data: Any) -> None:
 def run_report(run_dir: str | os.PathLike[str], *, title: str = "", samples: int = 60) -> dict[str, Any]:
     """The page data (`schema.ReportData`) of a run directory.
 
-    An experiment's own `report.json` is used where there is one; of a curate run its signals and its set (`report.curate`); otherwise curves,
+    An experiment's own `report.json` is used where there is one; of a curate run its signals and its set (`report.curate`), of an eval run its
+    eval.json (`report.sae_eval`); otherwise curves,
     panels, samples and config are read from metrics.jsonl, samples.jsonl, config.json and summary.json.
 
     Args:
@@ -101,6 +102,13 @@ def run_report(run_dir: str | os.PathLike[str], *, title: str = "", samples: int
         from jaxrl_llm.report.curate import curate_page
 
         return dict(validate(curate_page(path, head, title)))
+    if head.get("kind") == "eval_sae":
+        from jaxrl_llm.report.sae_eval import comparison_page
+
+        total = _read_json(path / "eval.json")
+        if not total:
+            raise UserError(f"{path} holds an eval run that did not finish: the same command goes on with it")
+        return dict(validate(comparison_page(total["saes"], head["config"], title or path.resolve().name)))
     metrics, sample_rows = _read_lines(path / "metrics.jsonl"), _read_lines(path / "samples.jsonl")
     if not metrics and not sample_rows:
         raise UserError(f"{path} holds nothing to report: no records in metrics.jsonl or samples.jsonl; give the --workdir of a run")
