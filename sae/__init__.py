@@ -32,6 +32,7 @@ from sae.dictionary import (
     reconstruct,
     unfold_input_scale,
 )
+from sae.end_to_end import FinetuneConfig, finetune
 from sae.errors import SAEError
 from sae.formats import load, save
 from sae.harvest import ActivationBuffer, array_batches, harvest_activations
@@ -44,6 +45,7 @@ from sae.train_config import SAETrainConfig
 __all__ = [
     "ActivationBuffer",
     "Dictionary",
+    "FinetuneConfig",
     "KMeans",
     "SAEConfig",
     "SAEError",
@@ -58,6 +60,7 @@ __all__ = [
     "encode",
     "encode_topk",
     "evaluate",
+    "finetune",
     "fold_decoder_norm",
     "fold_input_scale",
     "geometry",
