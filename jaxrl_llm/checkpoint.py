@@ -30,7 +30,7 @@ _PATIENCE = 2 * 3600  # seconds that a write may take; Orbax would give up after
 
 def _not_of_a_write(record: std_logging.LogRecord) -> bool:
     """Whether a log record is none of Orbax's on a write that failed: it is told of once a thread with a traceback, and raised to us too."""
-    return record.levelno < std_logging.ERROR or "orbax" not in Path(record.pathname).parts
+    return record.levelno < std_logging.ERROR or "/orbax/checkpoint/" not in Path(record.pathname).as_posix()
 
 
 @dataclasses.dataclass
