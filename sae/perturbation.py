@@ -14,6 +14,7 @@ import numpy as np
 
 from sae.dictionary import Dictionary
 from sae.errors import SAEError
+from sae.metrics import ratio
 from sae.pooling import Pooled
 from sae.probing import Probe, Problem, fit_probe, mean_difference, one_vs_rest
 
@@ -51,7 +52,7 @@ class Perturbation:
     @staticmethod
     def _accuracy(right: np.ndarray, problem: Problem, weights_RN: np.ndarray | None) -> np.ndarray:
         weights = np.ones((1, len(right))) if weights_RN is None else weights_RN[:, problem.test]
-        return (weights @ right) / weights.sum(axis=1)
+        return ratio(weights @ right, weights.sum(axis=1))  # NaN where a resample has no text of the problem
 
 
 def targeted_probe_perturbation(

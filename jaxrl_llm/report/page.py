@@ -55,14 +55,6 @@ SECTIONS = (
         lambda data, arms: sections.curves(data["curves"], arms),
     ),
     Section(
-        "tables",
-        "Compared",
-        "Side by side",
-        "Each row beside those it must be read against. The best of a column is bold, where more or less is better; italics are no competitor.",
-        lambda data, _: sections.signals(data["tables"]),
-        (),
-    ),
-    Section(
         "plots",
         "Plots",
         "Curves and trade-offs",
@@ -77,6 +69,14 @@ SECTIONS = (
         "Latents by the share of tokens they fire on, on a logarithmic scale. Far left: hardly ever. Far right: latents that fire on most of "
         "the text and say little.",
         lambda data, _: charts_sae.densities(data["densities"]),
+        (),
+    ),
+    Section(
+        "tables",
+        "Compared",
+        "Side by side",
+        "Each row beside those it must be read against. The best of a column is bold, where more or less is better; italics are no competitor.",
+        lambda data, _: sections.signals(data["tables"]),
         (),
     ),
     Section(

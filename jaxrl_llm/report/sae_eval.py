@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jaxrl_llm.report.svg import number
+from jaxrl_llm.report.svg import interval, number
 
 MATCHED = 1.5  # SAEs whose L0 are within this factor of the sparsest of them are compared in one table
 
@@ -57,6 +57,10 @@ TABLES: tuple[tuple[str, str, bool | None, dict[str, str]], ...] = (
         },
     ),
 )  # fmt: skip
+MATCHED_FIGURES = {
+    "explained_variance": "explained variance", "cossim": "cosine", "ce_recovered": "CE recovered", "kl_recovered": "KL recovered",
+}  # fmt: skip
+MARKED = 5  # columns from which the marks beside figures go, so that a table fits
 METHODS = {"sae_top_k": "k SAE latents", "llm_top_k": "k raw dimensions", "diff_mean": "DiffMean", "dense": "dense probe", "majority": "majority"}
 ABSORPTION = {
     "mean_absorption_fraction_score": "absorbed fraction", "mean_full_absorption_score": "full absorption",
@@ -68,7 +72,7 @@ def sae_page(record: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, 
     """The page data of one SAE's record."""
     sae, data = record["sae"], record["data"]
     page: dict[str, Any] = {
-        "kind": "run",
+        "kind": "eval",
         "title": record["name"],
         "subtitle": "jaxrl-llm eval: sparse autoencoder",
         "headline": _headline(record),
@@ -83,7 +87,6 @@ def sae_page(record: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, 
             "seconds": float(sum(record["seconds"].values())),
             "other": {"SAE": record["source"], **{key: value for key, value in sae.items() if value is not None}, "data": dict(data)},
         },
-        "left_out": {"rollouts": "there are none to an SAE"},
     }
     return {key: value for key, value in page.items() if value != []}
 
@@ -92,14 +95,10 @@ def comparison_page(records: Sequence[Mapping[str, Any]], config: Mapping[str, A
     """The page data of several SAEs, sparsest first; tables are of SAEs of like L0."""
     records = sorted(records, key=lambda record: record["figures"]["l0"]["value"])
     groups = matched(records)
-    tables = []
-    for group in groups:
-        where = "" if len(groups) == 1 else f" at L0 {_l0(group[0])}" + (f" to {_l0(group[-1])}" if len(group) > 1 else "")
-        tables += [table | {"title": table["title"] + where} for table in _tables(group)]
-    tables += [*_tpp_tables(records), *_absorption_tables(records)]
+    tables = [*_matched_tables(groups), *_tables(records), *_tpp_tables(records), *_absorption_tables(records)]
     one = len(records) == 1
     page: dict[str, Any] = {
-        "kind": "run",
+        "kind": "eval",
         "title": f"SAE evaluation: {title}",
         "subtitle": "jaxrl-llm eval",
         "headline": _headline(records[0]) if one else _best_line(groups),
@@ -114,7 +113,6 @@ def comparison_page(records: Sequence[Mapping[str, Any]], config: Mapping[str, A
             "stages": [{"name": record["name"], "seconds": float(sum(record["seconds"].values()))} for record in records],
             "other": {record["name"]: record["source"] for record in records} | {"data": dict(records[0]["data"])},
         },
-        "left_out": {"rollouts": "there are none to an SAE"},
     }
     return {key: value for key, value in page.items() if value != []}
 
@@ -164,32 +162,54 @@ def _facts(record: Mapping[str, Any]) -> list[dict[str, str]]:
     for name, label in wanted.items():
         found = record["figures"].get(name)
         if found and found["value"] is not None:
-            detail = "" if found.get("low") is None else f"95% {number(found['low'], digits=3)} to {number(found['high'], digits=3)}"
-            facts.append({"label": label, "value": number(found["value"], digits=3), "detail": detail})
+            digits, cell = None if name == "l0" else 3, _cell(found) or {}
+            span = interval(cell.get("low"), cell.get("high"), digits=digits)
+            facts.append({"label": label, "value": number(found["value"], digits=digits), "detail": f"95% {span}" if span else ""})
     return facts
 
 
 def _cell(found: Mapping[str, Any] | None) -> dict[str, Any] | None:
     if not found or found.get("value") is None:
         return None
-    return {"value": found["value"], "low": found.get("low"), "high": found.get("high")}
+    low, high = found.get("low"), found.get("high")
+    return {"value": found["value"], "low": low, "high": high} if low != high else {"value": found["value"]}  # the same in every resample
 
 
 def _tables(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The tables of TABLES that some SAE has figures for: a row an SAE."""
     tables = []
     for title, metric, better, names in TABLES:
-        shown = {name: label for name, label in names.items() if any(_value(record, name) is not None for record in records)}
-        rows = [{"name": record["name"], "cells": [_cell(record["figures"].get(name)) for name in shown], "kind": "ours"} for record in records]
-        if shown:
-            higher = better if len(records) > 1 else None
-            tables.append({"title": title, "metric": metric, "columns": list(shown.values()), "rows": rows, "higher_is_better": higher})
+        table = _table(records, names)
+        if table["columns"]:
+            several = len(records) > 1
+            how = {"higher_is_better": better if several else None, "marks": several and len(table["columns"]) < MARKED}
+            tables.append({"title": title, "metric": metric, **table, **how})
+    return tables
+
+
+def _table(records: Sequence[Mapping[str, Any]], names: Mapping[str, str]) -> dict[str, Any]:
+    """Columns of those figures that some SAE has, and rows."""
+    shown = {name: label for name, label in names.items() if any(_value(record, name) is not None for record in records)}
+    rows = [{"name": record["name"], "cells": [_cell(record["figures"].get(name)) for name in shown], "kind": "ours"} for record in records]
+    return {"columns": list(shown.values()), "rows": rows}
+
+
+def _matched_tables(groups: Sequence[Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
+    """What SAEs of like L0 keep, a table a group of two or more."""
+    tables = []
+    for group in groups:
+        if len(group) > 1:
+            table = _table(group, MATCHED_FIGURES)
+            for record, row in zip(group, table["rows"], strict=True):
+                row["name"] += f" (L0 {_l0(record)})"
+            ends = list(dict.fromkeys([_l0(group[0]), _l0(group[-1])]))
+            tables.append({"title": f"At L0 {' to '.join(ends)}", "metric": "SAEs that may be compared: equally sparse", **table})
     return tables
 
 
 def _method(row: Mapping[str, Any]) -> str:
     name = METHODS[row["method"]]
-    return name if row["k"] is None else name.replace("k ", f"{row['k']} ", 1)
+    return name if row["k"] is None else name.replace("k ", f"{row['k']} ", 1).removesuffix("s" if row["k"] == 1 else " ")
 
 
 def _probe_tables(record: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -255,9 +275,9 @@ def _tpp_tables(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     found = [record for record in records if record.get("tpp")]
     if not found:
         return []
-    metric = "drop of the class’s own probe less that of the others’, accuracy"
-    columns = list(dict.fromkeys(n for record in found for n in record["tpp"]))
-    shown = ["without DiffMean" if n == "diff_mean" else f"{n} latents" for n in columns]
+    metric = "accuracy lost without a class’s n latents, or its DiffMean direction: by its own probe, less by the others’"
+    columns = sorted({n for record in found for n in record["tpp"]}, key=lambda n: (not n.isdigit(), int(n) if n.isdigit() else 0))
+    shown = ["DiffMean" if n == "diff_mean" else f"n = {n}" for n in columns]
     if len(found) > 1 or len(records) > 1:
         rows = [{"name": r["name"], "cells": [_cell(r["tpp"].get(n, {}).get("tpp")) for n in columns], "kind": "ours"} for r in found]
     else:
@@ -267,7 +287,7 @@ def _tpp_tables(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             {"name": label, "cells": [_cell(found[0]["tpp"][n][part]) for n in columns], "kind": kinds.get(part, "baseline")}
             for part, label in parts.items()
         ]
-    return [{"title": "Targeted probe perturbation", "metric": metric, "columns": shown, "rows": rows, "higher_is_better": None}]
+    return [{"title": "Targeted probe perturbation", "metric": metric, "columns": shown, "rows": rows, "higher_is_better": None, "marks": False}]
 
 
 def _absorption_tables(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -276,7 +296,7 @@ def _absorption_tables(records: Sequence[Mapping[str, Any]]) -> list[dict[str, A
         return []
     rows = [{"name": r["name"], "cells": [_cell(r["absorption"]["figures"][name]) for name in ABSORPTION], "kind": "ours"} for r in found]
     metric, columns = "first letters of tokens, means over letters", list(ABSORPTION.values())
-    return [{"title": "Feature absorption", "metric": metric, "columns": columns, "rows": rows, "higher_is_better": None}]
+    return [{"title": "Feature absorption", "metric": metric, "columns": columns, "rows": rows, "higher_is_better": None, "marks": len(found) > 1}]
 
 
 def _letter_tables(record: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -292,4 +312,4 @@ def _letter_tables(record: Mapping[str, Any]) -> list[dict[str, Any]]:
         rows.append({"name": f"{letter['letter']} ({letter['rows']})", "cells": cells, "kind": "baseline"})
     note = "In brackets: test rows that the dense probe gets right, on which absorption is counted."
     table = {"title": "Absorption by letter", "metric": "", "columns": list(names.values()), "rows": rows}
-    return [table | {"higher_is_better": None, "note": note}]
+    return [table | {"higher_is_better": None, "marks": False, "note": note}]

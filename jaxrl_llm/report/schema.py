@@ -186,6 +186,7 @@ class SignalTable(TypedDict):
     columns: list[str]
     rows: list[SignalRow]
     higher_is_better: NotRequired[bool | None]  # default True; None: columns of several kinds, none has a best
+    marks: NotRequired[bool]  # a dot on a scale beside each figure; default True
     note: NotRequired[str]
 
 
@@ -315,7 +316,7 @@ class ReportData(TypedDict):
 
     title: str
     headline: str  # one or two plain sentences: which arm was better, and why
-    kind: NotRequired[Literal["saerl", "run"]]  # default "saerl"
+    kind: NotRequired[Literal["saerl", "run", "eval"]]  # default "saerl"
     subtitle: NotRequired[str]  # small line over the title: "SAERL, demo"
     facts: NotRequired[list[Fact]]
     arms: NotRequired[list[ArmInfo]]

@@ -268,7 +268,7 @@ def _signal_table(table: dict) -> str:
     limits = [together if one_kind else mark_limits(cells) for cells in columns]
     best = [_best(table, column) for column in range(len(table["columns"]))]
     head = tag("tr", _th("from") + "".join(_th(column, numeric=True) for column in table["columns"]))
-    body = "".join(_signal_row(row, best, limits) for row in table["rows"])
+    body = "".join(_signal_row(row, best, limits, table.get("marks", True)) for row in table["rows"])
     html = tag("table", tag("thead", head) + tag("tbody", body), cls="signals")
     title = tag("h3", esc(table["title"]) + tag("small", esc(table["metric"])))
     return tag("div", title + scrolling(html, f"{table['title']}: {table['metric']}") + note(table.get("note")), cls="table-block")
@@ -283,7 +283,7 @@ def _best(table: dict, column: int) -> float | None:
     return round(max(values) if higher else min(values), 3)
 
 
-def _signal_row(row: dict, best: list[float | None], limits: list[tuple[float, float]]) -> str:
+def _signal_row(row: dict, best: list[float | None], limits: list[tuple[float, float]], marks: bool) -> str:
     kind = row.get("kind", "baseline")
     colour = {"ours": "var(--main)", "bound": "var(--muted)"}.get(kind, "var(--baseline)")
     cells = [tag("th", esc(row["name"]), scope="row")]
@@ -292,5 +292,5 @@ def _signal_row(row: dict, best: list[float | None], limits: list[tuple[float, f
             cells.append('<td class="num quiet">–</td>')
             continue
         strong = kind != "bound" and top is not None and round(cell["value"], 3) == top
-        cells.append(_estimate_cell(cell, strong=strong, extra=interval_mark(cell, ends, colour=colour, width=96)))
+        cells.append(_estimate_cell(cell, strong=strong, extra=interval_mark(cell, ends, colour=colour, width=96) if marks else ""))
     return tag("tr", "".join(cells), cls=f"kind-{kind}")

@@ -125,6 +125,24 @@ def test_every_verb_has_a_default_config_and_help(capsys, verb):
     assert code == 0 and f"fields of configs/{verb}.py" in out and "--config." in out
 
 
+@pytest.mark.parametrize("verb", [name for name, verb in cli.VERBS.items() if verb.kinds])
+def test_a_verb_of_several_kinds_says_which_there_are(capsys, tmp_path, verb):
+    for kind, path in cli.VERBS[verb].kinds:
+        assert path in call(capsys, verb, "--help")[1] and f"kind {kind}" in call(capsys, verb, "--help")[1]
+        assert f"fields of {path}" in call(capsys, verb, f"--config={path}", "--help")[1]
+    code, _, err = call(capsys, verb, f"--workdir={tmp_path}")
+    assert code == 2 and err.startswith(f"jaxrl-llm: {verb} needs a config that says what it is to do: --config={cli.VERBS[verb].kinds[0][1]}")
+    code, _, err = call(capsys, verb, "--config=configs/sft.py", f"--workdir={tmp_path}")
+    assert code == 2 and f"configs/sft.py is no config of {verb}: it has no field 'kind'" in err
+    code, _, err = call(capsys, verb, f"--config={path}", "--config.kind=saee", f"--workdir={tmp_path}")
+    assert code == 2 and "config key 'kind' is 'saee'" in err and err.count("\n") == 1
+    own = tmp_path / "own.py"
+    lines = ("def get_config(variant=None):", "    config = base()", "    config.sead = 1", "    return config")
+    own.write_text("\n".join([f"from configs.{path[8:-3]} import get_config as base", *lines]))
+    code, _, err = call(capsys, verb, f"--config={own}", f"--workdir={tmp_path}")
+    assert code == 2 and f"own.py has a field 'sead' that {path} has not" in err
+
+
 @pytest.mark.parametrize("verb", cli.VERBS)
 def test_every_verb_has_a_run(verb):
     import importlib
