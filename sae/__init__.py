@@ -35,6 +35,7 @@ from sae.dictionary import (
 from sae.errors import SAEError
 from sae.formats import load, save
 from sae.harvest import ActivationBuffer, array_batches, harvest_activations
+from sae.interventions import FeatureEdit, Intervention, ablate, add, clamp, intervene, scale, set_to
 from sae.kmeans import KMeans, kmeans
 from sae.metrics import ce_recovered, evaluate
 from sae.train import SAETrainConfig, train_sae
@@ -42,12 +43,17 @@ from sae.train import SAETrainConfig, train_sae
 __all__ = [
     "ActivationBuffer",
     "Dictionary",
+    "FeatureEdit",
+    "Intervention",
     "KMeans",
     "SAEConfig",
     "SAEError",
     "SAETrainConfig",
+    "ablate",
+    "add",
     "array_batches",
     "ce_recovered",
+    "clamp",
     "decode",
     "decode_topk",
     "encode",
@@ -57,10 +63,13 @@ __all__ = [
     "fold_input_scale",
     "harvest_activations",
     "init",
+    "intervene",
     "kmeans",
     "load",
     "reconstruct",
     "save",
+    "scale",
+    "set_to",
     "train_sae",
     "unfold_input_scale",
 ]
