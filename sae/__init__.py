@@ -19,6 +19,7 @@ def _check_models() -> None:
 _check_models()  # before the imports below, which need it
 
 # ruff: noqa: E402
+from sae.attribution import Attribution, ablation_effects, attribute, logit_difference
 from sae.config import SAEConfig
 from sae.dictionary import (
     Dictionary,
@@ -42,6 +43,7 @@ from sae.train import SAETrainConfig, train_sae
 
 __all__ = [
     "ActivationBuffer",
+    "Attribution",
     "Dictionary",
     "FeatureEdit",
     "Intervention",
@@ -50,8 +52,10 @@ __all__ = [
     "SAEError",
     "SAETrainConfig",
     "ablate",
+    "ablation_effects",
     "add",
     "array_batches",
+    "attribute",
     "ce_recovered",
     "clamp",
     "decode",
@@ -66,6 +70,7 @@ __all__ = [
     "intervene",
     "kmeans",
     "load",
+    "logit_difference",
     "reconstruct",
     "save",
     "scale",

@@ -154,7 +154,7 @@ def intervene(
     """
     listed = [interventions] if isinstance(interventions, Intervention) else list(interventions)
     choice("where of an intervention", where, WHERE)
-    if _writes_elsewhere(d):
+    if writes_elsewhere(d):
         raise SAEError("intervene: this dictionary reads one activation and writes another; an edit replaces a single one")
     ids = sorted({f for one in listed for f in one.features})
     for one in listed:
@@ -189,7 +189,7 @@ def latents_of(d: Dictionary, x: Float[Array, "... D"], features_N: Int[Array, "
     return jnp.sum(jnp.where(indices[..., None] == features_N, values[..., None], 0.0), axis=-2)
 
 
-def _writes_elsewhere(d: Dictionary) -> bool:
+def writes_elsewhere(d: Dictionary) -> bool:
     """Whether it is a transcoder."""
     return d.params["W_dec"].shape[-1] != d.cfg.d_in or getattr(d.cfg, "d_out", None) is not None
 
