@@ -12,7 +12,7 @@ from jaxrl_llm.config import check_fields, to_dict
 from jaxrl_llm.data.prompts import fill_template
 from jaxrl_llm.data.sources import parse_fields, read_rows
 from jaxrl_llm.errors import UserError
-from jaxrl_llm.run_dir import RunDir, read_jsonl, write_json
+from jaxrl_llm.run_dir import RunDir, read_jsonl, write_text
 
 DATA, PAGE, LABELS = "features.json", "features.html", "labels.jsonl"
 CHOICES = {"dtype": ("float32", "bfloat16"), "data.on_bad": ("error", "skip")}
@@ -32,13 +32,13 @@ def run(config: Any, workdir: str) -> None:
     run_dir = RunDir(workdir, described, kind="features", owns=(DATA, PAGE, LABELS))
     path = run_dir.path / DATA
     if not path.exists():
-        write_json(path, _gather(config))
+        write_text(path, json.dumps(_gather(config), ensure_ascii=False, separators=(",", ":")))
     data = json.loads(path.read_text())
     try:
         if label_config is not None:
             _ask_for_labels(data, label_config, run_dir.path / LABELS)
     finally:
-        _write_page(data, run_dir)
+        _write_page(data, run_dir, config.labels.model)
 
 
 def check(config: Any) -> Any:
@@ -112,11 +112,12 @@ def _ask_for_labels(data: dict[str, Any], config: Any, path: Path) -> None:
     label_features(data, config, save, done=done, progress=lambda items, n: tqdm(items, desc="labels", unit="feature", total=n, mininterval=0.5))
 
 
-def _write_page(data: dict[str, Any], run_dir: RunDir) -> None:
-    """The page and the summary, with the last label of each feature."""
+def _write_page(data: dict[str, Any], run_dir: RunDir, by: str) -> None:
+    """The page and the summary, with the last label of each feature; of the model `by` alone, if one is named: scores of two judges do not
+    stand side by side."""
     from jaxrl_llm.report.features import write_features_page
 
-    found = {record["id"]: record for record in read_jsonl(run_dir.path / LABELS)}
+    found = {record["id"]: record for record in read_jsonl(run_dir.path / LABELS) if by in ("", record.get("by"))}
     fields = ("label", "score", "judged")
     for feature in data["features"]:
         feature |= {name: found[feature["id"]][name] for name in fields if name in found.get(feature["id"], ())}

@@ -12,6 +12,7 @@ import contextlib
 import http.client
 import json
 import os
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -85,19 +86,36 @@ def label_features(
     """
     left = [feature for feature in data["features"] if feature["id"] not in set(done)]
     failed = good = 0
-    with ThreadPoolExecutor(config.workers) as pool:
-        futures = [pool.submit(_label, data, feature, config) for feature in left]
+    ended = threading.Event()  # a server that fails for one feature fails for all: no other is begun
+
+    def one(feature: Mapping[str, Any]) -> dict[str, Any] | None:
         try:
-            waited = as_completed(futures)
-            for future in progress(waited, len(futures)) if progress else waited:
-                record = future.result()
+            return None if ended.is_set() else _label(data, feature, config)
+        except BaseException:
+            ended.set()
+            raise
+
+    problem: UserError | None = None
+    with ThreadPoolExecutor(config.workers) as pool:
+        waited = as_completed([pool.submit(one, feature) for feature in left])
+        try:
+            for future in progress(waited, len(left)) if progress else waited:
+                try:
+                    record = future.result()
+                except UserError as error:
+                    problem = problem or error
+                    continue  # what is under way is waited for, and saved
+                if record is None:
+                    continue
                 save(record)
                 failed, good = failed + ("error" in record), good + ("label" in record)
-                if failed >= HOPELESS and not good:
-                    raise UserError(f"labels: of the first {failed} features none got a readable label: {record.get('error')}; try another model")
-        finally:  # a server that fails for one fails for all
-            for future in futures:
-                future.cancel()
+                if failed >= HOPELESS and not good and not ended.is_set():
+                    ended.set()
+                    problem = UserError(f"labels: of the first {failed} features none got a readable label: {record.get('error')}; try another model")
+        finally:
+            ended.set()
+    if problem is not None:
+        raise problem
 
 
 def _label(data: Mapping[str, Any], feature: Mapping[str, Any], config: LabelConfig) -> dict[str, Any]:

@@ -202,7 +202,7 @@ function box(title, note, ...nodes) {
   return node;
 }
 
-function open(feature, { scroll = true } = {}) {
+function open(feature, { first = false } = {}) {
   chosen = feature;
   const details = detailsOf(feature);
   const parts = [element("h2", { textContent: `Feature ${feature.id}` })];
@@ -211,7 +211,7 @@ function open(feature, { scroll = true } = {}) {
   if (feature.score !== null && feature.score !== undefined) pills.push(`label detects ${Math.round(100 * feature.score)}% (balanced, of ${details.judged} contexts)`);
   parts.push(element("div", { className: "pills" }, ...pills.map((text) => element("span", { className: "pill", textContent: text }))));
   const boxes = element("div", { className: "boxes" });
-  boxes.append(box("Activations", "where it fires, counts on a log scale", histogram(details.histogram)));
+  boxes.append(box("Activations", "tokens, log scale", histogram(details.histogram)));
   if (details.raised) boxes.append(box("Logits", "of the decoder row", element("div", { className: "two" }, tokenPairs("raised", details.raised), tokenPairs("lowered", details.lowered))));
   if (details.near.length) boxes.append(box("Nearest decoder rows", "cosine", pairs(details.near.map(([id, cosine]) => otherFeature(id, minus(cosine.toFixed(2)))))));
   if (details.together.length) boxes.append(box("Fires together with", "Jaccard, φ", pairs(details.together.map(([id, jaccard, phi]) => otherFeature(id, `${jaccard.toFixed(2)}, ${minus(phi.toFixed(2))}`)))));
@@ -224,8 +224,8 @@ function open(feature, { scroll = true } = {}) {
     parts.push(block);
   }
   byId("open").replaceChildren(...parts);
-  if (scroll) document.querySelector("main").scrollTop = 0;
-  history.replaceState(null, "", "#" + feature.id);
+  document.querySelector("main").scrollTop = 0;
+  if (!first) history.replaceState(null, "", "#" + feature.id);
   const at = listed.indexOf(feature);
   if (at >= 0) reveal(at);
   paint();
@@ -271,7 +271,7 @@ byId("sort").addEventListener("change", refresh);
 addEventListener("hashchange", () => { const at = placeOf.get(Number(location.hash.slice(1))); if (at !== undefined && features[at] !== chosen) open(features[at]); });
 
 refresh();
-open(features[placeOf.get(Number(location.hash.slice(1))) ?? 0]);
+open(features[placeOf.get(Number(location.hash.slice(1))) ?? 0], { first: true });
 
 // The page reports on itself: what a test (or a doubtful reader, in the console) looks at.
 window.reportCheck = () => ({
