@@ -117,7 +117,8 @@ def _attribute(cfg, params, d, tokens_BT, lengths_B, positions_B, metric, start,
     keep_BT = (place_T < lengths_B[:, None]) & (place_T >= start)
     values = jnp.where(keep_BT[..., None], values, 0.0)
     # What all latents together add at each token, and the gradient by what is added.
-    part_BTD = decode_topk(d, values, features, h_BTD) - decode_topk(d, jnp.zeros_like(values), features, h_BTD)
+    part = lambda row: decode_topk(d, *row) - decode_topk(d, jnp.zeros_like(row[0]), *row[1:])  # noqa: E731
+    part_BTD = lax.map(part, (values, features, h_BTD))  # a row at a time: K decoder rows a token are large
     slope = jax.grad(lambda added, share: jnp.sum(run(lambda x: x + added - (1 - share) * part_BTD)))
     zero = jnp.zeros_like(h_BTD)
     if steps:
@@ -127,9 +128,8 @@ def _attribute(cfg, params, d, tokens_BT, lengths_B, positions_B, metric, start,
     else:
         g_BTD = slope(zero, jnp.float32(1.0))
     g_BTD = on_input_scale(d, g_BTD, h_BTD)  # a scale of each row, which is its own transpose
-    rows = d.params["W_dec"].astype(jnp.float32)[features]
-    scores = values * jnp.einsum("btd,btkd->btk", g_BTD, rows)
-    return Attribution(run(None), features, values, scores)
+    slopes = lambda row: jnp.einsum("td,tkd->tk", row[0], d.params["W_dec"][row[1]].astype(jnp.float32))  # noqa: E731
+    return Attribution(run(None), features, values, values * lax.map(slopes, (g_BTD, features)))
 
 
 def _metric(cfg, params, hook, tokens_BT, lengths_B, positions_B, metric, edit) -> Array:

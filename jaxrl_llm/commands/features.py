@@ -1,6 +1,5 @@
 """`jaxrl-llm features`: what the features of a dictionary fire on, as one page, with labels if a server is named."""
 
-import contextlib
 import json
 from math import inf
 from pathlib import Path
@@ -11,7 +10,7 @@ from tqdm import tqdm
 from jaxrl_llm.config import check_fields, to_dict
 from jaxrl_llm.data.prompts import fill_template
 from jaxrl_llm.data.sources import parse_fields, read_rows
-from jaxrl_llm.errors import UserError
+from jaxrl_llm.errors import UserError, from_os_error
 from jaxrl_llm.run_dir import RunDir, read_jsonl, write_text
 
 DATA, PAGE, LABELS = "features.json", "features.html", "labels.jsonl"
@@ -28,6 +27,10 @@ def run(config: Any, workdir: str) -> None:
         labels that there are); and what reading, loading and gathering raise.
     """
     label_config = check(config)
+    import jax
+
+    if jax.process_count() > 1:
+        raise UserError("features runs in one process: start it on one host alone")
     described = {key: value for key, value in to_dict(config).items() if key != "labels"}  # which may be added later
     run_dir = RunDir(workdir, described, kind="features", owns=(DATA, PAGE, LABELS))
     path = run_dir.path / DATA
@@ -102,12 +105,16 @@ def _ask_for_labels(data: dict[str, Any], config: Any, path: Path) -> None:
 
     if not data["random"]:
         raise UserError("config key 'random' is 0: labels are judged on those contexts too; give some, such as 64")
-    done = [record["id"] for record in read_jsonl(path) if record.get("by") == config.model and "label" in record]
+    records = read_jsonl(path)
+    write_text(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))  # without a line that a kill cut short
+    done = [record["id"] for record in records if record.get("by") == config.model and "label" in record]
 
     def save(record: dict[str, Any]) -> None:
-        with contextlib.ExitStack() as stack:
-            file = stack.enter_context(open(path, "a", encoding="utf-8"))
-            file.write(json.dumps(record | {"by": config.model}, ensure_ascii=False) + "\n")
+        try:
+            with open(path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(record | {"by": config.model}, ensure_ascii=False) + "\n")
+        except OSError as error:
+            raise from_os_error(error, path, "write") from error
 
     label_features(data, config, save, done=done, progress=lambda items, n: tqdm(items, desc="labels", unit="feature", total=n, mininterval=0.5))
 

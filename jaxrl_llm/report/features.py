@@ -25,6 +25,7 @@ FIELDS = {"title": str, "hook": str, "d_sae": int, "tokens": int, "texts": int, 
 OF_FEATURE = {"id": int, "count": int, "density": float, "mean": float, "max": float, "histogram": dict}
 OF_FEATURE |= dict.fromkeys(("contexts", "near", "together"), list)
 OF_CONTEXT = {"kind": str, "text": int, "first": int, "tokens": list, "fires": list, "peak": int}
+LONGEST = 24  # letters of a word that is put together from its tokens
 HINTS = 3  # words that stand for a feature without a label: at the peaks of its strongest contexts
 
 
@@ -87,9 +88,24 @@ def _vocabulary(data: Mapping[str, Any]) -> tuple[list[str], dict[int, int]]:
 
 def _row(feature: Mapping[str, Any], vocabulary: Mapping[str, str]) -> list[Any]:
     """[id, label or None, words, density, largest activation, score or None]: what the list shows of a feature."""
-    peaks = [vocabulary[str(c["tokens"][c["peak"]])].strip() for c in feature["contexts"] if c["kind"] == "top" and c["tokens"]]
+    peaks = [_word([vocabulary[str(t)] for t in c["tokens"]], c["peak"]) for c in feature["contexts"] if c["kind"] == "top" and c["tokens"]]
     words = list(dict.fromkeys(filter(None, peaks)))[:HINTS]
     return [feature["id"], feature.get("label"), words, _short(feature["density"]), _short(feature["max"]), feature.get("score")]
+
+
+def _word(texts: list[str], at: int) -> str:
+    """The word that a token is a part of; the token alone where it is no letters, or the word very long."""
+    whole = texts[at]
+    if not whole.strip().isalnum():
+        return whole.strip()
+    first, last = at, at
+    while first and len(whole) < LONGEST and not whole[0].isspace() and texts[first - 1][-1:].isalnum():
+        first -= 1
+        whole = texts[first] + whole
+    while last + 1 < len(texts) and len(whole) < LONGEST and texts[last + 1][:1].isalnum():
+        last += 1
+        whole += texts[last]
+    return (whole if len(whole) < LONGEST else texts[at]).strip()
 
 
 def _details(feature: Mapping[str, Any], column: Mapping[int, int], size: int) -> dict[str, Any]:

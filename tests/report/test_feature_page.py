@@ -10,7 +10,7 @@ import pytest
 from browser import Browser, find_chromium
 
 from jaxrl_llm.errors import UserError
-from jaxrl_llm.report.features import build_features_page, write_features_page
+from jaxrl_llm.report.features import _word, build_features_page, write_features_page
 
 WORDS = [" the", " cat", " sat", " on", " a", " mat", ".", "\n", "<b>", " zebra", "</script>", "é"]
 
@@ -23,7 +23,7 @@ def features_data(n=40, seed=0):
         tokens = rng.integers(0, len(WORDS), 12)
         tokens[tokens == 9] = 1
         if own == 7:
-            tokens[4] = 9
+            tokens[4:6] = 9, 0
         fires = [[4, 2.0 - 0.1 * rank], [6, 0.001]]
         return {"kind": kind, "text": 100 + rank, "first": 3, "tokens": [int(t) * 10 for t in tokens], "fires": fires, "peak": 4}
 
@@ -68,6 +68,13 @@ def test_the_page_holds_the_list_apart_from_the_details():
         assert ((shown > 0) == (expected > 0)).all()  # what fires weakly still shows
     assert "<i>animals" not in page and "Features of &lt;sae&gt;" in page and "80 features, 3 never fire here" in page
     assert not re.search(r'(src|href)="', page) and page.count("</script>") == 3
+
+
+def test_a_feature_without_a_label_is_told_by_the_words_of_its_peaks():
+    cases = {("I", " g", "ot", " it"): "got", (" p", "layed", "."): "played", ("a", ".", "b"): ".", ("ab" * 9, "cd" * 9, "e"): "cd" * 9}
+    for i, (texts, word) in enumerate(cases.items()):
+        peak = (2, 1, 1, 1)[i]
+        assert _word(list(texts), peak) == word
 
 
 def test_large_vocabularies_take_four_bytes():

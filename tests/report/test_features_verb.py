@@ -69,6 +69,8 @@ def test_makes_the_page_and_labels_it_later(world, tmp_path, capsys, label_serve
     records = [json.loads(line) for line in (tmp_path / "labels.jsonl").read_text().splitlines()]
     assert [r["label"] for r in records] == ["sums"] and records[0]["by"] == "m"
     assert '"sums"' in (tmp_path / "features.html").read_text()  # an outage leaves a page with what there is
+    with open(tmp_path / "labels.jsonl", "a") as file:
+        file.write('{"id": 3, "lab')  # as a kill would leave it
     label_server.script, label_server.answer = [], lambda body: '{"label": "more"}' if "Description" not in str(body) else '{"matches": [1, 2]}'
     assert made(world, tmp_path, **labels)["features"]
     records = [json.loads(line) for line in (tmp_path / "labels.jsonl").read_text().splitlines()]
