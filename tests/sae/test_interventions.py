@@ -158,8 +158,9 @@ def test_which_tokens_are_edited():
 
 @pytest.mark.parametrize(
     ("where", "unrolled", "refill"),
-    [("all", True, False), ("all", False, True), ("prompt", True, True), ("prompt", False, False), ("generated", True, False), ("generated", True, True)],
-)
+    [("all", True, False), ("all", False, True), ("prompt", True, True), ("prompt", False, False), ("generated", True, False),
+     ("generated", True, True)],
+)  # fmt: skip
 def test_generation_equals_full_passes(params, where, unrolled, refill, monkeypatch):
     """Greedy completions with an edit are what one pass over the whole text, edited in the same way, calls most likely at each length."""
     monkeypatch.setattr(sys.modules["models.generate"], "UNROLLED_LAYERS", 8 if unrolled else 0)
