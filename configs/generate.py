@@ -2,6 +2,7 @@
 
     jaxrl-llm generate --config.model=FOLDER --config.prompt="Once upon a time"
     jaxrl-llm generate --config.model=FOLDER --config.data.source=prompts.jsonl --workdir=runs/samples
+    jaxrl-llm generate --config.model=FOLDER --config.prompt="Once upon a time" --config.steer.sae=FOLDER --config.steer.features="12=add:4.0,90=ablate"
 
 Without a workdir the samples are printed; with one they go to its samples.jsonl, and a run that was stopped goes on.
 """
@@ -37,5 +38,14 @@ def get_config(variant: str | None = None) -> ml_collections.ConfigDict:
     config.stop_strings = ()  # a completion ends after any of these, such as "'\n','Question:'", quotes included
     config.batch_prompts = 32  # prompts sampled at once
     config.seed = 0  # of the sampling
+
+    config.steer = ml_collections.ConfigDict()
+    config.steer.sae = ""  # dictionary (folder or hub id) whose latents are edited while the model reads and writes; empty = none are
+    config.steer.features = ""  # ID=KIND[:NUMBER] between commas, such as "12=add:4.0,90=ablate,7=set:3,8=scale:0.5,9=clamp:0:2.5"
+    config.steer.where = "all"  # tokens: "all", "prompt" or "generated"
+    config.steer.start = 0  # first position that is edited; 1 leaves the beginning-of-text token alone
+    config.steer.passthrough = False  # replace activations by the decoded code, rather than add the difference to them
+    config.steer.hook = ""  # tap of the activations; empty = the one that the dictionary records
+
     config.overwrite = False  # clear a workdir that holds another run
     return config

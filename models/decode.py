@@ -34,11 +34,12 @@ class Plan(NamedTuple):
 
 
 class Knobs(NamedTuple):
-    """The part of a call that is not compiled in: the key of its randomness, and the sampling settings."""
+    """The part of a call that is not compiled in: the key of its randomness, the sampling settings, and edits of activations by name."""
 
     key: Array
     temperature: Float[Array, ""]
     top_p: Float[Array, ""]
+    edits: dict[str, Any] | None = None
 
 
 class Rows(NamedTuple):

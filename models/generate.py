@@ -41,6 +41,7 @@ from models.decode import (
 from models.errors import ModelError
 from models.refill import decode_refilled
 from models.sharding import batch_ways, fetch, place_rows
+from models.taps import Interventions, as_edits
 from models.transformer import KV, KVCache, Params, forward, fused, init_cache, unembed, unstacked
 
 UNROLLED_LAYERS = 8  # up to so many, a Python loop over the layers; above, a scan, whose program is one layer's, however many there are
@@ -115,7 +116,8 @@ def _record(plan: Plan, state: _State, logits_BV: Array, rows: Rows, knobs: Knob
 def _start(plan: Plan, params: Params, prompt_tokens_PT, prompt_lengths_P, rows, knobs) -> tuple[KV, _State]:
     """Prefills every prompt once and samples the first token of its G rows. Rows of empty prompts start finished."""
     cfg, G = plan.cfg, plan.num_samples
-    out = forward(cfg, params, prompt_tokens_PT, lengths=prompt_lengths_P, unroll=plan.unroll, return_kv=True)
+    edits = {"interventions": knobs.edits, "prompt_lengths": prompt_lengths_P, "texts": rows.ids_B[::G] // G}
+    out = forward(cfg, params, prompt_tokens_PT, lengths=prompt_lengths_P, unroll=plan.unroll, return_kv=True, **edits)
     last = jnp.maximum(prompt_lengths_P - 1, 0)
     hidden_PD = jnp.take_along_axis(out.hidden, last[:, None, None], axis=1)[:, 0]
     logits_BV = jnp.repeat(unembed(cfg, params, hidden_PD), G, axis=0)
@@ -137,6 +139,7 @@ def _advance(
     """Decodes until `stage`'s tokens are decided or every row has finished: (the keys and values it wrote, the state)."""
     slots, upto = stage
     prompt_lengths_B = jnp.repeat(prompt_lengths_P, plan.num_samples)
+    edits = {"interventions": knobs.edits, "prompt_lengths": prompt_lengths_B, "texts": rows.ids_B // plan.num_samples}
     # Outside the loop, which would do it again for every token.
     layers = unstacked(params) if plan.unroll else fused(params)
 
@@ -144,7 +147,7 @@ def _advance(
         cache, state = carry
         token_B1 = lax.dynamic_slice_in_dim(state.tokens_BT, state.step - 1, 1, axis=1)
         positions_B1 = (prompt_lengths_B + state.step - 1)[:, None]
-        out = forward(plan.cfg, layers, token_B1, positions=positions_B1, prefix=earlier, cache=cache, unroll=plan.unroll)
+        out = forward(plan.cfg, layers, token_B1, positions=positions_B1, prefix=earlier, cache=cache, unroll=plan.unroll, **edits)
         logits_BV = unembed(plan.cfg, params, out.hidden[:, 0])
         return out.cache, _record(plan, state, logits_BV, rows, knobs)
 
@@ -205,12 +208,14 @@ def sample_tokens(
     top_p: float = 1.0,
     stop_tokens: Sequence[int] | None = None,
     row_ids: Int[Array, " B"] | None = None,
+    interventions: Interventions | None = None,
 ) -> Samples:
     """Completions of right-padded prompts as device arrays, without a copy to the host: `generate` for a trainer.
 
     One compilation for each cfg, num_samples, max_new_tokens, greedy or not, top_k, top-p or not, stop_tokens and
     prompt shape: pad prompts to few shapes (`bucket`). A prompt of length 0 is padding: its rows come back empty.
     row_ids [P * num_samples] number the rows for the random stream (default 0, 1, 2, ...).
+    interventions: as of `generate`.
 
     Raises ModelError where an argument is out of range or prompt width + max_new_tokens exceeds the context.
     """
@@ -223,7 +228,8 @@ def sample_tokens(
         )
     row_ids = jnp.arange(P * num_samples, dtype=jnp.int32) if row_ids is None else row_ids
     rows = Rows(row_ids, jnp.full(P * num_samples, max_new_tokens, jnp.int32))
-    return _sample_tokens(plan, params, prompt_tokens, prompt_lengths, rows, Knobs(key, jnp.float32(temperature), jnp.float32(top_p)))
+    knobs = Knobs(key, jnp.float32(temperature), jnp.float32(top_p), as_edits(interventions))
+    return _sample_tokens(plan, params, prompt_tokens, prompt_lengths, rows, knobs)
 
 
 def as_key(seed: int | Array) -> Array:
@@ -249,6 +255,7 @@ def generate(
     refill: bool = False,
     first_prompt: int = 0,
     mesh: Mesh | None = None,
+    interventions: Interventions | None = None,
 ) -> Rollout:
     """Samples `num_samples` completions of each prompt (a list of token ids); rows of one prompt are adjacent.
 
@@ -267,6 +274,10 @@ def generate(
     first_prompt: number of the first prompt in the random stream: parts of a list, each with its own, get the samples of the whole.
     mesh: of `models.sharding.make_mesh`, with `params` on it: rows are spread over its batch axes. Every process calls
       with the same prompts and gets all completions: the same as on one device, up to rounding.
+    interventions: {tap: function}, edits of activations in the prefill and in every step, as `forward` takes them; for those that take a
+      `taps.Place`, positions go on from the prompt's and a text's number is its prompt's, from first_prompt on. A plain function is
+      compiled once for each function object; a pytree that can be called (`jax.tree_util.Partial(function, value)`, `sae.FeatureEdit`)
+      once for each structure, whatever its values.
 
     Raises ModelError for a prompt that is text or no list of whole numbers, an empty one, an id outside the vocabulary, a prompt that
     with max_new_tokens does not fit the context, stop strings without a tokenizer, or a sampling argument out of range.
@@ -281,7 +292,7 @@ def generate(
     if stop_strings and tokenizer is None:
         raise ModelError("stop_strings needs the tokenizer: pass tokenizer=models.load_tokenizer(folder)")
     P, G = len(prompts), num_samples
-    knobs = Knobs(as_key(seed), jnp.float32(temperature), jnp.float32(top_p))
+    knobs = Knobs(as_key(seed), jnp.float32(temperature), jnp.float32(top_p), as_edits(interventions))
     how = (knobs, stop_strings, tokenizer, mesh)
     decode = decode_refilled if refill else _decode_batches
     tokens, lengths, logps, reasons = decode(plan, params, prompts, limits, max_rows, first_prompt * G, *how)

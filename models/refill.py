@@ -74,9 +74,10 @@ def _layers(plan: Plan, params: Params) -> Params:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _prefill(plan: Plan, layers: Params, tokens_ES, lengths_E) -> KV:
+def _prefill(plan: Plan, layers: Params, tokens_ES, lengths_E, texts_E, edits) -> KV:
     """Keys and values of all but the last token of each prompt."""
-    kv = forward(plan.cfg, layers, tokens_ES, lengths=lengths_E, unroll=plan.unroll, return_kv=True).kv
+    told = {"interventions": edits, "prompt_lengths": lengths_E, "texts": texts_E}
+    kv = forward(plan.cfg, layers, tokens_ES, lengths=lengths_E, unroll=plan.unroll, return_kv=True, **told).kv
     return kv._replace(positions=jnp.where(kv.positions == lengths_E[:, None] - 1, -1, kv.positions))
 
 
@@ -145,7 +146,8 @@ def _decode(plan: Plan, layers: Params, places: _Places, knobs: Knobs, enough: A
         slot, live = places.ring.next, ~places.done_B
         out = forward(
             plan.cfg, layers, places.last_B[:, None], positions=places.positions_B[:, None], prefix=places.prompt, cache=places.ring,
-            unroll=plan.unroll,
+            unroll=plan.unroll, interventions=knobs.edits, texts=places.rows.ids_B // plan.num_samples,
+            prompt_lengths=places.positions_B - places.lengths_B + 1,  # a row begins with its prompt's last token
         )  # fmt: skip
         drawn = draw_next(plan, knobs, places.rows, unembed(plan.cfg, layers, out.hidden[:, 0]), places.lengths_B, live)
 
@@ -175,10 +177,12 @@ class _Queue:
         self.prompts, self.limits_P, self.samples, self.width, self.first_row = prompts, limits_P, samples, width, first_row
         self.block, self.next, self.rows = block, 0, len(prompts) * samples
 
-    def prompts_of_next(self) -> tuple[int, tuple[np.ndarray, np.ndarray]]:
-        """(number of the block that the next row's prompt is in, its padded prompts and their lengths)."""
+    def prompts_of_next(self) -> tuple[int, tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """(number of the block that the next row's prompt is in, its padded prompts, their lengths and numbers)."""
         number = self.next // self.samples // self.block
-        return number, pad_prompts(self.prompts[number * self.block : (number + 1) * self.block], self.width, self.block)
+        first = number * self.block
+        padded = pad_prompts(self.prompts[first : first + self.block], self.width, self.block)
+        return number, (*padded, np.arange(first, first + self.block, dtype=np.int32) + self.first_row // self.samples)
 
     def take(self, free: np.ndarray, places: int) -> tuple[np.ndarray, np.ndarray, _Entering]:
         """(rows, the places they go to, what enters): as many rows of the next one's block as there are free places."""
@@ -228,7 +232,7 @@ def decode_refilled(
         while queue.next < N and (row_of < 0).any():
             number, padded = queue.prompts_of_next()
             if number != block_number:
-                block_number, block = number, _prefill(plan, layers, *(place_rows(a, mesh) for a in padded))
+                block_number, block = number, _prefill(plan, layers, *(place_rows(a, mesh) for a in padded), knobs.edits)
             rows, at, entering = queue.take(np.flatnonzero(row_of < 0), B)
             places = _enter(plan, places, block, jax.tree.map(lambda a: place_rows(a, mesh), entering))
             row_of[at], entered[at] = rows, slot

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array
+from jaxtyping import Array, Bool, Int
 
 from models.config import ModelConfig
 from models.errors import ModelError
 
-Interventions = Mapping[str, Callable[[Array], Array]]
+# An edit maps an activation to what replaces it. One whose attribute `takes_place` is true is called with the `Place` too.
+Interventions = Mapping[str, Callable[..., Array]]
 
 # In the order in which a layer computes them. "attn_out" and "mlp_out" are what is added to the residual stream, after any norm that
 # stands there; "resid_mid" is the sum after the first, which an MLP in parallel does not read. "mlp_pre" is what goes into the
@@ -21,6 +24,37 @@ Interventions = Mapping[str, Callable[[Array], Array]]
 # embeddings scaled and positions added, where the family does so.
 BLOCK_TAPS = ("resid_pre", "attn_probs", "attn_out", "resid_mid", "router_logits", "mlp_pre", "mlp_act", "mlp_out", "resid_post")
 OUTER_TAPS = ("embed", "final_norm")
+
+
+class Place(NamedTuple):
+    """Where the tokens of a forward pass stand, for edits that tell tokens apart.
+
+    positions_BT: of each token in its text, -1 = padding. texts_B: the number of the text that a row belongs to: samples of one prompt
+    share their prompt's. prompt_lengths_B: tokens of the row's prompt, None where nobody has said.
+    """
+
+    positions_BT: Int[Array, "B T"]
+    texts_B: Int[Array, " B"]
+    prompt_lengths_B: Int[Array, " B"] | None = None
+
+    def generated_BT(self) -> Bool[Array, "B T"]:
+        """Whether a token comes after its prompt. Raises ModelError where the prompts' lengths are not known."""
+        if self.prompt_lengths_B is None:
+            raise ModelError("an intervention tells prompts from what follows them: give forward(..., prompt_lengths=[tokens of each prompt])")
+        return self.positions_BT >= self.prompt_lengths_B[:, None]
+
+
+def as_edits(interventions: Interventions | None) -> dict[str, Callable[..., Array]] | None:
+    """The interventions as an argument of a jitted function: what is no pytree becomes one without leaves, told from others by its hash."""
+    if not interventions:
+        return None
+    return {name: jax.tree_util.Partial(fn) if jax.tree_util.all_leaves([fn]) else fn for name, fn in interventions.items()}
+
+
+def _bound(edit: Callable[..., Array], place: Place | None) -> Callable[[Array], Array]:
+    """The edit as a function of the activation alone."""
+    inner: Any = edit.func if isinstance(edit, jax.tree_util.Partial) else edit
+    return (lambda x: edit(x, place)) if getattr(inner, "takes_place", False) else edit
 
 
 def taps_of(cfg: ModelConfig) -> tuple[str, ...]:
@@ -52,7 +86,12 @@ class Hooks:
     """Reads and replaces named activations. What it reads in a layer goes to buffers that travel through the scan."""
 
     def __init__(
-        self, cfg: ModelConfig, taps: Iterable[str], interventions: Interventions | None, stop_at: int | None = None
+        self,
+        cfg: ModelConfig,
+        taps: Iterable[str],
+        interventions: Interventions | None,
+        stop_at: int | None = None,
+        place: Place | None = None,
     ):
         self.cfg = cfg
         self.taps = tuple(dict.fromkeys(taps))
@@ -63,7 +102,7 @@ class Hooks:
         self.edits: dict[str, list[tuple[int | None, Callable[[Array], Array]]]] = {}
         for name, fn in (interventions or {}).items():
             kind, layer = parse_name(cfg, name, "intervention", stop_at)
-            self.edits.setdefault(kind, []).append((layer, fn))
+            self.edits.setdefault(kind, []).append((layer, _bound(fn, place)))
 
     def wants(self, kind: str) -> bool:
         """Whether `kind` is read or replaced in any layer."""

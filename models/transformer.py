@@ -28,7 +28,7 @@ from models.head import head, unembed, unembed_matrix
 from models.kernels import Fused, texts_of
 from models.layers import PRODUCT, Block, embed_at, fuse_qkv, norm
 from models.rope import layer_ropes
-from models.taps import BLOCK_TAPS, Hooks, Interventions, taps_of
+from models.taps import BLOCK_TAPS, Hooks, Interventions, Place, taps_of
 
 __all__ = [
     "BLOCK_TAPS",
@@ -267,6 +267,8 @@ def forward(
     cache: KVCache | None = None,
     taps: tuple[str, ...] = (),
     interventions: Interventions | None = None,
+    prompt_lengths: Int[Array, " B"] | None = None,
+    texts: Int[Array, " B"] | None = None,
     stop_at: int | None = None,
     remat: bool | str = False,
     unroll: bool = False,
@@ -284,7 +286,9 @@ def forward(
     cache: written at [cache.next, cache.next + T) and attended to (sampling). Needs positions.
     taps: names of activations to return: "embed", "final_norm", "blocks.{i}.KIND" with KIND in `taps_of`.
       Asking for none costs nothing.
-    interventions: {name: function}; the function's result replaces that activation.
+    interventions: {name: function}; the function's result replaces that activation. One that `takes_place` (see `taps.Place`) is also told
+      where the tokens stand, from `prompt_lengths` (tokens of each row's prompt, without prefix or with) and `texts` (the number of each
+      row's text; default 0, 1, 2, ...), which nothing else reads.
     stop_at: run only the first `stop_at` blocks; hidden is then None.
     remat: recompute a layer's activations in the backward pass instead of keeping them: all of them ("nothing" is kept, or True), or all
       but what its weight matrices give ("products" are kept: attention, norms and the rest cost little to compute again).
@@ -302,7 +306,10 @@ def forward(
         positions = _packed_positions(segments, lengths, positions, prefix, cache)
     check_tokens(cfg, tokens_BT, lengths, positions)
     positions = _positions(tokens_BT, lengths, positions, prefix, cache, stop_at, cfg.n_layers)
-    hooks = Hooks(cfg, taps, interventions, stop_at)
+    if segments is not None and prompt_lengths is not None:
+        raise ModelError("segments pack several texts into a row, prompt_lengths are of one text a row: leave one of them out")
+    texts = jnp.arange(len(tokens_BT), dtype=jnp.int32) if texts is None else texts
+    hooks = Hooks(cfg, taps, interventions, stop_at, Place(positions, texts, prompt_lengths))
     if hooks.wants("attn_probs"):  # which a kernel does not show
         cfg = dataclasses.replace(cfg, attention="plain")
     memory = _Memory(cfg, positions, prefix, cache, segments)
@@ -391,27 +398,31 @@ def apply(
     lengths: Int[Array, " B"] | None = None,
     taps: tuple[str, ...] = (),
     interventions: Interventions | None = None,
+    prompt_lengths: Int[Array, " B"] | None = None,
 ) -> tuple[Float[Array, "B T V"], dict[str, Array]]:
     """Logits (fp32) at every position and the named activations asked for; see `forward`, also for the errors.
 
     interventions: compiled once for each function object and shape, like any function that jax.jit compiles: what one
       reads besides its argument is fixed at its first call. For another value give another function (a new lambda or
-      functools.partial); for many, write your own jit around `forward` with the value as its argument.
+      functools.partial); for many, a pytree that can be called (`jax.tree_util.Partial(function, value)`, `sae.FeatureEdit`),
+      which is compiled once for each structure.
     """
     check_tokens(cfg, tokens, lengths)
     tokens = jnp.asarray(tokens, jnp.int32)
     lengths = None if lengths is None else jnp.asarray(lengths, jnp.int32)
     if not interventions:
         return _jitted_apply(cfg, params, tokens, lengths, tuple(taps))
+    if not any(jax.tree_util.all_leaves([fn]) for fn in interventions.values()):
+        return _jitted_apply(cfg, params, tokens, lengths, tuple(taps), dict(interventions), prompt_lengths)
     try:
         run = _jitted_edited(tuple(interventions.items()))
     except TypeError:  # a callable that cannot be told from others by its hash
-        return _apply(cfg, params, tokens, lengths, tuple(taps), interventions)
-    return run(cfg, params, tokens, lengths, tuple(taps))
+        return _apply(cfg, params, tokens, lengths, tuple(taps), interventions, prompt_lengths)
+    return run(cfg, params, tokens, lengths, tuple(taps), prompt_lengths=prompt_lengths)
 
 
-def _apply(cfg, params, tokens, lengths, taps, interventions=None):
-    out = forward(cfg, params, tokens, lengths=lengths, taps=taps, interventions=interventions)
+def _apply(cfg, params, tokens, lengths, taps, interventions=None, prompt_lengths=None):
+    out = forward(cfg, params, tokens, lengths=lengths, taps=taps, interventions=interventions, prompt_lengths=prompt_lengths)
     return unembed(cfg, params, out.hidden), out.taps
 
 

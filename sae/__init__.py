@@ -19,6 +19,7 @@ def _check_models() -> None:
 _check_models()  # before the imports below, which need it
 
 # ruff: noqa: E402
+from sae.attribution import Attribution, ablation_effects, attribute, logit_difference
 from sae.config import SAEConfig
 from sae.dictionary import (
     Dictionary,
@@ -36,6 +37,7 @@ from sae.end_to_end import FinetuneConfig, finetune
 from sae.errors import SAEError
 from sae.formats import load, save
 from sae.harvest import ActivationBuffer, array_batches, harvest_activations
+from sae.interventions import FeatureEdit, Intervention, ablate, add, clamp, intervene, scale, set_to
 from sae.kmeans import KMeans, kmeans
 from sae.metrics import Statistics, activation_statistics, evaluate, geometry, max_cosines, token_counts
 from sae.splice import ce_recovered, splice_figures, splice_sums
@@ -44,17 +46,25 @@ from sae.train_config import SAETrainConfig
 
 __all__ = [
     "ActivationBuffer",
+    "Attribution",
     "Dictionary",
+    "FeatureEdit",
     "FinetuneConfig",
+    "Intervention",
     "KMeans",
     "SAEConfig",
     "SAEError",
     "SAETask",
     "SAETrainConfig",
     "Statistics",
+    "ablate",
+    "ablation_effects",
     "activation_statistics",
+    "add",
     "array_batches",
+    "attribute",
     "ce_recovered",
+    "clamp",
     "decode",
     "decode_topk",
     "encode",
@@ -66,11 +76,15 @@ __all__ = [
     "geometry",
     "harvest_activations",
     "init",
+    "intervene",
     "kmeans",
     "load",
+    "logit_difference",
     "max_cosines",
     "reconstruct",
     "save",
+    "scale",
+    "set_to",
     "splice_figures",
     "splice_sums",
     "token_counts",

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from jaxrl_llm.commands._steer import check_steer, edits_of
 from jaxrl_llm.config import check_fields
 from jaxrl_llm.data.prompts import PromptBatch, tokenise_prompts
 from jaxrl_llm.data.sources import Rows, parse_fields, read_rows
@@ -17,8 +18,9 @@ from jaxrl_llm.runtime import parse_mesh
 FINISH = ("length", "stop token", "stop string")
 INF = float("inf")
 CHOICES = {"overflow": ("error", "drop", "truncate"), "data.on_bad": ("error", "skip"), "dtype": ("float32", "bfloat16", "float16")}
+CHOICES |= {"steer.where": ("all", "prompt", "generated")}
 RANGES = dict.fromkeys(("max_prompt_tokens", "num_samples", "max_new_tokens", "batch_prompts", "data.limit"), (1, INF))
-RANGES |= {"temperature": (0, INF), "top_k": (0, INF), "top_p": (1e-9, 1)}
+RANGES |= {"temperature": (0, INF), "top_k": (0, INF), "top_p": (1e-9, 1), "steer.start": (0, INF)}
 
 
 def run(config: Any, workdir: str | None = None) -> None:
@@ -34,11 +36,13 @@ def run(config: Any, workdir: str | None = None) -> None:
     if not config.model:
         raise UserError("no model: name a Hugging Face folder or hub id with --config.model=...")
     check_fields(config, CHOICES, RANGES)
+    check_steer(config.steer)
     rows = _rows(config)
     tokenizer = models.load_tokenizer(config.model)  # before the weights, which may take minutes
     run_dir = RunDir(workdir, config, kind="generate") if workdir else None
     mesh = parse_mesh(config.mesh)
     cfg, params = models.load(config.model, dtype=config.dtype, mesh=mesh)
+    edits = edits_of(config.steer, cfg)
     if skipped := sum(rows.skipped.values()):
         print(f"bad rows left out: {skipped}", file=sys.stderr)
     room = cfg.max_position - config.max_new_tokens
@@ -56,7 +60,7 @@ def run(config: Any, workdir: str | None = None) -> None:
     batches = [range(start, min(start + config.batch_prompts, len(prompts))) for start in range(0, len(prompts), config.batch_prompts)]
     left = [batch for batch in batches if not np.all(whole[list(batch)])]
     for batch in tqdm(left, desc="generate", unit="batch", disable=None if run_dir else True, mininterval=0.5):
-        for record in _samples(models, cfg, params, tokenizer, prompts.take(batch), config, mesh):
+        for record in _samples(models, cfg, params, tokenizer, prompts.take(batch), config, mesh, edits):
             if (record["id"], record["sample"]) in written:
                 continue
             if run_dir:
@@ -83,7 +87,9 @@ def _rows(config: Any) -> Rows:
     return read_rows(data.source, parse_fields(data.fields), split=data.split, limit=data.limit, on_bad=data.on_bad)
 
 
-def _samples(models: Any, cfg: Any, params: Any, tokenizer: Any, batch: PromptBatch, config: Any, mesh: Any) -> list[dict[str, Any]]:
+def _samples(
+    models: Any, cfg: Any, params: Any, tokenizer: Any, batch: PromptBatch, config: Any, mesh: Any, edits: Any
+) -> list[dict[str, Any]]:
     """One record a completion, the completions of a prompt together."""
     rollout = models.generate(
         cfg,
@@ -98,6 +104,7 @@ def _samples(models: Any, cfg: Any, params: Any, tokenizer: Any, batch: PromptBa
         tokenizer=tokenizer,
         seed=_batch_seed(config.seed, batch.ids),
         mesh=mesh,
+        interventions=edits,
     )
     prompts = batch.token_lists()
     before = tokenizer.batch_decode(prompts, skip_special_tokens=True)

@@ -173,21 +173,26 @@ def build_report(data: Any) -> str:
     bodies = {section: body for section, body in bodies.items() if body}
     nav = "".join(tag("a", esc(section.nav), href=f"#{section.key}") for section in bodies)
     main = "".join(_section(section, body, checked) for section, body in bodies.items()) + _left_out(checked, set(bodies))
-    style, script = _asset("page.css"), _asset("page.js")
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    head = (
-        '<meta charset="utf-8">'
-        + f'<meta http-equiv="Content-Security-Policy" content="{POLICY.format(digest)}">'
-        + '<meta name="viewport" content="width=device-width,initial-scale=1"><meta name="color-scheme" content="light dark">'
-        + tag("title", esc(checked["title"]))
-        + f"<style>{style}</style>"
-    )
     toggle = tag("button", "", type="button", id="theme", aria_label="Switch between light and dark")
     bar = tag("div", tag("nav", nav, aria_label="Sections") + toggle, cls="bar")
     top = tag("header", sections.headline(checked), cls="top", id="top")
     tip = tag("div", "", id="tip", role="status", hidden="")
-    body = bar + tag("div", top + tag("main", main), cls="page") + tip + f"<script>{script}</script>"
-    return f'<!doctype html><html lang="en"><head>{head}</head><body>{body}</body></html>\n'
+    body = bar + tag("div", top + tag("main", main), cls="page") + tip
+    return document(checked["title"], body, ("page.css",), "page.js")
+
+
+def document(title: str, body: str, styles: tuple[str, ...], script: str) -> str:
+    """A whole page around `body`, which must be safe already: the styles and the script, names of our assets, are the only ones it may use."""
+    style, code = "".join(map(_asset, styles)), _asset(script)
+    digest = base64.b64encode(hashlib.sha256(code.encode()).digest()).decode()
+    head = (
+        '<meta charset="utf-8">'
+        + f'<meta http-equiv="Content-Security-Policy" content="{POLICY.format(digest)}">'
+        + '<meta name="viewport" content="width=device-width,initial-scale=1"><meta name="color-scheme" content="light dark">'
+        + tag("title", esc(title))
+        + f"<style>{style}</style>"
+    )
+    return f'<!doctype html><html lang="en"><head>{head}</head><body>{body}<script>{code}</script></body></html>\n'
 
 
 def write_report(path: str | os.PathLike[str], data: Any) -> None:

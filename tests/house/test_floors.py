@@ -80,8 +80,8 @@ def test_sae_uses_models_only_to_harvest(repo):
         for _, other in imported(path)
         if inside(other, "models") and not any(inside(other, f"models.{room}") for room in ("errors", "hub", "sharding"))
     }
-    # A dictionary is spliced into the model to measure what the model loses by it, and to be trained on that.
-    assert users <= {"harvest", "splice", "end_to_end"}
+    # A dictionary is spliced into the model to measure what the model loses by it and to be trained on that, and differentiated in its place.
+    assert users <= {"harvest", "splice", "end_to_end", "attribution"}
 
 
 def test_losses_hold_no_model(repo):

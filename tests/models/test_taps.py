@@ -282,3 +282,29 @@ def test_no_taps_cost_nothing(model, tokens):
     assert hooked.memory_analysis().temp_size_in_bytes == plain.memory_analysis().temp_size_in_bytes
     assert tapped.cost_analysis()["bytes accessed"] > plain.cost_analysis()["bytes accessed"]
     np.testing.assert_array_equal(plain(params, tokens), hooked(params, tokens))
+
+
+class _Marks:
+    """An edit that is told where the tokens stand: adds 100 to what is generated."""
+
+    takes_place = True
+
+    def __call__(self, x, place):
+        return x + 100.0 * place.generated_BT()[..., None]
+
+
+def test_an_edit_may_be_told_where_tokens_stand(model, tokens):
+    _, cfg, params = model
+    plain = models.forward(cfg, params, tokens, taps=("embed",)).taps["embed"]
+    how = {"taps": ("embed",), "interventions": {"embed": _Marks()}}
+    lengths = jnp.array([3, 24])
+    marked = models.forward(cfg, params, tokens, prompt_lengths=lengths, **how).taps["embed"]
+    expected = np.where(np.arange(24) >= np.array([[3], [24]]), 100.0, 0.0)
+    np.testing.assert_allclose(marked - plain, np.broadcast_to(expected[..., None], plain.shape), atol=1e-4)
+    later = models.forward(cfg, params, tokens, positions=jnp.arange(24) + jnp.array([[2], [0]]), prompt_lengths=lengths, **how).taps["embed"]
+    np.testing.assert_allclose((later - plain)[0, :, 0], np.where(np.arange(24) >= 1, 100.0, 0.0), atol=1e-4)
+    np.testing.assert_array_equal(models.apply(cfg, params, tokens, prompt_lengths=lengths, **how)[1]["embed"], marked)
+    with pytest.raises(ModelError, match="prompt_lengths"):
+        models.forward(cfg, params, tokens, **how)
+    with pytest.raises(ModelError, match="segments pack several texts"):
+        models.forward(cfg, params, tokens, segments=jnp.zeros((2, 24), jnp.int32), prompt_lengths=lengths, **how)

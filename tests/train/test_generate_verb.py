@@ -7,7 +7,9 @@ import jax
 import pytest
 
 import models
+import sae
 from jaxrl_llm.commands import generate
+from jaxrl_llm.commands._steer import parse_features
 from jaxrl_llm.config import field_names, load_config
 from jaxrl_llm.data.lab_world import build_tokenizer, generate_problems
 from jaxrl_llm.errors import UserError
@@ -23,6 +25,10 @@ def world(tmp_path_factory):
     )  # fmt: skip
     for name, seed in (("model", 0), ("other", 1)):
         models.save(folder / name, cfg, models.init(cfg, jax.random.key(seed)), tokenizer_from=tokenizer)
+    for name, hook in (("sae", "blocks.0.resid_pre"), ("sae2", "blocks.0.resid_post")):
+        d = sae.init(sae.SAEConfig("topk", 16, 24, 3, hook_name=hook), jax.random.key(2))
+        sae.save(folder / name, d)
+    sae.save(folder / "homeless", d.replace(cfg=d.cfg.replace(hook_name=None)))
     problems = generate_problems(14, seed=0)
     rows = [json.dumps({"id": r["id"], "prompt": r["prompt"], "hint": r["topic"]}) for r in problems]
     (folder / "rows.jsonl").write_text("\n".join(rows[:10]))
@@ -57,19 +63,23 @@ def test_samples_every_prompt_and_goes_on_after_a_stop(world, tmp_path, capsys):
 
 # Every field beside mesh, overwrite, model and data.source: (what the run is otherwise, another value of the field).
 LONG = {"max_prompt_tokens": "4", "overflow": "truncate"}
+STEER = {"steer.sae": "sae", "steer.features": "3=add:9"}
 FIELDS = {
     "model": ({}, "other"), "dtype": ({}, "bfloat16"), "prompt": ({"data.source": "", "prompt": "1 plus 1 ="}, "1 plus 2 ="),
     "data.source": ({}, "splits"), "data.fields": ({}, "prompt=hint"), "data.split": ({"data.source": "splits"}, "test"),
     "data.limit": ({}, "3"), "data.on_bad": ({"data.source": "bad.jsonl"}, "skip"), "template": ({}, "{prompt} {hint}"),
     "max_prompt_tokens": (LONG, "6"), "overflow": (LONG, "error"), "num_samples": ({}, "3"), "max_new_tokens": ({}, "5"),
     "temperature": ({}, "0.3"), "top_k": ({}, "1"), "top_p": ({}, "0.01"), "stop_strings": ({"max_new_tokens": "8"}, "'t','c','1'"),
-    "batch_prompts": ({}, "3"), "seed": ({}, "7"),
+    "batch_prompts": ({}, "3"), "seed": ({}, "7"), "steer.sae": (STEER, "sae2"), "steer.features": (STEER, "3=add:9,5=ablate,7=clamp:1:2"),
+    "steer.where": (STEER, "generated"), "steer.start": (STEER, "5"), "steer.passthrough": (STEER, "True"),
+    "steer.hook": (STEER | {"steer.sae": "homeless", "steer.hook": "blocks.0.resid_post"}, "blocks.0.mlp_out"),
 }  # fmt: skip
 
 
 def outcome(world, folder, changes):
     """The samples without their ids' names, or the message."""
-    changes = {key: str(world / value) if key in ("model", "data.source") and value else value for key, value in changes.items()}
+    paths = ("model", "data.source", "steer.sae")
+    changes = {key: str(world / value) if key in paths and value else value for key, value in changes.items()}
     try:
         generate.run(config_of(world, **changes), str(folder))
     except UserError as error:
@@ -129,6 +139,40 @@ def test_overwriting_clears_the_samples_of_another_run(world, tmp_path):
 def test_mistakes_name_the_field(world, tmp_path, changes, message):
     with pytest.raises(UserError, match=message):
         generate.run(config_of(world, **changes), str(tmp_path))
+
+
+def test_what_steers_is_read_entry_by_entry():
+    inf = float("inf")
+    text = " 12=add:-4.5, 90=ablate,7=clamp:0:2.5,7=clamp::1,8=set:3,9=scale:1e1,"
+    expected = [(12, "add", [-4.5]), (90, "ablate", []), (7, "clamp", [0.0, 2.5]), (7, "clamp", [-inf, 1.0]), (8, "set", [3.0]), (9, "scale", [10.0])]
+    assert parse_features(text) == expected and parse_features("") == []
+
+
+@pytest.mark.parametrize(
+    ("steer", "message"),
+    [
+        ({"features": "12=ad:3"}, "'steer.features' has '12=ad:3': no kind 'ad'; did you mean add?"),
+        ({"features": "12"}, "has '12': give ID=KIND"),
+        ({"features": "x=ablate"}, "has 'x=ablate': give ID=KIND"),
+        ({"features": "-3=ablate"}, "has '-3=ablate': give ID=KIND"),
+        ({"features": "3=add"}, "add takes 1 numbers"),
+        ({"features": "3=ablate:1"}, "ablate takes 0 numbers"),
+        ({"features": "3=add:x"}, "'x' is no finite number"),
+        ({"features": "3=add:inf"}, "'inf' is no finite number"),
+        ({"features": "24=ablate"}, "there is no latent 24; the dictionary has 0 to 23"),
+        ({"features": ""}, "'steer.features' is empty"),
+        ({"features": "3=ablate", "sae": ""}, "'steer.sae' is empty"),
+        ({"features": "3=ablate", "where": "promt"}, "did you mean prompt"),
+        ({"features": "3=ablate", "start": "-1"}, "'steer.start' is -1"),
+        ({"features": "3=ablate", "sae": "homeless"}, "does not record the tap"),
+        ({"features": "3=ablate", "hook": "blocks.0.mlp_out"}, "was trained on blocks.0.resid_pre"),
+        ({"features": "3=ablate", "sae": "nowhere"}, "nowhere"),
+    ],
+)
+def test_mistakes_of_steering_are_named(world, steer, message):
+    fields = {f"steer.{key}": str(world / value) if key == "sae" and value else value for key, value in {"sae": "sae", **steer}.items()}
+    with pytest.raises((UserError, sae.SAEError), match=message):
+        generate.run(config_of(world, **fields))
 
 
 def test_the_room_for_a_prompt_is_what_the_context_leaves(world, tmp_path, capsys):
