@@ -210,6 +210,13 @@ def fold_decoder_norm(d: Dictionary) -> Dictionary:
     return dataclasses.replace(d, params=d.params | folded)
 
 
+def reads_and_writes(cfg: SAEConfig, rows: Any) -> tuple[Any, Any]:
+    """(what is encoded, what is to be reconstructed) of raw rows: [x] twice, or the parts of [x | y] of a transcoder. Raises SAEError for
+    rows of another width."""
+    check_width("activations", rows, cfg.d_in + (cfg.d_out or 0))
+    return (rows, rows) if cfg.d_out is None else (rows[..., : cfg.d_in], rows[..., cfg.d_in :])
+
+
 def training_pair(cfg: SAEConfig, rows: Float[Array, "B W"]) -> tuple[Float[Array, "B D"], Float[Array, "B E"]]:
     """(encoder's input before centring, what is to be reconstructed) in fp32, from raw activations: [x], or [x | y] for a transcoder."""
     x = normalise(cfg, rows[:, : cfg.d_in])[0]

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from sae.dictionary import Dictionary, architecture, check_width, decode, decode_topk, encode, encode_topk
+from sae.dictionary import Dictionary, architecture, decode, decode_topk, encode, encode_topk, reads_and_writes
 from sae.errors import SAEError
 from sae.harvest import TokenRows
 from sae.splice import splice_figures, splice_sums
@@ -30,10 +30,11 @@ TOKEN_SUMS = ("tokens", "l0", "l1", "error", "squared", "legacy", "legacy_tokens
 
 @jax.jit
 def piece_statistics(
-    d: Dictionary, x_BD: Float[Array, "B D"], valid: Int[Array, ""], centre_D: Float[Array, "D"], mean_D: Float[Array, "D"]
+    d: Dictionary, rows_BW: Float[Array, "B W"], valid: Int[Array, ""], centre_D: Float[Array, "D"], mean_D: Float[Array, "D"]
 ) -> tuple[dict[str, Array], Int[Array, "F"], Float[Array, "D"]]:
     """Of the first `valid` tokens of a piece: the terms of TOKEN_SUMS [B] (0 for the others), how many each latent fires on [F], and the
-    sum of x - centre [D]. mean_D: of the block that the piece is from."""
+    sum of x - centre [D], x being what is reconstructed. mean_D: of the block that the piece is from."""
+    x_BD, target_BD = reads_and_writes(d.cfg, rows_BW)
     real = jnp.arange(x_BD.shape[0]) < valid
     if architecture(d.cfg).encode_sparse is not None:
         values, indices = encode_topk(d, x_BD)
@@ -45,7 +46,7 @@ def piece_statistics(
         x_hat = decode(d, values, x_BD)
         fires = (values > 0) & real[:, None]
         fired = jnp.sum(fires, axis=0, dtype=jnp.int32)
-    x = x_BD.astype(jnp.float32)
+    x = target_BD.astype(jnp.float32)
     error, squared_in, squared_out = (jnp.sum(a * a, axis=1) for a in (x - x_hat, x, x_hat))
     dot, offset = jnp.sum(x * x_hat, axis=1), x - centre_D
     about_mean = jnp.sum((x - mean_D) ** 2, axis=1)
@@ -175,17 +176,16 @@ def token_counts(token_rows: TokenRows, bos: int | None = None) -> list[int]:
 
 
 def activation_statistics(d: Dictionary, batches: Iterable[np.ndarray], documents: Sequence[int] | None = None) -> Statistics:
-    """Sums over all rows of `batches` (arrays [n, D], however cut).
+    """Sums over all rows of `batches` (arrays [n, D], however cut; [n, d_in + d_out] for a transcoder, whose output is what is measured).
 
     documents: how many rows each document has, in order (`token_counts`); without them all rows are one. Raises SAEError for an empty
     set, rows of another width, NaN activations, and documents that do not add up to the rows.
     """
     of, size = None if documents is None else Documents(documents), piece_tokens(d)
     sums = {name: np.zeros(1 if of is None else of.count) for name in TOKEN_SUMS}
-    fired, shifted, tokens, centre = np.zeros(d.cfg.d_sae, np.int64), np.zeros(d.cfg.d_in), 0, None
+    fired, shifted, tokens, centre = np.zeros(d.cfg.d_sae, np.int64), np.zeros(d.cfg.out), 0, None
     for block in blocks(batches, BLOCK):
-        check_width("activations", block, d.cfg.d_in)
-        mean = block.mean(axis=0, dtype=np.float64).astype(np.float32)
+        mean = reads_and_writes(d.cfg, block)[1].mean(axis=0, dtype=np.float64).astype(np.float32)
         centre = mean if centre is None else centre
         for start in range(0, len(block), size):
             rows = block[start : start + size]
@@ -207,7 +207,7 @@ def activation_statistics(d: Dictionary, batches: Iterable[np.ndarray], document
 
 
 def evaluate(d: Dictionary, batches: Iterable[np.ndarray], *, lm: tuple[Any, Any, TokenRows] | None = None) -> dict[str, float]:
-    """Metrics over all rows of `batches` (arrays [n, D]); docs/sae.md has every definition.
+    """Metrics over all rows of `batches` (as `activation_statistics` takes them); docs/sae.md has every definition.
 
     l0, l1: mean number of active latents, mean sum of their values. mse: mean squared length of the error. explained_variance:
     1 - sum |x - x_hat|^2 / sum |x - mean|^2 with the mean of the whole set; explained_variance_legacy: the mean of the tokens' own ratios,

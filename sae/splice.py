@@ -33,14 +33,17 @@ def splice_rows(
     """Sums over the predicted tokens of each row, in nats: "ce_MODE", the negative log-likelihood, and "kl_MODE", KL(clean || MODE).
 
     MODE: "clean" changes nothing (it has no kl), "sae" puts the reconstruction in the tap's place, "zero" zeros, "mean" mean_D (where it is
-    given). Positions in keep_BT stay.
+    given). Positions in keep_BT stay. A transcoder's place is its output: what it makes of the clean input stands there.
     """
-    edits = {"sae": lambda x: reconstruct(d, x), "zero": jnp.zeros_like}
+    place, transcodes = d.cfg.hook_name_out or d.cfg.hook_name, d.cfg.d_out is not None
+    clean = models.forward(cfg, params, tokens_BT, lengths=lengths_B, taps=(d.cfg.hook_name,) if transcodes else ())
+    written = reconstruct(d, clean.taps[d.cfg.hook_name]) if transcodes else None
+    edits = {"sae": lambda x: reconstruct(d, x) if written is None else written.astype(x.dtype), "zero": jnp.zeros_like}
     if mean_D is not None:
         edits["mean"] = lambda x: jnp.broadcast_to(mean_D.astype(x.dtype), x.shape)
 
     def hidden(edit):
-        kept = None if edit is None else {d.cfg.hook_name: lambda x: jnp.where(keep_BT[..., None], x, edit(x))}
+        kept = {place: lambda x: jnp.where(keep_BT[..., None], x, edit(x))}
         return models.forward(cfg, params, tokens_BT, lengths=lengths_B, interventions=kept).hidden
 
     def log_probabilities(hidden_TD):
@@ -54,16 +57,16 @@ def splice_rows(
             own = jnp.take_along_axis(logp, tokens_T[1:, None], axis=-1)[:, 0]
             return jnp.sum(jnp.where(predicted, -own, 0.0))
 
-        clean = log_probabilities(hiddens["clean"])
-        out = {"ce_clean": ce(clean)}
+        before = log_probabilities(hiddens["clean"])
+        out = {"ce_clean": ce(before)}
         for mode in edits:
             logp = log_probabilities(hiddens[mode])
-            divergence = jnp.sum(jnp.where(clean > -jnp.inf, jnp.exp(clean) * (clean - logp), 0.0), axis=-1)
+            divergence = jnp.sum(jnp.where(before > -jnp.inf, jnp.exp(before) * (before - logp), 0.0), axis=-1)
             out |= {f"ce_{mode}": ce(logp), f"kl_{mode}": jnp.sum(jnp.where(predicted, divergence, 0.0))}
         return out
 
     # A row at a time: the logits of a batch are large.
-    return lax.map(row, ({"clean": hidden(None), **{name: hidden(edit) for name, edit in edits.items()}}, tokens_BT, lengths_B))
+    return lax.map(row, ({"clean": clean.hidden, **{name: hidden(edit) for name, edit in edits.items()}}, tokens_BT, lengths_B))
 
 
 def splice_sums(
@@ -85,6 +88,8 @@ def splice_sums(
     """
     if d.cfg.hook_name is None:
         raise SAEError("ce_recovered: the SAE's config names no hook_name; set it to the tap it was trained on")
+    if d.cfg.d_out is not None and d.cfg.hook_name_out is None:
+        raise SAEError("ce_recovered: the transcoder's config names no hook_name_out; set it to the tap that it reconstructs")
     context_size = min(context_size or d.cfg.context_size or cfg.max_position, cfg.max_position)
     parts: dict[str, list[np.ndarray]] = {}
     numbers, seen = [], 0

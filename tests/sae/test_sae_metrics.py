@@ -266,3 +266,33 @@ def test_ce_mistakes(lm):
         sae.ce_recovered(identity(), *lm, ROWS)
     with pytest.raises(sae.SAEError, match="nothing is predicted"):
         sae.ce_recovered(spliced(identity(), "embed"), *lm, [[3]])
+
+
+def test_a_transcoder_is_measured_by_what_it_writes(lm):
+    """Rows hold [x | y]; the figures are of y, and what is spliced in stands at the output's tap."""
+    cfg, params = lm
+    reads, writes = "blocks.0.resid_mid", "blocks.0.mlp_out"
+    d_cfg = sae.SAEConfig(d_in=cfg.d_model, d_sae=32, k=6, d_out=cfg.d_model, skip=True, hook_name=reads, hook_name_out=writes)
+    d = sae.init(d_cfg, jax.random.key(0))
+    d = d.replace(params=d.params | {"b_dec": jnp.full(cfg.d_model, 0.1), "W_skip": 0.3 * jnp.eye(cfg.d_model)})
+    rows = [[1, 5, 6, 7, 8], [1, 9, 10], [3, 4, 5, 6]]
+    both = np.concatenate(list(sae.harvest_activations(cfg, params, rows, (reads, writes))))
+    x, y = both[:, : cfg.d_model], both[:, cfg.d_model :]
+    found = sae.evaluate(d, [both], lm=(cfg, params, rows))
+    y_hat = np.asarray(sae.reconstruct(d, x))
+    expected = 1 - np.square(y - y_hat).sum() / np.square(y - y.mean(0)).sum()
+    assert found["explained_variance"] == pytest.approx(expected, rel=1e-4, abs=1e-5)
+    nll, count = {"clean": 0.0, "sae": 0.0}, 0
+    for row in rows:
+        tokens, keep = np.array([row], np.int32), np.array(row) == 1
+        clean, taps = models.apply(cfg, params, tokens, taps=(reads, writes))
+        new = np.where(keep[None, :, None], taps[writes], sae.reconstruct(d, taps[reads]))
+        edited, _ = models.apply(cfg, params, tokens, interventions={writes: lambda h, new=new: jnp.asarray(new)})
+        for name, logits in (("clean", clean), ("sae", edited)):
+            logp = np.asarray(jax.nn.log_softmax(logits[0, :-1]))
+            nll[name] -= logp[np.arange(len(row) - 1), row[1:]].sum()
+        count += len(row) - 1
+    assert found["ce_clean"] == pytest.approx(nll["clean"] / count, rel=1e-5) and found["ce_sae"] == pytest.approx(nll["sae"] / count, rel=1e-5)
+    assert found["ce_sae"] != pytest.approx(found["ce_clean"], rel=1e-4)
+    with pytest.raises(sae.SAEError, match="names no hook_name_out"):
+        sae.ce_recovered(d.replace(cfg=d.cfg.replace(hook_name_out=None)), cfg, params, rows)
