@@ -1,4 +1,4 @@
-"""Host memory while a checkpoint of several shards is loaded, above what stays: at most its largest tensor.
+"""Host memory while a checkpoint of several shards is loaded, above what stays: a few pieces of 8 MiB, which is less than its largest tensor.
 
     python -m benchmarks.loading [--record]
 

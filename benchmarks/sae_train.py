@@ -32,13 +32,14 @@ def measure(args: argparse.Namespace) -> Iterator[Figure]:
     import jax
 
     import sae
-    from sae.train import init_state, numbers_at, start, step_for
+    from sae.step import init_state, start, step_for
+    from sae.train_config import numbers_at
 
     rows = np.random.default_rng(0).standard_normal((SHAPE["batch"], SHAPE["d_in"]), dtype=np.float32)
     cfg = sae.SAEConfig(d_in=SHAPE["d_in"], d_sae=SHAPE["d_sae"], k=SHAPE["k"])
     train = sae.SAETrainConfig(method=args.method)
-    d, variance = start(cfg, train, rows, jax.random.key(0))
-    state, step, numbers = init_state(d), step_for(d.cfg, train), numbers_at(0, d.cfg, train, variance)
+    d, scale = start(cfg, train, rows, jax.random.key(0))
+    state, step, numbers = init_state(d), step_for(d.cfg, train), numbers_at(0, d.cfg.d_sae, train, scale)
 
     def update():
         nonlocal state

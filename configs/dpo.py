@@ -43,6 +43,7 @@ def get_config(variant: str | None = None) -> ml_collections.ConfigDict:
     config.train = ml_collections.ConfigDict()  # see jaxrl_llm.train.config.DPOConfig
     config.train.steps = 100  # updates
     config.train.micro_batch_rows = 0  # pairs (KTO: rows) a micro-batch, gradients accumulated; 0 = all at once
+    config.train.length_buckets = 1  # widths that micro-batches are cut to, pairs sorted by length: less padding, same gradient; 1 = all as wide as the longest
     config.train.temperature = 1.0  # of the log-probabilities, the policy's and the reference's: that of the sampling to come
     config.train.shared_prefix = True  # forward each prompt once for both completions: same gradient, less work
     config.train.remat = False  # recompute layers in the backward pass: less memory, a third more work

@@ -65,6 +65,7 @@ def get_config(variant: str | None = None) -> ml_collections.ConfigDict:
     config.train.rollout_rows = 512  # most completions decoded at once
     config.train.rollout_refill = False  # a finished completion gives its place to the next at once: same samples, sooner, more memory
     config.train.rollout_mesh = ""  # how the mesh's devices are used while sampling, such as "fsdp=4,tensor=2": a policy whose parameters are whole, or split by heads, waits for none at each token; empty = as in training
+    config.train.overlap_rewards = False  # judge a step's completions while the next step's are sampled, by the policy before the update: they are one update old (ratios and KL in the reward are taken against the sampler's log-probabilities), resumes stay exact; for slow rewards, one process, schedules that do not follow the policy, rollout_tries=1
     config.train.inner_epochs = 1  # updates on each rollout
     config.train.rollout_tries = 1  # most rollouts a step: groups of equal rewards are replaced by the schedule's next prompts; 1 = never
     config.train.overlong_buffer = 0  # last tokens before max_new_tokens over which a penalty of the reward grows; 0 = no penalty

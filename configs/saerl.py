@@ -182,6 +182,7 @@ def _grpo(c: ConfigDict) -> None:
     c.grpo.overlong_penalty = 1.0  # what a completion that reaches max_new_tokens loses of its reward
     c.grpo.rollout_rows = 512  # most completions decoded at once
     c.grpo.rollout_mesh = ""  # how the mesh's devices are used while sampling, such as "fsdp=4,tensor=2"; empty = as in training
+    c.grpo.overlap_rewards = False  # judge a step's completions while the next step's are sampled, which are then one update old; no arm may follow the policy
     c.grpo.micro_batch_rows = 0  # completions a micro-batch; 0 = all at once
     c.grpo.remat = False
     c.grpo.attention = "plain"  # of the update: "plain", or by a kernel that holds no scores in memory, "splash" (TPU) or "cudnn" (GPU)

@@ -32,6 +32,8 @@ def check(config) -> None:
 
 def check_values(config) -> None:
     """Raises UserError for a value that some stage would refuse, or run into the ground with."""
+    import jax
+
     import sae
     from jaxrl_llm.curation import curated_set, features, orders, trainability
     from jaxrl_llm.losses import grpo
@@ -72,6 +74,8 @@ def check_values(config) -> None:
     check_fields(config, choices, ranges)
     if config.policy.d_model % config.policy.n_heads:
         raise UserError(f"config.policy.d_model={config.policy.d_model} is no multiple of config.policy.n_heads={config.policy.n_heads}")
+    if config.grpo.overlap_rewards and (config.grpo.rollout_tries > 1 or jax.process_count() > 1):
+        raise UserError("config.grpo.overlap_rewards needs config.grpo.rollout_tries=1 and one process: set it to False")
     get_reward(config.data.reward)
     if config.sae.path:
         sae.load(config.sae.path)
@@ -93,5 +97,10 @@ def check_arm(config, name: str) -> None:
         )
     if arm.filter == "tuned" and not (c.tuned and c.answers):
         raise UserError(f"arm {name!r} filters by tuned policies: it needs config.curation.tuned and config.curation.answers")
+    if arm.schedule == "band" and config.grpo.overlap_rewards:
+        raise UserError(
+            f"arm {name!r} follows the policy, so its prompts of a step wait for the verdicts of the step before: set "
+            "config.grpo.overlap_rewards=False, or take it out of config.arms"
+        )
     if config.data.source and "oracle" in (arm.filter, arm.difficulty):
         raise UserError(f"arm {name!r} needs the truth, which only the generated world has; take it out of config.arms")

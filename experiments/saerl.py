@@ -565,7 +565,7 @@ def grpo_settings(config, cell: Cell, arm) -> dict[str, Any]:
     loss = dict(clip_high=g.clip_high, baseline=g.baseline, aggregation=g.aggregation, advantage_scale=g.advantage_scale)
     return dict(
         steps=arm_steps(config, arm), num_samples=g.num_samples, max_new_tokens=g.max_new_tokens, rollout_tries=g.rollout_tries,
-        rollout_rows=g.rollout_rows, rollout_mesh=g.rollout_mesh, attention=g.attention,
+        rollout_rows=g.rollout_rows, rollout_mesh=g.rollout_mesh, overlap_rewards=g.overlap_rewards, attention=g.attention,
         overlong_buffer=g.overlong_buffer, overlong_penalty=g.overlong_penalty, micro_batch_rows=g.micro_batch_rows, remat=g.remat,
         seed=cell.seed, eval_every=g.eval_every, eval_samples=g.eval_samples, eval_by=("level",), checkpoint_every=g.checkpoint_every,
         loss=loss, optimizer=dict(learning_rate=g.learning_rate, b2=g.b2),

@@ -29,7 +29,8 @@ from jaxrl_llm.rewards.constraints import check, read_constraints
 from jaxrl_llm.rewards.verdict import Reward, Status, Verdict
 from jaxrl_llm.run_dir import RunDir
 from jaxrl_llm.runtime import parse_mesh
-from jaxrl_llm.train.config import GRPOConfig, check_dtype, check_grpo, from_mapping
+from jaxrl_llm.train.checks import check_dtype, check_grpo
+from jaxrl_llm.train.config import GRPOConfig, from_mapping
 from jaxrl_llm.train.loop import train_grpo
 from jaxrl_llm.train.rollout import decode_completions, judge
 

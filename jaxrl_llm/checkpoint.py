@@ -1,7 +1,8 @@
 """Checkpoints of a run: a thin layer over Orbax, so that a change of its API costs this file only.
 
-A checkpoint holds the training state (sharded arrays) and a small host part (the schedule's arrays, say). Orbax writes to a temporary
-folder and renames it, so a kill leaves either the whole checkpoint or none; what cannot be read is passed over for the one before.
+A checkpoint holds the training state (sharded arrays) and a small host part (the schedule's arrays, say). It is written in the background
+while training goes on. Orbax writes to a temporary folder and renames it, and removes an older checkpoint only after that, so a kill
+leaves either the whole checkpoint or none; what cannot be read is passed over for the one before.
 """
 
 import base64
@@ -9,6 +10,7 @@ import contextlib
 import dataclasses
 import errno
 import io
+import logging as std_logging
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -23,6 +25,12 @@ from jaxrl_llm.errors import UserError, from_os_error
 # What the parts of Orbax that do not raise OSError say when the disk refuses.
 _DISK_FULL = ("no space left", "disk quota", "file too large", "resource_exhausted")
 _TEMPORARY = "orbax-checkpoint-tmp"
+_PATIENCE = 2 * 3600  # seconds that a write may take; Orbax would give up after 20 minutes, which a large state on slow storage can need
+
+
+def _not_of_a_write(record: std_logging.LogRecord) -> bool:
+    """Whether a log record is none of Orbax's on a write that failed: it is told of once a thread with a traceback, and raised to us too."""
+    return record.levelno < std_logging.ERROR or "orbax" not in Path(record.pathname).parts
 
 
 @dataclasses.dataclass
@@ -38,9 +46,12 @@ class _Kept:
 
 
 class Checkpoints:
-    """The checkpoints of one folder, newest kept, and the one that is named best.
+    """The checkpoints of one folder, newest kept, and the one that is named best. As a context manager it closes itself at the end.
 
     path: the folder (made if need be). keep: how many of the newest to keep. Raises UserError where it cannot be written.
+
+    One write at a time goes on in the background: the next `save`, `restore`, `finish` or `close` waits for it and raises what it ran into
+    (UserError when the disk is full or not writable; earlier checkpoints are then as they were), once.
     """
 
     def __init__(self, path: str | Path, keep: int = 2):
@@ -55,12 +66,27 @@ class Checkpoints:
         except OSError as error:
             raise from_os_error(error, self.path, "write checkpoints to") from error
         self._kept = _Kept(keep)
-        options = ocp.CheckpointManagerOptions(preservation_policy=self._kept, enable_async_checkpointing=False)
+        options = ocp.CheckpointManagerOptions(preservation_policy=self._kept, async_options=ocp.AsyncOptions(timeout_secs=_PATIENCE))
         self._manager = ocp.CheckpointManager(self.path, options=options, item_names=("state", "host"))
         self._ocp = ocp
+        self._failure: Exception | None = None  # of the last write, to be raised
+        logging.get_absl_logger().addFilter(_not_of_a_write)
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _trace: Any) -> None:
+        if error is None:
+            self.close()
+            return
+        try:
+            self.close()
+        except Exception as failure:  # the error that ends the block is the one to raise
+            logging.error("%s", failure)
 
     def steps(self) -> list[int]:
-        """Steps with a finished checkpoint, oldest first."""
+        """Steps with a finished checkpoint, oldest first; waits for the write that goes on."""
+        self._settle()
         return sorted(self._manager.all_steps())
 
     def name_best(self, step: int | None) -> None:
@@ -68,25 +94,27 @@ class Checkpoints:
         self._kept.best = step
 
     def save(self, step: int, state: Any, host: dict[str, np.ndarray]) -> None:
-        """Saves `state` and `host` under `step`, if there is none yet; blocks until it is on disk.
-
-        Raises UserError when the disk is full or not writable; earlier checkpoints are then as they were.
+        """Saves `state` and `host` under `step`, if there is none yet. Returns once they are copied: what is written is what they are now,
+        though the next step may take the state's memory. Raises UserError as said above, here of the write before or of this one's start.
         """
+        self.finish()
         if step in self._manager.all_steps():
             return
         self._check_space(state, host)
         args = self._ocp.args
+        # Orbax copies from the devices and copies host arrays. On the CPU it only refers to the buffers; XLA does not give those away then.
         items = args.Composite(state=args.StandardSave(state), host=args.JsonSave({"arrays": _pack(host)}))
         try:
             self._manager.save(step, args=items)
-            self._manager.wait_until_finished()
-        except OSError as error:
-            raise self._save_error(error) from error
         except Exception as error:
-            # Tensorstore reports a refused write as a ValueError or a runtime error with the system's words in it.
-            if any(words in str(error).lower() for words in _DISK_FULL):
-                raise self._save_error(OSError(errno.ENOSPC, "disk full")) from error
-            raise
+            raise self._told(error) from error
+
+    def finish(self) -> None:
+        """Waits until the last save is on disk. Raises UserError when the disk refused it."""
+        self._settle()
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            raise failure
 
     def restore(self, abstract_state: Any, at: int | None = None) -> tuple[int, Any, dict[str, np.ndarray]] | None:
         """(step, state, host) of the newest checkpoint that can be read, or None where there is none. at: of that step and no other.
@@ -94,6 +122,7 @@ class Checkpoints:
         abstract_state: ShapeDtypeStructs, with the shardings wanted now; they need not be those it was saved with.
         Raises UserError when there are checkpoints and none can be read (their model or optimizer differs, say).
         """
+        self.finish()
         args, last = self._ocp.args, None
         for step in [at] if at is not None else reversed(self.steps()):
             try:
@@ -110,12 +139,13 @@ class Checkpoints:
         return None
 
     def close(self) -> None:
-        """Frees Orbax's threads."""
+        """Waits until the last save is on disk and frees Orbax's threads. Raises UserError when the disk refused it."""
+        self._settle()
         self._manager.close()
+        self.finish()
 
     def remove(self) -> None:
-        """Closes it and removes the folder: the run is over and what it made is kept elsewhere."""
-        self.close()
+        """Removes the folder of what is closed: the run is over and what it made is kept elsewhere."""
         if jax.process_index() == 0:
             shutil.rmtree(self.path, ignore_errors=True)
 
@@ -128,8 +158,27 @@ class Checkpoints:
         if free < need and jax.process_count() == 1:
             raise self._save_error(OSError(errno.ENOSPC, "disk full"))
 
+    def _settle(self) -> None:
+        """Waits for the write that goes on; what it ran into is kept to be raised."""
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:
+            # Orbax has already struck off those that were to give way to the new one: they are still there.
+            self._manager.reload()
+            self._failure = self._told(error)
+            self._failure.__cause__ = error
+
+    def _told(self, error: Exception) -> Exception:
+        """What to raise of a save that failed: a user's error where the disk refused."""
+        if isinstance(error, OSError):
+            return self._save_error(error)
+        # Tensorstore reports a refused write as a ValueError or a runtime error with the system's words in it.
+        if any(words in str(error).lower() for words in _DISK_FULL):
+            return self._save_error(OSError(errno.ENOSPC, "disk full"))
+        return error
+
     def _save_error(self, error: OSError) -> UserError:
-        steps = self.steps()
+        steps = sorted(self._manager.all_steps())
         kept = f"the last good checkpoint is step {steps[-1]}" if steps else "no checkpoint was saved before"
         return UserError(f"{from_os_error(error, self.path, 'write a checkpoint to')} ({kept})")
 
@@ -137,12 +186,8 @@ class Checkpoints:
 @contextlib.contextmanager
 def until_done(path: str | Path, keep: int = 2) -> Iterator[Checkpoints]:
     """The Checkpoints of `path` for a block, removed when the block ends well and left for the next start when it does not."""
-    checkpoints = Checkpoints(path, keep)
-    try:
+    with Checkpoints(path, keep) as checkpoints:
         yield checkpoints
-    except BaseException:
-        checkpoints.close()
-        raise
     checkpoints.remove()
 
 

@@ -15,12 +15,16 @@ from jaxrl_llm.errors import UserError, from_os_error, nearest
 
 
 class Verb(NamedTuple):
-    """A verb: the module whose `run(config, workdir)` it calls, what it does, and whether it takes a config and a workdir."""
+    """A verb: the module whose `run(config, workdir)` it calls, what it does, and whether it takes a config and a workdir.
+
+    kinds: of a verb with several jobs, what `config.kind` may be and the config file of each; its config must be given.
+    """
 
     module: str
     help: str
-    config: str = "default"  # "default" (configs/VERB.py where none is given) or "none"
+    config: str = "default"  # "default" (configs/VERB.py where none is given), "kinds" (one of `kinds`, no default) or "none"
     workdir: str = "needed"  # "needed", "optional" or "none"
+    kinds: tuple[tuple[str, str], ...] = ()
 
 
 VERBS = {
@@ -29,6 +33,7 @@ VERBS = {
     "curate": Verb("jaxrl_llm.commands.curate", "filter, cluster and order a prompt set by SAE features"),
     "train_sae": Verb("jaxrl_llm.commands.train_sae", "train a sparse autoencoder on a model's activations"),
     "features": Verb("jaxrl_llm.commands.features", "a page of what a dictionary's features fire on, with labels if a server is named"),
+    "eval": Verb("jaxrl_llm.commands.eval", "how good SAEs are, side by side", config="kinds", kinds=(("sae", "configs/sae_eval.py"),)),
     "sft": Verb("jaxrl_llm.commands.sft", "fine-tune (or pre-train) on text or on prompts with answers"),
     "grpo": Verb("jaxrl_llm.commands.grpo", "train a policy by GRPO on prompts with a checkable reward"),
     "dpo": Verb("jaxrl_llm.commands.dpo", "train a policy on preferences: DPO, IPO, hinge, SimPO, ORPO, KTO"),
@@ -86,19 +91,36 @@ def _run(arguments: list[str]) -> int:
         print(_verb_help(name, verb, flags.get("config")))
         return 0
     config = None
-    if verb.config == "default":
+    if verb.config != "none":
         from jaxrl_llm.config import PACKAGE_ROOT, check_shape, load_config
 
-        default = f"configs/{name}.py"
-        spec = flags.get("config", default)
+        spec = flags.get("config") or _default(name, verb)
         config = load_config(spec, overrides)
-        check_shape(config, spec, str(PACKAGE_ROOT / default))
+        check_shape(config, spec, str(PACKAGE_ROOT / (_of_kind(name, verb, spec, config) if verb.kinds else _default(name, verb))))
     workdir = flags.get("workdir")
     if verb.workdir == "needed" and not workdir:
         raise UserError(f"{name} needs --workdir=DIR, the directory for what it writes")
     _prepare_jax()
     run = importlib.import_module(verb.module).run
     return run(config, workdir) or 0
+
+
+def _default(name: str, verb: Verb) -> str:
+    """The config file of a verb where none is given; raises UserError where it has one for each kind of job."""
+    if verb.kinds:
+        kinds = ", ".join(f"--config={path} ({kind})" for kind, path in verb.kinds)
+        raise UserError(f"{name} needs a config that says what it is to do: {kinds}")
+    return f"configs/{name}.py"
+
+
+def _of_kind(name: str, verb: Verb, spec: str, config: Any) -> str:
+    """The config file of the kind that a config names."""
+    kinds, kind = dict(verb.kinds), config.get("kind", None)
+    if kind is None:
+        raise UserError(f"{spec} is no config of {name}: it has no field 'kind'; start from one of {', '.join(kinds.values())}")
+    if kind not in kinds:
+        raise UserError(f"config key 'kind' is {kind!r}: {nearest(str(kind), kinds)}")
+    return kinds[kind]
 
 
 def _parse(name: str, verb: Verb, arguments: list[str]) -> tuple[dict[str, str], dict[str, Any], bool]:
@@ -147,10 +169,13 @@ def _help() -> str:
 
 def _verb_help(name: str, verb: Verb, spec: str | None) -> str:
     usage = [f"jaxrl-llm {name}"]
-    usage += ["[--config=configs/NAME.py[:variant]] [--config.key=value ...]"] if verb.config != "none" else []
+    given = "--config=configs/NAME.py[:variant]"
+    usage += [f"{given if verb.kinds else f'[{given}]'} [--config.key=value ...]"] if verb.config != "none" else []
     usage += {"needed": ["--workdir=DIR"], "optional": ["[--workdir=DIR]"], "none": []}[verb.workdir]
     lines = [f"usage: {' '.join(usage)}", "", f"{name}: {verb.help}"]
-    if verb.config != "none":
+    if verb.kinds and not spec:
+        lines += ["", *(f"  --config={path:<24}  kind {kind}; jaxrl-llm {name} --config={path} --help lists its fields" for kind, path in verb.kinds)]
+    elif verb.config != "none":
         from jaxrl_llm.config_help import describe
 
         lines += ["", describe(spec or f"configs/{name}.py")]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -28,10 +29,7 @@ class Head(NamedTuple):
     cap: float | None
 
     def __call__(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
-        logits = dense("TD,DV->TV", hidden, self.kernel_DV, jnp.float32)
-        if self.bias_V is not None:
-            logits = logits + self.bias_V.astype(jnp.float32)
-        return soft_cap(logits, self.cap)
+        return _logits(hidden, self.kernel_DV, self.bias_V, self.cap)
 
     def spread(self) -> Head | SpreadHead:
         """The same function for a loop over chunks of a batch whose rows are spread over a mesh; itself where its parameters are on none."""
@@ -46,7 +44,7 @@ class Head(NamedTuple):
             copies: Any = Adapted(copy(kernel.base, (), tensor), copy(kernel.a, (), ()), copy(kernel.b, (), tensor), kernel.scale)
         else:
             copies = copy(kernel, (), tensor)
-        return SpreadHead(self, Head(copies, None if self.bias_V is None else copy(self.bias_V, tensor), self.cap), ways)
+        return SpreadHead(self, copies, None if self.bias_V is None else copy(self.bias_V, tensor))
 
 
 class SpreadHead(NamedTuple):
@@ -57,16 +55,23 @@ class SpreadHead(NamedTuple):
     """
 
     whole: Head
-    copies: Head
-    ways: int
+    kernels_WDV: Float[Array, "W D V"] | Adapted  # W copies
+    biases_WV: Float[Array, "W V"] | None
 
     def __call__(self, hidden: Float[Array, "B ... D"]) -> Float[Array, "B ... V"]:
-        if hidden.shape[0] % self.ways:
+        ways = self.kernels_WDV.shape[0]
+        if hidden.shape[0] % ways:
             return self.whole(hidden)
-        x = hidden.reshape(self.ways, -1, *hidden.shape[1:])
-        axes = Head(0, None if self.copies.bias_V is None else 0, None)  # pyright: ignore[reportArgumentType]
-        logits = jax.vmap(Head.__call__, in_axes=(axes, 0))(self.copies, x)
+        logits_of = functools.partial(_logits, cap=self.whole.cap)
+        logits = jax.vmap(logits_of)(hidden.reshape(ways, -1, *hidden.shape[1:]), self.kernels_WDV, self.biases_WV)
         return logits.reshape(*hidden.shape[:-1], -1)
+
+
+def _logits(hidden, kernel_DV, bias_V, cap):
+    logits = dense("TD,DV->TV", hidden, kernel_DV, jnp.float32)
+    if bias_V is not None:
+        logits = logits + bias_V.astype(jnp.float32)
+    return soft_cap(logits, cap)
 
 
 def head(cfg: ModelConfig, params: Params) -> Head:

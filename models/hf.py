@@ -1,7 +1,7 @@
 """Hugging Face checkpoints: read straight into stacked arrays or shards, and written back bit for bit.
 
 Nothing here ever holds two copies of a model in host memory: reading fills each stacked leaf (or each shard of it)
-from slices of one tensor at a time, writing streams one tensor at a time.
+from small pieces of one tensor at a time, writing streams one tensor at a time.
 """
 
 from __future__ import annotations
@@ -33,6 +33,9 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 _IGNORED = ("rotary_emb.inv_freq",)  # a buffer that old exports carry
 _DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+# Of a tensor, read at once: it is in memory up to three times, as pages of the file, as a copy of them, and as the last copy, which the C
+# library keeps for the next.
+_PIECE_BYTES = 2**23
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------
@@ -106,7 +109,7 @@ def leaves_of(tree: Params) -> Iterator[tuple[str, Any]]:
 class _Checkpoint:
     """The safetensors files of a folder, tensors by the family's names (`Family.name_of`), buffers left out.
 
-    A file is open only while one tensor is read, so that its pages can go.
+    A file is open only while a piece of a tensor is read, so that its pages can go.
     """
 
     def __init__(self, folder: Path, family: Family):
@@ -191,7 +194,8 @@ class _Checkpoint:
             out = _aligned(sizes, abstract.dtype)
             wanted = names[(*index[:stacked], ...)].ravel()
             for part, name in zip(out.reshape(len(wanted), *sizes[stacked:]), wanted, strict=True):
-                part[...] = tensor.read(functools.partial(self._read, name), shape, index[stacked:])
+                for place, piece in tensor.pieces(shape, index[stacked:], _PIECE_BYTES // 4):
+                    part[place] = tensor.read(functools.partial(self._read, name), shape, piece)
             return out
 
         return read

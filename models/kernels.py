@@ -27,12 +27,37 @@ CUDNN = "cudnn"  # jax.nn.dot_product_attention's name of it
 
 
 class Fused(NamedTuple):
-    """What queries attend to, for a kernel: keys [P, K, H, S] and values [P, K, S, H] of each part, the queries' own last; which slots of the
-    parts before are filled, [P, S] bool each; and of each query its text, [B, T] int32: 0 where a row is one text, -1 = padding."""
+    """What queries attend to, for a kernel: keys [P, K, H, S] and values [P, K, S, H] of each part, the queries' own last; and what
+    `texts_of` makes of the texts that they are of."""
 
     parts: Sequence[tuple[Array, Array]]
-    filled: Sequence[Bool[Array, "P S"]]
-    texts_BT: Int[Array, "B T"]
+    texts: tuple[Array, ...]
+
+
+def texts_of(cfg: ModelConfig, filled: Sequence[Bool[Array, "P S"]], texts_BT: Int[Array, "B T"]) -> tuple[Array, ...]:
+    """What tells `cfg.attention`'s kernel which slots a query may see, the same in all layers: for splash the text of each query [B, T] and
+    slot [B, S], for cuDNN a mask of all queries and slots [B, T, S], of even lengths.
+
+    filled: which slots of the parts before the queries' own are. texts_BT: the text of each query, 0 where a row is one text, -1 = padding.
+    """
+    before = [jnp.where(_each_row(part, len(texts_BT)), 0, NOWHERE).astype(jnp.int32) for part in filled]
+    slots_BS = jnp.concatenate([*before, texts_BT], axis=1)
+    if cfg.attention != "cudnn":
+        return texts_BT, slots_BS
+    ahead = slots_BS.shape[1] - texts_BT.shape[1]
+    texts_BT, slots_BS = _even(texts_BT, -1), _even(slots_BS, NOWHERE)
+    causal_TS = jnp.arange(slots_BS.shape[1]) <= jnp.arange(texts_BT.shape[1])[:, None] + ahead
+    return ((texts_BT[:, :, None] == slots_BS[:, None, :]) & causal_TS,)
+
+
+def _each_row(part: Array, rows: int) -> Array:
+    """A part that several rows share, once for each of them."""
+    return jnp.repeat(part, rows // len(part), axis=0)
+
+
+def _even(a: Array, fill: int = 0) -> Array:
+    """With one more entry on the second axis where it is odd."""
+    return jnp.pad(a, ((0, 0), (0, a.shape[1] % 2), *((0, 0),) * (a.ndim - 2)), constant_values=fill)
 
 
 def fused_attention(cfg: ModelConfig, q_BTNH: Float[Array, "B T N H"], fused: Fused, mesh: Any, rows: Sequence[str]) -> Array:
@@ -42,14 +67,11 @@ def fused_attention(cfg: ModelConfig, q_BTNH: Float[Array, "B T N H"], fused: Fu
     Queries of padding get numbers without meaning.
     """
     B = len(q_BTNH)
-    whole = lambda a: jnp.repeat(a, B // len(a), axis=0)  # noqa: E731
-    k_BKHS = jnp.concatenate([whole(k) for k, _ in fused.parts], axis=-1)
-    v_BKSH = jnp.concatenate([whole(v) for _, v in fused.parts], axis=-2)
-    before = [jnp.where(whole(filled), 0, NOWHERE).astype(jnp.int32) for filled in fused.filled]
-    slots_BS = jnp.concatenate([*before, fused.texts_BT], axis=1)
+    k_BKHS = jnp.concatenate([_each_row(k, B) for k, _ in fused.parts], axis=-1)
+    v_BKSH = jnp.concatenate([_each_row(v, B) for _, v in fused.parts], axis=-2)
     scale = (cfg.head_dim if cfg.query_scalar is None else cfg.query_scalar) ** -0.5
     kernel = functools.partial(_cudnn, scale=scale) if cfg.attention == "cudnn" else functools.partial(_splash, scale=scale, cap=cfg.attn_softcap)
-    given = (q_BTNH, k_BKHS, v_BKSH, fused.texts_BT, slots_BS)
+    given = (q_BTNH, k_BKHS, v_BKSH, *fused.texts)
     if mesh.empty:
         return kernel(*given)
     present = tuple(name for name in rows if name in mesh.shape)
@@ -58,19 +80,15 @@ def fused_attention(cfg: ModelConfig, q_BTNH: Float[Array, "B T N H"], fused: Fu
     row = PartitionSpec(over or None)
     heads = PartitionSpec(over or None, tensor)
     query = PartitionSpec(over or None, None, tensor)
-    run = jax.shard_map(kernel, mesh=mesh, in_specs=(query, heads, heads, row, row), out_specs=query, check_vma=False)
+    run = jax.shard_map(kernel, mesh=mesh, in_specs=(query, heads, heads, *(row for _ in fused.texts)), out_specs=query, check_vma=False)
     return run(*given)
 
 
-def _cudnn(q_BTNH, k_BKHS, v_BKSH, texts_BT, slots_BS, *, scale):
+def _cudnn(q_BTNH, k_BKHS, v_BKSH, mask_BTS, *, scale):
     """cuDNN's attention on one device. It takes even lengths, and a mask as an array of all queries and slots."""
-    T, S = q_BTNH.shape[1], slots_BS.shape[1]
-    even = lambda a, fill=0: jnp.pad(a, ((0, 0), (0, a.shape[1] % 2), *((0, 0),) * (a.ndim - 2)), constant_values=fill)  # noqa: E731
-    q_BTNH, texts_BT, slots_BS = even(q_BTNH), even(texts_BT, -1), even(slots_BS, NOWHERE)
-    k_BSKH, v_BSKH = even(k_BKHS.transpose(0, 3, 1, 2)), even(v_BKSH.transpose(0, 2, 1, 3))
-    mask_BTS = (texts_BT[:, :, None] == slots_BS[:, None, :]) & (jnp.arange(S + S % 2) <= jnp.arange(T + T % 2)[:, None] + S - T)
-    out = jax.nn.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, mask=mask_BTS[:, None], scale=scale, implementation=CUDNN)
-    return out[:, :T]
+    k_BSKH, v_BSKH = _even(k_BKHS.transpose(0, 3, 1, 2)), _even(v_BKSH.transpose(0, 2, 1, 3))
+    out = jax.nn.dot_product_attention(_even(q_BTNH), k_BSKH, v_BSKH, mask=mask_BTS[:, None], scale=scale, implementation=CUDNN)
+    return out[:, : q_BTNH.shape[1]]
 
 
 def _splash(q_BTNH, k_BKHS, v_BKSH, texts_BT, slots_BS, *, scale, cap):

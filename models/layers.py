@@ -187,6 +187,9 @@ class Block(nn.Module):
                 given.append(declare(f"{name}_bias", (D,), ("norm",), zeros))
         self.norms = norms
 
+    def declared(self) -> None:
+        """Computes nothing: initialising by this method draws the parameters alone."""
+
     def qkv(self, x, rope):
         """Queries [B, T, N, H], keys [B, K, H, T] and values [B, K, T, H]; queries and keys rotated."""
         c = self.cfg

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -93,6 +93,17 @@ class Tensor:
         got = self._part(got) if self._shares else got
         part = got.reshape([sizes[a] for a in self._letters])
         return part.transpose([self._letters.index(a) for a in self.ours])[tuple(cut[a] for a in self.ours)]
+
+    def pieces(self, shape: Sequence[int], index: Sequence[slice], numbers: int) -> Iterator[tuple[tuple[slice, ...], tuple[slice, ...]]]:
+        """(where in the part, index) for pieces of the part `index` of our (unstacked) leaf of `shape`, each within so many rows of the
+        stored tensor as have at most `numbers` numbers, or within one entry of the first letter of `stored`."""
+        axis = self.ours.index(self._letters[0])
+        start, stop, _ = index[axis].indices(shape[axis])
+        step = max(numbers // math.prod((*shape[:axis], *shape[axis + 1 :])), 1)
+        for at in range(start, stop, step):
+            end = min(at + step, stop)
+            inside = (*(slice(None),) * axis, slice(at - start, end - start))
+            yield inside, (*index[:axis], slice(at, end), *index[axis + 1 :])
 
     @property
     def _letters(self) -> str:

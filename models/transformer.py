@@ -25,7 +25,7 @@ from models.checks import check_tokens
 from models.config import ModelConfig
 from models.errors import ModelError
 from models.head import head, unembed, unembed_matrix
-from models.kernels import Fused
+from models.kernels import Fused, texts_of
 from models.layers import PRODUCT, Block, embed_at, fuse_qkv, norm
 from models.rope import layer_ropes
 from models.taps import BLOCK_TAPS, Hooks, Interventions, Place, taps_of
@@ -102,8 +102,8 @@ def _boxed_init(cfg: ModelConfig, key: Array) -> Params:
     embed_key, block_key, head_key = jax.random.split(key, 3)
     dtype = jnp.dtype(cfg.dtype)
     normal = nn.initializers.normal(cfg.initializer_range)
-    declared = lambda key: Block(cfg).init(key, method=lambda block: block.o)["params"]  # noqa: E731  (nothing is computed)
-    blocks = jax.vmap(declared)(jax.random.split(block_key, cfg.n_layers))
+    block = lambda key: Block(cfg).init(key, method=Block.declared)["params"]  # noqa: E731
+    blocks = jax.vmap(block)(jax.random.split(block_key, cfg.n_layers))
     blocks = jax.tree.map(lambda b: Boxed(b.value, ("layers", *b.names)), blocks, is_leaf=_is_boxed)
     embedding = normal(embed_key, (cfg.vocab_size, cfg.d_model), dtype)
     params: Params = {
@@ -193,10 +193,11 @@ class _Memory:
     def __init__(
         self, cfg: ModelConfig, positions: Array, prefix: KV | Sequence[KV] | None, cache: KVCache | None, segments: Array | None = None
     ):
-        self.fused = None
-        if cfg.attention != "plain" and cache is None and positions.shape[1] > 1:
-            self.fused = jnp.where(positions < 0, -1, 0 if segments is None else segments)
         self.prefixes = () if prefix is None else (prefix,) if isinstance(prefix, KV) else tuple(prefix)
+        self.texts = None
+        if cfg.attention != "plain" and cache is None and positions.shape[1] > 1:
+            texts = jnp.where(positions < 0, -1, 0 if segments is None else segments)
+            self.texts = texts_of(cfg, [part.positions >= 0 for part in self.prefixes], texts)
         self.cache, self.slots = cache, positions
         if cache is not None:
             self.slots = lax.dynamic_update_slice(cache.positions, positions, (0, cache.next))
@@ -214,8 +215,8 @@ class _Memory:
 
     def segments(self, layer, prefix_kvs, cache_kv, k, v):
         """([(k, v, mask)] to attend to, this layer's (k, v) to keep) for new keys and values k, v."""
-        if self.fused is not None:
-            return Fused([*prefix_kvs, (k, v)], [part.positions >= 0 for part in self.prefixes], self.fused), (k, v)
+        if self.texts is not None:
+            return Fused([*prefix_kvs, (k, v)], self.texts), (k, v)
         (k, v), kept = ((k, v), (k, v)) if cache_kv is None else self._written(layer, cache_kv, k, v)
         own = (k, v, self.mask(layer))
         return [*((*kv, mask(layer)) for kv, mask in zip(prefix_kvs, self.prefix_masks, strict=True)), own], kept

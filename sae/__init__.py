@@ -38,8 +38,10 @@ from sae.formats import load, save
 from sae.harvest import ActivationBuffer, array_batches, harvest_activations
 from sae.interventions import FeatureEdit, Intervention, ablate, add, clamp, intervene, scale, set_to
 from sae.kmeans import KMeans, kmeans
-from sae.metrics import ce_recovered, evaluate
-from sae.train import SAETrainConfig, train_sae
+from sae.metrics import Statistics, activation_statistics, evaluate, geometry, max_cosines, token_counts
+from sae.splice import ce_recovered, splice_figures, splice_sums
+from sae.train import SAETask, train_sae, train_saes
+from sae.train_config import SAETrainConfig
 
 __all__ = [
     "ActivationBuffer",
@@ -50,9 +52,12 @@ __all__ = [
     "KMeans",
     "SAEConfig",
     "SAEError",
+    "SAETask",
     "SAETrainConfig",
+    "Statistics",
     "ablate",
     "ablation_effects",
+    "activation_statistics",
     "add",
     "array_batches",
     "attribute",
@@ -65,16 +70,22 @@ __all__ = [
     "evaluate",
     "fold_decoder_norm",
     "fold_input_scale",
+    "geometry",
     "harvest_activations",
     "init",
     "intervene",
     "kmeans",
     "load",
     "logit_difference",
+    "max_cosines",
     "reconstruct",
     "save",
     "scale",
     "set_to",
+    "splice_figures",
+    "splice_sums",
+    "token_counts",
     "train_sae",
+    "train_saes",
     "unfold_input_scale",
 ]

@@ -9,7 +9,7 @@ import functools
 import itertools
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -31,11 +31,14 @@ def blocks_needed(hook_name: str) -> int | None:
     return int(match[1]) + 1 if match else None
 
 
-@functools.partial(jax.jit, static_argnames=("cfg", "hook_name"))
-def tap(cfg: Any, params: Any, tokens_BT: jax.Array, lengths_B: jax.Array, hook_name: str) -> jax.Array:
-    """The named activation [B, T, D] in fp32; blocks past it do not run."""
-    out = models.forward(cfg, params, tokens_BT, lengths=lengths_B, taps=(hook_name,), stop_at=blocks_needed(hook_name))
-    return out.taps[hook_name].astype(jnp.float32)
+@functools.partial(jax.jit, static_argnames=("cfg", "hook_names"))
+def tap(cfg: Any, params: Any, tokens_BT: jax.Array, lengths_B: jax.Array, hook_names: tuple[str, ...]) -> jax.Array:
+    """The named activations [B, T, D] in fp32, one behind the other along D; blocks past the last of them do not run."""
+    needed = [blocks_needed(name) for name in hook_names]
+    stop_at = None if None in needed else max(n for n in needed if n is not None)
+    out = models.forward(cfg, params, tokens_BT, lengths=lengths_B, taps=hook_names, stop_at=stop_at)
+    found = [out.taps[name].astype(jnp.float32) for name in hook_names]
+    return found[0] if len(found) == 1 else jnp.concatenate(found, axis=-1)
 
 
 def token_batches(
@@ -75,25 +78,31 @@ def harvest_activations(
     cfg: Any,
     params: Any,
     token_rows: TokenRows,
-    hook_name: str,
+    hook_name: str | Sequence[str],
     batch_size: int = 32,
     context_size: int | None = None,
     skip_bos: bool = True,
     mesh: jax.sharding.Mesh | None = None,
+    drop_tokens: Collection[int] = (),
 ) -> Harvest:
     """Runs the model over rows of token ids: a stream of fp32 arrays [n, D], one a batch, padding left out.
 
+    hook_name: a tap, or several whose activations stand one behind the other in each row, in one pass over the model.
     Rows longer than context_size (default: the model's) are cut into pieces, so no token is lost. skip_bos drops the
-    first position of a row where it holds the BOS token: its huge norm would dominate a dictionary.
+    first position of a row where it holds the BOS token: its huge norm would dominate a dictionary. drop_tokens: ids whose positions are
+    dropped wherever they stand, such as a chat format's special tokens.
     mesh: of `models.sharding.make_mesh`, with `params` on it: the rows of a batch, rounded up to a multiple of the
     devices that share them, are spread over its batch axes. Every process calls with the same rows and gets them all.
     Raises SAEError on a token id outside the vocabulary, a tap that is no vector a token, and NaN activations.
     """
     context_size = min(context_size or cfg.max_position, cfg.max_position)
-    if (blocks_needed(hook_name) or 0) > cfg.n_layers:
-        raise SAEError(f"harvest: there is no {hook_name}: the model has {cfg.n_layers} blocks")
-    if hook_name.endswith("attn_probs"):
-        raise SAEError(f"harvest: {hook_name} is no vector a token; choose another tap")
+    hooks = (hook_name,) if isinstance(hook_name, str) else tuple(hook_name)
+    for hook in hooks:
+        if (blocks_needed(hook) or 0) > cfg.n_layers:
+            raise SAEError(f"harvest: there is no {hook}: the model has {cfg.n_layers} blocks")
+        if hook.endswith("attn_probs"):
+            raise SAEError(f"harvest: {hook} is no vector a token; choose another tap")
+    dropped = np.fromiter(drop_tokens, np.int32)
     ways = 1 if mesh is None else batch_ways(mesh)
 
     def run(tokens, lengths, opens) -> np.ndarray:
@@ -103,9 +112,11 @@ def harvest_activations(
         keep = np.arange(tokens.shape[1]) < lengths[:, None]
         if skip_bos and cfg.bos_token_id is not None:
             keep[:, 0] &= ~(opens & (tokens[:, 0] == cfg.bos_token_id))
-        rows = fetch(tap(cfg, params, place_rows(tokens, mesh), place_rows(lengths, mesh), hook_name), mesh)[keep]
+        if dropped.size:
+            keep &= ~np.isin(tokens, dropped)
+        rows = fetch(tap(cfg, params, place_rows(tokens, mesh), place_rows(lengths, mesh), hooks), mesh)[keep]
         if not np.isfinite(rows).all():
-            raise SAEError(f"harvest: {hook_name} gives NaN or infinite activations; check the model's weights and dtype")
+            raise SAEError(f"harvest: {', '.join(hooks)} gives NaN or infinite activations; check the model's weights and dtype")
         return rows
 
     return Harvest(token_batches(token_rows, -(-batch_size // ways) * ways, context_size), run)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Protocol
 
 import jax
@@ -20,61 +20,81 @@ from jaxtyping import Array
 from sae.config import SAEConfig
 from sae.errors import SAEError
 from sae.harvest import ActivationBuffer
+from sae.train_config import Scale
 
 
 class CheckpointFolder(Protocol):
-    """What training needs of a folder of checkpoints (jaxrl_llm.checkpoint.Checkpoints)."""
+    """What training needs of a folder of checkpoints (jaxrl_llm.checkpoint.Checkpoints). `save` may return as soon as it has copied what is
+    to be written; `finish` waits until that is written."""
 
     def save(self, step: int, state: Any, host: dict[str, np.ndarray]) -> None: ...
+
+    def finish(self) -> None: ...
 
     def restore(self, abstract_state: Any) -> tuple[int, Any, dict[str, np.ndarray]] | None: ...
 
 
 @dataclasses.dataclass
+class Member:
+    """One of the dictionaries: its description with the scales that were measured, and its records."""
+
+    cfg: SAEConfig
+    scale: Scale
+    history: list[dict[str, float]] = dataclasses.field(default_factory=list)
+
+
+@dataclasses.dataclass
 class Position:
-    """Everything of a run that is not the train state.
+    """Everything of a run that is not the train states.
 
     ahead: batches that were read ahead of training; there is no checkpoint before they are trained on, since the stream is
     further on than its state would say.
     """
 
-    cfg: SAEConfig  # with its input scale
-    variance: float  # of the sample, which scales the loss
+    members: dict[str, Member]
     stream: Iterator[np.ndarray]
     step: int = 0
     rows: int = 0
-    history: list[dict[str, float]] = dataclasses.field(default_factory=list)
     ahead: int = 0
 
 
-def described(cfg: SAEConfig, train: Any, key: Array, batches: Iterable[np.ndarray]) -> dict[str, Any]:
-    """What must be the same when a run goes on, as JSON values."""
-    out = {"sae": dataclasses.asdict(cfg), "train": dataclasses.asdict(train), "key": np.asarray(jax.random.key_data(key)).tolist()}
+def described(tasks: Mapping[str, Any], key: Array, batches: Iterable[np.ndarray]) -> dict[str, Any]:
+    """What must be the same when a run goes on, as JSON values. tasks: name -> SAETask."""
+    out: dict[str, Any] = {"key": np.asarray(jax.random.key_data(key)).tolist()}
+    for name, task in tasks.items():
+        fields = dataclasses.asdict(task)
+        before = f"{name}." if name else ""
+        out |= {f"{before}sae": fields.pop("cfg"), f"{before}train": fields.pop("train"), f"{before}columns": fields}
     if isinstance(batches, ActivationBuffer):
         out["buffer"] = {"batch_size": batches.batch_size, "buffer_size": batches.buffer_size}
     return json.loads(json.dumps(out))
 
 
-def save(checkpoints: CheckpointFolder, position: Position, run: dict[str, Any], state: Any, batches: Iterable[np.ndarray]) -> None:
-    """A checkpoint of `state` at `position`; run: `described`."""
-    arrays, host = {"train": state}, {}
+def save(checkpoints: CheckpointFolder, position: Position, run: dict[str, Any], states: list[Any], batches: Iterable[np.ndarray]) -> None:
+    """A checkpoint of `states` at `position`; run: `described`."""
+    arrays: dict[str, Any] = {"train": states}
+    host: dict[str, np.ndarray] = {}
     if isinstance(batches, ActivationBuffer):
         arrays["window"], host = batches.state()
-    figures = {"rows": position.rows, "variance": position.variance, "input_scale": position.cfg.input_scale, "history": position.history}
-    host["run"] = np.frombuffer(json.dumps({"run": run, **figures}).encode(), np.uint8)
+    members = [
+        {"scale": m.scale, "input_scale": m.cfg.input_scale, "output_scale": m.cfg.output_scale, "history": m.history}
+        for m in position.members.values()
+    ]
+    told = {"run": run, "rows": position.rows, "members": members}
+    host["run"] = np.frombuffer(json.dumps(told).encode(), np.uint8)
     checkpoints.save(position.step, arrays, host)
 
 
 def restore(
-    checkpoints: CheckpointFolder, cfg: SAEConfig, run: dict[str, Any], abstract: Any, batches: Iterable[np.ndarray]
-) -> tuple[Position, Any] | None:
-    """(position, train state) of the newest checkpoint, `batches` wound on to it; None where there is none.
+    checkpoints: CheckpointFolder, tasks: Mapping[str, Any], run: dict[str, Any], abstract: list[Any], batches: Iterable[np.ndarray]
+) -> tuple[Position, list[Any]] | None:
+    """(position, train states) of the newest checkpoint, `batches` wound on to it; None where there is none.
 
-    abstract: the train state's shapes, with shardings on a mesh. Raises SAEError where the checkpoints are of another run.
+    abstract: the train states' shapes, with shardings on a mesh. Raises SAEError where the checkpoints are of another run.
     """
-    arrays = {"train": abstract}
+    arrays: dict[str, Any] = {"train": abstract}
     if isinstance(batches, ActivationBuffer):
-        arrays["window"] = np.zeros((batches.buffer_size, cfg.d_in), np.float32)
+        arrays["window"] = np.zeros((batches.buffer_size, max(task.width for task in tasks.values())), np.float32)
     found = checkpoints.restore(arrays)
     if found is None:
         return None
@@ -90,5 +110,8 @@ def restore(
         batches.restore(np.asarray(arrays["window"]), host)
     else:
         next(itertools.islice(stream, step, step), None)
-    cfg = cfg.replace(input_scale=told["input_scale"])
-    return Position(cfg, told["variance"], stream, step, told["rows"], told["history"]), arrays["train"]
+    members = {}
+    for (name, task), kept in zip(tasks.items(), told["members"], strict=True):
+        cfg = task.cfg.replace(input_scale=kept["input_scale"], output_scale=kept["output_scale"])
+        members[name] = Member(cfg, Scale(*kept["scale"]), kept["history"])
+    return Position(members, stream, step, told["rows"]), arrays["train"]

@@ -81,6 +81,28 @@ def grouped_positions(x: Float[Array, "n F"], k: int, size: int) -> tuple[Int[Ar
     return by_rank(rank, positions, k), enough & distinct & jnp.all(x == x)  # a maximum may pass over NaN on CPUs
 
 
+def cut_for(x: Float[Array, "..."], n: int) -> Float[Array, ""]:
+    """A value t with n entries of x at or above it, none of which may be negative: at most the n-th largest and above the next.
+
+    More than n where entries equal the n-th largest; 0, so all of them, where n is over their number. Bits of non-negative floats are ordered
+    as the floats are, so bisection on them needs at most 31 counts of x, in any layout: where x is spread over devices, only counts travel.
+    """
+    bits = lax.bitcast_convert_type(x.astype(jnp.float32), jnp.int32)
+
+    def unsure(state):
+        low, high, found = state
+        return (high - low > 1) & (found != n)
+
+    def halve(state):
+        low, high, _ = state
+        middle = low + (high - low) // 2
+        found = jnp.sum(bits >= middle, dtype=jnp.int32)
+        return jnp.where(found >= n, middle, low), jnp.where(found >= n, high, middle), found
+
+    low, _, _ = lax.while_loop(unsure, halve, (jnp.int32(0), jnp.max(bits) + 1, jnp.int32(-1)))
+    return lax.bitcast_convert_type(low, jnp.float32)
+
+
 def ranks(x: Float[Array, "n C ..."]) -> Int[Array, "n C ..."]:
     """How many entries along axis 1 are larger than each entry."""
 

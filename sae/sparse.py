@@ -16,8 +16,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from sae.architectures import Params, matmul, pre_activations, topk_encode_sparse
-from sae.select import sharded_top_k
+from sae.base import Params, centred, matmul, pre_activations
+from sae.select import by_platform, sharded_top_k, top_k
 
 BLOCK = 8  # entries of one latent that are summed together: see `rows_by_latent`
 UNROLL = 32  # gathers fused into one loop nest
@@ -114,9 +114,14 @@ def scatter_rows(
     return jnp.zeros((d_sae, rows_BD.shape[1]), jnp.float32).at[latent_N].add(partial, mode="drop", indices_are_sorted=True)
 
 
-def centred(params: Params, x: Array, centre: bool) -> Array:
-    """The encoder's input: x less the decoder's bias if `centre`."""
-    return x - params["b_dec"] if centre else x
+def topk_encode_sparse(params: Params, x: Float[Array, "... D"], k: int) -> tuple[Float[Array, "... K"], Int[Array, "... K"]]:
+    """The k largest pre-activations of each row, then ReLU (Gao et al. 2024, section 2.3): (values, indices)."""
+
+    def encode(rows):
+        values, indices = top_k(pre_activations(params, rows), k)
+        return jax.nn.relu(values), indices
+
+    return by_platform(encode, x, 4 * params["b_enc"].shape[0])
 
 
 def reconstruct_dense(

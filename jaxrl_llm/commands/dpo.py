@@ -29,7 +29,8 @@ def run(config: Any, workdir: str) -> None:
       UserError: no model or data named, a row without what the loss needs, no row short enough; and what reading and training raise.
     """
     import models
-    from jaxrl_llm.train.config import DPOConfig, check_choice, check_dpo, check_dtype, from_mapping
+    from jaxrl_llm.train.checks import check_choice, check_dpo, check_dtype
+    from jaxrl_llm.train.config import DPOConfig, from_mapping
     from jaxrl_llm.train.dpo import train_dpo
 
     if not config.model:

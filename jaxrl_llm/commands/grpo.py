@@ -32,7 +32,8 @@ def run(config: Any, workdir: str) -> None:
     Raises:
       UserError: no model, no prompts or two sources of them, an unknown reward or schedule; and what reading and training raise.
     """
-    from jaxrl_llm.train.config import GRPOConfig, check_grpo, from_mapping
+    from jaxrl_llm.train.checks import check_grpo
+    from jaxrl_llm.train.config import GRPOConfig, from_mapping
     from jaxrl_llm.train.loop import train_grpo
 
     settings = from_mapping(GRPOConfig, config.train)
@@ -44,7 +45,7 @@ def train_policy(config: Any, workdir: str, kind: str, settings: Any, train: Cal
     """What every verb that trains on the policy's own samples does around `train` (arguments and result of `loop.train_grpo`). kind: of
     the run directory. settings: of the training, checked."""
     import models
-    from jaxrl_llm.train.config import check_dtype
+    from jaxrl_llm.train.checks import check_dtype
 
     check_dtype(config.dtype)
     if not config.model:

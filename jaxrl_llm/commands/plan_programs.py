@@ -1,7 +1,8 @@
 """The programs that `plan` compiles, with shapes in the place of arrays: sampling, the updates, and of SAERL its sparse autoencoder's.
 
 Each function returns what `plan_cost.compiled` tells and: "rows" that it takes at once, "batches" or "micro_batches" of a step, "flops" of a
-step over all devices by the model's formulas, and "read_bytes", what a device at least reads from its memory in a step.
+step over all devices by the model's formulas, and "read_bytes", what a device at least reads from its memory in a step. Of the GRPO update
+"epochs" says how often a step runs it; the numbers of a step count all of them.
 """
 
 import contextlib
@@ -43,7 +44,8 @@ def _frozen(model: Any, sizes: Mapping[str, Any], mesh: Any) -> Any:
 
 def _train_settings(model: Any, sizes: Mapping[str, Any]) -> Any:
     """The StepSpec of the update that is planned."""
-    from jaxrl_llm.train.config import GRPOConfig, check_grpo
+    from jaxrl_llm.train.checks import check_grpo
+    from jaxrl_llm.train.config import GRPOConfig
     from jaxrl_llm.train.step import step_spec
 
     names = ("num_samples", "max_new_tokens", "micro_batch_rows", "remat", "remat_keep", "attention", "loss", "lora")
@@ -182,7 +184,7 @@ def _one_stage(new: int):
 
 
 def update(model: Any, sizes: Mapping[str, Any], mesh: Any) -> dict[str, Any]:
-    """The GRPO update on the whole step's completions: gradients by micro-batches, AdamW, the target's loss.
+    """The GRPO update on the whole step's completions, `inner_epochs` times: gradients by micro-batches, AdamW, the target's loss.
 
     A reference's log-probabilities and a critic's values come from passes before it, without gradients, that take less.
     """
@@ -221,13 +223,17 @@ def update(model: Any, sizes: Mapping[str, Any], mesh: Any) -> dict[str, Any]:
         batch["ref_logps" if spec.loss.kl_place == "loss" else "kl"] = batch["sampler_logps"]
     if spec.loss.critic:
         batch["values"] = batch["sampler_logps"]
+    if (epochs := sizes["inner_epochs"]) > 1:
+        batch["old_logps"] = batch["sampler_logps"]  # which the first epoch gives the others
     state = abstract_state(model, spec.optimizer, mesh, spec.loss.critic, spec.lora)
     found = compiled(compiled_update(spec, mesh), state, batch, _frozen(model, sizes, mesh))
     forward = blocks * width * model.flops_per_token(width // 2)
     forward += sizes["prompts"] * samples * new * model.flops_per_token(width + new // 2)
-    passes = _passes(sizes) + _passes_before(spec.loss)
+    passes = epochs * _passes(sizes) + _passes_before(spec.loss)
     read = micros * passes * _weight_bytes(model, mesh, rows // ways * (width // together + new))
-    return {"rows": rows, "micro_batches": micros, "flops": forward * passes, "read_bytes": read, **found}
+    if found["collectives"] is not None:
+        found["collectives"] = {kind: size * epochs for kind, size in found["collectives"].items()}
+    return {"rows": rows, "micro_batches": micros, "epochs": epochs, "flops": forward * passes, "read_bytes": read, **found}
 
 
 def _passes(sizes: Mapping[str, Any]) -> int:
@@ -297,7 +303,7 @@ def sae_encode(model: Any, sizes: Mapping[str, Any], mesh: Any) -> dict[str, Any
     tokens = jax.ShapeDtypeStruct((rows, context), jnp.int32, sharding=where)
     lengths = jax.ShapeDtypeStruct((rows,), jnp.int32, sharding=where)
     placed = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated(mesh)), dictionary)
-    encode = jax.jit(lambda params, d, tokens, lengths: encode_topk(d, tap(model, params, tokens, lengths, hook)))
+    encode = jax.jit(lambda params, d, tokens, lengths: encode_topk(d, tap(model, params, tokens, lengths, (hook,))))
     found = compiled(encode, _params(model, mesh), placed, tokens, lengths)
     needed = blocks_needed(hook)
     blocks = 1.0 if needed is None else needed / model.n_layers
@@ -312,7 +318,8 @@ def sae_train(model: Any, sizes: Mapping[str, Any], mesh: Any) -> dict[str, Any]
     import jax.numpy as jnp
 
     from models.sharding import batch_sharding
-    from sae.train import SAETrainConfig, abstract_state, numbers_at, step_for
+    from sae.step import abstract_state, step_for
+    from sae.train_config import SAETrainConfig, Scale, numbers_at
 
     model, hook = _feature_model(model, sizes)
     cfg, rows = _dictionary(model, sizes, hook).cfg, sizes["sae"]["batch"]
@@ -320,7 +327,7 @@ def sae_train(model: Any, sizes: Mapping[str, Any], mesh: Any) -> dict[str, Any]
     state = abstract_state(cfg, mesh)
     batch = jax.ShapeDtypeStruct((rows, cfg.d_in), jnp.float32, sharding=batch_sharding(mesh))
     step = step_for(cfg, settings, mesh)
-    found = compiled(jax.jit(lambda *given: step(*given), donate_argnums=0), state, batch, numbers_at(1, cfg, settings, 1.0))
+    found = compiled(jax.jit(lambda *given: step(*given), donate_argnums=0), state, batch, numbers_at(1, cfg.d_sae, settings, Scale(1.0, 1.0)))
     flops = 3 * 4 * cfg.d_in * cfg.d_sae * rows
     return {"rows": rows, "batches": 1, "flops": flops, "read_bytes": 3 * bytes_a_device(state), **found}
 

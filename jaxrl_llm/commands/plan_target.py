@@ -11,7 +11,8 @@ from ml_collections import ConfigDict
 from jaxrl_llm.config import field_names, load_config
 from jaxrl_llm.errors import UserError, nearest
 from jaxrl_llm.runtime import parse_axes
-from jaxrl_llm.train.config import LoraSettings, LossConfig, PreferenceLossConfig, check_lora, from_mapping
+from jaxrl_llm.train.checks import check_lora
+from jaxrl_llm.train.config import LoraSettings, LossConfig, PreferenceLossConfig, from_mapping
 
 _QWEN = {"model_type": "qwen2", "rms_norm_eps": 1e-6, "rope_theta": 1e6, "max_position_embeddings": 32768, "eos_token_id": 151645}
 _QWEN_05 = {"hidden_size": 896, "num_hidden_layers": 24, "num_attention_heads": 14, "num_key_value_heads": 2, "intermediate_size": 4864}
@@ -51,6 +52,7 @@ DEFAULTS: dict[str, Any] = {
     "rollout_refill": False,
     "micro_batch_rows": 0,
     "samples_together": 0,
+    "inner_epochs": 1,
     "lora_rank": 0,
     "remat": True,
     "remat_keep": "nothing",
@@ -71,6 +73,7 @@ NAMES: dict[str, tuple[str, ...]] = {
     "rollout_refill": ("rollout_refill",),
     "micro_batch_rows": ("grpo.micro_batch_rows", "micro_batch_rows"),
     "samples_together": ("samples_together",),
+    "inner_epochs": ("inner_epochs",),
     "lora_rank": ("lora.rank",),
     "remat": ("grpo.remat", "remat"),
     "remat_keep": ("remat_keep",),

@@ -22,7 +22,8 @@ def run(config: Any, workdir: str) -> None:
       UserError: no model or data named, a missing response, no row short enough, a row past the model's context; and what reading and training raise.
     """
     import models
-    from jaxrl_llm.train.config import SFTConfig, check_dtype, from_mapping
+    from jaxrl_llm.train.checks import check_dtype
+    from jaxrl_llm.train.config import SFTConfig, from_mapping
     from jaxrl_llm.train.sft import train_sft
 
     if not config.model:

@@ -1,6 +1,7 @@
-"""`jaxrl-llm train_sae`: a dictionary for one tap of a model, from text or prompt rows, with its metrics on held-out rows."""
+"""`jaxrl-llm train_sae`: dictionaries for one or more taps of a model, from text or prompt rows, with its metrics on held-out rows."""
 
 import json
+from collections.abc import Sequence
 from math import inf
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,6 @@ def run(config: Any, workdir: str) -> None:
     import sae
     from jaxrl_llm.checkpoint import until_done
     from jaxrl_llm.curation.processes import from_first, on_this_process
-    from sae.architectures import ARCHITECTURES
 
     run_dir = RunDir(workdir, config, kind="train_sae", owns=(FOLDER,))
     folder = run_dir.path / FOLDER
@@ -41,45 +41,83 @@ def run(config: Any, workdir: str) -> None:
         return
     run_dir.truncate_after(0)  # a run that goes on is given its earlier records again
     mesh = parse_mesh(config.mesh)
-    token_rows = _token_rows(texts, models.load_tokenizer(config.model))  # before the weights, which take longer to come
+    tokenizer = models.load_tokenizer(config.model)  # before the weights, which take longer to come
+    token_rows = _token_rows(texts, tokenizer)
+    special = sorted(set(tokenizer.all_special_ids) - {tokenizer.bos_token_id}) if config.harvest.drop_special else []
     model_cfg, params = models.load(config.model, dtype=config.dtype, mesh=mesh)
     held_out = min(config.data.eval_rows, max(1, len(token_rows) // 5))
     train_rows, eval_rows = token_rows[:-held_out], token_rows[-held_out:]
-    hook = config.hook or f"blocks.{model_cfg.n_layers // 2}.resid_post"
+    hooks = _hooks(config) or [f"blocks.{model_cfg.n_layers // 2}.resid_post"]
+    taps = (*hooks, config.sae.hook_out) if config.sae.hook_out else tuple(hooks)
     harvest = config.harvest
 
-    def activations(rows: list[list[int]]) -> Any:
+    def activations(rows: list[list[int]], names: Sequence[str] = taps) -> Any:
         return sae.harvest_activations(
-            model_cfg, params, rows, hook, harvest.batch_rows, harvest.context_size, skip_bos=harvest.skip_bos, mesh=mesh
+            model_cfg, params, rows, names, harvest.batch_rows, harvest.context_size, skip_bos=harvest.skip_bos, mesh=mesh, drop_tokens=special
         )
 
-    width, kind = next(iter(activations(eval_rows))).shape[1], ARCHITECTURES[config.sae.architecture]
-    cfg = sae.SAEConfig(
+    widths = {name: next(iter(activations(eval_rows[:1], (name,)))).shape[1] for name in taps}
+    tasks, column = {}, 0
+    for hook in hooks:
+        cfg = _description(config, hook, widths)
+        tasks[hook if len(hooks) > 1 else ""] = sae.SAETask(cfg, sae.SAETrainConfig(**config.train), column)
+        column += widths[hook]
+    buffer = sae.ActivationBuffer(lambda: activations(train_rows), config.batch_size, harvest.buffer_rows, config.seed)
+
+    def log(record: dict[str, Any]) -> None:
+        run_dir.log({"kind": "train", **{name: value for name, value in record.items() if name != "sae" or value}})
+
+    with until_done(run_dir.checkpoints) as checkpoints:
+        trained = sae.train_saes(
+            tasks, buffer, jax.random.key(config.seed), mesh=mesh, on_log=log, checkpoints=checkpoints, checkpoint_every=config.checkpoint_every
+        )
+        summary: dict[str, Any] = {"train_rows": len(train_rows), "eval_rows": held_out}
+        for name, (dictionary, _) in trained.items():
+            dictionary, cfg = on_this_process(dictionary, mesh), tasks[name].cfg
+            names = [n for n in (cfg.hook_name, cfg.hook_name_out) if n]
+            metrics = sae.evaluate(dictionary, activations(eval_rows, names), lm=(model_cfg, params, eval_rows))
+            figures = {"hook": cfg.hook_name, "d_in": cfg.d_in, "d_sae": cfg.d_sae, **metrics}
+            if cfg.hook_name_out:
+                figures |= {"hook_out": cfg.hook_name_out, "d_out": cfg.d_out}
+            summary |= {name: figures} if name else figures
+            if run_dir.is_writer:
+                sae.save(folder / name, dictionary, layout=config.sae.layout)
+        if run_dir.is_writer:
+            run_dir.summary(summary)
+            _report(folder, summary)
+
+
+def _hooks(config: Any) -> list[str]:
+    return [name.strip() for name in config.hook.split(",") if name.strip()]
+
+
+def _description(config: Any, hook: str, widths: dict[str, int]) -> Any:
+    """The SAEConfig of one tap's dictionary."""
+    import sae
+    from sae.architectures import ARCHITECTURES
+
+    out, width, kind = config.sae.hook_out, widths[hook], ARCHITECTURES[config.sae.architecture]
+    return sae.SAEConfig(
         architecture=config.sae.architecture,
         d_in=width,
         d_sae=config.sae.d_sae or config.sae.expansion * width,
         k=config.sae.k if kind.needs_k else None,
+        prefixes=_prefixes(config) if config.sae.architecture == "matryoshka" else (),
         normalize_activations=config.sae.normalize_activations,
-        apply_b_dec_to_input=config.sae.apply_b_dec_to_input,
+        apply_b_dec_to_input=config.sae.apply_b_dec_to_input and not out,
         hook_name=hook,
         model_name=config.model,
-        context_size=harvest.context_size,
+        context_size=config.harvest.context_size,
         dtype=config.sae.dtype,
+        **({"d_out": widths[out], "hook_name_out": out, "skip": config.sae.skip} if out else {}),
     )
-    buffer = sae.ActivationBuffer(lambda: activations(train_rows), config.batch_size, harvest.buffer_rows, config.seed)
-    settings = sae.SAETrainConfig(**config.train)
-    with until_done(run_dir.checkpoints) as checkpoints:
-        dictionary, _ = sae.train_sae(
-            cfg, buffer, settings, jax.random.key(config.seed), mesh=mesh, on_log=lambda record: run_dir.log({"kind": "train", **record}),
-            checkpoints=checkpoints, checkpoint_every=config.checkpoint_every,
-        )  # fmt: skip
-        dictionary = on_this_process(dictionary, mesh)
-        metrics = sae.evaluate(dictionary, activations(eval_rows), lm=(model_cfg, params, eval_rows))
-        summary = {"hook": hook, "d_in": cfg.d_in, "d_sae": cfg.d_sae, "train_rows": len(train_rows), "eval_rows": held_out, **metrics}
-        if run_dir.is_writer:
-            sae.save(folder, dictionary, layout=config.sae.layout)
-            run_dir.summary(summary)
-            _report(folder, summary)
+
+
+def _prefixes(config: Any) -> tuple[int, ...]:
+    try:
+        return tuple(int(number) for number in config.sae.prefixes.split(",") if number.strip())
+    except ValueError:
+        raise UserError(f"config key 'sae.prefixes' is {config.sae.prefixes!r}: give whole numbers with commas, such as 64,256") from None
 
 
 def check(config: Any) -> None:
@@ -91,7 +129,7 @@ def check(config: Any) -> None:
     import sae
     from sae.architectures import ARCHITECTURES
     from sae.config import DTYPES, NORMALISATIONS
-    from sae.formats import LAYOUTS
+    from sae.formats import WRITABLE
 
     choices = {
         "dtype": ("float32", "bfloat16"),
@@ -99,7 +137,7 @@ def check(config: Any) -> None:
         "sae.architecture": tuple(ARCHITECTURES),
         "sae.normalize_activations": NORMALISATIONS,
         "sae.dtype": DTYPES,
-        "sae.layout": tuple(LAYOUTS),
+        "sae.layout": WRITABLE,
     }
     ones = ("data.limit", "data.eval_rows", "harvest.batch_rows", "sae.expansion", "sae.k", "batch_size")
     zeros = ("sae.d_sae", "checkpoint_every", "seed")
@@ -111,9 +149,23 @@ def check(config: Any) -> None:
     }
     check_fields(config, choices, ranges)
     sae.SAETrainConfig(**config.train)  # checks its own fields
-    if ARCHITECTURES[config.sae.architecture].penalty is not None and not config.train.l1_coefficient:
-        kind = config.sae.architecture
-        raise UserError(f"config key 'train.l1_coefficient' is 0, and nothing else makes a {kind!r} dictionary sparse: give a positive weight")
+    kind = config.sae.architecture
+    if not ARCHITECTURES[kind].needs_k and not config.train.sparsity_coefficient:
+        raise UserError(
+            f"config key 'train.sparsity_coefficient' is 0, and nothing else makes a {kind!r} dictionary sparse: give a positive weight"
+        )
+    _prefixes(config)
+    others = {"sae.prefixes": ("matryoshka", config.sae.prefixes), "train.target_l0": ("jumprelu", config.train.target_l0)}
+    for name, (owner, value) in others.items():
+        if value and kind != owner:
+            raise UserError(f"config key {name!r} is {value!r}, but it is of {owner!r} dictionaries and this one is {kind!r}: leave it out")
+    hooks = _hooks(config)
+    if len(set(hooks)) < len(hooks):
+        raise UserError(f"config key 'hook' names a tap twice: {config.hook}")
+    if config.sae.hook_out and len(hooks) != 1:
+        raise UserError("config key 'sae.hook_out' makes a transcoder, which reads one tap: name it with --config.hook=...")
+    if config.sae.skip and not config.sae.hook_out:
+        raise UserError("config key 'sae.skip' is of transcoders: name the tap to reconstruct with --config.sae.hook_out=...")
 
 
 def _texts(data: Any) -> list[str]:
@@ -134,5 +186,6 @@ def _token_rows(texts: list[str], tokenizer: Any) -> list[list[int]]:
 
 def _report(folder: Path, summary: dict[str, Any]) -> None:
     names = ("l0", "explained_variance", "ce_recovered", "dead_share")
-    figures = ", ".join(f"{name} {summary[name]:.3f}" for name in names)
-    print(f"{folder}: {summary['d_sae']} latents on {summary['hook']}; {figures}")
+    for name, figures in ({"": summary} if "hook" in summary else {n: f for n, f in summary.items() if isinstance(f, dict)}).items():
+        told = ", ".join(f"{key} {figures[key]:.3f}" for key in names)
+        print(f"{folder / name}: {figures['d_sae']} latents on {figures['hook']}; {told}")

@@ -84,7 +84,7 @@ def _codes(cfg, params, dictionary, rows) -> tuple[np.ndarray, np.ndarray]:
         padded[i, : len(row)] = row
     lengths = np.array([len(r) for r in rows], np.int32)
     hook = dictionary.cfg.hook_name
-    x = tap(cfg, params, jnp.asarray(padded), jnp.asarray(lengths), hook)
+    x = tap(cfg, params, jnp.asarray(padded), jnp.asarray(lengths), (hook,))
     values, indices = map(on_host, sae.encode_topk(dictionary, x.astype(jnp.float32)))
     counted = np.arange(width) < lengths[:, None]
     counted[:, 0] &= np.array([row[0] != cfg.bos_token_id for row in rows])

@@ -7,7 +7,7 @@ and the same items; `difference` is in points of accuracy (100 x).
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -45,6 +45,44 @@ def expanded_limits(draws: np.ndarray, cells: int, confidence: float = 0.95) -> 
         tail = float(stats.norm.cdf(-np.sqrt(cells / (cells - 1)) * stats.t.ppf(1 - tail, cells - 1)))
     low, high = np.quantile(draws, [tail, 1 - tail])
     return float(low), float(high)
+
+
+def resamples(units: int, draws: int, seed: int) -> np.ndarray:
+    """[draws, units] how often each unit is drawn by a bootstrap that draws as many as there are."""
+    return np.random.default_rng(seed).multinomial(units, np.full(units, 1 / units), draws).astype(float)
+
+
+def percentile_interval(estimate: float, draws: np.ndarray, units: int, confidence: float = 0.95) -> Interval:
+    """An estimate with the limits of its bootstrap draws (`expanded_limits` of `units` units); draws without a value (NaN) take no part, and
+    with none left, or a single unit, the limits are NaN."""
+    draws = np.asarray(draws, float)
+    draws = draws[np.isfinite(draws)]
+    if not len(draws) or units < 2:
+        return Interval(float(estimate), float("nan"), float("nan"))
+    return Interval(float(estimate), *expanded_limits(draws, units, confidence))
+
+
+def pooled_sums(sums: Mapping[str, np.ndarray], most: int = 1000) -> dict[str, np.ndarray]:
+    """Sums of units as those of at most `most` units, neighbours added up: what a bootstrap over very many units would take no longer for."""
+    count = len(next(iter(sums.values())))
+    edges = np.arange(min(most, count)) * count // min(most, count)
+    return {name: np.add.reduceat(np.asarray(values, float), edges) for name, values in sums.items()}
+
+
+def bootstrap_sums(
+    sums: Mapping[str, np.ndarray], figures: Callable[[dict[str, Any]], Mapping[str, Any]], *, draws: int = 1000, seed: int = 0
+) -> dict[str, Interval]:
+    """Figures that are functions of totals over units, with 95% limits of a bootstrap over the units.
+
+    sums: name -> [units] sums of each; figures: of their totals, scalars or arrays with an entry a draw, name -> figure.
+    """
+    estimates = figures({name: float(np.sum(values)) for name, values in sums.items()})
+    pooled = pooled_sums(sums)
+    units = len(next(iter(pooled.values())))
+    weights = resamples(units, draws, seed)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        found = figures({name: weights @ values for name, values in pooled.items()})
+    return {name: percentile_interval(value, found[name], units) for name, value in estimates.items()}
 
 
 def paired_bootstrap(

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from importlib import resources
 from typing import Any
 
-from jaxrl_llm.report import sections, sections_detail
+from jaxrl_llm.report import charts_sae, sections, sections_detail
 from jaxrl_llm.report.arms import Arms
 from jaxrl_llm.report.schema import validate
 from jaxrl_llm.report.svg import esc, tag
@@ -60,6 +60,23 @@ SECTIONS = (
         "Side by side",
         "Each row beside those it must be read against. The best of a column is bold, where more or less is better; italics are no competitor.",
         lambda data, _: sections.signals(data["tables"]),
+        (),
+    ),
+    Section(
+        "plots",
+        "Plots",
+        "Curves and trade-offs",
+        "A dot is a figure with its 95% interval; point at it to read it. Dashed: a level that does not hang on the axis.",
+        lambda data, _: charts_sae.plots(data["plots"]),
+        (),
+    ),
+    Section(
+        "densities",
+        "Density",
+        "How often latents fire",
+        "Latents by the share of tokens they fire on, on a logarithmic scale. Far left: hardly ever. Far right: latents that fire on most of "
+        "the text and say little.",
+        lambda data, _: charts_sae.densities(data["densities"]),
         (),
     ),
     Section(

@@ -45,7 +45,7 @@ PANELS: tuple[tuple[str, tuple[str, ...], dict[str, Any]], ...] = (
         {"log": True, "note": "Difference of their log-probabilities of the sampled tokens; 0 is perfect agreement."},
     ),
     ("Gradient norm", ("grad_norm",), {}),
-    ("Seconds a step", ("seconds_rollout", "seconds_reward", "seconds_update", "seconds_schedule"), {}),
+    ("Seconds a step", ("seconds_rollout", "seconds_reward", "seconds_reward_waited", "seconds_update", "seconds_schedule"), {}),
     ("Seconds a record", ("seconds",), {}),
     ("Tokens a second", ("tokens_per_s",), {}),
     ("Completions without a verdict", ("errors", "timeouts"), {}),
@@ -55,6 +55,7 @@ SHORT_NAMES = {
     "logp_diff_max": "max",
     "seconds_rollout": "rollout",
     "seconds_reward": "reward",
+    "seconds_reward_waited": "waited for the reward",
     "seconds_update": "update",
     "seconds_schedule": "schedule",
     "implicit_chosen": "chosen",
@@ -78,7 +79,8 @@ def save_data(run_dir: str | os.PathLike[str], data: Any) -> None:
 def run_report(run_dir: str | os.PathLike[str], *, title: str = "", samples: int = 60) -> dict[str, Any]:
     """The page data (`schema.ReportData`) of a run directory.
 
-    An experiment's own `report.json` is used where there is one; of a curate run its signals and its set (`report.curate`); otherwise curves,
+    An experiment's own `report.json` is used where there is one; of a curate run its signals and its set (`report.curate`), of an eval run its
+    eval.json (`report.sae_eval`); otherwise curves,
     panels, samples and config are read from metrics.jsonl, samples.jsonl, config.json and summary.json.
 
     Args:
@@ -100,6 +102,13 @@ def run_report(run_dir: str | os.PathLike[str], *, title: str = "", samples: int
         from jaxrl_llm.report.curate import curate_page
 
         return dict(validate(curate_page(path, head, title)))
+    if head.get("kind") == "eval_sae":
+        from jaxrl_llm.report.sae_eval import comparison_page
+
+        total = _read_json(path / "eval.json")
+        if not total:
+            raise UserError(f"{path} holds an eval run that did not finish: the same command goes on with it")
+        return dict(validate(comparison_page(total["saes"], head["config"], title or path.resolve().name)))
     metrics, sample_rows = _read_lines(path / "metrics.jsonl"), _read_lines(path / "samples.jsonl")
     if not metrics and not sample_rows:
         raise UserError(f"{path} holds nothing to report: no records in metrics.jsonl or samples.jsonl; give the --workdir of a run")
@@ -356,9 +365,10 @@ def _provenance(head: dict[str, Any], summary: dict[str, Any], train: list[dict[
     seed = head.get("config", {}).get("seed") if isinstance(head.get("config"), dict) else None
     if isinstance(seed, int):
         out["seeds"] = [seed]
+    overlapped = any("seconds_reward_waited" in r for r in train)  # then the rest of the judging is in the time of the rollouts
     stages = [
         {"name": SHORT_NAMES[key], "seconds": sum(v for v in _series(train, key)[1] if v is not None)}
-        for key in ("seconds_rollout", "seconds_reward", "seconds_update")
+        for key in ("seconds_rollout", "seconds_reward_waited" if overlapped else "seconds_reward", "seconds_update")
         if any(key in r for r in train)
     ]
     if stages:

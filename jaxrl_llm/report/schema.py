@@ -247,6 +247,52 @@ class Panel(TypedDict):
     note: NotRequired[str]
 
 
+class PlotPoint(TypedDict):
+    """A point of a plot with its interval; `tip` is what a hover says beside the figures."""
+
+    x: float
+    value: Gap
+    low: NotRequired[Gap]
+    high: NotRequired[Gap]
+
+
+class PlotSeries(TypedDict):
+    """Points of one kind, joined by a line where there are several; `kind` sets the colour as in a SignalRow."""
+
+    label: str
+    points: list[PlotPoint]
+    kind: NotRequired[Literal["ours", "baseline", "bound", "other"]]  # default "other": a colour of its own
+
+
+class PlotLevel(TypedDict):
+    """A level line across the whole plot."""
+
+    label: str
+    value: float
+
+
+class Plot(TypedDict):
+    """Figures over a quantity that is not time: probing accuracy over k, explained variance over L0."""
+
+    title: str
+    x_label: str
+    series: list[PlotSeries]
+    levels: NotRequired[list[PlotLevel]]
+    x_log: NotRequired[bool]  # default False
+    percent: NotRequired[bool]  # values are fractions; default False
+    note: NotRequired[str]
+
+
+class Density(TypedDict):
+    """Latents of an SAE by how often they fire: `counts` lie between neighbouring `log10_edges` (one more) of the share of tokens."""
+
+    label: str
+    log10_edges: list[float]
+    counts: list[float]
+    dead: int  # latents that never fire
+    latents: int  # all of them
+
+
 class Stage(TypedDict):
     """One stage of the run and its wall time."""
 
@@ -281,6 +327,8 @@ class ReportData(TypedDict):
     quality: NotRequired[Quality]
     signals: NotRequired[list[SignalTable]]
     tables: NotRequired[list[SignalTable]]  # of a single run: before, after and what they are compared with
+    plots: NotRequired[list[Plot]]
+    densities: NotRequired[list[Density]]
     rollouts: NotRequired[list[RolloutItem]]
     features: NotRequired[list[Feature]]
     panels: NotRequired[list[Panel]]
@@ -320,6 +368,8 @@ def validate(data: Any) -> ReportData:
                 _same_length(f"{key}[{i}].rows[{j}].cells", row["cells"], "columns", table["columns"])
     for i, field in enumerate(cleaned.get("prompt_map", {}).get("fields", [])):
         _same_length(f"prompt_map.fields[{i}].values", field["values"], "x", cleaned["prompt_map"]["x"])
+    for i, density in enumerate(cleaned.get("densities", [])):
+        _same_length(f"densities[{i}].counts", density["counts"], "the gaps of log10_edges", density["log10_edges"][1:])
     for i, schedule in enumerate(cleaned.get("schedules", [])):
         for name, values in schedule["quantiles"].items():
             _same_length(f"schedules[{i}].quantiles.{name}", values, "steps", schedule["steps"])

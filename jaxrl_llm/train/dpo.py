@@ -21,9 +21,11 @@ from jaxrl_llm.checkpoint import Checkpoints
 from jaxrl_llm.data.sampler import ShuffledSchedule
 from jaxrl_llm.errors import UserError, nearest
 from jaxrl_llm.run_dir import RunDir
-from jaxrl_llm.train.config import DPOConfig, check_dpo, from_mapping
+from jaxrl_llm.train.checks import check_dpo
+from jaxrl_llm.train.config import DPOConfig, from_mapping
 from jaxrl_llm.train.preference_step import (
     PreferenceSpec,
+    by_length,
     compiled_sums,
     compiled_update,
     preference_batch,
@@ -60,6 +62,10 @@ class Preferences:
         pick = lambda column: [column[i] for i in indices]  # noqa: E731
         labels = None if self.labels_N is None else self.labels_N[np.asarray(indices)]
         return Preferences(pick(self.prompts), pick(self.completions), pick(self.ids), labels)
+
+    def lengths(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
+        """int [len(indices), 2]: tokens of both completions of the rows at `indices`."""
+        return np.array([[len(tokens) for tokens in self.completions[i]] for i in indices])
 
     def batch(self, indices: Sequence[int] | np.ndarray, rows: int = 0, multiple: int = 1, **columns: np.ndarray) -> dict[str, np.ndarray]:
         """The rows at `indices` as `preference_step` takes them; columns: [N, ...] arrays of which the same rows go along."""
@@ -156,7 +162,7 @@ def train_dpo(
         run_dir.truncate_after(start if found else -1)
     history = [] if run_dir is None else run_dir.metrics()
     run = _Run(data, held_out or {}, schedule, config, spec, run_dir, checkpoints, mesh, references, history, frozen)
-    try:
+    with contextlib.nullcontext() if checkpoints is None else checkpoints:
         if not found and config.loss.needs_reference:
             run.references = {name: _sums(run, state, rows, name) for name, rows in {TRAINING: data, **run.held_out}.items()}
         run.see_best()
@@ -164,9 +170,6 @@ def train_dpo(
         if run.best is not None and run.best[1] < config.steps:
             del state
             state = checkpoints.restore(abstract_state(model_cfg, spec.optimizer, mesh, lora=spec.lora), at=run.best[1])[1]
-    finally:
-        if checkpoints is not None:
-            checkpoints.close()
     return policy_params(model_cfg, state["params"], spec.lora, frozen), run.history
 
 
@@ -191,7 +194,8 @@ def _sums(run: _Run, state, rows: Preferences, name: str) -> np.ndarray:
     ways = 1 if run.mesh is None else batch_ways(run.mesh)
     size = min(run.config.forward_rows, len(rows))
     order = np.argsort([len(p) + max(map(len, c)) for p, c in zip(rows.prompts, rows.completions, strict=True)], kind="stable")
-    sums, forward = np.zeros((len(rows), 2), np.float32), compiled_sums(run.spec, run.mesh)
+    spec = dataclasses.replace(run.spec, length_buckets=1)  # each chunk is a batch, of a width of its own
+    sums, forward = np.zeros((len(rows), 2), np.float32), compiled_sums(spec, run.mesh)
     params = whole(run.spec.lora, state["params"], run.frozen)
     for begin in range(0, len(rows), size):
         chosen = order[begin : begin + size]
@@ -218,7 +222,10 @@ def _train(run: _Run, state, start: int, progress: bool):
     with bar, stopping as stop, watchdog(config.watchdog_seconds) as alive:
         for step in range(start, config.steps):
             alive()
-            batch = run.data.batch(run.schedule.batch(step), config.micro_batch_rows, ways, **columns)
+            indices = np.asarray(run.schedule.batch(step))
+            if config.length_buckets > 1:
+                indices = indices[by_length(run.data.lengths(indices))]
+            batch = run.data.batch(indices, config.micro_batch_rows, ways, **columns)
             state, metrics = update(state, _placed(run, batch), run.frozen)
             trained = batch["lengths"][:, ::2] if config.loss.kind == "kto" else batch["lengths"]
             pending.append((metrics, int(trained.sum())))
@@ -238,7 +245,8 @@ def _train(run: _Run, state, start: int, progress: bool):
             if save and checkpoints is not None:
                 alive()
                 checkpoints.save(done, state, run.references)
-            if stop.signum and not last:
+            if stop.signum and not last and checkpoints is not None:
+                checkpoints.finish()
                 message = f"stopped by signal {stop.signum} after step {done}; the same command goes on from there"
                 logging.warning("%s", message)
                 raise Interrupted(stop.signum, message)
@@ -269,7 +277,7 @@ def _evaluate(run: _Run, state, step: int) -> None:
     for name, rows in run.held_out.items():
         began = time.perf_counter()
         sums = _sums(run, state, rows, name)
-        lengths = np.array([[len(tokens) for tokens in pair] for pair in rows.completions])
+        lengths = rows.lengths(range(len(rows)))
         loss, metrics = preference_loss(run.config.loss, jnp.asarray(sums), jnp.asarray(lengths), run.references.get(name), rows.labels_N)
         figures = {key: float(value) for key, value in {"loss": loss, **metrics}.items()}
         run.log({"kind": "eval", "step": step, "set": name, **figures, "n": len(rows), "seconds": time.perf_counter() - began})

@@ -20,14 +20,17 @@ import models
 from jaxrl_llm.checkpoint import Checkpoints
 from jaxrl_llm.data.prompts import PromptBatch
 from jaxrl_llm.errors import UserError, nearest
+from jaxrl_llm.losses.grpo import kl_estimate
 from jaxrl_llm.rewards.verdict import Reward
 from jaxrl_llm.run_dir import RunDir
 from jaxrl_llm.runtime import parse_axes
-from jaxrl_llm.train.config import GRPOConfig, OnlineDPOConfig, check_grpo, from_mapping
+from jaxrl_llm.train.checks import check_grpo
+from jaxrl_llm.train.config import GRPOConfig, OnlineDPOConfig, from_mapping
 from jaxrl_llm.train.evaluate import evaluate
-from jaxrl_llm.train.metrics import experience_metrics, samples_record
+from jaxrl_llm.train.metrics import experience_metrics, samples_record, summarise
+from jaxrl_llm.train.overlap import Ahead, check_overlap, restored, step_ahead
 from jaxrl_llm.train.preference_step import PreferenceSpec
-from jaxrl_llm.train.resample import fill
+from jaxrl_llm.train.resample import Filled, fill
 from jaxrl_llm.train.rollout import Experience, build_batch, collect
 from jaxrl_llm.train.signals import Interrupted, stop_on_signal, watchdog
 from jaxrl_llm.train.state import State, abstract_state, given, init_state, laid_out, policy_params, start_params, trunk, whole
@@ -44,7 +47,8 @@ SPREAD_GROUPS = 64  # of fewer groups in fewer steps a high share may be luck: o
 class Schedule(Protocol):
     """Which prompts go into which step; `data.sampler.ShuffledSchedule` is the plain one. One that has `see_policy(step, params)` is
     shown the policy once before each training step: what it makes of it must depend on parameters and step only. In all else a step is a
-    batch that it gave: a training step that rolls out several (`rollout_tries`) asks for, and reports, as many, in order."""
+    batch that it gave: a training step that rolls out several (`rollout_tries`) asks for, and reports, as many, in order. With
+    `overlap_rewards` it is asked for a step's batch before it is told of the step before; one with `see_policy` is refused then."""
 
     def batch(self, step: int) -> np.ndarray:
         """Row indices of a step: a function of the schedule's arguments and state only."""
@@ -85,6 +89,7 @@ class Run:
     checkpoints: Checkpoints = dataclasses.field(init=False)
     key: jax.Array = dataclasses.field(init=False)
     drawn: int = 0  # batches taken from the schedule
+    ahead: Ahead | None = None  # with `overlap_rewards`, the next step's completions
     best: tuple[float, int] | None = None  # (accuracy on the set of `keep_best`, step) of the most accurate trained policy so far
     warned_at: int = -WARN_AGAIN_AFTER
     # (groups with a verdict, share of them with equal rewards, mean reward) of the last steps; a resumed run starts it anew
@@ -99,6 +104,8 @@ class Run:
             raise UserError(f"setting 'keep_best' is {self.config.keep_best!r}, which is no evaluation set: {known}")
         if self.config.rollout_mesh and self.mesh is None:
             raise UserError(f"setting 'rollout_mesh' is {self.config.rollout_mesh!r}, but there is no mesh to use otherwise: set that too")
+        if self.config.overlap_rewards:
+            check_overlap(self.schedule)
         self.sampler_mesh = relaid(self.mesh, parse_axes(self.config.rollout_mesh)) if self.config.rollout_mesh else self.mesh
         self.checkpoints = Checkpoints(self.run_dir.checkpoints, self.config.keep_checkpoints)
         self.key = jax.random.key(self.config.seed)
@@ -179,16 +186,14 @@ def train_grpo(
 
 def train(run: Run, params, progress: bool = True):
     """Goes on from the newest checkpoint of `run.run_dir`, or starts from `params`; (parameters, summary), see `train_grpo`."""
-    try:
+    with run.checkpoints:
         state, start = _restore(run, params)
         state = _train(run, state, start, progress)
         if run.best is not None and run.best[1] < run.config.steps:
             del state
             found = run.checkpoints.restore(_abstract(run), at=run.best[1])
             state = found[1]  # pyright: ignore[reportOptionalSubscript]
-    finally:
-        run.checkpoints.close()
-    summary = _summary(run.run_dir.metrics(), run.config)
+    summary = summarise(run.run_dir.metrics(), run.config.steps)
     if run.best is not None:
         summary["best"] = {"set": run.config.keep_best, "step": run.best[1], "accuracy": run.best[0]}
     run.run_dir.summary(summary)
@@ -219,6 +224,8 @@ def _restore(run: Run, params) -> tuple[dict, int]:
         return init_state(run.model, optimizer, params, run.mesh, critic, lora, run.config.lora.seed), 0
     step, state, schedule_state = found
     run.drawn = int(schedule_state.pop(DRAWN, step))
+    ahead = restored(run, schedule_state)
+    run.ahead = ahead if run.config.overlap_rewards else None
     run.schedule.restore(schedule_state)
     run.run_dir.truncate_after(step)
     run.see_best([record for record in run.run_dir.metrics() if record["step"] <= step])
@@ -253,9 +260,11 @@ def _train(run: Run, state, start: int, progress: bool):
             if last or stop.signum or best or (config.checkpoint_every and done % config.checkpoint_every == 0):
                 # Without resampling the batches drawn are the steps.
                 drawn = {DRAWN: np.int64(run.drawn)} if run.tries > 1 else {}
+                ahead = run.ahead.state() if run.ahead is not None else {}
                 alive()
-                run.checkpoints.save(done, state, run.schedule.state() | drawn)
+                run.checkpoints.save(done, state, run.schedule.state() | drawn | ahead)
             if stop.signum and not last:
+                run.checkpoints.finish()
                 message = f"stopped by signal {stop.signum} after step {done}; the same command goes on from there"
                 logging.warning("%s", message)
                 raise Interrupted(stop.signum, message)
@@ -265,19 +274,8 @@ def _train(run: Run, state, start: int, progress: bool):
 def _step(run: Run, state, step: int) -> tuple[dict, dict]:
     """One rollout, or as many as make a full batch, and its updates: (new state, the record to log)."""
     began = time.perf_counter()
-    policy = run.sampler(state)
-    rolled: list[np.ndarray] = []  # the rows of each rollout
-    scheduling: list[float] = []  # seconds
-
-    def draw(attempt: int) -> Experience:
-        indices, seconds, experience = _roll_out(run, state, policy, step, attempt)
-        rolled.append(indices)
-        scheduling.append(seconds)
-        return experience
-
-    filled = fill(draw, run.tries)
+    filled, rolled, seconds = _experience(run, state, step)
     trained, everything = filled.experience(), filled.everything()
-    del policy, draw  # in bf16 it is a copy that the update needs the room of
     update_began = time.perf_counter()
     state, measured = run.update(run, state, trained)
     _check_finite(run, measured, step)
@@ -287,10 +285,8 @@ def _step(run: Run, state, step: int) -> tuple[dict, dict]:
     record |= {
         "rows": np.concatenate([rolled[number][at] for number, at in filled.trained]).tolist(),  # enough to retrace a schedule that adapts
         "tokens_per_s": float(everything.rollout.completion_lengths_N.sum() / (now - began)),
-        "seconds_rollout": everything.seconds_rollout,
-        "seconds_reward": everything.seconds_reward,
+        **{f"seconds_{name}": value for name, value in seconds.items()},
         "seconds_update": now - update_began,
-        "seconds_schedule": sum(scheduling),
         "seconds": now - began,
     }
     if run.tries > 1:
@@ -302,6 +298,27 @@ def _step(run: Run, state, step: int) -> tuple[dict, dict]:
     if run.config.sample_every and step % run.config.sample_every == 0:
         run.run_dir.sample(samples_record(trained, step + 1, run.config.samples_per_log))
     return state, record
+
+
+def _experience(run: Run, state: State, step: int) -> tuple[Filled, list[np.ndarray], dict[str, float]]:
+    """(what the step trains on, the rows of each rollout, seconds). The policy as it samples, in bf16 a copy, is let go at the end: the update
+    needs the room."""
+    policy = run.sampler(state)
+    if run.config.overlap_rewards:
+        experience, rows, seconds = step_ahead(run, policy, step)
+        return Filled([experience], [(0, np.arange(len(rows)))], {}), [rows], seconds
+    rolled: list[np.ndarray] = []
+    scheduling: list[float] = []
+
+    def draw(attempt: int) -> Experience:
+        indices, seconds, experience = _roll_out(run, state, policy, step, attempt)
+        rolled.append(indices)
+        scheduling.append(seconds)
+        return experience
+
+    filled = fill(draw, run.tries)
+    seconds = {"rollout": filled.everything().seconds_rollout, "reward": filled.everything().seconds_reward, "schedule": sum(scheduling)}
+    return filled, rolled, seconds
 
 
 def _roll_out(run: Run, state: State, policy, step: int, attempt: int) -> tuple[np.ndarray, float, Experience]:
@@ -320,23 +337,29 @@ def _roll_out(run: Run, state: State, policy, step: int, attempt: int) -> tuple[
 
 
 def _update(run: Run, state, experience: Experience) -> tuple[dict, dict[str, float]]:
-    """`inner_epochs` updates on one rollout. The first is on-policy and yields the old log-probabilities of the later ones."""
+    """`inner_epochs` updates on one rollout. The first is on-policy and yields the old log-probabilities of the later ones; with
+    `overlap_rewards` it is not, and they are the sampler's (see `train.overlap`)."""
     ways = 1 if run.mesh is None else batch_ways(run.mesh)
     batch = build_batch(experience, run.config, row_multiple=ways)
     if run.mesh is not None:
         batch = jax.tree.map(lambda x: place(x, batch_shardings(run.mesh)), batch)
     if run.reference is not None and run.config.loss.kl_place == "loss":
         batch["ref_logps"] = compiled_logprobs(run.spec, run.mesh)(run.reference, batch)
+    elif run.reference is not None and run.config.overlap_rewards:
+        reference = compiled_logprobs(run.spec, run.mesh)(run.reference, batch)
+        batch["kl"] = kl_estimate(batch["sampler_logps"], reference, run.config.loss.kl)
     elif run.reference is not None:
         batch["kl"] = compiled_kl(run.spec, run.mesh)(trunk(whole(run.spec.lora, state["params"], run.frozen)), run.reference, batch)
     if run.config.loss.critic:
         batch["values"] = compiled_values(run.spec, run.mesh)(whole(run.spec.lora, state["params"], run.frozen), batch)
+    if run.config.overlap_rewards:
+        batch["old_logps"] = batch["sampler_logps"]
     update = compiled_update(run.spec, run.mesh)
     metrics = []
     for epoch in range(run.config.inner_epochs):
         state, measured, logps = update(state, batch, run.frozen)
         metrics.append(measured)
-        if epoch == 0 and run.config.inner_epochs > 1:
+        if epoch == 0 and run.config.inner_epochs > 1 and not run.config.overlap_rewards:
             batch["old_logps"] = logps
     host = jax.device_get(metrics)  # one wait for the device a step
     # The sampler is compared with the policy that sampled, and the gradient norm is that of the first update; the clip acts in later ones.
@@ -410,25 +433,3 @@ def _evaluate(run: Run, state, step: int) -> list[dict[str, Any]]:
         records.append({"kind": "eval", "step": step, "set": name} | record | {"seconds": time.perf_counter() - began})
         run.run_dir.log(records[-1])
     return records
-
-
-def _summary(records: list[dict], config: GRPOConfig | OnlineDPOConfig) -> dict:
-    """First, best and last accuracy of each set, mean reward of the first and last ten steps, and where the time went."""
-    train = [r for r in records if r["kind"] == "train"]
-    mean = lambda name, rows: float(np.mean([r[name] for r in rows if r[name] is not None] or [np.nan]))  # noqa: E731
-    summary: dict[str, Any] = {
-        "steps": config.steps,
-        "reward_first": mean("reward", train[:10]),
-        "reward_last": mean("reward", train[-10:]),
-        "zero_spread": mean("zero_spread", train),
-        "errors": int(sum(r["errors"] for r in train)),
-        "seconds": {name: float(sum(r[f"seconds_{name}"] for r in train)) for name in ("rollout", "reward", "update")},
-        "evals": {},
-    }
-    for name in dict.fromkeys(r["set"] for r in records if r["kind"] == "eval"):
-        rows = [r for r in records if r["kind"] == "eval" and r["set"] == name]
-        first, last = rows[0], rows[-1]
-        summary["evals"][name] = {"first": first["accuracy"], "last": last["accuracy"], "n": last["n"]}
-        if last.get("avg_at_k") is not None:
-            summary["evals"][name] |= {"first_avg_at_k": first["avg_at_k"], "last_avg_at_k": last["avg_at_k"], "k": last["k"]}
-    return summary

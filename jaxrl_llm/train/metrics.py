@@ -1,4 +1,6 @@
-"""What a GRPO step reports."""
+"""What a GRPO step reports, and a run at its end."""
+
+from typing import Any
 
 import numpy as np
 
@@ -52,3 +54,26 @@ def samples_record(experience: Experience, step: int, prompts: int) -> dict:
             }
         )
     return {"kind": "samples", "step": step, "prompts": shown}
+
+
+def summarise(records: list[dict[str, Any]], steps: int) -> dict[str, Any]:
+    """First, best and last accuracy of each set, mean reward of the first and last ten steps, and where the time went."""
+    train = [r for r in records if r["kind"] == "train"]
+    timed = ("rollout", "reward", "update", *(("reward_waited",) if any("seconds_reward_waited" in r for r in train) else ()))
+    mean = lambda name, rows: float(np.mean([r[name] for r in rows if r[name] is not None] or [np.nan]))  # noqa: E731
+    summary: dict[str, Any] = {
+        "steps": steps,
+        "reward_first": mean("reward", train[:10]),
+        "reward_last": mean("reward", train[-10:]),
+        "zero_spread": mean("zero_spread", train),
+        "errors": int(sum(r["errors"] for r in train)),
+        "seconds": {name: float(sum(r.get(f"seconds_{name}", 0.0) for r in train)) for name in timed},
+        "evals": {},
+    }
+    for name in dict.fromkeys(r["set"] for r in records if r["kind"] == "eval"):
+        rows = [r for r in records if r["kind"] == "eval" and r["set"] == name]
+        first, last = rows[0], rows[-1]
+        summary["evals"][name] = {"first": first["accuracy"], "last": last["accuracy"], "n": last["n"]}
+        if last.get("avg_at_k") is not None:
+            summary["evals"][name] |= {"first_avg_at_k": first["avg_at_k"], "last_avg_at_k": last["avg_at_k"], "k": last["k"]}
+    return summary

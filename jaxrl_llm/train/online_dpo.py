@@ -16,9 +16,10 @@ import models
 from jaxrl_llm.data.prompts import PromptBatch
 from jaxrl_llm.rewards.verdict import Reward
 from jaxrl_llm.run_dir import RunDir
-from jaxrl_llm.train.config import OnlineDPOConfig, check_online_dpo, from_mapping
+from jaxrl_llm.train.checks import check_online_dpo
+from jaxrl_llm.train.config import OnlineDPOConfig, from_mapping
 from jaxrl_llm.train.loop import Run, Schedule, train
-from jaxrl_llm.train.preference_step import compiled_sums, compiled_update, preference_batch, preference_spec, to_host
+from jaxrl_llm.train.preference_step import by_length, compiled_sums, compiled_update, preference_batch, preference_spec, to_host
 from jaxrl_llm.train.rollout import Experience
 from jaxrl_llm.train.state import State
 from jaxrl_llm.train.step import batch_shardings
@@ -44,9 +45,11 @@ def pick_pairs(rewards_N: np.ndarray, valid_N: np.ndarray, groups_N: np.ndarray)
 
 def pair_batch(experience: Experience, pairs_K2: np.ndarray, config: OnlineDPOConfig, multiple: int = 1) -> dict[str, np.ndarray]:
     """The update's batch (see `preference_step`): one pair a prompt of the step, padding where a prompt has none, so that every step has
-    one shape."""
+    one shape. With `config.length_buckets` pairs are sorted by length."""
     rollout, prompts = experience.rollout, experience.prompts.token_lists()
     completions, missing = rollout.completions(), len(prompts) - len(pairs_K2)
+    if config.length_buckets > 1:
+        pairs_K2 = pairs_K2[by_length(rollout.completion_lengths_N[pairs_K2])]
     of_pair = rollout.group_ids_N[pairs_K2[:, 0]]
     batch = preference_batch(
         [prompts[g] for g in of_pair] + [[]] * missing,

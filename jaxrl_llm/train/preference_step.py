@@ -18,7 +18,8 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxrl_llm.losses import preference
-from jaxrl_llm.train.config import DPOConfig, OnlineDPOConfig, OptimizerConfig, PairLossConfig, remat_of, trained_as
+from jaxrl_llm.train.checks import remat_of, trained_as
+from jaxrl_llm.train.config import DPOConfig, OnlineDPOConfig, OptimizerConfig, PairLossConfig
 from jaxrl_llm.train.forward import policy_logprobs
 from jaxrl_llm.train.state import (
     State,
@@ -29,7 +30,7 @@ from jaxrl_llm.train.state import (
     whole,
     whole_shardings,
 )
-from jaxrl_llm.train.step import Batch, batch_shardings, chunk_on
+from jaxrl_llm.train.step import Batch, batch_shardings, chunk_on, cut_to_length
 from models import ModelConfig
 from models.lora import LoraConfig
 
@@ -49,6 +50,7 @@ class PreferenceSpec:
     remat: bool | str = False  # as of `models.forward`
     logprob_chunk: int | None = None
     lora: LoraConfig | None = None
+    length_buckets: int = 1  # widths that a micro-batch may be cut to: see `step.cut_to_length`
 
 
 def preference_spec(model: ModelConfig, config: DPOConfig | OnlineDPOConfig) -> PreferenceSpec:
@@ -62,6 +64,7 @@ def preference_spec(model: ModelConfig, config: DPOConfig | OnlineDPOConfig) -> 
         remat=remat_of(config),
         logprob_chunk=config.logprob_chunk,
         lora=config.lora.adapter,
+        length_buckets=config.length_buckets,
     )
 
 
@@ -72,7 +75,7 @@ def preference_batch(
 
     A prompt without tokens, and its completions, are padding. rows: prompts a micro-batch, rounded up to `multiple` (the devices that
     share the rows); 0 = all. columns: more arrays, [G, ...] or [G, 2, ...]. Widths are rounded up to a few sizes, so that steps share
-    compilations.
+    compilations. Rows stay in their order: give them sorted by length (`by_length`) where micro-batches are cut to theirs.
     """
     G = len(prompts)
     g = -(-min(rows or G, G) // multiple) * multiple
@@ -95,6 +98,11 @@ def preference_batch(
         paired = column.ndim > 1
         batch[name] = blocks(column.reshape(2 * G, *column.shape[2:]) if paired else column, 2 if paired else 1)
     return batch
+
+
+def by_length(lengths_G2: np.ndarray) -> np.ndarray:
+    """[G] int: the order in which prompts come by the longer of their two completions, so that a micro-batch has pairs of similar lengths."""
+    return np.argsort(np.max(lengths_G2, axis=1), kind="stable")
 
 
 def _padded(rows):
@@ -140,6 +148,16 @@ def _sums(spec: PreferenceSpec, params, micro: Batch) -> jax.Array:
     return preference.sequence_logprobs(policy_logprobs(spec, params, micro)[0], _mask(micro))[0]
 
 
+def _each_sums(spec: PreferenceSpec, params, batch: Batch, slot: int | None = None) -> jax.Array:
+    """`_sums` of each micro-batch cut to its length; slot: of the first or the second completions alone."""
+
+    def one(micro):
+        micro = micro if slot is None else _only(micro, slot)
+        return cut_to_length(spec, lambda cut: (_sums(spec, params, cut), None), micro)[0]
+
+    return jax.lax.map(one, batch)
+
+
 def _only(micro: Batch, slot: int) -> Batch:
     """A micro-batch with the first or the second completion of each prompt alone."""
     return micro | {name: micro[name].reshape(-1, 2, *micro[name].shape[1:])[:, slot] for name in ("completions", "lengths")}
@@ -172,13 +190,16 @@ def loss_and_grads(spec: PreferenceSpec, params, batch: Batch, frozen=None):
     if spec.loss.kind == "kto":
         totals = preference.row_totals(lengths_P2[:, 0], batch["labels"].reshape(-1))
         policy = jax.lax.stop_gradient(whole(spec.lora, params, frozen))
-        unrelated_P = jax.lax.map(lambda micro: _sums(spec, policy, _only(micro, 1)), batch).reshape(-1)
+        unrelated_P = _each_sums(spec, policy, batch, slot=1).reshape(-1)
         baseline = preference.kto_baseline(unrelated_P, lengths_P2[:, 1], batch["ref_sums"].reshape(-1, 2)[:, 1])
     grad_fn = jax.value_and_grad(functools.partial(micro_loss, spec=spec, totals=totals, baseline=baseline, frozen=frozen), has_aux=True)
 
-    def one(micro):
+    def run(micro):
         (loss, metrics), grads = grad_fn(params, micro=micro)
-        return {"loss": loss, **metrics}, grads
+        return ({"loss": loss, **metrics}, grads), None
+
+    def one(micro):
+        return cut_to_length(spec, run, micro)[0]
 
     if batch["prompts"].shape[0] == 1:
         metrics, grads = one(jax.tree.map(lambda x: x[0], batch))
@@ -221,9 +242,7 @@ def compiled_sums(spec: PreferenceSpec, mesh=None):
     references, of a spec without an adapter."""
     spec = chunk_on(spec, mesh)
 
-    def run(params, batch):
-        return jax.lax.map(lambda micro: _sums(spec, params, micro), batch)
-
+    run = functools.partial(_each_sums, spec)
     if mesh is None:
         return jax.jit(run)
     params = whole_shardings(spec.model, mesh, lora=spec.lora)

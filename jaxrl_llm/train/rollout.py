@@ -62,17 +62,26 @@ def judge(reward: Reward, prompts: PromptBatch, group_ids_N: np.ndarray, texts: 
     return registry.score_shared(reward, inputs, jax.process_index(), jax.process_count(), rows_of_all)
 
 
-def collect(
+@dataclasses.dataclass(frozen=True)
+class Sampled:
+    """One step's completions, not yet judged."""
+
+    prompts: PromptBatch
+    rollout: models.Rollout
+    texts: list[str]
+    seconds: float
+
+
+def sample(
     model: models.ModelConfig,
     params,
     tokenizer,
     prompts: PromptBatch,
-    reward: Reward,
     config: GRPOConfig | OnlineDPOConfig,
     key: jax.Array,
     mesh=None,
-) -> Experience:
-    """Samples `config.num_samples` completions of each prompt with `params` and judges them."""
+) -> Sampled:
+    """Samples `config.num_samples` completions of each prompt with `params`."""
     start = time.perf_counter()
     rollout = models.generate(
         model,
@@ -90,9 +99,18 @@ def collect(
         refill=config.rollout_refill,
         mesh=mesh,
     )
-    sampled = time.perf_counter()
-    texts = decode_completions(tokenizer, rollout)
-    verdicts = judge(reward, prompts, rollout.group_ids_N, texts)
+    return Sampled(prompts, rollout, decode_completions(tokenizer, rollout), time.perf_counter() - start)
+
+
+def verdicts_of(sampled: Sampled, reward: Reward) -> tuple[list[Verdict], float]:
+    """(verdicts, seconds that they took). With one process it uses no device, so that it may run in a thread."""
+    start = time.perf_counter()
+    return judge(reward, sampled.prompts, sampled.rollout.group_ids_N, sampled.texts), time.perf_counter() - start
+
+
+def judged(sampled: Sampled, verdicts: list[Verdict], seconds: float, config: GRPOConfig | OnlineDPOConfig) -> Experience:
+    """The completions with their verdicts, which took `seconds`, and the rewards that are made of them."""
+    rollout, prompts = sampled.rollout, sampled.prompts
     rewards_N, valid_N = reward_values(verdicts)
     if config.overlong_buffer:
         penalty_N = np.asarray(overlong_penalty(rollout.completion_lengths_N, config.max_new_tokens, config.overlong_buffer))
@@ -100,14 +118,29 @@ def collect(
     return Experience(
         prompts=prompts,
         rollout=rollout,
-        texts=texts,
+        texts=sampled.texts,
         verdicts=verdicts,
         rewards_N=rewards_N,
         valid_N=valid_N,
         groups_N=groups_by_id(prompts.ids)[rollout.group_ids_N],
-        seconds_rollout=sampled - start,
-        seconds_reward=time.perf_counter() - sampled,
+        seconds_rollout=sampled.seconds,
+        seconds_reward=seconds,
     )
+
+
+def collect(
+    model: models.ModelConfig,
+    params,
+    tokenizer,
+    prompts: PromptBatch,
+    reward: Reward,
+    config: GRPOConfig | OnlineDPOConfig,
+    key: jax.Array,
+    mesh=None,
+) -> Experience:
+    """Samples `config.num_samples` completions of each prompt with `params` and judges them."""
+    sampled = sample(model, params, tokenizer, prompts, config, key, mesh)
+    return judged(sampled, *verdicts_of(sampled, reward), config)
 
 
 def groups_by_id(ids: Sequence[str]) -> np.ndarray:

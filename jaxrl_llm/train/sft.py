@@ -20,7 +20,8 @@ from jaxrl_llm.errors import UserError
 from jaxrl_llm.losses.logprobs import token_logprobs
 from jaxrl_llm.losses.sft import load_balancing_loss, sft_loss
 from jaxrl_llm.run_dir import RunDir
-from jaxrl_llm.train.config import OptimizerConfig, SFTConfig, check_counts, check_lora, check_optimizer, from_mapping, remat_of, trained_as
+from jaxrl_llm.train.checks import check_counts, check_lora, check_optimizer, remat_of, trained_as
+from jaxrl_llm.train.config import OptimizerConfig, SFTConfig, from_mapping
 from jaxrl_llm.train.signals import Interrupted, StopRequest, stop_on_signal, watchdog
 from jaxrl_llm.train.state import (
     abstract_state,
@@ -163,11 +164,8 @@ def train_sft(
     del params  # the state has a copy
     if run_dir is not None:
         run_dir.truncate_after(start if found else -1)
-    try:
+    with contextlib.nullcontext() if checkpoints is None else checkpoints:
         state, history = _train(spec, state, frozen, start, iter(batches), config, run_dir, checkpoints, mesh, progress)
-    finally:
-        if checkpoints is not None:
-            checkpoints.close()
     return policy_params(model_cfg, state["params"], lora, frozen), history
 
 
@@ -212,6 +210,7 @@ def _train(spec, state, frozen, start, batches, config, run_dir, checkpoints, me
                 alive()
                 checkpoints.save(done, state, {})
             if stop.signum and not last:
+                checkpoints.finish()
                 saved = "the same command goes on from there"
                 logging.warning("stopped by signal %d after step %d; %s", stop.signum, done, saved)
                 raise Interrupted(stop.signum, f"stopped by signal {stop.signum} after step {done}; {saved}")

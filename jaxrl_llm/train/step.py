@@ -20,7 +20,8 @@ import models
 from jaxrl_llm.losses.grpo import Totals, batch_advantages, batch_totals, group_advantages, grpo_loss, kl_estimate, to_go
 from jaxrl_llm.losses.logprobs import default_chunk, token_logprobs
 from jaxrl_llm.losses.ppo import gae, token_values, value_loss
-from jaxrl_llm.train.config import GRPOConfig, LossConfig, OptimizerConfig, remat_of, trained_as
+from jaxrl_llm.train.checks import remat_of, trained_as
+from jaxrl_llm.train.config import GRPOConfig, LossConfig, OptimizerConfig
 from jaxrl_llm.train.forward import completion_hidden, policy_logprobs
 from jaxrl_llm.train.state import (
     VALUE_HEAD,
@@ -177,8 +178,9 @@ def micro_loss(trained, spec: StepSpec, micro: Batch, totals: Totals, frozen=Non
 PER_TOKEN = ("completions", "sampler_logps", "old_logps", "ref_logps", "kl", "values", "returns", "advantages")
 
 
-def cut_to_length(spec: StepSpec, run: Callable[[Batch], tuple[Any, jax.Array]], micro: Batch) -> tuple[Any, jax.Array]:
-    """run(micro) -> (anything, [r, C]) on the micro-batch cut to the smallest width of `spec.length_buckets` that holds its longest completion.
+def cut_to_length(spec: Any, run: Callable[[Batch], tuple[Any, Any]], micro: Batch) -> tuple[Any, Any]:
+    """run(micro) -> (anything, [r, C] or None) on the micro-batch cut to the smallest width of `spec.length_buckets` that holds its longest
+    completion.
 
     Each width is a branch of one program, so that only compilation grows with their number; what is cut off of the second result is 0.
     """
@@ -188,7 +190,7 @@ def cut_to_length(spec: StepSpec, run: Callable[[Batch], tuple[Any, jax.Array]],
     def narrow(size, micro):
         cut = {name: x[:, :size] if name in PER_TOKEN and x.ndim == 2 else x for name, x in micro.items()}
         found, tokens = run(cut)
-        return found, jnp.pad(tokens, ((0, 0), (0, width - size)))
+        return found, jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, width - size))), tokens)
 
     if len(widths) == 1:
         return run(micro)

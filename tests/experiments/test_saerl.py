@@ -260,6 +260,8 @@ def test_unknown_arm_names_the_nearest():
         ({"policy.n_heads": 5}, "n_heads=5"),
         ({"data.rows": 0}, "data.rows' is 0: give 1 or more"),
         ({"grpo.num_samples": 1}, "num_samples"),
+        ({"grpo.overlap_rewards": True, "grpo.rollout_tries": 2}, "overlap_rewards needs config.grpo.rollout_tries=1 and one process"),
+        ({"grpo.overlap_rewards": True}, "arm 'full' follows the policy.*overlap_rewards=False"),
         ({"curation.rho": 0.7}, "rho.*0 to 0.5"),
         ({"seeds": ()}, "name at least one"),
         ({"data.source": "rows.jsonl"}, "data.evals.test.source"),

@@ -37,7 +37,7 @@ def check_command(command):
     _, name, *arguments = shlex.split(command)
     verb = cli.VERBS[name]
     flags, overrides, wants_help = cli._parse(name, verb, arguments)
-    config = load_config(flags.get("config", f"configs/{name}.py"), overrides) if verb.config == "default" else None
+    config = load_config(flags.get("config") or cli._default(name, verb), overrides) if verb.config != "none" else None
     assert wants_help or verb.workdir != "needed" or "workdir" in flags, "no --workdir"
     refuse_url(flags.get("workdir", ""))
     if config is not None and name == "plan" and config.target:

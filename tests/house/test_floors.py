@@ -19,7 +19,8 @@ FLOORS = {
     # What a word and a sentence are is said once, where rewards count them; made prompts must mean the same.
     "jaxrl_llm.data": {"jaxrl_llm.data", "jaxrl_llm.errors", "jaxrl_llm.rewards.text_measures"},
     "jaxrl_llm.report": {f"jaxrl_llm.{name}" for name in ("report", "curation", "evals", "data", "errors", "run_dir", "config")},
-    "jaxrl_llm.evals": {f"jaxrl_llm.{name}" for name in ("evals", "train", "data", "rewards", "errors")} | {"models"},
+    # A dictionary's figures get their intervals there.
+    "jaxrl_llm.evals": {f"jaxrl_llm.{name}" for name in ("evals", "train", "data", "rewards", "errors")} | {"models", "sae"},
     # Of curation, the loop knows only what a schedule is.
     "jaxrl_llm.train": {
         f"jaxrl_llm.{name}" for name in ("train", "losses", "rewards", "data", "errors", "run_dir", "checkpoint", "config", "runtime")
@@ -79,8 +80,8 @@ def test_sae_uses_models_only_to_harvest(repo):
         for _, other in imported(path)
         if inside(other, "models") and not any(inside(other, f"models.{room}") for room in ("errors", "hub", "sharding"))
     }
-    # Metrics splice a dictionary into the model to measure the cross-entropy that it recovers, attribution to differentiate by its latents.
-    assert users <= {"harvest", "metrics", "attribution"}
+    # A dictionary is spliced into the model to measure the cross-entropy that it recovers, and to attribute outputs to its latents.
+    assert users <= {"harvest", "splice", "attribution"}
 
 
 def test_losses_hold_no_model(repo):

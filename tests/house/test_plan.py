@@ -113,7 +113,7 @@ def test_batches_and_length_change_the_plan(plans):
 SIZES = {"mesh": "cpu:1", "dtype": "float32", "prompts": 4, "num_samples": 2, "prompt_tokens": 16, "max_new_tokens": 8}
 OTHERS = {"dtype": "bfloat16", "prompts": 6, "num_samples": 4, "prompt_tokens": 24, "max_new_tokens": 12, "rollout_rows": 4}
 OTHERS |= {"micro_batch_rows": 2, "remat": False, "remat_keep": "products", "rollout_refill": True, "lora_rank": 2}
-OTHERS |= {"samples_together": 1, "attention": "splash"}
+OTHERS |= {"samples_together": 1, "inner_epochs": 2, "attention": "splash"}
 
 
 @pytest.fixture
@@ -201,6 +201,23 @@ def test_kl_and_a_critic_are_counted(planned, tiny):
     ppo = planned({"baseline": "value", "advantage_scale": "batch_std"})["train_step"]
     head = 3 * 4 * (resolve_model(tiny, "float32").d_model + 1)
     assert ppo["argument_bytes"] == step["argument_bytes"] + head + rows and ppo["flops"] == step["flops"] * 5 // 4
+
+
+def test_every_inner_epoch_is_counted(planned, tiny, monkeypatch):
+    """... once more the update's passes (itself, twice that backward, recomputed), the weights that they read and what travels; the passes
+    before the update once; the first epoch's log-probabilities (4 bytes of 4 x 2 x 8 tokens) are an argument of the others."""
+    once, thrice = planned()["train_step"], planned(inner_epochs=3)["train_step"]
+    assert (once["epochs"], thrice["epochs"]) == (1, 3) and thrice["argument_bytes"] == once["argument_bytes"] + 4 * 8 * 8
+    assert (thrice["flops"], thrice["read_bytes"]) == (3 * once["flops"], 3 * once["read_bytes"])
+    kl = {"kl": "k3", "kl_coef": 0.1}
+    assert planned(kl, inner_epochs=3)["train_step"]["flops"] == once["flops"] * 13 // 4
+    found = {"argument_bytes": 0, "output_bytes": 0, "temporary_bytes": 0, "total_bytes": 0, "refused": ""}
+    monkeypatch.setattr(plan_programs, "compiled", lambda *given, **how: found | {"collectives": {"all-gather": 5.0}})
+    assert planned(inner_epochs=3)["train_step"]["collectives"] == {"all-gather": 15.0}
+    monkeypatch.setattr(plan_programs, "compiled", lambda *given, **how: found | {"collectives": None})
+    assert planned(inner_epochs=3)["train_step"]["collectives"] is None
+    sizes = lambda target: target_sizes(load_config("configs/plan.py", {"model": tiny, "target": target}))["inner_epochs"]  # noqa: E731
+    assert [sizes(f"configs/{name}") for name in ("grpo.py", "grpo.py:ppo", "saerl.py", "online_dpo.py")] == [1, 4, 1, 1]
 
 
 def test_the_loss_is_the_targets(tiny):
@@ -554,6 +571,8 @@ def test_table_says_what_does_not_fit():
     assert "compiled in 7 s" in lines["generate"] and "one cache for all new tokens; a run's 6 stages" in text
     assert lines["train_step"].startswith("train_step") and "NO" in text and "2 x 8 rows; compiled in 7 s" in lines["generate"]
     assert "at least 0.75 s: arithmetic 0.50, memory 0.20, links 0.75; GB to a device: all-reduce 5.0, all-gather 3.0\n" in text
+    again = plan_command.table(found | {"train_step": found["train_step"] | {"epochs": 4}})
+    assert "3 x 8 rows; compiled" in text and "3 x 8 rows, 4 times; compiled" in again
     assert "fsdp=8; while sampling tensor=8" in text and "train_step does not fit; try --config.remat=True" in text
 
 

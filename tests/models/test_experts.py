@@ -128,6 +128,24 @@ def test_a_tile_is_no_larger_than_an_expert_s_share():
     assert [experts._tile(*given) for given in ((8, 8), (4096, 8), (300, 8), (3, 8))] == [1, experts.TILE, 32, 1]
 
 
+def test_layers_recomputed_but_for_their_products_give_the_same_gradient(monkeypatch):
+    """What is kept are the products of the experts too: they are not computed again."""
+    cfg = models.ModelConfig.from_hf(cases.CASES["mixtral"])
+    params, tokens = cases.random_params(cfg), cases.inputs("mixtral")["tokens"]
+
+    def grads(remat, unroll=False):
+        loss = lambda params: jnp.sum(jnp.sin(models.forward(cfg, params, tokens, remat=remat, unroll=unroll).hidden))  # noqa: E731
+        return jax.jit(jax.grad(loss))
+
+    wanted = grads(False)(params)
+    assert np.abs(np.asarray(wanted["blocks"]["gate"])).max() > 1e-3 and np.abs(np.asarray(wanted["blocks"]["router"])).max() > 1e-4
+    for remat, unroll in (("products", False), ("products", True), ("nothing", False)):
+        close(grads(remat, unroll)(params), wanted)
+    monkeypatch.setattr(experts, "_tiled_matmul", jax.lax.ragged_dot)  # by its name in the program
+    products = {remat: str(grads(remat).trace(params).jaxpr).count("= ragged_dot") for remat in (False, "products", "nothing")}
+    assert products[False] == products["products"] < products["nothing"]
+
+
 def test_formulas_count_all_experts_and_run_some():
     cfg = models.ModelConfig.from_hf(cases.CASES["qwen3_moe"])
     assert cfg.param_count() == sum(leaf.size for leaf in jax.tree.leaves(models.abstract_params(cfg)))

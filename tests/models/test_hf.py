@@ -188,7 +188,8 @@ print(size, memory("VmHWM") - before)
 
 
 def test_memory_holds_one_copy(run_python, tmp_path):
-    """A 250 MB model: loading peaks near one copy above the start, sharded or not; saving adds next to nothing."""
+    """A 250 MB model: loading peaks near one copy above the start, sharded or not, by less than two of its tensors of 16 MB beside what JAX
+    itself takes; saving adds next to nothing."""
     if not Path("/proc/self/status").exists():
         pytest.skip("peak memory is read from /proc")
     folder = str(tmp_path / "big")
@@ -197,7 +198,7 @@ def test_memory_holds_one_copy(run_python, tmp_path):
     assert saving < 0.2 * size
     for what, devices in (("load", None), ("mesh", 4)):
         _, loading = map(int, run_python(MEMORY, args=(folder, what), devices=devices).split()[-2:])
-        assert 0.9 * size < loading < 1.25 * size, what
+        assert 0.9 * size < loading < 1.15 * size, what
 
 
 # --- what goes wrong -------------------------------------------------------------------------------------------------

@@ -60,6 +60,31 @@ def test_parts_by_hand():
     assert read(Tensor("", "DNH", "N|H D", ("H",) * 3, 1), (1, 2, 2)) == [[2, 3], [8, 9]]
 
 
+@pytest.mark.parametrize("name", [*SHARED, "qwen3_layer_types", "mixtral"])
+def test_a_tensor_is_read_in_pieces_of_few_numbers(name, monkeypatch, tmp_path):
+    """As few as asked, or those of one row, head, ...; together they are the leaf, whole or cut; loading gives the same parameters."""
+    cfg = models.ModelConfig.from_hf(cases.CASES[name])
+    stored = cases.tensors(cases.CASES[name], 0)
+    for leaf, abstract in leaves_of(models.abstract_params(cfg)):
+        tensor = tensor_of(cfg, leaf)
+        shape = abstract.shape[-len(tensor.ours) :]
+        source = stored[tensor.names(cfg).flat[0]]
+        row = int(np.prod(shape)) // shape[tensor.ours.index(tensor.stored.replace("|", "")[0])]
+        for index in pieces(shape):
+            whole = tensor.read(source.__getitem__, shape, index)
+            for most in (1, 3 * row + 1, 10**9):
+                found, counts = np.full(whole.shape, np.nan, whole.dtype), []
+                for place, piece in tensor.pieces(shape, index, most):
+                    found[place] = tensor.read(source.__getitem__, shape, piece)
+                    counts.append(found[place].size)
+                np.testing.assert_array_equal(found, whole, err_msg=leaf)
+                assert max(counts) <= max(most, row) and (most < 10**9 or len(counts) == 1), leaf
+    cases.write_checkpoint(tmp_path, cases.CASES[name])
+    _, expected = models.load(tmp_path)
+    monkeypatch.setattr("models.hf._PIECE_BYTES", 64)
+    same(models.load(tmp_path)[1], expected)
+
+
 def test_one_tensor_has_one_dtype(tmp_path):
     cfg = models.ModelConfig.from_hf(cases.CASES["phi3"])
     params = cases.random_params(cfg)

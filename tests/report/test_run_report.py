@@ -35,6 +35,17 @@ def test_a_grpo_run_becomes_curves_panels_samples_and_config(run):
     assert "My own metric" in build_report(data)
 
 
+def test_judging_beside_the_next_rollout_is_not_counted_twice(tmp_path):
+    for name, waited in (("plain", None), ("overlapped", 1.0)):
+        run = RunDir(tmp_path / name, {}, kind="grpo")
+        times = {"seconds_rollout": 4.0, "seconds_reward": 3.0, "seconds_update": 2.0}
+        for step in (1, 2):
+            run.log({"kind": "train", "step": step, "reward": 0.5} | times | ({} if waited is None else {"seconds_reward_waited": waited}))
+        run.summary({})
+        stages = {stage["name"]: stage["seconds"] for stage in run_report(tmp_path / name)["provenance"]["stages"]}
+        assert stages == {"rollout": 8.0, "update": 4.0} | ({"reward": 6.0} if waited is None else {"waited for the reward": 2.0})
+
+
 def test_the_held_out_reward_is_drawn_where_it_says_more_than_accuracy(tmp_path):
     for name, reward in (("same", 0.5), ("graded", 0.75)):  # a verdict of 0 or 1, and one of degrees
         run = RunDir(tmp_path / name, {}, kind="grpo")

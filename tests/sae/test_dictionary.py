@@ -16,7 +16,7 @@ D, F, K = 6, 20, 3
 
 def random_dictionary(seed=0, **changes) -> sae.Dictionary:
     """A dictionary none of whose parameters is zero or of a special norm."""
-    cfg = sae.SAEConfig(**({"architecture": "topk", "d_in": D, "d_sae": F, "k": K} | changes))
+    cfg = sae.SAEConfig(**({"architecture": "topk", "d_in": D, "d_sae": F, "k": K} | changes))  # k is read where it has a meaning
     rng = np.random.default_rng(seed)
     params = {name: jnp.asarray(rng.standard_normal(shape), jnp.float32) for name, shape in param_shapes(cfg).items()}
     return sae.Dictionary(params, cfg)
@@ -64,7 +64,7 @@ def test_decode_by_hand():
 def test_sparse_and_dense_codes_agree(architecture):
     d, x = random_dictionary(architecture=architecture), rows(8).reshape(2, 4, D)
     z = sae.encode(d, x)
-    values, indices = sae.encode_topk(d, x, k=F if architecture == "relu" else K)
+    values, indices = sae.encode_topk(d, x, k=K if architecture == "topk" else F)
     assert z.shape == (2, 4, F) and indices.dtype == jnp.int32
     assert bool(jnp.all(values[..., :-1] >= values[..., 1:]))
     scattered = np.zeros((2, 4, F), np.float32)
@@ -198,9 +198,8 @@ def test_shape_mistakes():
 
 def test_every_architecture_declares_the_common_parameters():
     for row in ARCHITECTURES.values():
-        assert {"W_enc", "b_enc", "W_dec", "b_dec"} <= row.axes.keys()
-        assert row.needs_k or row.penalty is not None
-    assert len({row.saelens for row in ARCHITECTURES.values()}) == len(ARCHITECTURES)
+        assert {"W_enc", "W_dec", "b_dec", row.dead_bias} <= row.axes.keys() and set(row.norm_scaled) <= row.axes.keys()
+        assert row.sparse_by in ("k", "penalty") and (row.needs_k or row.encode_sparse is None)
 
 
 def test_config_is_hashable_and_replaceable():

@@ -6,8 +6,11 @@ import numpy as np
 import pytest
 
 import sae
-from sae.architectures import ARCHITECTURES, Architecture, topk_encode, topk_encode_sparse
-from sae.objective import aux_k_loss, default_learning_rate, loss
+from sae.architectures import ARCHITECTURES, topk
+from sae.base import Architecture, Context, dense_outcome
+from sae.objective import aux_k_loss, loss
+from sae.sparse import topk_encode_sparse
+from sae.train_config import default_learning_rate
 
 D, F, K, B = 6, 16, 3, 12
 
@@ -20,9 +23,10 @@ def setup(architecture="topk", seed=0):
     return cfg, params, rng.standard_normal((B, D)).astype(np.float32)
 
 
-def run(cfg, params, x, dead=None, variance=2.0, l1=0.0, aux=0.0, aux_k=4, method="dense"):
-    dead = np.zeros(F, bool) if dead is None else dead
-    return loss(params, cfg, x, jnp.asarray(dead), variance=jnp.float32(variance), l1=l1, aux=aux, aux_k=aux_k, method=method)
+def run(cfg, params, x, dead=None, variance=2.0, l1=0.0, aux=0.0, aux_k=4, method="dense", **context):
+    dead = jnp.asarray(np.zeros(F, bool) if dead is None else dead)
+    context = Context(variance=jnp.float32(variance), dead_F=dead, method=method, **context)
+    return loss(params, cfg, x, x, dead, context, sparsity=l1, aux=aux, aux_k=aux_k)
 
 
 def numpy_forward(cfg, p, x):
@@ -42,7 +46,7 @@ def test_error_and_penalty(architecture):
     penalty = np.mean(z @ np.linalg.norm(p["W_dec"], axis=1)) / np.sqrt(2.0) if architecture == "relu" else 0.0
     total, parts = run(cfg, p, x, l1=0.5)
     assert float(parts["fvu"]) == pytest.approx(fvu, rel=1e-5)
-    assert float(parts["l1"]) == pytest.approx(penalty, rel=1e-5)
+    assert float(parts["sparsity"]) == pytest.approx(penalty, rel=1e-5)
     assert float(total) == pytest.approx(fvu + 0.5 * penalty, rel=1e-5)
     assert float(parts["l0"]) == pytest.approx((z > 0).sum() / B)
     np.testing.assert_array_equal(parts["fired"], (z > 0).any(axis=0))
@@ -51,14 +55,18 @@ def test_error_and_penalty(architecture):
 def test_a_third_row_is_trained_by_its_own_encoder(monkeypatch):
     """An architecture is its row: one that keeps k latents by another rule than TopK's is trained by that rule, penalty or none."""
 
-    def halved(params, x, k):
-        return 0.5 * topk_encode(params, x, k)
+    def halved(params, x, cfg):
+        return 0.5 * topk.encode(params, x, cfg)
 
     def halved_sparse(params, x, k):
         values, indices = topk_encode_sparse(params, x, k)
         return 0.5 * values, indices
 
-    monkeypatch.setitem(ARCHITECTURES, "halved", Architecture(encode=halved, encode_sparse=halved_sparse, saelens="halved"))
+    def halved_train(params, cfg, x, target, context):
+        return dense_outcome(params, halved(params, x - params["b_dec"], cfg), x, target, context)
+
+    row = Architecture(encode=halved, train=halved_train, encode_sparse=halved_sparse, saelens=None, sparse_by="k")
+    monkeypatch.setitem(ARCHITECTURES, "halved", row)
     _, p, x = setup("topk")
     cfg = sae.SAEConfig(architecture="halved", d_in=D, d_sae=F, k=K)
     z = 0.5 * numpy_forward(setup("topk")[0], p, x)[0]

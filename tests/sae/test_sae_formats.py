@@ -9,15 +9,16 @@ import pytest
 from safetensors.numpy import save_file
 
 import sae
-from sae.formats import LAYOUTS, from_transformer_lens, to_transformer_lens
+from sae.dictionary import param_shapes
+from sae.formats import WRITABLE, from_transformer_lens, to_transformer_lens
 
 D, F, K = 6, 10, 3
 
 
 def dictionary(**changes):
     cfg = sae.SAEConfig(**({"d_in": D, "d_sae": F, "k": K, "hook_name": "blocks.2.resid_post", "model_name": "m", "context_size": 64} | changes))
-    keys = jax.random.split(jax.random.key(0), 4)
-    shapes = {"W_enc": (D, F), "b_enc": (F,), "W_dec": (F, D), "b_dec": (D,)}
+    shapes = param_shapes(cfg)
+    keys = jax.random.split(jax.random.key(0), len(shapes))
     params = {n: jax.random.normal(k, s).astype(cfg.dtype) for k, (n, s) in zip(keys, shapes.items(), strict=True)}
     return sae.Dictionary(params, cfg)
 
@@ -26,15 +27,52 @@ def x(n=7):
     return np.random.default_rng(0).standard_normal((n, D)).astype(np.float32)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("changes", [{}, {"architecture": "relu", "k": None}, {"dtype": "bfloat16"}, {"normalize_activations": "layer_norm"}])
-def test_round_trip_is_bit_equal(tmp_path, layout, changes):
-    d = dictionary(**changes)
+TRANSCODER = {"d_out": 4, "hook_name_out": "blocks.2.mlp_out"}
+FORMS = {
+    "topk": {},
+    "relu": {"architecture": "relu", "k": None},
+    "gated": {"architecture": "gated", "k": None},
+    "jumprelu": {"architecture": "jumprelu", "k": None, "apply_b_dec_to_input": False},
+    "bfloat16": {"dtype": "bfloat16"},
+    "layer_norm": {"normalize_activations": "layer_norm"},
+    "transcoder": {"architecture": "relu", "k": None, **TRANSCODER},
+    "skip": {"architecture": "relu", "k": None, "skip": True, **TRANSCODER},
+    "jumprelu transcoder": {"architecture": "jumprelu", "k": None, **TRANSCODER},
+}
+FILES = {"native": {"sae.json", "sae.safetensors"}, "saelens": {"cfg.json", "sae_weights.safetensors"}, "sparsify": {"cfg.json", "sae.safetensors"}}
+
+
+@pytest.mark.parametrize("layout", ["native", "saelens"])
+@pytest.mark.parametrize("form", FORMS)
+def test_round_trip_is_bit_equal(tmp_path, layout, form):
+    d = dictionary(**FORMS[form])
     sae.save(tmp_path / "a", d, layout=layout)
     back = sae.load(tmp_path / "a")
     assert back.cfg == d.cfg
     jax.tree.map(np.testing.assert_array_equal, back.params, d.params)
-    assert {p.name for p in (tmp_path / "a").iterdir()} == {LAYOUTS[layout].config_file, LAYOUTS[layout].weights_file}
+    assert {p.name for p in (tmp_path / "a").iterdir()} == FILES[layout]
+
+
+@pytest.mark.parametrize("changes", [{}, {"apply_b_dec_to_input": False, "d_out": D, "skip": True, "hook_name": None}])
+def test_sparsify_round_trip(tmp_path, changes):
+    d = dictionary(model_name=None, context_size=None, **changes)
+    sae.save(tmp_path / "layers.2", d, layout="sparsify")
+    back = sae.load(tmp_path / "layers.2")
+    expected = d.cfg.replace(hook_name_out="blocks.2.resid_post") if changes else d.cfg
+    assert back.cfg == expected
+    jax.tree.map(np.testing.assert_array_equal, back.params, d.params)
+    assert {p.name for p in (tmp_path / "layers.2").iterdir()} == FILES["sparsify"]
+
+
+@pytest.mark.parametrize("form,layout", [("relu", "sparsify"), ("transcoder", "sparsify"), ("layer_norm", "sparsify")])
+def test_what_a_layout_has_no_form_for_is_refused(tmp_path, form, layout):
+    with pytest.raises(sae.SAEError, match="choose layout='native'"):
+        sae.save(tmp_path / "a", dictionary(**FORMS[form]), layout=layout)
+    with pytest.raises(sae.SAEError, match="SAELens has no topk transcoder"):
+        sae.save(tmp_path / "a", dictionary(**TRANSCODER), layout="saelens")
+    with pytest.raises(sae.SAEError, match="a batchtopk SAE is one in training"):
+        sae.save(tmp_path / "a", dictionary(architecture="batchtopk"), layout="saelens")
+    assert not (tmp_path / "a").exists()
 
 
 def test_saving_again_replaces(tmp_path):
@@ -46,15 +84,17 @@ def test_saving_again_replaces(tmp_path):
 
 def test_saving_in_another_layout_leaves_one_dictionary(tmp_path):
     """Two in one folder would leave `load` to guess."""
-    for first, then in (("native", "saelens"), ("saelens", "native")):
-        sae.save(tmp_path / first, dictionary(), layout=first)
-        sae.save(tmp_path / first, dictionary(k=3), layout=then)
-        assert sae.load(tmp_path / first).cfg.k == 3
+    for first in WRITABLE:
+        for then in WRITABLE:
+            sae.save(tmp_path / first, dictionary(k=2), layout=first)
+            sae.save(tmp_path / first, dictionary(k=3), layout=then)
+            assert sae.load(tmp_path / first).cfg.k == 3
+            assert {p.name for p in (tmp_path / first).iterdir()} == FILES[then]
 
 
 def test_input_scale_survives_both_layouts(tmp_path):
     d = dictionary(normalize_activations="expected_average_only_in", input_scale=0.25)
-    for layout in LAYOUTS:
+    for layout in WRITABLE:
         sae.save(tmp_path / layout, d, layout=layout)
         np.testing.assert_allclose(sae.encode(sae.load(tmp_path / layout), x()), sae.encode(d, x()), rtol=1e-5, atol=1e-5)
     assert sae.load(tmp_path / "native").cfg == d.cfg
@@ -160,7 +200,7 @@ def broken(folder, what):
     elif what == "architecture":
         cfg.write_text(json.dumps(config | {"architecture": "quantum"}))
     elif what == "reshape":
-        cfg.write_text(json.dumps(config | {"reshape_activations": "hook_z"}))
+        cfg.write_text(json.dumps(config | {"reshape_activations": "flat"}))
     elif what == "no width":
         cfg.write_text(json.dumps({k: v for k, v in config.items() if k != "d_in"}))
     elif what == "k":
@@ -187,8 +227,8 @@ def broken(folder, what):
         ("json", r"cfg.json: cannot be read as JSON"),
         ("binary json", r"cfg.json: cannot be read as JSON"),
         ("list", r"cfg.json: holds no JSON object"),
-        ("architecture", r"cfg.json: unknown architecture 'quantum'; known: topk, standard"),
-        ("reshape", r"reshape_activations is 'hook_z'"),
+        ("architecture", r"cfg.json: unknown architecture 'quantum'; known: standard, topk, gated"),
+        ("reshape", r"reshape_activations is 'flat'"),
         ("no width", r"cfg.json: d_in is None; give a whole number"),
         ("k", r"cfg.json: .*needs 1 <= k"),
         ("shape", r"W_dec has shape \(6, 10\); the config says \(10, 6\)"),
@@ -218,11 +258,11 @@ def test_broken_native_files(tmp_path):
 
 
 def test_places_that_hold_no_dictionary(tmp_path):
-    with pytest.raises(sae.SAEError, match=r"no sae.json or cfg.json"):
+    with pytest.raises(sae.SAEError, match=r"no dictionary in a known layout; it holds nothing. Known layouts are native: sae.json"):
         sae.load(tmp_path)
     with pytest.raises(sae.SAEError, match="no such folder"):
         sae.load(tmp_path / "absent")
-    with pytest.raises(sae.SAEError, match="unknown layout 'keras'"):
+    with pytest.raises(sae.SAEError, match="cannot write layout 'keras'; known: native, sparsify, saelens"):
         sae.save(tmp_path, dictionary(), layout="keras")
     (tmp_path / "file").write_text("")
     with pytest.raises(sae.SAEError, match="cannot be written"):

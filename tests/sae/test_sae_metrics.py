@@ -1,4 +1,4 @@
-"""Metrics by hand: sparsity, global explained variance, dead share, cross-entropy recovered."""
+"""Metrics by hand and against numpy: sparsity, reconstruction, density, geometry, cross-entropy and divergence recovered."""
 
 import jax
 import jax.numpy as jnp
@@ -7,6 +7,7 @@ import pytest
 
 import models
 import sae
+import sae.metrics
 
 D = 4
 
@@ -56,6 +57,111 @@ def test_sparsity_counts_only_positive_latents():
     assert kept["l0"] == 1.0 and kept["dead_share"] == 1 - 2 / 8
 
 
+def some_dictionary(architecture, seed=1, F=24):
+    rng = np.random.default_rng(seed)
+    cfg = sae.SAEConfig(architecture=architecture, d_in=D, d_sae=F, k=3 if architecture == "topk" else None)
+    shapes = {"W_enc": (D, F), "b_enc": (F,), "W_dec": (F, D), "b_dec": (D,)}
+    return sae.Dictionary({name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}, cfg)
+
+
+def oracle(d, x, block):
+    """Every figure of `evaluate` in float64 numpy, from the definitions."""
+    x, z = x.astype(np.float64), np.asarray(sae.encode(d, x), np.float64)
+    x_hat = z @ np.asarray(d.params["W_dec"], np.float64) + np.asarray(d.params["b_dec"], np.float64)
+    error, density = np.sum((x - x_hat) ** 2, axis=1), np.mean(z > 0, axis=0)
+    means = np.concatenate([np.repeat(x[i : i + block].mean(axis=0)[None], len(x[i : i + block]), 0) for i in range(0, len(x), block)])
+    norm, norm_hat = np.linalg.norm(x, axis=1), np.linalg.norm(x_hat, axis=1)
+    return {
+        "rows": len(x),
+        "l0": np.mean(np.sum(z > 0, axis=1)),
+        "l1": np.mean(np.sum(np.abs(z), axis=1)),
+        "mse": error.mean(),
+        "explained_variance": 1 - error.sum() / np.sum((x - x.mean(axis=0)) ** 2),
+        "explained_variance_legacy": np.mean(1 - error / np.sum((x - means) ** 2, axis=1)),
+        "cossim": np.mean(np.sum(x * x_hat, axis=1) / norm / norm_hat),
+        "l2_ratio": np.mean(norm_hat / norm),
+        "relative_reconstruction_bias": np.sum(norm_hat**2) / np.sum(x * x_hat),
+        "dead_share": np.mean(density == 0),
+        "freq_over_1_percent": np.mean(density > 0.01),
+        "normalized_freq_over_1_percent": density[density > 0.01].sum() / density.sum(),
+        "freq_over_10_percent": np.mean(density > 0.1),
+        "normalized_freq_over_10_percent": density[density > 0.1].sum() / density.sum(),
+    }
+
+
+@pytest.mark.parametrize("architecture", ["relu", "topk"])
+@pytest.mark.parametrize("offset", [0.0, 30.0])
+def test_every_figure_against_numpy_however_the_stream_is_cut(monkeypatch, architecture, offset):
+    monkeypatch.setattr(sae.metrics, "BLOCK", 64)
+    monkeypatch.setattr(sae.metrics, "LATENTS_BYTES", 4 * 24 * 16)  # pieces of 16 tokens
+    x, d = data(300, offset), some_dictionary(architecture)
+    expected = oracle(d, x, 64)
+    for batches in ([x], [x[:1], x[1:130], x[130:130], x[130:]], np.split(x, 100)):
+        found = sae.evaluate(d, batches)
+        assert found.keys() == expected.keys()
+        for name, value in expected.items():
+            assert found[name] == pytest.approx(value, rel=2e-4, abs=1e-6), name
+    assert 0 < expected["freq_over_10_percent"] < 1
+
+
+def test_zero_tokens_and_constant_ones():
+    """A token of length 0 has no direction and no ratio of lengths; a block of equal tokens no variance."""
+    d = identity(0.5)
+    found = sae.evaluate(d, [np.array([[0, 0, 0, 0], [2, 0, 0, 0]], np.float32)])
+    assert found["cossim"] == 0.5 and found["l2_ratio"] == 0.5 and found["relative_reconstruction_bias"] == 0.5
+    assert found["explained_variance_legacy"] == pytest.approx(1 - (0 + 1) / 2) and found["mse"] == 0.5
+    alike = sae.evaluate(d, [np.ones((3, D), np.float32)])
+    assert np.isnan(alike["explained_variance"]) and np.isnan(alike["explained_variance_legacy"])
+
+
+def test_documents_are_summed_apart():
+    x, d, lengths = data(100), some_dictionary("relu"), [0, 30, 1, 69, 0]
+    whole, found = sae.activation_statistics(d, [x]), sae.activation_statistics(d, np.split(x, 20), lengths)
+    np.testing.assert_array_equal(found.documents["tokens"], lengths)
+    alone = sae.activation_statistics(d, [x[30:31]])
+    assert found.documents["error"][2] == pytest.approx(alone.documents["error"][0], rel=1e-5)
+    assert found.figures() == pytest.approx(whole.figures(), rel=1e-6)
+    np.testing.assert_array_equal(found.fired_F, whole.fired_F)
+    np.testing.assert_allclose(found.mean_D, x.mean(axis=0), rtol=1e-6)
+    resampled = found.of_sums({name: sums[[1, 3]].sum() for name, sums in found.documents.items()})
+    assert resampled["mse"] == pytest.approx(sae.evaluate(d, [np.delete(x, 30, axis=0)])["mse"], rel=1e-5)
+    for wrong, message in (([100, 1], "have 101"), ([99], "stream has more")):
+        with pytest.raises(sae.SAEError, match=message.replace("have 101", "sum to 101 tokens, but the stream has 100")):
+            sae.activation_statistics(d, [x], wrong)
+    with pytest.raises(sae.SAEError, match="last axis of 4"):
+        sae.evaluate(d, [x[:, :3]])
+
+
+def test_token_counts_are_those_of_the_harvest(lm):
+    rows = [*ROWS, [], [1]]
+    harvested = sum(len(a) for a in sae.harvest_activations(*lm, rows, "embed"))
+    assert sae.token_counts(rows, 1) == [4, 3, 1, 6, 0, 0] and harvested == 14
+    assert sae.token_counts(rows) == [5, 3, 1, 7, 0, 1]
+
+
+@pytest.mark.parametrize("block", [3, 7, 100])
+def test_largest_cosines_in_blocks_and_at_once(block):
+    w = np.random.default_rng(0).standard_normal((20, 6)).astype(np.float32)
+    w[4], w[9] = 3 * w[2], 0.0
+    unit = w / np.where(np.linalg.norm(w, axis=1, keepdims=True) > 0, np.linalg.norm(w, axis=1, keepdims=True), 1)
+    cosines = unit.astype(np.float64) @ unit.T
+    np.fill_diagonal(cosines, -np.inf)
+    found = sae.max_cosines(w, block=block)
+    np.testing.assert_allclose(found, cosines.max(axis=1), atol=1e-6)
+    assert found[2] == pytest.approx(1.0) and found[9] == 0.0
+
+
+def test_geometry_by_hand():
+    found = sae.geometry(identity(2.0))
+    assert found["average_max_decoder_cosine_sim"] == 0.0 == found["average_max_encoder_cosine_sim"]  # others are at right angles or opposite
+    assert found["encoder_decoder_cosine_sim"] == pytest.approx(1.0) and found["decoder_norm"] == pytest.approx(2.0)
+    d, seen = some_dictionary("relu"), []
+    found = sae.geometry(d, progress=lambda blocks: seen.extend(blocks) or blocks)
+    assert found["average_max_decoder_cosine_sim"] == pytest.approx(sae.max_cosines(d.params["W_dec"]).mean()) and seen == [0, 0]
+    one = sae.Dictionary({**d.params, "W_enc": d.params["W_enc"][:, :1], "W_dec": d.params["W_dec"][:1]}, d.cfg.replace(d_sae=1))
+    assert np.isnan(sae.geometry(one)["average_max_decoder_cosine_sim"])
+
+
 def test_mistakes():
     with pytest.raises(sae.SAEError, match="no activations"):
         sae.evaluate(identity(), [])
@@ -78,17 +184,28 @@ def spliced(d, hook):
     return d.replace(cfg=d.cfg.replace(hook_name=hook))
 
 
-def cross_entropy(lm, hook=None, scale=1.0):
-    """Mean next-token loss over all rows with the tap multiplied by `scale` except where the row opens with BOS."""
-    total, count = 0.0, 0
+def log_probabilities(lm, row, hook=None, edit=None):
+    """[T, V] of a row whose tap is edited, except where the row opens with BOS."""
+    keep = np.arange(len(row)) < (row[0] == 1)
+    edits = {hook: lambda x: jnp.where(keep[None, :, None], x, edit(x))} if hook else None
+    logits = np.asarray(models.apply(*lm, np.array([row], np.int32), interventions=edits)[0][0], np.float64)
+    return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+
+
+def cross_entropy(lm, hook=None, scale=1.0, edit=None):
+    """Mean next-token loss over all rows with the tap multiplied by `scale`, or edited."""
+    found = [(log_probabilities(lm, row, hook, edit or (lambda x: scale * x)), row) for row in ROWS]
+    total = -sum(logp[t, row[t + 1]] for logp, row in found for t in range(len(row) - 1))
+    return total / sum(len(row) - 1 for row in ROWS)
+
+
+def divergence(lm, hook, edit):
+    """Mean KL(clean || edited) of the predicted tokens' distributions."""
+    total = 0.0
     for row in ROWS:
-        keep = np.arange(len(row)) < (row[0] == 1)
-        edit = {hook: lambda x, keep=keep: jnp.where(keep[None, :, None], x, scale * x)} if hook else None
-        logits = np.asarray(models.apply(*lm, np.array([row], np.int32), interventions=edit)[0][0], np.float64)
-        logp = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-        total -= sum(logp[t, row[t + 1]] for t in range(len(row) - 1))
-        count += len(row) - 1
-    return total / count
+        clean, edited = log_probabilities(lm, row)[:-1], log_probabilities(lm, row, hook, edit)[:-1]
+        total += np.sum(np.exp(clean) * (clean - edited))
+    return total / sum(len(row) - 1 for row in ROWS)
 
 
 @pytest.mark.parametrize("hook", ["blocks.0.resid_post", "blocks.1.mlp_out"])
@@ -98,6 +215,31 @@ def test_ce_recovered_by_hand(lm, hook):
     clean, zero, cut = cross_entropy(lm), cross_entropy(lm, hook, 0.0), cross_entropy(lm, hook, 0.8)
     np.testing.assert_allclose([found["ce_clean"], found["ce_zero"], found["ce_sae"]], [clean, zero, cut], rtol=1e-4)
     assert found["ce_recovered"] == pytest.approx((zero - cut) / (zero - clean), rel=1e-3)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_divergence_and_mean_ablation_by_hand(lm, batch_size):
+    hook = "blocks.0.resid_post"
+    d, mean = spliced(identity(0.8), hook), np.array([0.3, -0.2, 0.1, 0.5], np.float32)
+    found = sae.ce_recovered(d, *lm, ROWS, batch_size=batch_size, mean_D=mean)
+    cut, zero, by_mean = (divergence(lm, hook, edit) for edit in (lambda x: 0.8 * x, lambda x: 0 * x, lambda x: 0 * x + mean))
+    np.testing.assert_allclose([found["kl_sae"], found["kl_zero"], found["kl_mean"]], [cut, zero, by_mean], rtol=1e-4)
+    assert found["kl_recovered"] == pytest.approx((zero - cut) / zero, rel=1e-4)
+    assert found["kl_recovered_mean"] == pytest.approx((by_mean - cut) / by_mean, rel=1e-4)
+    ce, clean = cross_entropy(lm, hook, edit=lambda x: 0 * x + mean), cross_entropy(lm)
+    assert found["ce_mean"] == pytest.approx(ce, rel=1e-4)
+    assert found["ce_recovered_mean"] == pytest.approx((ce - found["ce_sae"]) / (ce - clean), rel=1e-3)
+    assert "kl_mean" not in sae.ce_recovered(d, *lm, ROWS)
+
+
+def test_splice_sums_are_those_of_each_document(lm):
+    """Also of documents that are cut into pieces, and of those of one token, in batches of their own."""
+    d, rows = spliced(identity(0.8), "blocks.0.resid_post"), [[8], *ROWS, [1]]
+    sums = sae.splice_sums(d, *lm, rows, batch_size=1, context_size=4)
+    assert sums["predictions"].tolist() == [0, 3, 2, 0, 5, 0] and sums["ce_sae"][0] == 0 == sums["kl_zero"][-1]
+    for i in (1, 2, 4):
+        alone = sae.splice_sums(d, *lm, [rows[i]], batch_size=2, context_size=4)
+        assert {name: values[i] for name, values in sums.items()} == pytest.approx({name: values[0] for name, values in alone.items()}, rel=1e-4)
 
 
 def test_ce_recovered_ends(lm):
@@ -115,6 +257,8 @@ def test_evaluate_adds_the_model_part(lm):
     acts = list(sae.harvest_activations(*lm, ROWS, "blocks.0.resid_post"))
     found = sae.evaluate(d, acts, lm=(*lm, ROWS))
     assert found["ce_recovered"] == sae.ce_recovered(d, *lm, ROWS)["ce_recovered"] and found["explained_variance"] > 0.5
+    by_mean = sae.ce_recovered(d, *lm, ROWS, mean_D=np.concatenate(acts).mean(axis=0))
+    assert found["kl_recovered_mean"] == pytest.approx(by_mean["kl_recovered_mean"], rel=1e-4)
 
 
 def test_ce_mistakes(lm):

@@ -4,7 +4,8 @@ CODE = '''
 import jax, numpy as np
 from jax.sharding import AxisType, PartitionSpec
 import sae
-from sae.train import init_state, numbers_at, start, state_shardings, step_for
+from sae.step import init_state, start, state_shardings, step_for
+from sae.train_config import Scale, numbers_at
 
 assert jax.device_count() == 8
 D, F, K, B = 16, 64, 4, 32
@@ -16,13 +17,13 @@ def mesh(**shape):
 
 def train(architecture, mesh, **changes):
     cfg = sae.SAEConfig(architecture=architecture, d_in=D, d_sae=F, k=K)
-    settings = sae.SAETrainConfig(steps=12, learning_rate=1e-2, init_rows=256, dead_after=128, l1_coefficient=0.1, **changes)
+    settings = sae.SAETrainConfig(steps=12, learning_rate=1e-2, init_rows=256, dead_after=128, sparsity_coefficient=0.1, **changes)
     return sae.train_sae(cfg, sae.array_batches(x, B), settings, jax.random.key(0), mesh=mesh, progress=False)
 
-for architecture in ("topk", "relu"):
+for architecture in ("topk", "relu", "gated", "jumprelu", "batchtopk", "matryoshka"):
     plain, history = train(architecture, None, method="dense")
     for shape in ({"data": 2, "tensor": 4}, {"data": 4, "fsdp": 2}, {"tensor": 8}):
-        for method in ("auto", "sparse"):
+        for method in ("auto", "sparse") if architecture == "topk" else ("auto",):
             other, other_history = train(architecture, mesh(**shape), method=method)
             jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=5e-5), other.params, plain.params)
             np.testing.assert_allclose(other_history[-1]["loss"], history[-1]["loss"], rtol=1e-4)
@@ -38,7 +39,7 @@ assert moments.count(PartitionSpec("tensor", None)) == 2 and moments.count(Parti
 step = step_for(cfg, sae.SAETrainConfig(aux_coefficient=0.0), two)
 place = lambda a, spec: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=jax.NamedSharding(two, spec))
 shapes = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), state, placed)
-program = step.func.lower(shapes, place(x[:B], PartitionSpec("data")), numbers_at(0, cfg, sae.SAETrainConfig(), 1.0), **step.keywords)
+program = step.func.lower(shapes, place(x[:B], PartitionSpec("data")), numbers_at(0, F, sae.SAETrainConfig(), Scale(1.0, 1.0)), **step.keywords)
 gathers = [line for line in program.compile().as_text().splitlines() if "all-gather(" in line]
 assert not [line for line in gathers if f"[{B // 2},{F}]" in line or f"[{B},{F}]" in line], gathers
 try:

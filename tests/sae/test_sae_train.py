@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 import sae
-from sae.train import geometric_median, init_state, numbers_at, start, step_for, unit_rows, without_parallel
+from sae.step import geometric_median, init_state, start, step_for, unit_rows, without_parallel
+from sae.train_config import Scale, numbers_at
 
 D, F, K, B = 8, 32, 3, 64
 
@@ -43,7 +44,7 @@ def test_topk_learns():
 
 def test_relu_penalty_buys_sparsity():
     cfg = config(architecture="relu", k=None)
-    l0 = [run(cfg, steps=200, l1_coefficient=c)[1][-1]["l0"] for c in (0.0, 0.3)]
+    l0 = [run(cfg, steps=200, sparsity_coefficient=c)[1][-1]["l0"] for c in (0.0, 0.3)]
     assert l0[1] < 0.7 * l0[0]
 
 
@@ -60,7 +61,7 @@ def test_auto_picks_the_faster_products(monkeypatch, d_sae, k, method):
 
     def picked(mesh=None, **changes):
         cfg = sae.SAEConfig(**({"d_in": 96, "d_sae": d_sae, "k": k} | changes))
-        return step_for(cfg, sae.SAETrainConfig(), mesh).keywords["method"]
+        return step_for(cfg, sae.SAETrainConfig(), mesh).keywords["form"].method
 
     monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
     one, two = (jax.sharding.AbstractMesh((n,), ("data",)) for n in (1, 2))
@@ -68,7 +69,7 @@ def test_auto_picks_the_faster_products(monkeypatch, d_sae, k, method):
     assert picked(two) == picked(architecture="relu", k=None) == "dense"
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
     assert picked() == "dense"
-    assert step_for(config(), sae.SAETrainConfig(method="sparse")).keywords["method"] == "sparse"
+    assert step_for(config(), sae.SAETrainConfig(method="sparse")).keywords["form"].method == "sparse"
 
 
 def test_same_seed_same_dictionary_and_other_seed_other():
@@ -105,9 +106,9 @@ def test_every_knob_changes_the_result(knob, baseline):
     assert np.any(np.asarray(changed.params["W_dec"]) != np.asarray(baseline.params["W_dec"]))
 
 
-def test_l1_knobs_change_the_result():
+def test_sparsity_knobs_change_the_result():
     cfg = config(architecture="relu", k=None)
-    plain, l1, warm = (run(cfg, **c)[0] for c in ({}, {"l1_coefficient": 0.1}, {"l1_coefficient": 0.1, "l1_warmup_steps": 20}))
+    plain, l1, warm = (run(cfg, **c)[0] for c in ({}, {"sparsity_coefficient": 0.1}, {"sparsity_coefficient": 0.1, "sparsity_warmup_steps": 20}))
     assert np.any(plain.params["W_enc"] != l1.params["W_enc"]) and np.any(warm.params["W_enc"] != l1.params["W_enc"])
 
 
@@ -118,14 +119,14 @@ def test_log_every_sets_the_history():
         config(), sae.array_batches(data(), B), sae.SAETrainConfig(steps=4, log_every=2), jax.random.key(0), on_log=seen.append
     )
     assert [r["rows"] for r in seen] == [2 * B, 4 * B]
-    assert {"loss", "fvu", "l0", "l1", "aux", "dead_share", "learning_rate"} <= seen[0].keys()
+    assert {"loss", "fvu", "l0", "sparsity", "aux", "dead_share", "learning_rate"} <= seen[0].keys()
 
 
 def test_rate_schedule():
-    train = sae.SAETrainConfig(steps=100, learning_rate=1.0, warmup_steps=10, decay_share=0.2, l1_coefficient=2.0, l1_warmup_steps=4)
-    at = {step: numbers_at(step, config(), train, 1.0) for step in (0, 3, 9, 50, 80, 90, 99)}
+    train = sae.SAETrainConfig(steps=100, learning_rate=1.0, warmup_steps=10, decay_share=0.2, sparsity_coefficient=2.0, sparsity_warmup_steps=4)
+    at = {step: numbers_at(step, F, train, Scale(1.0, 1.0)) for step in (0, 3, 9, 50, 80, 90, 99)}
     np.testing.assert_allclose([n.learning_rate for n in at.values()], [0.1, 0.4, 1, 1, 1, 0.5, 0.05], rtol=1e-6)
-    np.testing.assert_allclose([n.l1 for n in at.values()], [0.5, 2, 2, 2, 2, 2, 2])
+    np.testing.assert_allclose([n.sparsity for n in at.values()], [0.5, 2, 2, 2, 2, 2, 2])
 
 
 def test_dead_latents_are_counted_and_revived():
@@ -136,11 +137,11 @@ def test_dead_latents_are_counted_and_revived():
     cfg, half, result = config(k=1), F // 2, {}
     for coefficient in (0.0, 1 / 32):
         train = sae.SAETrainConfig(steps=200, learning_rate=1e-2, dead_after=4 * B, aux_coefficient=coefficient, decay_share=0.0)
-        d, variance = start(cfg, train, x[:512], jax.random.key(0))
+        d, scale = start(cfg, train, x[:512], jax.random.key(0))
         d = d.replace(params=d.params | {"b_enc": jnp.where(jnp.arange(F) < half, -1.0, 0.0)})
         state, step, shares = init_state(d), step_for(cfg, train), []
         for i, batch in enumerate(itertools.islice(sae.array_batches(x, B), train.steps)):
-            state, metrics = step(state, batch, numbers_at(i, cfg, train, variance))
+            state, metrics = step(state, batch, numbers_at(i, F, train, scale))
             shares.append(float(metrics["dead_share"]))
         assert shares[3] == 0.0 and shares[4] >= 0.5  # counted as dead after 4 batches, not before
         fires = np.asarray(sae.encode(sae.Dictionary(state.params, cfg), x) > 0).any(axis=0)
@@ -159,7 +160,7 @@ def test_decoder_gradient_loses_its_parallel_part():
 
 
 def test_free_relu_decoder_comes_back_with_unit_rows():
-    d, history = run(config(architecture="relu", k=None), decoder_norm="free", l1_coefficient=0.1)
+    d, history = run(config(architecture="relu", k=None), decoder_norm="free", sparsity_coefficient=0.1)
     np.testing.assert_allclose(np.linalg.norm(d.params["W_dec"], axis=1), 1.0, rtol=1e-5)
     assert np.isfinite(history[-1]["loss"])
 
@@ -199,9 +200,9 @@ def test_nan_batch_stops_with_the_step():
 
 def test_nan_step_changes_nothing():
     train = sae.SAETrainConfig(steps=5)
-    d, variance = start(config(), train, data()[:256], jax.random.key(0))
+    d, scale = start(config(), train, data()[:256], jax.random.key(0))
     before = jax.tree.map(np.asarray, d.params)
-    numbers = numbers_at(0, config(), train, variance)
+    numbers = numbers_at(0, F, train, scale)
     state, _ = step_for(config(), train)(init_state(d), np.full((B, D), np.nan, np.float32), numbers)
     jax.tree.map(np.testing.assert_array_equal, state.params, before)
     assert int(state.bad_step) == 0 and int(state.step) == 1
@@ -227,7 +228,9 @@ def test_batch_mistakes(batches, message):
     [
         ({"decoder_norm": "unti"}, "'unit'"), ({"b_dec_init": "median"}, "b_dec_init"), ({"steps": 0}, "steps is 0"), ({"decay_share": 2.0}, "share"),
         ({"learning_rate": -1e-3}, "learning_rate is -0.001"), ({"beta1": 1.5}, "beta1 is 1.5"), ({"beta2": 1.0}, "beta2 is 1.0"),
-        ({"grad_clip": -1.0}, "grad_clip is -1.0"), ({"aux_k": 0}, "aux_k is 0"), ({"l1_coefficient": float("nan")}, "l1_coefficient is nan"),
+        ({"grad_clip": -1.0}, "grad_clip is -1.0"), ({"aux_k": 0}, "aux_k is 0"),
+        ({"sparsity_coefficient": float("nan")}, "sparsity_coefficient is nan"), ({"target_l0": 3, "penalty": "tanh"}, "target_l0 is a form"),
+        ({"penalty": "l0"}, "penalty"), ({"bandwidth": 0.0}, "bandwidth is 0.0"), ({"matmul_dtype": "int8"}, "matmul_dtype"),
         ({"dead_after": 0}, "dead_after is 0"), ({"warmup_steps": -1}, "warmup_steps is -1"),
     ],
 )  # fmt: skip

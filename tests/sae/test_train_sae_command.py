@@ -124,7 +124,7 @@ def test_checkpoint_every_zero_keeps_none_on_the_way(repo, tmp_path, assets, sou
 
 
 def test_other_taps_architectures_and_layouts(tmp_path, assets, source):
-    changes = {"hook": "blocks.0.mlp_act", "sae.architecture": "relu", "train.l1_coefficient": 0.1, "sae.layout": "saelens", "sae.d_sae": 200}
+    changes = {"hook": "blocks.0.mlp_act", "sae.architecture": "relu", "train.sparsity_coefficient": 0.1, "sae.layout": "saelens", "sae.d_sae": 200}
     changes |= {"train.steps": 2}
     assert call(tmp_path, assets, source, **changes) == 0
     assert (tmp_path / "sae" / "cfg.json").exists()
@@ -159,7 +159,7 @@ def test_no_model_and_no_text(tmp_path, capsys):
     ("changes", "message"),
     [
         ({"sae.layout": "saelen"}, "sae.layout.*did you mean saelens"),
-        ({"sae.architecture": "relu"}, "train.l1_coefficient' is 0.*'relu'"),
+        ({"sae.architecture": "relu"}, "train.sparsity_coefficient' is 0.*'relu'"),
         ({"sae.normalize_activations": "layernorm"}, "did you mean layer_norm"),
         ({"sae.dtype": "float8"}, "sae.dtype"),
         ({"dtype": "float16"}, "dtype.*float16"),
@@ -172,6 +172,12 @@ def test_no_model_and_no_text(tmp_path, capsys):
         ({"checkpoint_every": "-1"}, "checkpoint_every' is -1"),
         ({"train.decoder_norm": "one"}, "decoder_norm"),
         ({"train.beta1": "1.0"}, "beta1 is 1.0"),
+        ({"sae.prefixes": "4"}, "sae.prefixes' is '4', but it is of 'matryoshka' dictionaries"),
+        ({"sae.prefixes": "a", "sae.architecture": "matryoshka"}, "sae.prefixes' is 'a': give whole numbers"),
+        ({"train.target_l0": "4"}, "train.target_l0' is 4.0, but it is of 'jumprelu' dictionaries"),
+        ({"hook": "embed,embed"}, "names a tap twice"),
+        ({"sae.hook_out": "embed"}, "reads one tap"),
+        ({"sae.skip": "True"}, "sae.skip' is of transcoders"),
     ],
 )
 def test_settings_out_of_range_are_named_before_any_work(tmp_path, changes, message):
@@ -186,7 +192,8 @@ OTHER = {  # field -> another value; those of `train`: test_sae_train.py
     "data.separator": "--", "data.split": "test", "data.limit": "7", "data.on_bad": "skip", "data.template": "Q: {prompt}", "data.eval_rows": "2",
     "harvest.batch_rows": "5", "harvest.context_size": "9", "harvest.skip_bos": "False", "harvest.buffer_rows": "5000", "sae.architecture": "relu",
     "sae.d_sae": "77", "sae.expansion": "5", "sae.k": "3", "sae.normalize_activations": "layer_norm", "sae.apply_b_dec_to_input": "False",
-    "sae.dtype": "float16", "sae.layout": "saelens", "batch_size": "100", "checkpoint_every": "9", "seed": "4", "train.steps": "9",
+    "sae.dtype": "float16", "sae.layout": "saelens", "sae.prefixes": "3,5", "sae.hook_out": "blocks.2.mlp_out", "sae.skip": "True",
+    "harvest.drop_special": "False", "batch_size": "100", "checkpoint_every": "9", "seed": "4", "train.steps": "9",
 }  # fmt: skip
 
 
@@ -218,9 +225,9 @@ def test_every_setting_reaches_what_it_is_for(monkeypatch, tmp_path, field):
             keep("harvest")(rows, hook, *how, mesh is None, **named)
             return iter([np.zeros((4, 8), np.float32)])
 
-        def train_sae(cfg, buffer, settings, key, *, mesh, on_log, checkpoints, checkpoint_every):
-            keep("train")(cfg, settings, np.asarray(jax.random.key_data(key)), mesh is None, checkpoint_every)
-            return "dictionary", []
+        def train_saes(tasks, buffer, key, *, mesh, on_log, checkpoints, checkpoint_every):
+            keep("train")(tasks, np.asarray(jax.random.key_data(key)), mesh is None, checkpoint_every)
+            return dict.fromkeys(tasks, ("dictionary", []))
 
         model = type("Cfg", (), {"n_layers": 4})()
         monkeypatch.setattr(command, "read_rows", read_rows)
@@ -228,12 +235,14 @@ def test_every_setting_reaches_what_it_is_for(monkeypatch, tmp_path, field):
         monkeypatch.setattr(models, "load_tokenizer", keep("tokenizer", build_tokenizer()))
         monkeypatch.setattr(sae, "harvest_activations", harvest_activations)
         monkeypatch.setattr(sae, "ActivationBuffer", lambda source, *how: keep("buffer")(next(source()).shape, *how))
-        monkeypatch.setattr(sae, "train_sae", train_sae)
+        monkeypatch.setattr(sae, "train_saes", train_saes)
         monkeypatch.setattr(sae, "evaluate", lambda *_, lm: dict.fromkeys(("l0", "explained_variance", "ce_recovered", "dead_share"), 0.0))
         monkeypatch.setattr(sae, "save", lambda folder, *how, **named: keep("save")(*how, **named))
         monkeypatch.setattr(checkpoint, "until_done", lambda folder: contextlib.nullcontext())
         monkeypatch.setattr(processes, "on_this_process", lambda dictionary, mesh: dictionary)
-        given = {"model": "m", "data.source": "s.txt", "train.l1_coefficient": "0.1"}
+        given = {"model": "m", "data.source": "s.txt", "train.sparsity_coefficient": "0.1", "hook": "blocks.2.resid_post"}
+        given |= {"sae.hook_out": {"sae.hook_out": "", "sae.skip": "blocks.2.mlp_out"}.get(field, "")}
+        given |= {"sae.architecture": "matryoshka"} if field == "sae.prefixes" else {}
         command.run(load_config("configs/train_sae.py", given | changes), str(workdir))
         return seen
 
@@ -244,7 +253,7 @@ def test_every_setting_reaches_what_it_is_for(monkeypatch, tmp_path, field):
         "model": {"load", "tokenizer", "train"}, "dtype": {"load"}, "mesh": {"load", "harvest", "train"}, "hook": {"harvest", "train"},
         "data.template": {"harvest"}, "data.eval_rows": {"harvest"}, "harvest.batch_rows": {"harvest"}, "harvest.skip_bos": {"harvest"},
         "harvest.context_size": {"harvest", "train"}, "harvest.buffer_rows": {"buffer"}, "batch_size": {"buffer"}, "seed": {"buffer", "train"},
-        "sae.layout": {"save"},
+        "sae.layout": {"save"}, "harvest.drop_special": {"harvest"}, "sae.hook_out": {"harvest", "train"},
     }  # fmt: skip
     assert reached == expected.get(field, {"read"} if field.startswith("data.") else {"train"})
 

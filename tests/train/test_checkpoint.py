@@ -1,14 +1,23 @@
-"""Checkpoints: exact, re-shardable, atomic; damage and a full disk."""
+"""Checkpoints: exact, re-shardable, atomic, written in the background; damage and a full disk."""
 
+import dataclasses
 import errno
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import threading
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny_grpo as tiny
+import tiny_preferences as prefs
+from orbax.checkpoint._src.path import atomicity
 
-from jaxrl_llm.checkpoint import Checkpoints
+from jaxrl_llm.checkpoint import Checkpoints, until_done
 from jaxrl_llm.errors import UserError
 
 HOST = {"used": np.array([True, False]), "weights": np.array([1 / 3, np.nan]), "step": np.array(7)}
@@ -52,6 +61,7 @@ def test_keeps_the_newest_and_saves_a_step_once(checkpoints):
 
 def test_a_partly_written_checkpoint_is_ignored_and_cleared(checkpoints):
     checkpoints.save(1, state(1.0), {})
+    checkpoints.finish()
     half = checkpoints.path / "2.orbax-checkpoint-tmp-123"
     shutil.copytree(checkpoints.path / "1", half)
     again = Checkpoints(checkpoints.path)
@@ -62,6 +72,7 @@ def test_a_partly_written_checkpoint_is_ignored_and_cleared(checkpoints):
 def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(checkpoints):
     for step in (1, 2):
         checkpoints.save(step, state(step), {})
+    checkpoints.finish()
     for file in (checkpoints.path / "2").rglob("*"):
         if file.is_file() and file.parent.name == "d":
             file.write_bytes(b"")
@@ -105,6 +116,7 @@ def test_a_disk_that_really_refuses_leaves_the_last_good_checkpoint(checkpoints)
     try:
         with pytest.raises(UserError, match="disk is full.*last good checkpoint is step 1"):
             checkpoints.save(2, large, {})
+            checkpoints.finish()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     again = Checkpoints(checkpoints.path)
@@ -116,6 +128,196 @@ def test_a_folder_that_cannot_be_made_is_a_users_mistake(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="file"):
         Checkpoints(tmp_path / "file" / "checkpoints")
+
+
+# ------------------------------------------------------------------------------------------------- in the background
+
+
+class Write:
+    """Orbax's writes, which begin only when `go` is set and end with `error` in place of the rename that makes a checkpoint of a folder."""
+
+    def __init__(self, monkeypatch):
+        self.go, self.error, self.begun, self.ended = threading.Event(), None, 0, 0
+        kind, write = atomicity.AtomicRenameTemporaryPath, self
+        create, finalize = kind.create, kind.finalize
+
+        async def begin(path):
+            write.begun += path.get_final().name.isdigit()
+            assert write.go.wait(60)
+            return await create(path)
+
+        async def end(path, *given, **how):
+            if write.error is not None:
+                raise write.error
+            write.ended += path.get_final().name.isdigit()  # not the folders of its parts
+            return await finalize(path, *given, **how)
+
+        monkeypatch.setattr(kind, "create", begin)
+        monkeypatch.setattr(kind, "finalize", end)
+
+
+@pytest.fixture
+def write(monkeypatch):
+    held = Write(monkeypatch)
+    yield held
+    held.go.set()
+
+
+FULL = OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_what_is_written_is_the_state_of_the_save_though_training_goes_on(checkpoints, write):
+    """Not a byte is written before five further steps have had the state's memory, and the host's arrays were changed in place."""
+    step = jax.jit(lambda tree: jax.tree.map(lambda x: x * 2 + 1, tree), donate_argnums=0)
+    training = step({"w": jax.random.normal(jax.random.key(0), (300, 300)), "small": jnp.arange(3.0)})
+    window, host = np.arange(6.0), {"used": np.zeros(4)}
+    wanted = jax.tree.map(np.array, training)
+    checkpoints.save(1, {"train": training, "window": window}, host)
+    assert write.ended == 0 and not any(path.name == "1" for path in checkpoints.path.iterdir())
+    for i in range(5):
+        before, training = training, step(training)
+        assert i == 0 or before["w"].is_deleted(), "the steps take each other's memory"
+    window[:], host["used"][:] = 99, 99
+    jax.block_until_ready(training)
+    write.go.set()
+    _, found, saved = checkpoints.restore(abstract({"train": training, "window": window}))
+    jax.tree.map(np.testing.assert_array_equal, found["train"], wanted)
+    assert found["window"].tolist() == list(range(6)) and saved["used"].tolist() == [0] * 4
+    assert np.abs(training["w"] - wanted["w"]).max() > 1
+
+
+def test_the_next_save_waits_for_the_one_before(checkpoints, write):
+    checkpoints.save(1, state(1.0), {})
+    second = threading.Thread(target=lambda: checkpoints.save(2, state(2.0), {}))
+    second.start()
+    second.join(0.2)
+    assert second.is_alive() and write.begun <= 1
+    write.go.set()
+    second.join()
+    assert checkpoints.steps() == [1, 2] and write.ended == 2
+
+
+@pytest.mark.parametrize("how", ["save", "finish", "restore", "close", "leaving"])
+def test_an_error_of_the_write_is_raised_by_what_comes_next_and_older_ones_stay(tmp_path, write, how):
+    write.go.set()
+    checkpoints = Checkpoints(tmp_path / "checkpoints", keep=1)
+    checkpoints.save(1, state(1.0), {})
+    checkpoints.finish()
+    write.error = FULL
+    checkpoints.save(2, state(2.0), {})
+    acts = {
+        "save": lambda: checkpoints.save(3, state(3.0), {}), "finish": checkpoints.finish, "close": checkpoints.close,
+        "restore": lambda: checkpoints.restore(abstract()), "leaving": lambda: checkpoints.__exit__(None, None, None),
+    }  # fmt: skip
+    with pytest.raises(UserError, match="disk is full.*last good checkpoint is step 1"):
+        acts[how]()
+    write.error = None
+    if how not in ("close", "leaving"):  # there is room again: one stays, as set
+        assert checkpoints.steps() == [1] and checkpoints.restore(abstract())[0] == 1
+        checkpoints.save(3, state(3.0), {})
+        assert checkpoints.steps() == [3]
+        checkpoints.close()
+    again = Checkpoints(tmp_path / "checkpoints")
+    assert again.restore(abstract())[0] == (1 if how in ("close", "leaving") else 3)
+    again.close()
+
+
+def test_a_failed_write_does_not_hide_the_error_that_ends_a_block(tmp_path, write, caplog):
+    write.go.set()
+    write.error = FULL
+    with pytest.raises(ZeroDivisionError), Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        checkpoints.save(1, state(1.0), {})
+        raise ZeroDivisionError
+    assert len([message for message in caplog.messages if "disk is full" in message]) == len(caplog.messages) == 1
+
+
+def test_a_folder_that_is_done_with_is_removed_and_one_whose_last_write_failed_is_not(tmp_path, write):
+    write.go.set()
+    with until_done(tmp_path / "well") as checkpoints:
+        checkpoints.save(1, state(), {})
+    assert not (tmp_path / "well").exists()
+    with pytest.raises(UserError, match="disk is full"), until_done(tmp_path / "full") as checkpoints:
+        checkpoints.save(1, state(), {})
+        checkpoints.finish()
+        write.error = FULL
+        checkpoints.save(2, state(), {})
+    assert (tmp_path / "full" / "1").exists()
+
+
+class Chosen:
+    """A reward, and after so many calls a signal to its own process."""
+
+    def __init__(self, stop_at=None):
+        self.calls, self.stop_at = 0, stop_at
+
+    def __call__(self, inputs):
+        self.calls += 1
+        if self.calls == self.stop_at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return tiny.reward(inputs)
+
+
+@pytest.mark.parametrize("verb", ["grpo", "grpo stopped", "dpo", "sft"])
+def test_no_run_ends_before_its_last_save_is_on_disk(tmp_path, write, monkeypatch, verb):
+    """Which a write shows that fails after the last step: the run fails too, and leaves no summary."""
+    import test_train_sft as sft
+
+    write.go.set()
+    runs = {
+        "grpo": lambda: tiny.run(tmp_path / "run", dataclasses.replace(tiny.TINY, checkpoint_every=0)),
+        "grpo stopped": lambda: tiny.run(tmp_path / "run", dataclasses.replace(tiny.TINY, checkpoint_every=0), reward=Chosen(2)),
+        "dpo": lambda: prefs.train(dataclasses.replace(prefs.QUICK, checkpoint_every=0), folder=tmp_path / "run"),
+        "sft": lambda: sft.train(sft.QUICK, folder=tmp_path / "run"),
+    }
+    write.error = FULL
+    with pytest.raises(UserError, match="disk is full.*no checkpoint was saved before"):
+        runs[verb]()
+    assert not (tmp_path / "run" / "summary.json").exists()
+    write.error = None
+    ended = write.ended
+    monkeypatch.setattr(Chosen, "__call__", lambda self, inputs: tiny.reward(inputs))
+    runs[verb]()
+    assert write.ended == ended + 1
+
+
+KILLED = """
+import sys, time; sys.path.insert(0, "tests/train")
+import jax, jax.numpy as jnp
+from orbax.checkpoint._src.path import atomicity
+from jaxrl_llm.checkpoint import Checkpoints
+checkpoints = Checkpoints(sys.argv[1], keep=1)
+state = lambda value: {"w": jnp.full((200, 200), value)}
+checkpoints.save(1, state(1.0), {})
+checkpoints.finish()
+kind, moment = atomicity.AtomicRenameTemporaryPath, sys.argv[2]
+real = getattr(kind, moment)
+async def halted(path, *given, **how):
+    if moment == "create":
+        await real(path, *given, **how)
+    print("there", flush=True)
+    time.sleep(600)
+setattr(kind, moment, halted)
+checkpoints.save(2, state(2.0), {})
+time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("moment", ["create", "finalize"])
+def test_a_kill_in_the_middle_of_a_write_leaves_the_checkpoint_before(repo, tmp_path, moment):
+    """After the temporary folder was made, and when all is in it but the rename."""
+    env = os.environ | {"PYTHONPATH": str(repo), "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-c", KILLED, str(tmp_path / "checkpoints"), moment]
+    process = subprocess.Popen(command, env=env, cwd=repo, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "there\n"
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    process.stdout.close()
+    assert any("orbax-checkpoint-tmp" in path.name for path in (tmp_path / "checkpoints").iterdir())
+    again = Checkpoints(tmp_path / "checkpoints")
+    step, found, _ = again.restore({"w": jax.ShapeDtypeStruct((200, 200), jnp.float32)})
+    assert step == 1 and float(found["w"][0, 0]) == 1.0 and again.steps() == [1]
+    assert not any("orbax-checkpoint-tmp" in path.name for path in again.path.iterdir())
+    again.close()
 
 
 RESHARD = """

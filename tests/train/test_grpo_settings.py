@@ -19,7 +19,8 @@ from jaxrl_llm.commands import grpo
 from jaxrl_llm.config import field_names, load_config
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.train import loop
-from jaxrl_llm.train.config import DPOConfig, GRPOConfig, OnlineDPOConfig, SFTConfig, check_dpo, check_grpo, check_online_dpo, from_mapping
+from jaxrl_llm.train.checks import check_dpo, check_grpo, check_online_dpo
+from jaxrl_llm.train.config import DPOConfig, GRPOConfig, OnlineDPOConfig, SFTConfig, from_mapping
 from jaxrl_llm.train.preference_step import preference_spec
 from jaxrl_llm.train.step import step_spec
 
@@ -55,7 +56,7 @@ def test_stop_strings_are_text_even_where_they_look_like_numbers():
     assert from_mapping(GRPOConfig, config.train).stop_strings == ("7", "x")
 
 
-COUNTS = {"micro_batch_rows": -1, "keep_checkpoints": 0, "checkpoint_every": -1, "logprob_chunk": 0}
+COUNTS = {"micro_batch_rows": -1, "length_buckets": 0, "keep_checkpoints": 0, "checkpoint_every": -1, "logprob_chunk": 0}
 SAMPLED = {"sample_every": -1, "samples_per_log": -1, "eval_samples": -1, "eval_every": -3}
 OPTIMIZER = {"warmup_steps": -1, "decay_steps": -1, "clip_norm": -1.0, "b1": 1.0, "b2": -0.1, "eps": -1e-8, "weight_decay": -0.1, "final_share": -1.0}
 
@@ -63,7 +64,7 @@ OPTIMIZER = {"warmup_steps": -1, "decay_steps": -1, "clip_norm": -1.0, "b1": 1.0
 @pytest.mark.parametrize(("verb", "check"), [("grpo", check_grpo), ("dpo", check_dpo), ("online_dpo", check_online_dpo)])
 def test_numbers_out_of_range_are_one_clear_line(verb, check):
     kind = KINDS[verb]
-    counts = {"dpo": COUNTS, "online_dpo": COUNTS | SAMPLED, "grpo": COUNTS | SAMPLED | {"length_buckets": 0}}[verb]
+    counts = {"dpo": COUNTS, "online_dpo": COUNTS | SAMPLED, "grpo": COUNTS | SAMPLED}[verb]
     for name, value in counts.items():
         with pytest.raises(UserError, match=f"^setting '{name}' must be at least [01], got {value}$"):
             check(from_mapping(kind, {name: value}))
@@ -71,9 +72,8 @@ def test_numbers_out_of_range_are_one_clear_line(verb, check):
         with pytest.raises(UserError, match=f"^setting 'optimizer.{name}' must .*, got {value}$"):
             check(from_mapping(kind, {"optimizer": {name: value}}))
     check(from_mapping(kind, {name: -1 for name in ("seed",) if verb != "dpo"}))
-    if verb == "grpo":
-        with pytest.raises(UserError, match="'length_buckets' is 3 and 'micro_batch_rows' 0: there is one micro-batch"):
-            check(from_mapping(kind, {"length_buckets": 3}))
+    with pytest.raises(UserError, match="'length_buckets' is 3 and 'micro_batch_rows' 0: there is one micro-batch"):
+        check(from_mapping(kind, {"length_buckets": 3}))
 
 
 @pytest.fixture

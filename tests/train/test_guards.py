@@ -16,7 +16,8 @@ from jaxrl_llm.checkpoint import Checkpoints
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.rewards.verdict import Status, Verdict
 from jaxrl_llm.train import state as train_state
-from jaxrl_llm.train.config import DPOConfig, GRPOConfig, OptimizerConfig, check_dpo, check_grpo
+from jaxrl_llm.train.checks import check_dpo, check_grpo
+from jaxrl_llm.train.config import DPOConfig, GRPOConfig, OptimizerConfig
 
 # ------------------------------------------------------------------------------------------------------------- spikes
 

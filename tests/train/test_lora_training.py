@@ -18,19 +18,8 @@ import models
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.run_dir import RunDir
 from jaxrl_llm.train import preference_step, sft, step
-from jaxrl_llm.train.config import (
-    DPOConfig,
-    GRPOConfig,
-    LoraSettings,
-    LossConfig,
-    OnlineDPOConfig,
-    OptimizerConfig,
-    PairLossConfig,
-    SFTConfig,
-    check_dpo,
-    check_grpo,
-    check_online_dpo,
-)
+from jaxrl_llm.train.checks import check_dpo, check_grpo, check_online_dpo
+from jaxrl_llm.train.config import DPOConfig, GRPOConfig, LoraSettings, LossConfig, OnlineDPOConfig, OptimizerConfig, PairLossConfig, SFTConfig
 from jaxrl_llm.train.state import VALUE_HEAD, abstract_state, init_state
 from models import ModelError, lora
 from models.adapted import Adapted, merged

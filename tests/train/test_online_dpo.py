@@ -13,7 +13,8 @@ import tiny_preferences as prefs
 
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.rewards.verdict import Status, Verdict
-from jaxrl_llm.train.config import OnlineDPOConfig, check_online_dpo, from_mapping
+from jaxrl_llm.train.checks import check_online_dpo
+from jaxrl_llm.train.config import OnlineDPOConfig, from_mapping
 from jaxrl_llm.train.online_dpo import pair_batch, pick_pairs
 from jaxrl_llm.train.rollout import collect
 from jaxrl_llm.train.signals import Interrupted
@@ -141,8 +142,27 @@ def test_sigterm_saves_and_resume_is_bit_exact(undisturbed, tmp_path):
 def test_micro_batches_train_the_same_policy(tmp_path):
     one = dataclasses.replace(prefs.ONLINE, steps=1)
     whole, _ = prefs.train_online(tmp_path / "whole", one)
-    parts, _ = prefs.train_online(tmp_path / "parts", dataclasses.replace(one, micro_batch_rows=1))
-    np.testing.assert_allclose(tiny.flat(parts), tiny.flat(whole), rtol=1e-4, atol=1e-5)
+    for buckets in (1, 8):
+        parts, _ = prefs.train_online(tmp_path / str(buckets), dataclasses.replace(one, micro_batch_rows=1, length_buckets=buckets))
+        np.testing.assert_allclose(tiny.flat(parts), tiny.flat(whole), rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(records(tmp_path / str(buckets))[0]["loss"], records(tmp_path / "whole")[0]["loss"], rtol=1e-5)
+
+
+def test_with_buckets_pairs_come_by_length():
+    """Each with its own prompt and sampler's log-probabilities; padding comes last."""
+    made = experience(by_position(np.linspace(0, 1, 12)))
+    lengths = made.rollout.completion_lengths_N
+    lengths[:] = [1, 1, 1, 6, 2, 2, 2, 3, 5, 1, 1, 1]
+    pairs, _ = pick_pairs(made.rewards_N, made.valid_N, made.groups_N)
+    assert pairs.tolist() == [[3, 0], [7, 4], [11, 8]]
+    cut = dataclasses.replace(prefs.ONLINE, micro_batch_rows=1, length_buckets=2)
+    batch = pair_batch(made, pairs, cut, multiple=2)
+    assert batch["lengths"].tolist() == [[3, 2, 1, 5], [6, 1, 0, 0]]
+    for slot, row in enumerate([7, 4, 11, 8, 3, 0]):
+        where = slot // 4, slot % 4
+        np.testing.assert_array_equal(batch["sampler_logps"][where][: lengths[row]], made.rollout.logps_NT[row, : lengths[row]])
+        prompt = made.prompts.token_lists()[made.rollout.group_ids_N[row]]
+        assert batch["prompts"][slot // 4, slot % 4 // 2, : len(prompt)].tolist() == prompt
 
 
 def test_a_step_of_ties_or_errors_teaches_nothing(tmp_path):

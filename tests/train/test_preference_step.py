@@ -62,6 +62,35 @@ def test_accumulated_gradient_equals_the_whole_batch(params, kind):
         np.testing.assert_allclose(found[2], wanted[2], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("kind", prefs.LOSSES)
+def test_micro_batches_sorted_and_cut_to_their_length_give_the_same_gradient(params, kind, monkeypatch):
+    """... each as wide as its own longest completion asks, within the widths of the buckets; the same rows in another order are the same batch."""
+    monkeypatch.setattr(step, "LEAST_WIDTH", 8)
+    data, widths = prefs.rows_for(kind, 9), []
+    ref = np.random.default_rng(1).normal(-12, 3, (9, 2)).astype(np.float32)
+    columns = {"ref_sums": ref} if data.labels_N is None else {"ref_sums": ref, "labels": data.labels_N}
+    lengths = data.lengths(range(9))
+    order = step.by_length(lengths)
+    longest = lengths.max(axis=1)[order]
+    assert (np.diff(longest) >= 0).all() and longest[0] < longest[-1] and sorted(order) == list(range(9))
+    made = [data.batch(rows, micro, **columns) for rows, micro in ((np.arange(9), 0), (order, 3))]
+    assert made[1]["lengths"].max(axis=1).tolist() == longest[2::3].tolist()
+    logps = step.policy_logprobs
+
+    def seen(s, policy, micro):
+        jax.debug.callback(lambda width: widths.append(int(width)), micro["completions"].shape[-1])
+        return logps(s, policy, micro)
+
+    wanted = grads_of(spec(prefs.LOSSES[kind]), params, made[0])
+    monkeypatch.setattr(step, "policy_logprobs", seen)
+    found = grads_of(spec(prefs.LOSSES[kind], length_buckets=8), params, made[1])
+    jax.effects_barrier()
+    assert set(widths) >= set(longest[2::3].tolist()) and max(widths) < 8 and len(set(widths)) > 1
+    np.testing.assert_allclose(found[0], wanted[0], rtol=1e-5, atol=1e-6)
+    assert found[1] == pytest.approx(wanted[1], rel=1e-4, abs=1e-5)
+    np.testing.assert_allclose(found[2], wanted[2], rtol=1e-4, atol=1e-6)
+
+
 def test_the_whole_batch_at_once_equals_the_loss_on_its_sums(params):
     """What an evaluation does with a held-out set's sums is what an update minimises."""
     for kind in ("sigmoid", "kto"):
@@ -124,7 +153,8 @@ def test_every_field_of_the_loss_changes_the_gradient(params, kind):
 
 def test_settings_reach_the_compiled_update():
     config = OnlineDPOConfig(steps=7, temperature=0.6, remat=True, shared_prefix=False, logprob_chunk=3, optimizer=OptimizerConfig(schedule="linear"))
+    config = dataclasses.replace(config, micro_batch_rows=2, length_buckets=3)
     made = step.preference_spec(prefs.CONFIG, config)
     assert (made.temperature, made.remat, made.shared_prefix, made.logprob_chunk) == (0.6, "nothing", False, 3)
-    assert made.optimizer.decay_steps == 7 and made.loss is config.loss
+    assert made.length_buckets == 3 and made.optimizer.decay_steps == 7 and made.loss is config.loss
     assert not PreferenceLossConfig(kind="simpo").needs_reference and PreferenceLossConfig(kind="kto").needs_reference

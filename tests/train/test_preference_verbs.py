@@ -14,7 +14,8 @@ from jaxrl_llm.commands import dpo, online_dpo
 from jaxrl_llm.config import load_config
 from jaxrl_llm.data.story_prompts import make_story_prompts, read_stories
 from jaxrl_llm.errors import UserError
-from jaxrl_llm.train.config import DPOConfig, OnlineDPOConfig, check_dpo, check_online_dpo, from_mapping
+from jaxrl_llm.train.checks import check_dpo, check_online_dpo
+from jaxrl_llm.train.config import DPOConfig, OnlineDPOConfig, from_mapping
 
 WORDS = ["<pad>", "</s>", *"0123456789", "+", "="]
 CHATS = "{% for m in messages %}{{ m['content'] }} + {% endfor %}"

@@ -9,7 +9,8 @@ import tiny_grpo as tiny
 
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.rewards.verdict import Status, Verdict
-from jaxrl_llm.train.config import GRPOConfig, LossConfig, OptimizerConfig, check_grpo, from_mapping
+from jaxrl_llm.train.checks import check_grpo
+from jaxrl_llm.train.config import GRPOConfig, LossConfig, OptimizerConfig, from_mapping
 from jaxrl_llm.train.metrics import experience_metrics, samples_record
 from jaxrl_llm.train.rollout import build_batch, collect, samples_together
 from jaxrl_llm.train.state import init_state

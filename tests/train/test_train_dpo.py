@@ -14,7 +14,8 @@ import tiny_preferences as prefs
 import models
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.train import dpo
-from jaxrl_llm.train.config import DPOConfig, OptimizerConfig, PreferenceLossConfig, check_dpo, from_mapping
+from jaxrl_llm.train.checks import check_dpo
+from jaxrl_llm.train.config import DPOConfig, OptimizerConfig, PreferenceLossConfig, from_mapping
 from jaxrl_llm.train.dpo import Preferences, with_unrelated
 from jaxrl_llm.train.preference_step import preference_batch
 from jaxrl_llm.train.signals import Interrupted
@@ -83,15 +84,38 @@ def untimed(history):
     return [{k: v for k, v in r.items() if "second" not in k and k != "tokens_per_s"} for r in history]
 
 
-def test_micro_batches_train_the_same_policy():
-    """Also where padding fills the last micro-batch; KTO's baseline is that of the whole batch."""
-    config = dataclasses.replace(of_kind("kto"), steps=2)
-    whole, parts = prefs.train(config), prefs.train(dataclasses.replace(config, micro_batch_rows=4))
+@pytest.mark.parametrize(("kind", "buckets"), [("kto", 1), ("kto", 8), ("sigmoid", 8)])
+def test_micro_batches_train_the_same_policy(kind, buckets):
+    """Also where padding fills the last micro-batch, and cut to their lengths; KTO's baseline is that of the whole batch."""
+    config = dataclasses.replace(of_kind(kind), steps=2)
+    whole, parts = prefs.train(config), prefs.train(dataclasses.replace(config, micro_batch_rows=4, length_buckets=buckets))
     np.testing.assert_allclose(tiny.flat(parts[0]), tiny.flat(whole[0]), rtol=1e-4, atol=1e-5)
     for one, other in zip(untimed(parts[1]), untimed(whole[1]), strict=True):
         if one["step"] == 1:  # the sign of a margin of 0 is that of its rounding
             one.pop("accuracy"), other.pop("accuracy")
         assert one.pop("kind") == other.pop("kind") and one == pytest.approx(other, rel=1e-4, abs=1e-5)
+
+
+def test_with_buckets_the_pairs_of_a_step_come_by_length(monkeypatch):
+    """... with all that belongs to them; the same pairs as without."""
+    seen, batch = [], Preferences.batch
+
+    def watched(self, indices, *args, **kwargs):
+        made = batch(self, indices, *args, **kwargs)
+        if "ref_sums" in kwargs:  # a step's
+            seen.append((np.asarray(indices), made))
+        return made
+
+    monkeypatch.setattr(Preferences, "batch", watched)
+    data = prefs.pairs(12)
+    for buckets in (1, 8):
+        prefs.train(dataclasses.replace(of_kind("sigmoid", ONE), micro_batch_rows=2, length_buckets=buckets), data)
+    (plain, one), (ordered, other) = seen
+    assert sorted(plain) == sorted(ordered) and plain.tolist() != ordered.tolist()
+    assert (np.diff(data.lengths(ordered).max(axis=1)) >= 0).all()
+    places = [plain.tolist().index(i) for i in ordered]
+    for name in ("ref_sums", "lengths"):
+        np.testing.assert_array_equal(other[name].reshape(-1, 2), one[name].reshape(-1, 2)[places])
 
 
 def test_what_saves_memory_or_work_does_not_change_the_result():
@@ -227,7 +251,7 @@ import sys; sys.path.insert(0, "tests/train")
 import dataclasses, numpy as np, models.sharding
 import tiny_grpo as tiny, tiny_preferences as prefs
 mesh = models.sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
-config = dataclasses.replace(prefs.QUICK, steps=2, loss=prefs.LOSSES["kto"], micro_batch_rows=4, forward_rows=5)
+config = dataclasses.replace(prefs.QUICK, steps=2, loss=prefs.LOSSES["kto"], micro_batch_rows=4, length_buckets=8, forward_rows=5)
 held = {"new": prefs.labelled(6, seed=5)}
 one, wanted = prefs.train(config, held_out=held)
 many, found = prefs.train(config, held_out=held, mesh=mesh)

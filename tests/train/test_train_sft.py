@@ -203,6 +203,29 @@ def test_router_balance_of_micro_batches_weighs_them_by_tokens():
     np.testing.assert_allclose(tiny.flat(twice), tiny.flat(run((tokens, mask), one_step)), rtol=1e-4, atol=1e-6)
 
 
+BALANCED = """
+import sys; sys.path.insert(0, "tests/train")
+import dataclasses, numpy as np, models.sharding
+import tiny_grpo as tiny, test_train_sft as t
+config = dataclasses.replace(t.QUICK, steps=2, log_every=1, router_balance=0.5)
+run = lambda mesh: t.train_sft(t.EXPERTS, t.crowded(), t.data(), config, mesh=mesh, progress=False)
+one, told = run(None)
+free = t.train_sft(t.EXPERTS, t.crowded(), t.data(), dataclasses.replace(config, router_balance=0.0), progress=False)[0]
+assert np.abs(tiny.flat(free) - tiny.flat(one)).max() > 1e-3
+for shape in ({"expert": 4, "data": 2}, {"expert": 2, "fsdp": 2, "tensor": 2}):
+    many, found = run(models.sharding.make_mesh(shape))
+    np.testing.assert_allclose(tiny.flat(many), tiny.flat(one), rtol=1e-4, atol=1e-5)
+    for name in ("router_balance", "loss"):
+        np.testing.assert_allclose([r[name] for r in found], [r[name] for r in told], rtol=1e-5)
+print("equal")
+"""
+
+
+def test_router_balance_on_eight_devices_is_that_of_one(run_python):
+    """Each group of devices has a part of the rows and of the experts; the shares are of all tokens."""
+    assert "equal" in run_python(BALANCED, devices=8, env={"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"})
+
+
 def test_router_balance_is_for_experts():
     with pytest.raises(UserError, match="router_balance=0.1 is for mixtures of experts; this .* has none: set it to 0"):
         train(dataclasses.replace(QUICK, router_balance=0.1))

@@ -16,7 +16,8 @@ from jaxrl_llm.curation.curated_set import CuratedSet
 from jaxrl_llm.curation.trainability import TrainabilityBand
 from jaxrl_llm.data.sampler import ShuffledSchedule
 from jaxrl_llm.errors import UserError
-from jaxrl_llm.train.config import GRPOConfig, check_grpo, from_mapping
+from jaxrl_llm.train.checks import check_grpo
+from jaxrl_llm.train.config import GRPOConfig, from_mapping
 
 WORDS = ["<pad>", "</s>", *"0123456789", "+", "="]
 
@@ -335,7 +336,8 @@ def test_sft_mistakes_are_one_clear_line(model, sums, tmp_path, overrides, messa
 
 @pytest.mark.parametrize("verb,variants", [("grpo", (None, "grpo", "dr_grpo", "dapo")), ("sft", (None, "pairs", "chats", "text"))])
 def test_config_files_have_every_setting_of_the_trainer(verb, variants):
-    from jaxrl_llm.train.config import GRPOConfig, SFTConfig, check_grpo, from_mapping
+    from jaxrl_llm.train.checks import check_grpo
+    from jaxrl_llm.train.config import GRPOConfig, SFTConfig, from_mapping
 
     kind = GRPOConfig if verb == "grpo" else SFTConfig
     for variant in variants:

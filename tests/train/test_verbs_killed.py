@@ -17,10 +17,14 @@ import tiny_folder
 
 STEPS, CHECKPOINT_EVERY = 40, 3
 FIRST_KILL, LAST_KILL = 4, 24  # metrics lines after which it is killed
-TIMES = ("seconds", "tokens_per_s", "seconds_schedule", "seconds_rollout", "seconds_reward", "seconds_update")
+TIMES = ("seconds", "tokens_per_s", "seconds_schedule", "seconds_rollout", "seconds_reward", "seconds_reward_waited", "seconds_update")
 
 TRAIN = {"train.steps": STEPS, "train.checkpoint_every": CHECKPOINT_EVERY, "train.optimizer.learning_rate": 0.01}
 VERBS = {
+    "grpo": TRAIN | {  # with completions in flight between its steps
+        "data.fields": "prompt=question,answer=good", "reward.name": "exact", "train.num_samples": 8, "train.max_new_tokens": 2,
+        "max_prompt_tokens": 16, "schedule.batch_prompts": 4, "train.overlap_rewards": True,
+    },
     "sft": TRAIN | {"data.fields": "prompt=question,answer=good", "batch_rows": 4, "max_length": 16, "train.log_every": 1},
     "dpo": TRAIN | {"data.fields": "prompt=question,chosen=good,rejected=bad", "batch_rows": 4, "max_length": 16},
     "online_dpo": TRAIN | {

@@ -1,0 +1,122 @@
+"""Reading and writing dictionaries: our own layout and those of other libraries.
+
+A layout is a row of `LAYOUTS`, one file each: how it is told, and how it is read into the canonical parameters of the architecture table; norms
+and scales that a format keeps apart are folded in.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import save_file
+
+from sae.architectures import ARCHITECTURES
+from sae.config import DTYPES, choice
+from sae.dictionary import Dictionary
+from sae.errors import SAEError
+from sae.formats.common import Layout, from_transformer_lens, to_transformer_lens
+from sae.formats.gemma_scope import GEMMA_SCOPE
+from sae.formats.llama_scope import LLAMA_SCOPE, LLAMASCOPIUM
+from sae.formats.native import NATIVE
+from sae.formats.opensae import OPENSAE
+from sae.formats.saelens import SAELENS
+from sae.formats.sparsify import SPARSIFY
+from sae.formats.torch_files import DICTIONARY_LEARNING, OPENAI, QWEN_SCOPE
+
+__all__ = ["LAYOUTS", "WRITABLE", "from_transformer_lens", "load", "locate", "save", "to_transformer_lens"]
+
+LAYOUTS: dict[str, Layout] = {  # the first whose files are there is taken
+    "native": NATIVE,
+    "sparsify": SPARSIFY,
+    "saelens": SAELENS,
+    "gemma_scope": GEMMA_SCOPE,
+    "llama_scope": LLAMA_SCOPE,
+    "llamascopium": LLAMASCOPIUM,
+    "opensae": OPENSAE,
+    "dictionary_learning": DICTIONARY_LEARNING,
+    "qwen_scope": QWEN_SCOPE,
+    "openai": OPENAI,
+}
+WRITABLE = tuple(name for name, layout in LAYOUTS.items() if layout.write is not None)
+
+
+def load(folder_or_hub_id: str | os.PathLike, dtype: str | None = None) -> Dictionary:
+    """The dictionary in a local folder or file, or on the Hugging Face hub as "owner/repository[/folder/or/file/in/it]".
+
+    The layout is told by the files present (see LAYOUTS). dtype: of the parameters, "float32", "bfloat16" or "float16" (default: what the
+    files say). Tensors are memory-mapped and cast as they are read, so they are never in memory twice.
+    Raises SAEError naming the file and what is wrong in it.
+    """
+    if dtype is not None:
+        choice("dtype", dtype, DTYPES)
+    place = locate(folder_or_hub_id)
+    for layout in LAYOUTS.values():
+        if layout.found(place):
+            return layout.read(place, dtype)
+    there = sorted(p.name for p in place.iterdir())[:12] if place.is_dir() else [place.name]
+    known = "; ".join(f"{name}: {layout.holds}" for name, layout in LAYOUTS.items())
+    raise SAEError(f"{place}: no dictionary in a known layout; it holds {', '.join(there) or 'nothing'}. Known layouts are {known}")
+
+
+def locate(folder_or_hub_id: str | os.PathLike) -> Path:
+    """A local folder or file, downloaded first if the name is a hub id."""
+    folder, name = Path(folder_or_hub_id), str(folder_or_hub_id)
+    if folder.exists():
+        return folder
+    parts = name.split("/")
+    if len(parts) < 2 or name.startswith((".", "/", "~")) or not all(re.fullmatch(r"[\w.\-]+", p) for p in parts):
+        raise SAEError(f"{name}: no such folder, and not a hub id (owner/repository[/folder])")
+    from huggingface_hub import snapshot_download  # slow to import, and needed here only
+
+    inside = "/".join(parts[2:])
+    if inside.endswith((".pt", ".npz")):
+        files = [inside, f"{inside.rpartition('/')[0]}/config.json".lstrip("/")]
+    else:
+        files = sorted({f"{inside}/{f}" if inside else f for layout in LAYOUTS.values() for f in layout.hub_files})
+    try:
+        return Path(snapshot_download("/".join(parts[:2]), allow_patterns=files)) / inside
+    except Exception as error:  # the hub client raises many kinds: network, authentication, absence
+        reason = str(error).strip().splitlines()[0]
+        raise SAEError(f"{name}: no such folder here, and the hub answered: {reason}") from None
+
+
+def save(folder: str | os.PathLike, d: Dictionary, layout: str = "native") -> None:
+    """Writes the dictionary to `folder` (made if absent), each file whole or not at all; files of the other layouts there go.
+
+    layout: one of WRITABLE. Raises SAEError for a dictionary that the layout has no form for, or still being trained ("batchtopk").
+    """
+    if layout not in WRITABLE:
+        raise SAEError(f"sae.save: cannot write layout {layout!r}; known: {', '.join(WRITABLE)}")
+    folder, row = Path(folder), LAYOUTS[layout]
+    if layout != "native" and ARCHITECTURES[d.cfg.architecture].finish is not None:
+        raise SAEError(f"sae.save: a {d.cfg.architecture} SAE is one in training; what train_sae returns can be saved as {layout}")
+    assert row.write is not None
+    files = row.write(d)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, contents in files.items():  # the config last: it is what a folder is told by
+            partial = folder / (name + ".partial")
+            if name.endswith(".json"):
+                partial.write_text(json.dumps(contents, indent=2) + "\n", encoding="utf-8")
+            else:
+                _save_tensors(contents, partial)
+            os.replace(partial, folder / name)
+        for name in _files_of_others(files):  # else `load` would not know which of two dictionaries is meant
+            (folder / name).unlink(missing_ok=True)
+    except (OSError, SafetensorError) as error:
+        raise SAEError(f"{folder}: cannot be written ({error})") from None
+
+
+def _save_tensors(tensors: dict[str, Any], path: Path) -> None:
+    save_file({name: np.ascontiguousarray(np.asarray(value)) for name, value in tensors.items()}, path)
+
+
+def _files_of_others(files: dict[str, Any]) -> set[str]:
+    written = {name for key in WRITABLE for name in LAYOUTS[key].hub_files}
+    return written - files.keys()
