@@ -25,6 +25,8 @@ setup(
     packages=[
         "models",
         "sae",
+        "sae.architectures",
+        "sae.formats",
         "jaxrl_llm",
         "jaxrl_llm.commands",
         "jaxrl_llm.curation",
@@ -45,6 +47,7 @@ setup(
         "orbax-checkpoint>=0.12.4,<0.13",
         "chex>=0.1.90",
         "jaxtyping>=0.3,<0.4",
+        "ml-dtypes>=0.4",
         "numpy>=2.0,<3",
         "scipy>=1.15,<2",
         "scikit-learn>=1.7,<2",

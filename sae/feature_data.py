@@ -127,7 +127,7 @@ class _Reader:
             numbers[: len(group)], opens[: len(group)] = [n for n, _ in group], [o for _, o in group]
             if self.s.skip_bos and self.cfg.bos_token_id is not None:
                 keep[:, 0] &= ~(opens & (tokens[:, 0] == self.cfg.bos_token_id))
-            yield tokens, tap(self.cfg, self.params, tokens, lengths, self.d.cfg.hook_name), keep, numbers
+            yield tokens, tap(self.cfg, self.params, tokens, lengths, (self.d.cfg.hook_name,)), keep, numbers
 
 
 @jax.jit

@@ -151,7 +151,7 @@ def check_saes(config: Any, cfg: Any) -> dict[str, tuple[str, str, str]]:
             raise UserError(f"SAE {source}: {hook} is no vector a token; choose another tap")
         if hook not in widths:
             shape = jax.ShapeDtypeStruct((1, 2), np.int32), jax.ShapeDtypeStruct((1,), np.int32)
-            widths[hook] = jax.eval_shape(lambda p, t, n, h=hook: tap(cfg, p, t, n, h), abstract_params(cfg), *shape).shape[-1]
+            widths[hook] = jax.eval_shape(lambda p, t, n, h=hook: tap(cfg, p, t, n, (h,)), abstract_params(cfg), *shape).shape[-1]
         if d.cfg.d_in != widths[hook]:
             raise UserError(f"SAE {source} reads {d.cfg.d_in} dimensions (d_in), but {hook} of {config.model} has {widths[hook]}")
         found[name] = (source, hook, tree_fingerprint(d.params))

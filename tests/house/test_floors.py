@@ -111,7 +111,7 @@ def test_rooms_without_jax_import_without_jax(run_python, room):
 
 PACKAGE_OF = {"sklearn": "scikit-learn", "orbax": "orbax-checkpoint", "ml_collections": "ml-collections", "absl": "absl-py"}
 PACKAGE_OF |= {"tensorflow_datasets": "tensorflow-datasets", "array_record": "array-record", "math_verify": "math-verify"}
-PACKAGE_OF |= {"jaxlib": "jax"}
+PACKAGE_OF |= {"jaxlib": "jax", "ml_dtypes": "ml-dtypes"}
 OPTIONAL = {"torch"}  # imported only where it is installed
 
 

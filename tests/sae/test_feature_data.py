@@ -45,7 +45,7 @@ def world(request, params):
     for row in ROWS:
         for start in range(0, len(row), 16):
             piece = np.array([row[start : start + 16]])
-            z = np.array(sae.encode(d, tap(CFG, params, piece, np.array([piece.shape[1]]), HOOK))[0])
+            z = np.array(sae.encode(d, tap(CFG, params, piece, np.array([piece.shape[1]]), (HOOK,)))[0])
             if start == 0:
                 z[0] = np.nan
             codes.append(z)

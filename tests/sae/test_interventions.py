@@ -89,7 +89,7 @@ def edited_codes(z):
 
 
 @pytest.mark.parametrize("normalisation", NORMALISATIONS)
-@pytest.mark.parametrize("architecture", [name for name in ("topk", "relu", "gated", "jumprelu") if name in ARCHITECTURES])
+@pytest.mark.parametrize("architecture", ["topk", "relu", "gated", "jumprelu", "matryoshka"])
 def test_the_edit_is_the_difference_of_two_decodings(architecture, normalisation):
     """Against the definition with dense codes, for every normalisation: h + decode(z') - decode(z), and decode(z')."""
     d, x = dictionary(architecture, normalisation), rows()
@@ -132,11 +132,12 @@ def test_a_latent_that_is_added_takes_no_place_of_another():
     np.testing.assert_allclose(edit(x, everywhere(x)), sae.decode(d, z, x), atol=2e-5)
 
 
-@pytest.mark.parametrize("architecture", [name for name in SEPARATE if name in ARCHITECTURES] + ["topk"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_single_latents_are_those_of_the_whole_code(architecture):
     d, x, ids = dictionary(architecture), rows(), np.array([3, 17, 0, 39])
     np.testing.assert_allclose(latents_of(d, x, ids), sae.encode(d, x)[..., ids], atol=1e-5)
     assert latents_of(d, x, np.zeros(0, int)).shape == (2, 6, 0)
+    assert set(SEPARATE) <= set(ARCHITECTURES)
 
 
 def test_which_tokens_are_edited():
@@ -274,6 +275,13 @@ def test_the_loss_and_its_gradient_through_an_edit(params, where, remat):
 def test_mistakes_are_named(call, message):
     with pytest.raises(sae.SAEError, match=message):
         call(dictionary())
+
+
+def test_a_transcoder_is_refused():
+    """It reads one activation and writes another, also where both are as wide."""
+    d = sae.init(sae.SAEConfig("relu", 16, 40, d_out=16, hook_name=HOOK, hook_name_out="blocks.0.mlp_out"), jax.random.key(0))
+    with pytest.raises(sae.SAEError, match="reads one activation and writes another"):
+        sae.intervene(d, sae.ablate(1))
 
 
 def test_a_feature_of_a_real_model_steers_what_it_tells(assets):
