@@ -217,10 +217,11 @@ def _probe_tables(record: Mapping[str, Any]) -> list[dict[str, Any]]:
     if not probe:
         return []
     kinds = {"sae_top_k": "ours", "majority": "bound"}
-    rows = [
-        {"name": _method(row), "cells": [_cell(row[name]) for name in ("accuracy", "auroc", "f1")], "kind": kinds.get(row["method"], "baseline")}
-        for row in probe["methods"]
-    ]
+    rows = []
+    for row in probe["methods"]:
+        told = ("accuracy",) if row["method"] == "majority" else ("accuracy", "auroc", "f1")  # it ranks nothing
+        cells = [_cell(row[name]) if name in told else None for name in ("accuracy", "auroc", "f1")]
+        rows.append({"name": _method(row), "cells": cells, "kind": kinds.get(row["method"], "baseline")})
     classes = f"{len(probe['classes'])} classes, {number(probe['train'])} texts to train on, {number(probe['test'])} to test on"
     note = f"{classes}; one class against the rest, as many of each; means over classes."
     return [{"title": "Probes", "metric": "on texts not trained on", "columns": ["accuracy", "AUROC", "F1"], "rows": rows, "note": note}]
@@ -275,7 +276,7 @@ def _tpp_tables(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     found = [record for record in records if record.get("tpp")]
     if not found:
         return []
-    metric = "accuracy lost without a class’s n latents, or its DiffMean direction: by its own probe, less by the others’"
+    note = "What taking a class’s n latents, or its DiffMean direction, out costs its own probe, less what it costs the others’."
     columns = sorted({n for record in found for n in record["tpp"]}, key=lambda n: (not n.isdigit(), int(n) if n.isdigit() else 0))
     shown = ["DiffMean" if n == "diff_mean" else f"n = {n}" for n in columns]
     if len(found) > 1 or len(records) > 1:
@@ -287,7 +288,8 @@ def _tpp_tables(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             {"name": label, "cells": [_cell(found[0]["tpp"][n][part]) for n in columns], "kind": kinds.get(part, "baseline")}
             for part, label in parts.items()
         ]
-    return [{"title": "Targeted probe perturbation", "metric": metric, "columns": shown, "rows": rows, "higher_is_better": None, "marks": False}]
+    table = {"title": "Targeted probe perturbation", "metric": "drop in accuracy", "columns": shown, "rows": rows, "note": note}
+    return [table | {"higher_is_better": None, "marks": False}]
 
 
 def _absorption_tables(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -71,6 +71,7 @@ def test_the_page_of_one():
     assert titles[-4:] == ["Probes", "Targeted probe perturbation", "Feature absorption", "Absorption by letter"]
     probes = page["tables"][-4]
     assert [row["name"] for row in probes["rows"]][:4] == ["1 SAE latent", "5 SAE latents", "1 raw dimension", "5 raw dimensions"]
+    assert probes["rows"][-1]["name"] == "majority" and probes["rows"][-1]["cells"][1:] == [None, None]
     assert page["tables"][-3]["columns"] == ["n = 2", "n = 10", "DiffMean"]
     l0 = next(fact for fact in page["facts"] if fact["label"] == "L0")
     assert l0 == {"label": "L0", "value": "10", "detail": ""}  # a TopK's L0 does not vary
