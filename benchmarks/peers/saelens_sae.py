@@ -1,6 +1,6 @@
-"""SAELens's TopK SAE: activations a second of its training step, or of its encode, fp32.
+"""A SAELens SAE: activations a second of its training step, or of its encode, fp32.
 
-    saelens_sae.py train|encode D_IN D_SAE K BATCH REPEATS
+    saelens_sae.py train|encode topk|batchtopk|jumprelu D_IN D_SAE K BATCH REPEATS
 """
 
 import argparse
@@ -14,6 +14,7 @@ def main():
     """Times the mode on one batch of random activations."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("mode", choices=["train", "encode"])
+    parser.add_argument("architecture", choices=["topk", "batchtopk", "jumprelu"])
     for name in ("d_in", "d_sae", "k", "batch", "repeats"):
         parser.add_argument(name, type=int)
     args = parser.parse_args()
@@ -25,10 +26,15 @@ def main():
 
 
 def encode(args, rows):
-    """A call of TopKSAE.encode, which gives dense latents."""
-    from sae_lens import TopKSAE, TopKSAEConfig
+    """A call of encode, which gives dense latents; a BatchTopK SAE is a JumpReLU one once it is trained."""
+    from sae_lens import JumpReLUSAE, JumpReLUSAEConfig, TopKSAE, TopKSAEConfig
 
-    sae = TopKSAE(TopKSAEConfig(d_in=args.d_in, d_sae=args.d_sae, k=args.k, dtype="float32", device="cpu"))
+    common = {"d_in": args.d_in, "d_sae": args.d_sae, "dtype": "float32", "device": "cpu"}
+    if args.architecture == "topk":
+        sae = TopKSAE(TopKSAEConfig(**common, k=args.k))
+    else:
+        sae = JumpReLUSAE(JumpReLUSAEConfig(**common))
+        sae.threshold.data.fill_(0.01)
     torch.nn.init.kaiming_uniform_(sae.W_enc.data)
 
     def call():
@@ -40,11 +46,15 @@ def encode(args, rows):
 
 def train(args, rows):
     """A call of the trainer's own step: forward, auxiliary loss, backward, clipping, Adam."""
-    from sae_lens import LoggingConfig, TopKTrainingSAE, TopKTrainingSAEConfig
+    import sae_lens
+    from sae_lens import LoggingConfig
     from sae_lens.config import SAETrainerConfig
     from sae_lens.training.sae_trainer import SAETrainer
 
-    sae = TopKTrainingSAE(TopKTrainingSAEConfig(d_in=args.d_in, d_sae=args.d_sae, k=args.k, dtype="float32", device="cpu"))
+    name = {"topk": "TopK", "batchtopk": "BatchTopK", "jumprelu": "JumpReLU"}[args.architecture]
+    cfg_class, sae_class = (getattr(sae_lens, f"{name}TrainingSAE{end}") for end in ("Config", ""))
+    own = {} if args.architecture == "jumprelu" else {"k": args.k}
+    sae = sae_class(cfg_class(d_in=args.d_in, d_sae=args.d_sae, dtype="float32", device="cpu", **own))
     config = SAETrainerConfig(
         n_checkpoints=0,
         checkpoint_path=None,
