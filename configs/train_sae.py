@@ -89,5 +89,14 @@ def get_config(variant: str | None = None) -> ml_collections.ConfigDict:
     config.train.method = "auto"  # "dense" or "sparse" products; auto: what is fastest here
     config.train.log_every = 50  # updates between lines of metrics.jsonl
 
+    config.finetune = ml_collections.ConfigDict()  # end to end, once it is trained: on what the model loses by it
+    config.finetune.steps = 0  # updates; 0 = none
+    config.finetune.batch_rows = 8  # rows of tokens an update
+    config.finetune.learning_rate = 5e-5  # falls linearly to 0
+    config.finetune.kl_coefficient = 1.0  # weight of the divergence of the spliced model from the clean one
+    config.finetune.fvu_coefficient = 1.0  # weight of the fraction of variance unexplained
+    config.finetune.sparsity_coefficient = 0.0  # weight of the L1 penalty ("relu", "gated")
+    config.finetune.grad_clip = 1.0  # global norm of the gradient; 0 = off
+
     config.overwrite = False  # clear a workdir that holds another run
     return config

@@ -86,7 +86,7 @@ def rows_by_latent(indices_BK: Int[Array, "B K"], d_sae: int) -> tuple[Int[Array
     """
     flat, entries = indices_BK.reshape(-1), indices_BK.size
     counts = jnp.zeros(d_sae, jnp.int32).at[flat].add(1)
-    if d_sae * entries <= 2**32:  # one key sorts several times faster than a key with a payload
+    if (d_sae + 1) * entries <= 2**32:  # (a key of d_sae is none, and comes last) one key sorts several times faster than a key with a payload
         keys = flat.astype(jnp.uint32) * jnp.uint32(entries) + jnp.arange(entries, dtype=jnp.uint32)
         order = (jnp.sort(keys) % jnp.uint32(entries)).astype(jnp.int32)
     else:
@@ -107,11 +107,22 @@ def scatter_rows(
     blocks: tuple[Int[Array, "N C"], Int[Array, "N"]], weights_BK: Float[Array, "B K"], rows_BD: Float[Array, "B D"], d_sae: int
 ) -> Float[Array, "F D"]:
     """Sum over (b, k) with indices[b, k] = f of weights[b, k] * rows[b]: the transpose of `weighted_rows`."""
-    positions_NC, latent_N = blocks
-    weights = jnp.where(positions_NC >= 0, weights_BK.reshape(-1)[positions_NC], 0.0)
-    rows_NC = jnp.maximum(positions_NC, 0) // weights_BK.shape[1]
-    partial = weighted_rows(rows_BD, rows_NC, weights)
-    return jnp.zeros((d_sae, rows_BD.shape[1]), jnp.float32).at[latent_N].add(partial, mode="drop", indices_are_sorted=True)
+    row_of_entry = jnp.arange(weights_BK.size, dtype=jnp.int32) // weights_BK.shape[1]
+    return sums_by(blocks, weights_BK.reshape(-1), rows_BD, row_of_entry, d_sae)
+
+
+def sums_by(
+    blocks: tuple[Int[Array, "N C"], Int[Array, "N"]],
+    weights_E: Float[Array, "E"],
+    table_RD: Float[Array, "R D"],
+    rows_E: Int[Array, "E"],
+    size: int,
+) -> Float[Array, "size D"]:
+    """For each key the sum over its entries e of weights[e] * table[rows[e]]; blocks: `rows_by_latent` of the entries' keys."""
+    positions_NC, key_N = blocks
+    weights = jnp.where(positions_NC >= 0, weights_E[positions_NC], 0.0)
+    partial = weighted_rows(table_RD, rows_E[jnp.maximum(positions_NC, 0)], weights)
+    return jnp.zeros((size, table_RD.shape[1]), jnp.float32).at[key_N].add(partial, mode="drop", indices_are_sorted=True)
 
 
 def topk_encode_sparse(params: Params, x: Float[Array, "... D"], k: int) -> tuple[Float[Array, "... K"], Int[Array, "... K"]]:

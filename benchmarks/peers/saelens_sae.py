@@ -4,6 +4,7 @@
 """
 
 import argparse
+import resource
 
 import torch
 
@@ -22,7 +23,8 @@ def main():
     rows = torch.randn(args.batch, args.d_in)
     call = (train if args.mode == "train" else encode)(args, rows)
     compile_s, best, middle = timed(call, args.repeats)
-    emit("sae-lens", args.batch / best, "activations/s", compile_s, seconds=middle)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    emit("sae-lens", args.batch / best, "activations/s", compile_s, seconds=middle, peak_gib=peak)
 
 
 def encode(args, rows):

@@ -74,6 +74,10 @@ def run(config: Any, workdir: str) -> None:
         summary: dict[str, Any] = {"train_rows": len(train_rows), "eval_rows": held_out}
         for name, (dictionary, _) in trained.items():
             dictionary, cfg = on_this_process(dictionary, mesh), tasks[name].cfg
+            if config.finetune.steps:
+                said = {"kind": "finetune", **({"sae": name} if name else {})}
+                settings = _finetuning(config)
+                dictionary, _ = sae.finetune(dictionary, model_cfg, params, train_rows, settings, on_log=lambda r, said=said: run_dir.log(said | r))
             names = [n for n in (cfg.hook_name, cfg.hook_name_out) if n]
             metrics = sae.evaluate(dictionary, activations(eval_rows, names), lm=(model_cfg, params, eval_rows))
             figures = {"hook": cfg.hook_name, "d_in": cfg.d_in, "d_sae": cfg.d_sae, **metrics}
@@ -85,6 +89,13 @@ def run(config: Any, workdir: str) -> None:
         if run_dir.is_writer:
             run_dir.summary(summary)
             _report(folder, summary)
+
+
+def _finetuning(config: Any) -> Any:
+    import sae
+
+    own = {"context_size": config.harvest.context_size, "skip_bos": config.harvest.skip_bos, "seed": config.seed}
+    return sae.FinetuneConfig(**config.finetune, **own)
 
 
 def _hooks(config: Any) -> list[str]:
@@ -164,6 +175,10 @@ def check(config: Any) -> None:
         raise UserError(f"config key 'hook' names a tap twice: {config.hook}")
     if config.sae.hook_out and len(hooks) != 1:
         raise UserError("config key 'sae.hook_out' makes a transcoder, which reads one tap: name it with --config.hook=...")
+    if config.finetune.steps:
+        _finetuning(config)  # checks its own fields
+        if config.sae.hook_out:
+            raise UserError("config key 'finetune.steps' is of autoencoders, and sae.hook_out makes a transcoder: leave one of them out")
     if config.sae.skip and not config.sae.hook_out:
         raise UserError("config key 'sae.skip' is of transcoders: name the tap to reconstruct with --config.sae.hook_out=...")
 

@@ -6,22 +6,21 @@ encoded afterwards: the trained dictionary is a JumpReLU one with the same thres
 
 from __future__ import annotations
 
-import jax
+from typing import Any
+
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
 from sae.architectures.jumprelu import AXES, encode
-from sae.base import Architecture, Context, Outcome, Params, centred, dense_outcome, nothing_to_penalise, pre_activations
+from sae.base import Architecture, Context, Outcome, Params, dense_outcome, nothing_to_penalise, unexplained, with_skip
 from sae.config import SAEConfig
-from sae.select import cut_for
+from sae.sparse_batch import kept_of_batch, reconstruct_batch
 
 
-def kept_of_batch(params: Params, cfg: SAEConfig, x: Float[Array, "B D"]) -> tuple[Float[Array, "B F"], Float[Array, ""]]:
-    """(z, its least positive entry): the B k largest ReLU activations of the batch, and those equal to the least of them."""
-    z = jax.nn.relu(pre_activations(params, centred(params, x, cfg.apply_b_dec_to_input)))
-    z = jnp.where(z >= cut_for(lax.stop_gradient(z), z.shape[0] * (cfg.k or 0)), z, 0.0)
-    return z, jnp.min(jnp.where(z > 0, lax.stop_gradient(z), jnp.inf))
+def least_positive(z: Array) -> Float[Array, ""]:
+    """The least entry above 0; infinity where there is none."""
+    return jnp.min(jnp.where(z > 0, lax.stop_gradient(z), jnp.inf))
 
 
 def moved(params: Params, least: Float[Array, ""], context: Context) -> Params:
@@ -33,9 +32,23 @@ def moved(params: Params, least: Float[Array, ""], context: Context) -> Params:
 
 
 def train(params: Params, cfg: SAEConfig, x: Array, target: Array, context: Context) -> Outcome:
-    """FVU of the batch's kept latents."""
-    z, least = kept_of_batch(params, cfg, x)
-    return dense_outcome(params, z, x, target, context, nothing_to_penalise(), buffers=moved(params, least, context))
+    """FVU of the batch's kept latents; on one CPU the products may be gathers (`sae.sparse_batch`)."""
+    k, centre = cfg.k or 0, bool(cfg.apply_b_dec_to_input)
+    if context.method != "sparse":
+        z = kept_of_batch(params, x, k, centre)
+        return dense_outcome(params, z, x, target, context, nothing_to_penalise(), buffers=moved(params, least_positive(z), context))
+    own = {name: params[name] for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
+    found: Any = reconstruct_batch(own, x, k, centre)
+    x_hat, values, latents = found
+    x_hat = with_skip(params, x_hat, x)
+    return Outcome(
+        x_hat=x_hat,
+        error=unexplained(target, x_hat, context.variance),
+        penalty=nothing_to_penalise(),
+        fired=jnp.zeros(cfg.d_sae, bool).at[latents].max(values > 0, mode="drop"),
+        active=jnp.sum(values > 0),
+        buffers=moved(params, least_positive(values), context),
+    )
 
 
 def finish(params: Params, cfg: SAEConfig) -> tuple[Params, SAEConfig]:
@@ -44,5 +57,5 @@ def finish(params: Params, cfg: SAEConfig) -> tuple[Params, SAEConfig]:
 
 
 BATCHTOPK = Architecture(
-    encode=encode, train=train, saelens="jumprelu", sparse_by="k", axes=AXES, finish=finish, norm_scaled=("b_enc", "threshold")
+    encode=encode, train=train, saelens="jumprelu", sparse_by="k", axes=AXES, finish=finish, norm_scaled=("b_enc", "threshold"), gathers=True
 )

@@ -46,4 +46,4 @@ def train(params: Params, cfg: SAEConfig, x: Array, target: Array, context: Cont
     )
 
 
-TOPK = Architecture(encode=encode, train=train, encode_sparse=topk_encode_sparse, saelens="topk", sparse_by="k")
+TOPK = Architecture(encode=encode, train=train, encode_sparse=topk_encode_sparse, saelens="topk", sparse_by="k", gathers=True)

@@ -153,3 +153,45 @@ for name in wanted.params:
 print("equal")
 """
     assert run_python(code, args=(str(tmp_path / "c"),), devices=4).strip().endswith("equal")
+
+
+def test_a_source_that_fails_midway_is_gone_on_with(tmp_path, lm):
+    """The text's reader breaks off at its 70th row; the same command over a whole text ends as if it never had, and every activation is
+    served as often as in a run left in peace."""
+    served = {"peace": [], "broken": []}
+
+    class Seen(sae.ActivationBuffer):
+        """Notes what it serves; what is wound past on the way back is not served."""
+
+        def __init__(self, name, source):
+            super().__init__(source, B, 100, seed=3)
+            self.name = name
+
+        def __iter__(self):
+            for batch in super().__iter__():
+                served[self.name].append(batch.copy())
+                yield batch
+
+    def text(fails_at=None):
+        for number, row in enumerate(endless()):
+            if number == fails_at:
+                raise OSError("the disk with the text went away")
+            yield row
+
+    def harvested(fails_at=None):
+        return sae.harvest_activations(*lm, text(fails_at), HOOK, 8)
+
+    peace = train(Seen("peace", harvested()))
+    with pytest.raises(OSError, match="the disk with the text went away"), until_done(tmp_path) as checkpoints:
+        train(Seen("broken", harvested(fails_at=70)), checkpoints)
+    trained_on = len(served["broken"])
+    assert 4 <= trained_on < len(served["peace"])
+    with until_done(tmp_path) as checkpoints:
+        again = train(Seen("broken", harvested()), checkpoints)
+    jax.tree.map(np.testing.assert_array_equal, again[0], peace[0])
+    assert again[1] == peace[1]
+    resumed_at = trained_on // 4 * 4  # of the newest checkpoint; the batches after it are served again since what they did is gone
+    whole = served["broken"][:resumed_at] + served["broken"][trained_on:]
+    assert len(whole) == len(served["peace"])
+    for ours, theirs in zip(whole, served["peace"], strict=True):
+        np.testing.assert_array_equal(ours, theirs)

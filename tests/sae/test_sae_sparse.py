@@ -10,6 +10,7 @@ import pytest
 import sae
 from sae.select import top_k
 from sae.sparse import reconstruct_dense, reconstruct_sparse, row_dots, rows_by_latent, scatter_rows, weighted_rows
+from sae.sparse_batch import entries_of, reconstruct_batch, reconstruct_batch_dense
 
 D, F, K, B = 5, 24, 4, 30
 
@@ -133,3 +134,41 @@ def test_dictionary_uses_the_same_selection():
     found_values, found_indices = sae.encode_topk(d, x)
     np.testing.assert_array_equal(indices, found_indices)
     np.testing.assert_allclose(values, found_values, rtol=1e-6)
+
+
+@pytest.mark.parametrize("centre", [True, False])
+@pytest.mark.parametrize("shape", [(12, 6, 16, 3), (40, 16, 250, 5), (7, 4, 33, 1)])
+def test_batches_by_gathers_equal_the_definition(shape, centre):
+    """Value, kept entries and every gradient, rows with unlike numbers of latents, widths that are no multiple of a group."""
+    B, D, F, k = shape
+    rng = np.random.default_rng(B)
+    shapes = {"W_enc": (D, F), "b_enc": (F,), "W_dec": (F, D), "b_dec": (D,)}
+    params = {name: jnp.asarray(rng.standard_normal(s), jnp.float32) for name, s in shapes.items()}
+    x, weights = (jnp.asarray(rng.standard_normal((B, D)), jnp.float32) for _ in range(2))
+    found, expected = (
+        jax.value_and_grad(lambda p, x, f=f: jnp.sum(f(p, x, k, centre)[0] * weights), argnums=(0, 1))(params, x)
+        for f in (reconstruct_batch, reconstruct_batch_dense)
+    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), found, expected)
+    for a, b in zip(reconstruct_batch(params, x, k, centre)[1:], reconstruct_batch_dense(params, x, k, centre)[1:], strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6)
+
+
+def test_entries_are_found_in_order_and_the_rest_is_empty():
+    z = np.zeros((3, 20), np.float32)
+    z[0, 17], z[2, 0], z[2, 19] = 1, 2, 3
+    values, rows, latents = entries_of(jnp.asarray(z), 5)
+    np.testing.assert_array_equal(values, [1, 2, 3, 0, 0])
+    np.testing.assert_array_equal(rows, [0, 2, 2, 3, 3])
+    np.testing.assert_array_equal(latents, [17, 0, 19, 20, 20])
+    np.testing.assert_array_equal(entries_of(jnp.asarray(z), 2)[0], [1, 2])
+    assert not np.any(np.asarray(entries_of(jnp.zeros((3, 20)), 2)[0]))
+
+
+def test_equal_entries_in_a_batch_are_all_kept():
+    """Every latent fires alike: there are more than B k entries, and the reconstruction has them all, as the definition does."""
+    params = {"W_enc": jnp.ones((2, 6)), "b_enc": jnp.zeros(6), "W_dec": jnp.arange(12.0).reshape(6, 2), "b_dec": jnp.zeros(2)}
+    x = jnp.ones((3, 2))
+    found, expected = (f(params, x, 2, False)[0] for f in (reconstruct_batch, reconstruct_batch_dense))
+    np.testing.assert_allclose(found, expected)
+    np.testing.assert_allclose(expected, 2 * np.ones((3, 6)) @ np.arange(12.0).reshape(6, 2))

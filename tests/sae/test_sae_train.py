@@ -49,8 +49,9 @@ def test_relu_penalty_buys_sparsity():
 
 
 def test_methods_train_to_the_same_dictionary():
-    dense, sparse = (run(method=m, dead_after=256)[0] for m in ("dense", "sparse"))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), dense.params, sparse.params)
+    for cfg in (config(), config(architecture="batchtopk")):
+        dense, sparse = (run(cfg, method=m, dead_after=256)[0] for m in ("dense", "sparse"))
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), dense.params, sparse.params)
 
 
 @pytest.mark.parametrize(

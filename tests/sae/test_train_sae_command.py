@@ -177,6 +177,8 @@ def test_no_model_and_no_text(tmp_path, capsys):
         ({"train.target_l0": "4"}, "train.target_l0' is 4.0, but it is of 'jumprelu' dictionaries"),
         ({"hook": "embed,embed"}, "names a tap twice"),
         ({"sae.hook_out": "embed"}, "reads one tap"),
+        ({"finetune.steps": "3", "finetune.grad_clip": "-1"}, "grad_clip is -1"),
+        ({"finetune.steps": "3", "sae.hook_out": "embed", "hook": "final_norm"}, "finetune.steps' is of autoencoders"),
         ({"sae.skip": "True"}, "sae.skip' is of transcoders"),
     ],
 )
@@ -193,14 +195,17 @@ OTHER = {  # field -> another value; those of `train`: test_sae_train.py
     "harvest.batch_rows": "5", "harvest.context_size": "9", "harvest.skip_bos": "False", "harvest.buffer_rows": "5000", "sae.architecture": "relu",
     "sae.d_sae": "77", "sae.expansion": "5", "sae.k": "3", "sae.normalize_activations": "layer_norm", "sae.apply_b_dec_to_input": "False",
     "sae.dtype": "float16", "sae.layout": "saelens", "sae.prefixes": "3,5", "sae.hook_out": "blocks.2.mlp_out", "sae.skip": "True",
-    "harvest.drop_special": "False", "batch_size": "100", "checkpoint_every": "9", "seed": "4", "train.steps": "9",
+    "harvest.drop_special": "False", "finetune.steps": "3", "batch_size": "100", "checkpoint_every": "9", "seed": "4", "train.steps": "9",
 }  # fmt: skip
 
 
 def test_no_setting_is_forgotten_here():
     """`overwrite` belongs to the run directory, and the other fields of `train` go on as they are."""
-    known = {name for name in field_names(load_config("configs/train_sae.py")) if not name.startswith("train.")}
-    assert set(OTHER) - {"train.steps"} == known - {"overwrite"}
+    fields = field_names(load_config("configs/train_sae.py"))
+    known = {name for name in fields if not name.startswith(("train.", "finetune."))}
+    assert set(OTHER) - {"train.steps", "finetune.steps"} == known - {"overwrite"}
+    own = {"context_size", "skip_bos", "seed"}  # of the whole run
+    assert {f.name for f in dataclasses.fields(sae.FinetuneConfig)} - own == {n.split(".")[1] for n in fields if n.startswith("finetune.")}
 
 
 @pytest.mark.parametrize("field", OTHER)
@@ -236,6 +241,7 @@ def test_every_setting_reaches_what_it_is_for(monkeypatch, tmp_path, field):
         monkeypatch.setattr(sae, "harvest_activations", harvest_activations)
         monkeypatch.setattr(sae, "ActivationBuffer", lambda source, *how: keep("buffer")(next(source()).shape, *how))
         monkeypatch.setattr(sae, "train_saes", train_saes)
+        monkeypatch.setattr(sae, "finetune", lambda d, cfg, lm, rows, how, on_log: keep("finetune", (d, []))(rows, how))
         monkeypatch.setattr(sae, "evaluate", lambda *_, lm: dict.fromkeys(("l0", "explained_variance", "ce_recovered", "dead_share"), 0.0))
         monkeypatch.setattr(sae, "save", lambda folder, *how, **named: keep("save")(*how, **named))
         monkeypatch.setattr(checkpoint, "until_done", lambda folder: contextlib.nullcontext())
@@ -248,12 +254,12 @@ def test_every_setting_reaches_what_it_is_for(monkeypatch, tmp_path, field):
 
     plain, again, other = seen_with(tmp_path / "a"), seen_with(tmp_path / "b"), seen_with(tmp_path / "c", **{field: OTHER[field]})
     assert plain == again != other
-    reached = {name for name in plain if plain[name] != other[name]}
+    reached = {name for name in plain | other if plain.get(name) != other.get(name)}
     expected = {
         "model": {"load", "tokenizer", "train"}, "dtype": {"load"}, "mesh": {"load", "harvest", "train"}, "hook": {"harvest", "train"},
         "data.template": {"harvest"}, "data.eval_rows": {"harvest"}, "harvest.batch_rows": {"harvest"}, "harvest.skip_bos": {"harvest"},
         "harvest.context_size": {"harvest", "train"}, "harvest.buffer_rows": {"buffer"}, "batch_size": {"buffer"}, "seed": {"buffer", "train"},
-        "sae.layout": {"save"}, "harvest.drop_special": {"harvest"}, "sae.hook_out": {"harvest", "train"},
+        "sae.layout": {"save"}, "harvest.drop_special": {"harvest"}, "finetune.steps": {"finetune"}, "sae.hook_out": {"harvest", "train"},
     }  # fmt: skip
     assert reached == expected.get(field, {"read"} if field.startswith("data.") else {"train"})
 
@@ -264,3 +270,21 @@ def test_the_config_has_every_training_setting():
     assert set(config.train) == set(fields)
     different = {name for name, value in fields.items() if config.train[name] != value}
     assert different == {"dead_after"}  # sized for the command's shorter runs
+
+
+def test_several_taps_transcoders_and_fine_tuning(tmp_path, assets, source):
+    changes = {"hook": "blocks.0.resid_post,blocks.1.resid_post", "sae.architecture": "batchtopk", "train.steps": 4, "finetune.steps": 2}
+    assert call(tmp_path / "two", assets, source, **changes) == 0
+    summary = json.loads((tmp_path / "two" / "summary.json").read_text())
+    lines = [json.loads(line) for line in (tmp_path / "two" / "metrics.jsonl").read_text().splitlines()]
+    for hook in changes["hook"].split(","):
+        d = sae.load(tmp_path / "two" / "sae" / hook)
+        assert d.cfg.hook_name == hook and d.cfg.architecture == "jumprelu" and summary[hook]["d_sae"] == d.cfg.d_sae
+        assert [line["step"] for line in lines if line["kind"] == "finetune" and line["sae"] == hook] == [1, 2]
+        assert any(line["kind"] == "train" and line["sae"] == hook for line in lines)
+    over = {"hook": "blocks.0.resid_mid", "sae.hook_out": "blocks.0.mlp_out", "sae.skip": True, "train.steps": 4}
+    assert call(tmp_path / "over", assets, source, **over) == 0
+    d = sae.load(tmp_path / "over" / "sae")
+    assert d.cfg.d_out == 64 and d.cfg.skip and d.cfg.hook_name_out == "blocks.0.mlp_out"
+    summary = json.loads((tmp_path / "over" / "summary.json").read_text())
+    assert summary["hook_out"] == "blocks.0.mlp_out" and np.isfinite(summary["ce_recovered"])
