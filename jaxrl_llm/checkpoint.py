@@ -105,9 +105,11 @@ class Checkpoints:
         # Orbax copies from the devices and copies host arrays. On the CPU it only refers to the buffers; XLA does not give those away then.
         items = args.Composite(state=args.StandardSave(state), host=args.JsonSave({"arrays": _pack(host)}))
         try:
-            self._manager.save(step, args=items)
+            saved = self._manager.save(step, args=items)
         except Exception as error:
             raise self._told(error) from error
+        if not saved:
+            raise UserError(f"{self.path}: no checkpoint of step {step} was written, since there is one of a later step; use another folder")
 
     def finish(self) -> None:
         """Waits until the last save is on disk. Raises UserError when the disk refused it."""
@@ -119,29 +121,49 @@ class Checkpoints:
     def restore(self, abstract_state: Any, at: int | None = None) -> tuple[int, Any, dict[str, np.ndarray]] | None:
         """(step, state, host) of the newest checkpoint that can be read, or None where there is none. at: of that step and no other.
 
-        abstract_state: ShapeDtypeStructs, with the shardings wanted now; they need not be those it was saved with.
+        abstract_state: ShapeDtypeStructs, with the shardings wanted now; they need not be those it was saved with. Newer ones that cannot be
+        read are renamed ("unreadable-STEP"): they neither count among those that are kept nor stand in the way of their step's next save.
         Raises UserError when there are checkpoints and none can be read (their model or optimizer differs, say).
         """
         self.finish()
         args, last = self._ocp.args, None
+        unreadable: list[int] = []
         for step in [at] if at is not None else reversed(self.steps()):
             try:
                 items = args.Composite(state=args.StandardRestore(abstract_state), host=args.JsonRestore())
                 restored = self._manager.restore(step, args=items)
+                if at is None and unreadable:
+                    self._put_aside(unreadable)
                 return step, restored.state, _unpack(restored.host["arrays"])
             except Exception as error:  # damage shows in many shapes: OSError, ValueError, KeyError, a JSON error
                 first_line = (str(error).splitlines() or [type(error).__name__])[0]
                 if at is None:
                     logging.warning("checkpoint %s/%d cannot be read (%s); trying the one before", self.path, step, first_line)
                 last = f"{step}: {first_line}"
+                unreadable.append(step)
         if last is not None:
             raise UserError(f"none of the checkpoints in {self.path} can be read ({last}); move them away to start over")
         return None
+
+    def _put_aside(self, steps: list[int]) -> None:
+        """Takes what cannot be read out of the row of checkpoints, on all processes."""
+        from jax.experimental.multihost_utils import sync_global_devices
+
+        if jax.process_index() == 0:
+            for step in steps:
+                aside = self.path / f"unreadable-{step}"
+                shutil.rmtree(aside, ignore_errors=True)
+                (self.path / str(step)).rename(aside)
+                logging.warning("%s/%d is now %s; remove it when you have seen what it was", self.path, step, aside.name)
+        if jax.process_count() > 1:
+            sync_global_devices("checkpoints put aside")
+        self._manager.reload()
 
     def close(self) -> None:
         """Waits until the last save is on disk and frees Orbax's threads. Raises UserError when the disk refused it."""
         self._settle()
         self._manager.close()
+        logging.get_absl_logger().removeFilter(_not_of_a_write)
         self.finish()
 
     def remove(self) -> None:

@@ -41,7 +41,7 @@ from sae.interventions import FeatureEdit, Intervention, ablate, add, clamp, int
 from sae.kmeans import KMeans, kmeans
 from sae.metrics import Statistics, activation_statistics, evaluate, geometry, max_cosines, token_counts
 from sae.splice import ce_recovered, splice_figures, splice_sums
-from sae.train import SAETask, train_sae, train_saes
+from sae.train import SAETask, Stopped, train_sae, train_saes
 from sae.train_config import SAETrainConfig
 
 __all__ = [
@@ -57,6 +57,7 @@ __all__ = [
     "SAETask",
     "SAETrainConfig",
     "Statistics",
+    "Stopped",
     "ablate",
     "ablation_effects",
     "activation_statistics",

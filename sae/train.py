@@ -54,6 +54,14 @@ class SAETask:
         return np.concatenate([inputs, batch[:, begin : begin + self.cfg.d_out]], axis=1)
 
 
+class Stopped(Exception):
+    """Training was asked to stop after `step` steps, and did."""
+
+    def __init__(self, step: int):
+        super().__init__(f"stopped after step {step}")
+        self.step = step
+
+
 def train_sae(
     cfg: SAEConfig,
     batches: Iterable[np.ndarray],
@@ -98,12 +106,14 @@ def train_saes(
     progress: bool | None = None,
     checkpoints: CheckpointFolder | None = None,
     checkpoint_every: int = 200,
+    stop: Callable[[], object] | None = None,
 ) -> dict[str, Trained]:
     """`train_sae` for several dictionaries on one stream, so that the model runs once for all: name -> (dictionary, history).
 
     A row of `batches` holds the activations of every tap that the tasks read, one behind the other (`harvest_activations` of several taps
     gives them); a task says at which column its own begin. All take as many steps. Records given to `on_log` say whose they are, under "sae".
     The first task starts from `key`, as `train_sae` does, the i-th from fold_in(key, i).
+    stop: asked after each step; where its answer is true a checkpoint is written, to its end, and Stopped raised.
     """
     steps = _common_steps(tasks)
     run = described(tasks, key, batches)
@@ -120,12 +130,17 @@ def train_saes(
     with tqdm(total=steps, initial=at.step, desc="SAE", unit="step", mininterval=0.5, disable=hidden) as bar:
         while at.step < steps:
             loop.update(steps, bar)
-            due = checkpoint_every and at.step % checkpoint_every == 0
+            ends = stop is not None and bool(stop()) and at.step < steps
+            due = ends or (checkpoint_every and at.step % checkpoint_every == 0)
             if checkpoints is not None and at.step >= at.ahead and (at.step == steps or due):
                 for state in loop.states:
                     check_finite(state, at.step)
                 save(checkpoints, at, run, loop.states, batches)
             bar.update()
+            if ends:
+                if checkpoints is not None:
+                    checkpoints.finish()
+                raise Stopped(at.step)
     if checkpoints is not None:
         checkpoints.finish()
     return {name: (_finished(task, member.cfg, state), member.history) for (name, task), member, state in loop.each()}

@@ -6,6 +6,8 @@ from math import inf
 from pathlib import Path
 from typing import Any
 
+from absl import logging
+
 from jaxrl_llm.config import check_fields
 from jaxrl_llm.data.prompts import fill_template
 from jaxrl_llm.data.sources import parse_fields, read_rows
@@ -31,6 +33,7 @@ def run(config: Any, workdir: str) -> None:
     import sae
     from jaxrl_llm.checkpoint import until_done
     from jaxrl_llm.curation.processes import from_first, on_this_process
+    from jaxrl_llm.train.signals import Interrupted, stop_on_signal
 
     run_dir = RunDir(workdir, config, kind="train_sae", owns=(FOLDER,))
     folder = run_dir.path / FOLDER
@@ -68,9 +71,16 @@ def run(config: Any, workdir: str) -> None:
         run_dir.log({"kind": "train", **{name: value for name, value in record.items() if name != "sae" or value}})
 
     with until_done(run_dir.checkpoints) as checkpoints:
-        trained = sae.train_saes(
-            tasks, buffer, jax.random.key(config.seed), mesh=mesh, on_log=log, checkpoints=checkpoints, checkpoint_every=config.checkpoint_every
-        )
+        with stop_on_signal() as request:
+            try:
+                trained = sae.train_saes(
+                    tasks, buffer, jax.random.key(config.seed), mesh=mesh, on_log=log, checkpoints=checkpoints,
+                    checkpoint_every=config.checkpoint_every, stop=request.agreed,
+                )  # fmt: skip
+            except sae.Stopped as stopped:
+                message = f"stopped by signal {request.signum} after step {stopped.step}; the same command goes on from there"
+                logging.warning("%s", message)
+                raise Interrupted(request.signum, message) from None
         summary: dict[str, Any] = {"train_rows": len(train_rows), "eval_rows": held_out}
         for name, (dictionary, _) in trained.items():
             dictionary, cfg = on_this_process(dictionary, mesh), tasks[name].cfg

@@ -232,7 +232,8 @@ def _train(run: _Run, state, start: int, progress: bool):
             bar.update()
             done, last = step + 1, step + 1 == config.steps
             evaluate = last or (config.eval_every and done % config.eval_every == 0)
-            save = checkpoints is not None and (last or stop.signum or (config.checkpoint_every and done % config.checkpoint_every == 0))
+            asked = stop.agreed(waits=done % config.log_every == 0)
+            save = checkpoints is not None and (last or asked or (config.checkpoint_every and done % config.checkpoint_every == 0))
             if save or evaluate or done % config.log_every == 0:
                 record = _record(run, pending, done, since)
                 run.log(record)
@@ -243,13 +244,14 @@ def _train(run: _Run, state, start: int, progress: bool):
                     save = run.see_best() or save
                 pending, since = [], time.perf_counter()
             if save and checkpoints is not None:
-                alive()
+                alive.rest()
                 checkpoints.save(done, state, run.references)
-            if stop.signum and not last and checkpoints is not None:
-                checkpoints.finish()
-                message = f"stopped by signal {stop.signum} after step {done}; the same command goes on from there"
+                if last or asked:
+                    checkpoints.finish()
+            if asked and not last and checkpoints is not None:
+                message = f"stopped by signal {asked} after step {done}; the same command goes on from there"
                 logging.warning("%s", message)
-                raise Interrupted(stop.signum, message)
+                raise Interrupted(asked, message)
     return state
 
 

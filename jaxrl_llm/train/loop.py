@@ -257,17 +257,19 @@ def _train(run: Run, state, start: int, progress: bool):
             if last or (config.eval_every and done % config.eval_every == 0):
                 alive()
                 best = run.see_best(_evaluate(run, state, done))
-            if last or stop.signum or best or (config.checkpoint_every and done % config.checkpoint_every == 0):
+            asked = stop.agreed()
+            if last or asked or best or (config.checkpoint_every and done % config.checkpoint_every == 0):
                 # Without resampling the batches drawn are the steps.
                 drawn = {DRAWN: np.int64(run.drawn)} if run.tries > 1 else {}
                 ahead = run.ahead.state() if run.ahead is not None else {}
-                alive()
+                alive.rest()
                 run.checkpoints.save(done, state, run.schedule.state() | drawn | ahead)
-            if stop.signum and not last:
-                run.checkpoints.finish()
-                message = f"stopped by signal {stop.signum} after step {done}; the same command goes on from there"
+                if last or asked:
+                    run.checkpoints.finish()
+            if asked and not last:
+                message = f"stopped by signal {asked} after step {done}; the same command goes on from there"
                 logging.warning("%s", message)
-                raise Interrupted(stop.signum, message)
+                raise Interrupted(asked, message)
     return state
 
 

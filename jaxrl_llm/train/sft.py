@@ -196,8 +196,9 @@ def _train(spec, state, frozen, start, batches, config, run_dir, checkpoints, me
             pending.append(metrics)
             bar.update()
             done, last = step + 1, step + 1 == config.steps
+            asked = stop.agreed(waits=done % config.log_every == 0)
             save = checkpoints is not None and (
-                last or stop.signum or (config.checkpoint_every and done % config.checkpoint_every == 0)
+                last or asked or (config.checkpoint_every and done % config.checkpoint_every == 0)
             )
             if save or last or done % config.log_every == 0:
                 record = _record(jax.device_get(pending), done, time.perf_counter() - since, checkpoints)
@@ -207,13 +208,14 @@ def _train(spec, state, frozen, start, batches, config, run_dir, checkpoints, me
                 if run_dir is not None:
                     run_dir.log(record)
             if save:
-                alive()
+                alive.rest()
                 checkpoints.save(done, state, {})
-            if stop.signum and not last:
-                checkpoints.finish()
+                if last or asked:
+                    checkpoints.finish()
+            if asked and not last:
                 saved = "the same command goes on from there"
-                logging.warning("stopped by signal %d after step %d; %s", stop.signum, done, saved)
-                raise Interrupted(stop.signum, f"stopped by signal {stop.signum} after step {done}; {saved}")
+                logging.warning("stopped by signal %d after step %d; %s", asked, done, saved)
+                raise Interrupted(asked, f"stopped by signal {asked} after step {done}; {saved}")
     return state, history
 
 

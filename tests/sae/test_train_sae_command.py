@@ -230,7 +230,7 @@ def test_every_setting_reaches_what_it_is_for(monkeypatch, tmp_path, field):
             keep("harvest")(rows, hook, *how, mesh is None, **named)
             return iter([np.zeros((4, 8), np.float32)])
 
-        def train_saes(tasks, buffer, key, *, mesh, on_log, checkpoints, checkpoint_every):
+        def train_saes(tasks, buffer, key, *, mesh, on_log, checkpoints, checkpoint_every, stop):
             keep("train")(tasks, np.asarray(jax.random.key_data(key)), mesh is None, checkpoint_every)
             return dict.fromkeys(tasks, ("dictionary", []))
 
