@@ -172,7 +172,8 @@ class _Checkpoint:
         """Some exports of tied models store the head too; it must then be the embedding."""
         same = self.shapes[head] == self.shapes[embedding]
         rows = max(1, _PIECE_BYTES // (8 * max(1, math.prod(self.shapes[head][1:]))))  # of both, of up to 8 bytes: they are never whole in memory
-        parts = (slice(start, start + rows) for start in range(0, self.shapes[head][0], rows)) if same else ()
+        count = self.shapes[head][0]
+        parts = (slice(start, min(start + rows, count)) for start in range(0, count, rows)) if same else ()
         if not same or any(not np.array_equal(self._read(head, part), self._read(embedding, part)) for part in parts):
             raise ModelError(
                 f"{self.files[head]}: {head} differs from {embedding}, but config.json says tie_word_embeddings"

@@ -79,6 +79,30 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(checkpoints):
     assert checkpoints.restore(abstract())[0] == 1
 
 
+def test_what_is_damaged_stands_in_nothings_way(tmp_path):
+    """It is put aside by the restart that passes over it, so the next saves are written, kept and found, at its step and below it."""
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        for step in (10, 20):
+            checkpoints.save(step, state(step), {})
+    for file in (tmp_path / "20").rglob("*"):
+        if file.is_file() and file.parent.name == "d":
+            file.write_bytes(b"")
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        assert checkpoints.restore(abstract())[0] == 10
+        assert checkpoints.steps() == [10] and (tmp_path / "unreadable-20").is_dir()
+        checkpoints.name_best(15)
+        checkpoints.save(15, state(15.0), {})
+        checkpoints.save(20, state(20.5), {})
+        assert checkpoints.steps() == [15, 20]
+        step, found, _ = checkpoints.restore(abstract())
+        assert step == 20 and float(found["params"]["w"].ravel()[0]) == float(state(20.5)["params"]["w"].ravel()[0])
+        checkpoints.save(25, state(25.0), {})
+        checkpoints.save(30, state(30.0), {})
+        assert checkpoints.steps() == [15, 25, 30] and checkpoints.restore(abstract(), at=15)[0] == 15
+        with pytest.raises(UserError, match="no checkpoint of step 27 was written, since there is one of a later step"):
+            checkpoints.save(27, state(27.0), {})
+
+
 def test_checkpoints_of_another_model_are_refused_not_overwritten(checkpoints):
     checkpoints.save(1, state(), {})
     other = abstract() | {"params": {"w": jax.ShapeDtypeStruct((9, 9), jnp.float32), "v": jax.ShapeDtypeStruct((1,), jnp.float32)}}
