@@ -74,7 +74,7 @@ def get_config(variant: str | None = None) -> ml_collections.ConfigDict:
     config.train.penalty = "step"  # "jumprelu": "step" counts active latents, "tanh" sums tanh(tanh_scale * activation)
     config.train.target_l0 = ml_collections.config_dict.placeholder(float)  # "jumprelu" with "step": active latents to aim at; None = fewer
     config.train.tanh_scale = 4.0  # "jumprelu" with "tanh"
-    config.train.bandwidth = 0.05  # "jumprelu": width around a threshold in which it learns, in root mean squares of an input coordinate
+    config.train.bandwidth = 0.05  # "jumprelu": width around a threshold in which it learns, in root mean squares of an activation's coordinate
     config.train.threshold_init = 0.01  # "jumprelu": in the same unit
     config.train.pre_act_coefficient = 0.0  # "jumprelu": weight of what draws dead latents up to their threshold
     config.train.threshold_decay = 0.99  # "batchtopk", "matryoshka": of the running mean that becomes the threshold
@@ -95,7 +95,7 @@ def get_config(variant: str | None = None) -> ml_collections.ConfigDict:
     config.finetune.learning_rate = 5e-5  # falls linearly to 0
     config.finetune.kl_coefficient = 1.0  # weight of the divergence of the spliced model from the clean one
     config.finetune.fvu_coefficient = 1.0  # weight of the fraction of variance unexplained
-    config.finetune.sparsity_coefficient = 0.0  # weight of the L1 penalty ("relu", "gated")
+    config.finetune.sparsity_coefficient = 0.0  # weight of the L1 penalty ("relu")
     config.finetune.grad_clip = 1.0  # global norm of the gradient; 0 = off
 
     config.overwrite = False  # clear a workdir that holds another run

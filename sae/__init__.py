@@ -23,6 +23,7 @@ from sae.attribution import Attribution, ablation_effects, attribute, logit_diff
 from sae.config import SAEConfig
 from sae.dictionary import (
     Dictionary,
+    cast,
     decode,
     decode_topk,
     encode,
@@ -64,6 +65,7 @@ __all__ = [
     "add",
     "array_batches",
     "attribute",
+    "cast",
     "ce_recovered",
     "clamp",
     "decode",

@@ -20,9 +20,15 @@ BASE_AXES = {"W_enc": ("d_in", "d_sae"), "b_enc": ("d_sae",), "W_dec": ("d_sae",
 SKIP_AXES = {"W_skip": ("d_in", "out")}
 
 
+def product_dtype(kernel: Array) -> Any:
+    """The dtype of a product's operands: the kernel's, or fp32 where that is fp16, which activations above 65,504 would overflow."""
+    return jnp.float32 if kernel.dtype == jnp.float16 else kernel.dtype
+
+
 def matmul(x: Array, kernel: Array) -> Array:
-    """x @ kernel over x's last axis in the kernel's dtype, accumulated in fp32 and returned in fp32."""
-    return jnp.einsum("...d,df->...f", x.astype(kernel.dtype), kernel, preferred_element_type=jnp.float32)
+    """x @ kernel over x's last axis with operands in `product_dtype`, accumulated in fp32 and returned in fp32."""
+    dtype = product_dtype(kernel)
+    return jnp.einsum("...d,df->...f", x.astype(dtype), kernel.astype(dtype), preferred_element_type=jnp.float32)
 
 
 def pre_activations(params: Params, x: Float[Array, "... D"]) -> Float[Array, "... F"]:
@@ -60,7 +66,7 @@ class Context(NamedTuple):
     """What a training forward may read beside parameters and rows.
 
     variance: of the target (summed over its width), which makes the loss blind to its scale. unit: the root mean square of a coordinate of
-    the encoder's input, in which `bandwidth` is given. target_l0: 0, or the active latents a row to aim at ("jumprelu"). dead_F: which
+    the target, in which latents, and so `bandwidth`, are measured. target_l0: 0, or the active latents a row to aim at ("jumprelu"). dead_F: which
     latents count as dead. method, shards: how TopK's products are made, see sae.sparse. penalty: "step" or "tanh" ("jumprelu").
     """
 

@@ -7,7 +7,8 @@ import difflib
 
 from sae.errors import SAEError
 
-NORMALISATIONS = ("none", "expected_average_only_in", "constant_norm_rescale", "layer_norm")
+NORMALISATIONS = ("none", "expected_average_only_in", "constant_norm_rescale", "layer_norm", "layer_norm_eps")
+ROW_WISE = ("constant_norm_rescale", "layer_norm", "layer_norm_eps")  # each row by figures of its own
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -22,7 +23,8 @@ class SAEConfig:
     one, which is `hook_name_out`. skip: a transcoder with a linear path beside the latents.
     normalize_activations, with SAELens's names: "none"; "expected_average_only_in" multiplies inputs by `input_scale`,
     which makes their mean norm sqrt(d_in); "constant_norm_rescale" gives every row the norm sqrt(d_in); "layer_norm"
-    subtracts a row's mean and divides by its standard deviation. All are undone on the reconstruction, unless undo_normalization is False:
+    subtracts a row's mean and divides by its standard deviation plus 1e-5, which is undone by the deviation alone (SAELens, OpenAI), or by
+    what it was divided by ("layer_norm_eps": OpenSAE). All are undone on the reconstruction, unless undo_normalization is False:
     then raw activations are reconstructed from normalised ones (OpenSAE without shift_back). A transcoder's target is multiplied by
     `output_scale` ("expected_average_only_in").
     apply_b_dec_to_input: subtract the decoder's bias from the (normalised) input before encoding; None: in autoencoders.
@@ -67,7 +69,7 @@ class SAEConfig:
             shares = sorted({self.d_sae // n for n in (16, 8, 4, 2)} - {0})
             object.__setattr__(self, "prefixes", tuple(shares))
         object.__setattr__(self, "prefixes", tuple(self.prefixes))
-        if not self.undo_normalization and self.normalize_activations not in ("constant_norm_rescale", "layer_norm"):
+        if not self.undo_normalization and self.normalize_activations not in ROW_WISE:
             raise SAEError(f"SAE config: undo_normalization is off, which {self.normalize_activations!r} leaves no use for; leave it on")
         self._check_prefixes()
         self._check_transcoder()
@@ -89,7 +91,7 @@ class SAEConfig:
             raise SAEError(f"SAE config: d_out is {self.d_out}; give a positive width")
         if self.apply_b_dec_to_input:
             raise SAEError("SAE config: apply_b_dec_to_input is set, but a transcoder's b_dec belongs to its output; leave it off")
-        if self.normalize_activations in ("constant_norm_rescale", "layer_norm"):
+        if self.normalize_activations in ROW_WISE:
             raise SAEError(f"SAE config: a transcoder cannot undo {self.normalize_activations!r} of its input on its output; choose 'none'")
 
     @property

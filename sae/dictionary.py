@@ -19,8 +19,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from sae.architectures import ARCHITECTURES
-from sae.base import SKIP_AXES, Architecture, Params, centred, decoded, with_skip
-from sae.config import SAEConfig
+from sae.base import SKIP_AXES, Architecture, Params, centred, decoded, product_dtype, with_skip
+from sae.config import ROW_WISE, SAEConfig
 from sae.errors import SAEError
 from sae.select import top_k
 
@@ -73,17 +73,16 @@ def normalise(cfg: SAEConfig, x: Float[Array, "... D"]) -> tuple[Array, tuple[An
         scale = jnp.linalg.norm(x, axis=-1, keepdims=True) / cfg.d_in**0.5
         scale = jnp.where(scale > 0, scale, 1.0)
         return x / scale, (0.0, scale)
-    if cfg.normalize_activations == "layer_norm":
+    if cfg.normalize_activations in ("layer_norm", "layer_norm_eps"):
         shift = x.mean(axis=-1, keepdims=True)
         scale = jnp.std(x, axis=-1, ddof=1, keepdims=True)
-        return (x - shift) / (scale + LAYER_NORM_EPS), (shift, scale)
+        return (x - shift) / (scale + LAYER_NORM_EPS), (shift, scale if cfg.normalize_activations == "layer_norm" else scale + LAYER_NORM_EPS)
     return x, (0.0, 1.0)
 
 
 def encoder_input(params: Params, cfg: SAEConfig, x: Array) -> Array:
-    """The normalised, centred rows that W_enc multiplies, in the parameters' dtype."""
-    x = centred(params, normalise(cfg, x)[0], bool(cfg.apply_b_dec_to_input))
-    return x.astype(params["W_enc"].dtype)
+    """The normalised, centred rows that W_enc multiplies, fp32."""
+    return centred(params, normalise(cfg, x)[0], bool(cfg.apply_b_dec_to_input))
 
 
 def check_width(name: str, array: Array, width: int) -> None:
@@ -122,7 +121,7 @@ def denormalise(cfg: SAEConfig, x_hat: Array, x: Array | None) -> Array:
     """Takes a reconstruction back to the scale of what is reconstructed; row-wise normalisations need the input `x` itself."""
     if not cfg.undo_normalization:
         return x_hat
-    if cfg.normalize_activations in ("constant_norm_rescale", "layer_norm"):
+    if cfg.normalize_activations in ROW_WISE:
         if x is None:
             raise SAEError(f"decode: an SAE with {cfg.normalize_activations} needs the input too: decode(d, z, x)")
         shift, scale = normalise(cfg, x)[1]
@@ -154,6 +153,7 @@ def decode_topk(
 ) -> Float[Array, "... E"]:
     """`decode` of the sparse code (values, indices): a weighted sum of K decoder rows, fp32."""
     rows = d.params["W_dec"][indices]
+    rows = rows.astype(product_dtype(rows))
     x_hat = jnp.einsum("...k,...kd->...d", values.astype(rows.dtype), rows, preferred_element_type=jnp.float32)
     x_hat = with_skip(d.params, x_hat + d.params["b_dec"].astype(jnp.float32), skip_input(d, x))
     return denormalise(d.cfg, x_hat, x)
@@ -208,6 +208,11 @@ def fold_decoder_norm(d: Dictionary) -> Dictionary:
     folded = {"W_dec": d.params["W_dec"] / norms[:, None], "W_enc": d.params["W_enc"] * norms}
     folded |= {name: d.params[name] * norms for name in architecture(d.cfg).norm_scaled}
     return dataclasses.replace(d, params=d.params | folded)
+
+
+def cast(d: Dictionary, dtype: str) -> Dictionary:
+    """The dictionary with parameters of `dtype`."""
+    return Dictionary(jax.tree.map(lambda a: a.astype(dtype), d.params), d.cfg.replace(dtype=dtype))
 
 
 def reads_and_writes(cfg: SAEConfig, rows: Any) -> tuple[Any, Any]:

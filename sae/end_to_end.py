@@ -43,7 +43,7 @@ class FinetuneConfig:
     learning_rate: float = 5e-5  # falls linearly to 0
     kl_coefficient: float = 1.0  # weight of the divergence, nats a predicted token
     fvu_coefficient: float = 1.0  # weight of the fraction of variance unexplained
-    sparsity_coefficient: float = 0.0  # weight of the L1 penalty ("relu", "gated")
+    sparsity_coefficient: float = 0.0  # weight of the L1 penalty ("relu")
     grad_clip: float = 1.0  # global norm; 0: none
     skip_bos: bool = True  # leave the tap as it is where a row opens with BOS
     seed: int = 0  # of the order of rows
@@ -79,7 +79,8 @@ def spliced_loss(
         x_hat, penalty = decode_topk(d, values, indices, x), jnp.zeros(x.shape[:2])
     else:
         values = encode(d, x)
-        x_hat, penalty = decode(d, values, x), l1_penalty(sae_params, values)
+        penalty = l1_penalty(sae_params, values) if sae_cfg.architecture == "relu" else jnp.zeros(x.shape[:2])
+        x_hat = decode(d, values, x)
     spliced = forward(interventions={hook: lambda h: jnp.where(real_BT[..., None], x_hat.astype(h.dtype), h)})
 
     def divergence(inputs):  # a row at a time: the logits of a batch are large
@@ -128,11 +129,14 @@ def finetune(
 ) -> tuple[Dictionary, list[dict[str, float]]]:
     """Fine-tunes a trained autoencoder on the model (cfg, lm) over `token_rows`: (dictionary, a record of each step).
 
+    Best an fp32 one. What decides whether latents fire and takes no gradient, thresholds and gates' biases, stays.
     Records hold step, loss, kl, fvu and l0. Decoder rows that all have norm 1 keep it. Raises SAEError for a transcoder, a dictionary
     that names no tap, too few tokens, and a loss that is not finite.
     """
     if d.cfg.hook_name is None or d.cfg.d_out is not None:
         raise SAEError("SAE fine-tuning: the dictionary must be an autoencoder whose config names its tap (hook_name)")
+    if settings.sparsity_coefficient and d.cfg.architecture != "relu":
+        raise SAEError(f"SAE fine-tuning: sparsity_coefficient is of 'relu' dictionaries; what a {d.cfg.architecture} one keeps is decided elsewhere")
     if blocks_needed(d.cfg.hook_name) is None:
         raise SAEError(f"SAE fine-tuning: nothing of the model follows {d.cfg.hook_name}; choose a tap inside it")
     context = min(settings.context_size or d.cfg.context_size or cfg.max_position, cfg.max_position)

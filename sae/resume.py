@@ -60,7 +60,7 @@ class Position:
 
 def described(tasks: Mapping[str, Any], key: Array, batches: Iterable[np.ndarray]) -> dict[str, Any]:
     """What must be the same when a run goes on, as JSON values. tasks: name -> SAETask."""
-    out: dict[str, Any] = {"key": np.asarray(jax.random.key_data(key)).tolist()}
+    out: dict[str, Any] = {"tasks": list(tasks), "key": np.asarray(jax.random.key_data(key)).tolist()}
     for name, task in tasks.items():
         fields = dataclasses.asdict(task)
         before = f"{name}." if name else ""

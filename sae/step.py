@@ -73,7 +73,7 @@ def train_step(
     (x, target), old = training_pair(cfg, rows_BW), state.params
     dead = state.idle_F >= numbers.dead_after
     context = Context(
-        variance=numbers.variance, unit=numbers.unit, bandwidth=numbers.bandwidth, target_l0=numbers.target_l0, tanh_scale=numbers.tanh_scale,
+        variance=numbers.variance, unit=numbers.unit_out, bandwidth=numbers.bandwidth, target_l0=numbers.target_l0, tanh_scale=numbers.tanh_scale,
         pre_act=numbers.pre_act, threshold_decay=numbers.threshold_decay, dead_F=dead, method=form.method, shards=form.shards, penalty=form.penalty,
     )  # fmt: skip
 
@@ -84,10 +84,12 @@ def train_step(
     (value, parts), gradient = jax.value_and_grad(objective, has_aux=True)(old)
     if form.unit:
         gradient["W_dec"] = without_parallel(gradient["W_dec"], old["W_dec"])
+    sizes = typical_sizes(cfg, numbers)
+    gradient = {name: g * sizes[name] for name, g in gradient.items()}
     norm = optax.tree.norm(gradient)
     gradient = jax.tree.map(lambda g: g * jnp.minimum(1.0, numbers.grad_clip / norm), gradient)
     updates, moments = optax.scale_by_adam(numbers.beta1, numbers.beta2).update(gradient, state.moments)
-    params = jax.tree.map(lambda p, u: p - numbers.learning_rate * u, old, updates)
+    params = {name: p - numbers.learning_rate * sizes[name] * updates[name] for name, p in old.items()}
     if form.unit:
         params["W_dec"] = unit_rows(params["W_dec"])
     if "threshold" in params:
@@ -139,6 +141,18 @@ def resample(
     return state.replace(params=params, moments=moments, idle_F=jnp.where(dead, 0, state.idle_F))
 
 
+def typical_sizes(cfg: SAEConfig, numbers: Numbers) -> dict[str, Array | float]:
+    """By how much each parameter grows with the activations' scale: latents are on the target's, with decoder rows of norm 1.
+
+    Adam's updates have one size for all parameters. Measured in these sizes, training is the same at any scale of the activations: what
+    it gives for rows times c is what it gives for the rows, times c.
+    """
+    latents, arch = numbers.unit_out, architecture(cfg)
+    grow: dict[str, Array | float] = dict.fromkeys((*arch.norm_scaled, "b_dec"), latents)
+    grow |= {"W_enc": latents / numbers.unit, "W_skip": latents / numbers.unit}
+    return {name: grow.get(name, 1.0) for name in param_axes(cfg)}
+
+
 def axes_of(cfg: SAEConfig, name: str) -> tuple[str, ...]:
     """The logical axes of one parameter."""
     return param_axes(cfg)[name]
@@ -173,14 +187,15 @@ def start(cfg: SAEConfig, train: SAETrainConfig, sample: np.ndarray, key: Array)
     variance = float(np.square(target - target.mean(axis=0)).sum(axis=1).mean())
     if variance <= 0:
         raise SAEError("SAE training: the first activations are all equal; there is nothing to learn")
-    unit = float(np.sqrt(np.square(x - x.mean(axis=0)).mean()))
+    unit, unit_out = (float(np.sqrt(np.square(rows - rows.mean(axis=0)).mean())) for rows in (x, target))
     d = init(cfg.replace(dtype="float32"), key)
     centres = {"geometric_median": geometric_median, "mean": lambda r: r.mean(axis=0), "zero": lambda r: np.zeros(cfg.out)}
     params = d.params | {"b_dec": jnp.asarray(centres[train.b_dec_init](target), jnp.float32)}
     further = architecture(cfg).start
     if further is not None:
-        params |= further(cfg, unit, train.threshold_init)
-    return d.replace(params=params), Scale(variance, unit)
+        params |= further(cfg, unit_out, train.threshold_init)
+    params["W_enc"] = params["W_enc"] * (unit_out / unit if cfg.d_out is not None else 1.0)
+    return d.replace(params=params), Scale(variance, unit, unit_out)
 
 
 def scale_to_root(rows: np.ndarray) -> float:
@@ -197,6 +212,10 @@ def init_state(d: Dictionary) -> TrainState:
 def step_for(cfg: SAEConfig, train: SAETrainConfig, mesh: Mesh | None = None) -> Callable[..., Any]:
     """`train_step` with its static settings: (state, batch, numbers) -> (state, metrics)."""
     method = train.method
+    if method == "sparse" and not architecture(cfg).gathers:
+        raise SAEError(f"SAE training: method is 'sparse', but {cfg.architecture} has dense products only; choose 'auto'")
+    if method == "sparse" and train.matmul_dtype != "float32":
+        raise SAEError(f"SAE training: method is 'sparse', which is fp32, and matmul_dtype {train.matmul_dtype!r}; choose method 'dense'")
     if method == "auto":
         one_cpu = jax.default_backend() == "cpu" and (mesh is None or mesh.size == 1)
         gathers = architecture(cfg).gathers and train.matmul_dtype == "float32"

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from models.sharding import BATCH_AXES
 from sae.config import SAEConfig
-from sae.dictionary import Dictionary, architecture, fold_decoder_norm
+from sae.dictionary import Dictionary, architecture, cast, fold_decoder_norm
 from sae.errors import SAEError
 from sae.resume import CheckpointFolder, Member, Position, described, restore, save
 from sae.step import TrainState, abstract_state, check_finite, init_state, resample, start, state_shardings, step_for
@@ -172,11 +172,11 @@ def _begin(tasks, batches, key, mesh) -> tuple[Position, list[TrainState]]:
 def _finished(task: SAETask, cfg: SAEConfig, state: TrainState) -> Dictionary:
     """The trained dictionary as it is used: norms folded, BatchTopK become JumpReLU, in its own dtype."""
     d, arch = Dictionary(state.params, cfg), architecture(cfg)
-    if task.train.decoder_norm == "free" and not arch.needs_k:
-        d = fold_decoder_norm(d)
     if arch.finish is not None:
         d = Dictionary(*arch.finish(d.params, d.cfg))
-    return Dictionary(jax.tree.map(lambda a: a.astype(task.cfg.dtype), d.params), d.cfg.replace(dtype=task.cfg.dtype))
+    if task.train.decoder_norm == "free" and architecture(d.cfg).encode_sparse is None:  # else latents compete, by what folding changes
+        d = fold_decoder_norm(d)
+    return cast(d, task.cfg.dtype)
 
 
 class _Loop:
@@ -225,7 +225,7 @@ class _Loop:
         decay = train.steps - round(train.steps * train.decay_share)
         if every and done % every == 0 and done < decay:  # a latent that begins while the rate falls would not be learned
             key = jax.random.fold_in(jax.random.fold_in(self.key, i), done)
-            threshold = train.threshold_init * member.scale.unit
+            threshold = train.threshold_init * member.scale.unit_out
             self.states[i] = resample(self.states[i], rows, key, train.dead_after, threshold, cfg=member.cfg)
 
 

@@ -26,7 +26,7 @@ class SAETrainConfig:
     penalty: str = "step"  # "jumprelu": "step" counts active latents, "tanh" sums tanh(tanh_scale z |W_dec|)
     target_l0: float | None = None  # "jumprelu" with "step": penalise (L0 / target_l0 - 1)^2 instead of L0
     tanh_scale: float = 4.0  # "jumprelu" with "tanh"
-    bandwidth: float = 0.05  # "jumprelu": width around a threshold in which it gets a gradient, in root mean squares of an input coordinate
+    bandwidth: float = 0.05  # "jumprelu": width around a threshold in which it gets a gradient, in root mean squares of a target's coordinate
     threshold_init: float = 0.01  # "jumprelu": in the same unit
     pre_act_coefficient: float = 0.0  # "jumprelu": weight of what draws dead latents up to their threshold
     threshold_decay: float = 0.99  # "batchtopk", "matryoshka": of the running mean that becomes the threshold
@@ -79,6 +79,7 @@ class Numbers(NamedTuple):
     dead_after: int
     variance: float
     unit: float
+    unit_out: float
     bandwidth: float
     target_l0: float
     tanh_scale: float
@@ -88,10 +89,11 @@ class Numbers(NamedTuple):
 
 class Scale(NamedTuple):
     """What a sample of activations says of their scale: variance of a (normalised) target row; root mean square of a coordinate of the
-    encoder's input."""
+    encoder's input, and of the target, each about its mean."""
 
     variance: float
     unit: float
+    unit_out: float
 
 
 def default_learning_rate(d_sae: int) -> float:
@@ -114,6 +116,7 @@ def numbers_at(step: int, d_sae: int, train: SAETrainConfig, scale: Scale) -> Nu
         dead_after=train.dead_after,
         variance=scale.variance,
         unit=scale.unit,
+        unit_out=scale.unit_out,
         bandwidth=train.bandwidth,
         target_l0=train.target_l0 or 0.0,
         tanh_scale=train.tanh_scale,

@@ -327,7 +327,7 @@ def sae_train(model: Any, sizes: Mapping[str, Any], mesh: Any) -> dict[str, Any]
     state = abstract_state(cfg, mesh)
     batch = jax.ShapeDtypeStruct((rows, cfg.d_in), jnp.float32, sharding=batch_sharding(mesh))
     step = step_for(cfg, settings, mesh)
-    found = compiled(jax.jit(lambda *given: step(*given), donate_argnums=0), state, batch, numbers_at(1, cfg.d_sae, settings, Scale(1.0, 1.0)))
+    found = compiled(jax.jit(lambda *given: step(*given), donate_argnums=0), state, batch, numbers_at(1, cfg.d_sae, settings, Scale(1.0, 1.0, 1.0)))
     flops = 3 * 4 * cfg.d_in * cfg.d_sae * rows
     return {"rows": rows, "batches": 1, "flops": flops, "read_bytes": 3 * bytes_a_device(state), **found}
 

@@ -88,6 +88,7 @@ def run(config: Any, workdir: str) -> None:
                 said = {"kind": "finetune", **({"sae": name} if name else {})}
                 settings = _finetuning(config)
                 dictionary, _ = sae.finetune(dictionary, model_cfg, params, train_rows, settings, on_log=lambda r, said=said: run_dir.log(said | r))
+                dictionary = sae.cast(dictionary, config.sae.dtype)
             names = [n for n in (cfg.hook_name, cfg.hook_name_out) if n]
             metrics = sae.evaluate(dictionary, activations(eval_rows, names), lm=(model_cfg, params, eval_rows))
             figures = {"hook": cfg.hook_name, "d_in": cfg.d_in, "d_sae": cfg.d_sae, **metrics}
@@ -129,7 +130,7 @@ def _description(config: Any, hook: str, widths: dict[str, int]) -> Any:
         hook_name=hook,
         model_name=config.model,
         context_size=config.harvest.context_size,
-        dtype=config.sae.dtype,
+        dtype="float32" if config.finetune.steps else config.sae.dtype,  # what is rounded is not tuned
         **({"d_out": widths[out], "hook_name_out": out, "skip": config.sae.skip} if out else {}),
     )
 

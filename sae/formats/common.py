@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -133,10 +134,10 @@ def converted(array: Any, dtype: str, transpose: bool = False, scale: float = 1.
     What is finite in the file and not in `dtype` (fp16 ends at 65,504) is the caller's to notice: see `checked`.
     """
     shape = array.shape[::-1] if transpose else array.shape
-    out = np.empty(shape, jnp.dtype(dtype))
+    out = aligned(shape, jnp.dtype(dtype))
     if array.ndim < 2:
         out[...] = _cast(np.asarray(array), scale, out.dtype)
-        return jnp.asarray(out)
+        return jax.device_put(out, may_alias=True)
     rows = max(1, BLOCK_BYTES // max(array[:1].nbytes, 1))
     for start in range(0, array.shape[0], rows):
         block = np.asarray(array[start : start + rows])
@@ -145,7 +146,15 @@ def converted(array: Any, dtype: str, transpose: bool = False, scale: float = 1.
             out[:, start : start + rows] = block.T
         else:
             out[start : start + rows] = block
-    return jnp.asarray(out)
+    return jax.device_put(out, may_alias=True)
+
+
+def aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """An uninitialised array at an address that is a multiple of 64: one that JAX can take over on a CPU without a copy."""
+    size = int(np.prod(shape)) * dtype.itemsize
+    whole = np.empty(size + 64, np.uint8)
+    begin = -whole.ctypes.data % 64
+    return whole[begin : begin + size].view(dtype).reshape(shape)
 
 
 def _cast(block: np.ndarray, scale: float, dtype: Any) -> np.ndarray:

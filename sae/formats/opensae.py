@@ -35,7 +35,7 @@ def read(folder: Path, dtype: str | None) -> Dictionary:
         "d_in": needed(config, "hidden_size", where),
         "d_sae": needed(config, "feature_size", where),
         "k": config.get("k") if activation == "topk" else None,
-        "normalize_activations": "layer_norm" if normal else "none",
+        "normalize_activations": "layer_norm_eps" if normal else "none",
         "undo_normalization": bool(config.get("normalize_shift_back")) or not normal,
         "hook_name": from_module_path(config.get("input_hookpoint")),
         "model_name": config.get("model_name"),

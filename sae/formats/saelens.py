@@ -18,7 +18,12 @@ CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 VERSION = "6.0.0"  # the first release that writes this layout of cfg.json
 SCALER, SCALE = "activation_scaler.json", "scaling_factor"  # where one of its checkpoints keeps the scale of its inputs
 KINDS = {"standard": "relu", "topk": "topk", "gated": "gated", "jumprelu": "jumprelu"}  # its architecture -> ours
-TRANSCODERS = {"transcoder": ("relu", False), "skip_transcoder": ("relu", True), "jumprelu_transcoder": ("jumprelu", False)}
+TRANSCODERS = {  # -> (ours, whether it skips)
+    "transcoder": ("relu", False),
+    "skip_transcoder": ("relu", True),
+    "jumprelu_transcoder": ("jumprelu", False),
+    "jumprelu_skip_transcoder": ("jumprelu", True),
+}
 
 
 def read(folder: Path, dtype: str | None) -> Dictionary:
@@ -125,8 +130,8 @@ def write(d: Dictionary) -> dict[str, dict[str, Any]]:
 def saelens_name(d: Dictionary) -> str:
     """SAELens's name of the architecture. Raises SAEError where it has none."""
     cfg = d.cfg
-    if not cfg.undo_normalization:
-        raise SAEError("sae.save: SAELens has no SAE that reads normalised and writes raw activations; choose layout='native'")
+    if not cfg.undo_normalization or cfg.normalize_activations == "layer_norm_eps":
+        raise SAEError("sae.save: SAELens normalises rows otherwise (it undoes what it does, without the constant); choose layout='native'")
     if cfg.d_out is not None:
         for name, what in TRANSCODERS.items():
             if what == (cfg.architecture, cfg.skip):

@@ -15,6 +15,7 @@ from sae.formats.common import Layout, checked, make_config, maybe_object, neede
 
 DICT_CLASSES = {  # of dictionary_learning -> (our architecture, whether b_dec is subtracted from the input)
     "AutoEncoder": ("relu", True),
+    "AutoEncoderNew": ("relu", False),
     "AutoEncoderTopK": ("topk", True),
     "GatedAutoEncoder": ("gated", True),
     "BatchTopKSAE": ("jumprelu", True),
@@ -58,7 +59,7 @@ def read_dictionary_learning(folder: Path, dtype: str | None) -> Dictionary:
     names: dict[str, Any] = {
         "W_enc": first(arrays, where, "W_enc", ("encoder.weight", "T")),
         "W_dec": first(arrays, where, "W_dec", ("decoder.weight", "T")),
-        "b_dec": first(arrays, where, "b_dec", "bias", "decoder_bias"),
+        "b_dec": first(arrays, where, "b_dec", "bias", "decoder_bias", "decoder.bias"),
     }
     if architecture == "gated":
         names |= {"b_gate": "gate_bias", "b_mag": "mag_bias", "r_mag": "r_mag"}

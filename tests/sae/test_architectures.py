@@ -251,7 +251,7 @@ SETTINGS = {
     "batchtopk": {},
     "matryoshka": {},
     "relu": {"sparsity_coefficient": 0.2},
-    "gated": {"sparsity_coefficient": 0.5},
+    "gated": {"sparsity_coefficient": 0.7},
     "jumprelu": {"sparsity_coefficient": 0.3, "target_l0": 2.4, "bandwidth": 1.0, "threshold_init": 0.3},
 }
 
@@ -346,6 +346,16 @@ def test_resampling_by_hand():
         np.testing.assert_array_equal(np.take(np.asarray(new.params[name]), alive, axis), np.take(kept.params[name], alive, axis))
 
 
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_training_is_the_same_at_any_scale(architecture):
+    """Rows times 100: the trained dictionary is the same, its biases and thresholds times 100, and so are its figures."""
+    x, _ = planted()
+    small, large = (trained(architecture, x * c, steps=40, **SETTINGS[architecture]) for c in (1.0, 100.0))
+    for name, value in small.params.items():
+        grown = 1.0 if name in ("W_enc", "W_dec", "r_mag") else 100.0
+        np.testing.assert_allclose(np.asarray(large.params[name]), np.asarray(value) * grown, rtol=2e-3, atol=2e-3 * grown)
+
+
 def test_several_dictionaries_on_one_stream_equal_each_alone():
     """Two taps side by side in each row, three dictionaries: each ends as it does alone on its own columns."""
     a, b = planted(seed=0)[0], planted(seed=1)[0]
@@ -384,3 +394,26 @@ def test_one_program_for_all_numbers():
     before = train_step._cache_size()
     trained("jumprelu", x, sparsity_coefficient=0.2, target_l0=5.0, bandwidth=0.2, learning_rate=2e-3, pre_act_coefficient=0.1, dead_after=77)
     assert train_step._cache_size() == before
+
+
+def test_what_is_not_gathered_is_not_asked_for():
+    half = {"matmul_dtype": "bfloat16"}
+    for architecture, changes, message in (("matryoshka", {}, "matryoshka has dense products only"), ("topk", half, "which is fp32")):
+        cfg = sae.SAEConfig(architecture=architecture, d_in=16, d_sae=32, k=3)
+        with pytest.raises(sae.SAEError, match=message):
+            step_for(cfg, sae.SAETrainConfig(method="sparse", **changes))
+
+
+def test_a_free_decoder_is_folded_in_what_encodes_alone():
+    d = trained("batchtopk", decoder_norm="free")
+    np.testing.assert_allclose(np.linalg.norm(d.params["W_dec"], axis=1), 1.0, rtol=1e-5)
+
+
+def test_half_precision_does_not_overflow_in_use():
+    cfg = sae.SAEConfig(architecture="relu", d_in=4, d_sae=8, dtype="float16")
+    d = sae.init(cfg, jax.random.key(0))
+    x = np.full((3, 4), 1e5, np.float32)
+    full = sae.cast(d, "float32")
+    for f in (sae.encode, sae.reconstruct):
+        assert np.isfinite(np.asarray(f(d, x))).all()
+        np.testing.assert_allclose(f(d, x), f(full, x), rtol=1e-5)

@@ -38,6 +38,7 @@ FORMS = {
     "transcoder": {"architecture": "relu", "k": None, **TRANSCODER},
     "skip": {"architecture": "relu", "k": None, "skip": True, **TRANSCODER},
     "jumprelu transcoder": {"architecture": "jumprelu", "k": None, **TRANSCODER},
+    "jumprelu skip": {"architecture": "jumprelu", "k": None, "skip": True, **TRANSCODER},
 }
 FILES = {"native": {"sae.json", "sae.safetensors"}, "saelens": {"cfg.json", "sae_weights.safetensors"}, "sparsify": {"cfg.json", "sae.safetensors"}}
 

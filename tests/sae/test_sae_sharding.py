@@ -39,7 +39,7 @@ assert moments.count(PartitionSpec("tensor", None)) == 2 and moments.count(Parti
 step = step_for(cfg, sae.SAETrainConfig(aux_coefficient=0.0), two)
 place = lambda a, spec: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=jax.NamedSharding(two, spec))
 shapes = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), state, placed)
-program = step.func.lower(shapes, place(x[:B], PartitionSpec("data")), numbers_at(0, F, sae.SAETrainConfig(), Scale(1.0, 1.0)), **step.keywords)
+program = step.func.lower(shapes, place(x[:B], PartitionSpec("data")), numbers_at(0, F, sae.SAETrainConfig(), Scale(1.0, 1.0, 1.0)), **step.keywords)
 gathers = [line for line in program.compile().as_text().splitlines() if "all-gather(" in line]
 assert not [line for line in gathers if f"[{B // 2},{F}]" in line or f"[{B},{F}]" in line], gathers
 try:

@@ -125,7 +125,7 @@ def test_log_every_sets_the_history():
 
 def test_rate_schedule():
     train = sae.SAETrainConfig(steps=100, learning_rate=1.0, warmup_steps=10, decay_share=0.2, sparsity_coefficient=2.0, sparsity_warmup_steps=4)
-    at = {step: numbers_at(step, F, train, Scale(1.0, 1.0)) for step in (0, 3, 9, 50, 80, 90, 99)}
+    at = {step: numbers_at(step, F, train, Scale(1.0, 1.0, 1.0)) for step in (0, 3, 9, 50, 80, 90, 99)}
     np.testing.assert_allclose([n.learning_rate for n in at.values()], [0.1, 0.4, 1, 1, 1, 0.5, 0.05], rtol=1e-6)
     np.testing.assert_allclose([n.sparsity for n in at.values()], [0.5, 2, 2, 2, 2, 2, 2])
 
