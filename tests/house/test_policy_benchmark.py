@@ -25,7 +25,9 @@ def arguments(*flags):
 
 
 def timings(monkeypatch, run=False, **seconds):
-    """What decoding all tokens and the first one takes is said here; with `run` both are called all the same."""
+    """What decoding all tokens and the first one takes is said here; with `run` both are called all the same, else there is no model either."""
+    if not run:
+        monkeypatch.setattr(models, "init", lambda *given: None)
 
     def in_turns(calls, *, repeats):
         for call in calls.values() if run else ():
@@ -90,7 +92,7 @@ def test_a_chip_s_published_rates_count_for_bfloat16(monkeypatch):
     assert (here.where, here.flops, here.memory_rate) == ("cpu", 4 * 2048**3, 2**30) and here.told.startswith("measured")
 
 
-def test_all_parts_at_a_tiny_shape(monkeypatch):
+def test_all_parts_at_a_tiny_shape(monkeypatch, quick_compilation):
     """With every flag of the update; the middle one of its three does not fit, which is no figure and does not stop the rest."""
     timings(monkeypatch, run=True, all=3.0, first=1.0)
     monkeypatch.setattr(policy, "model_of", lambda args: CFG)
