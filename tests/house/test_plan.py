@@ -596,7 +596,7 @@ def test_table_says_what_does_not_fit():
     least = {"compute": 0.5, "memory": 0.2, "links": 0.75, "seconds": 0.75}
     found = {
         "model": "m", "parameters": 10**9, "dtype": "bfloat16", "mesh": "v5e:2x4", "devices": 8, "device_kind": "TPU", "memory_gib": 2,
-        "layout": {"fsdp": 8}, "rollout_layout": {"tensor": 8}, "lora_rank": 0,
+        "layout": {"fsdp": 8}, "rollout_layout": {"tensor": 8}, "lora_rank": 0, "compiler": "tpu",
         "generate": {**program, "batches": 2, "fits": True, "roofline": least, "stages": 6, "try": ""},
         "train_step": {**program, "micro_batches": 3, "fits": False, "roofline": None, "try": "--config.remat=True"},
     }  # fmt: skip
