@@ -35,6 +35,14 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "RESULTS.md"
 
 
+# Goals that wait for a machine that is not always here: figure -> (unit, goal). The record names them until they are measured.
+AWAITED = {
+    "decode_bound_1.5b_h200": ("%", "at least 50 %"),
+    "train_mfu_1.5b_h200": ("%", "at least 45 %"),
+    "grpo_0.5b_h200": ("s", "at most 7 s"),
+}
+
+
 def small_qwen2() -> Any:
     """The model of the speed benchmarks, 6.4 M parameters in the shape of Qwen2; peers/peer_common.py has the same."""
     import models
@@ -198,7 +206,7 @@ _HEADING = "# Results of the benchmarks\n\nThe newest of each figure, then every
 
 
 def write_results(results: Path, text: str) -> None:
-    """Writes the records in `text` behind a table of the newest of each figure, with its goal and whether it is met."""
+    """Writes the records in `text` behind a table of the newest of each figure, with its goal and whether it is met, and of what is awaited."""
     first = _SECTION.search(text)
     log = "" if first is None else text[first.start() :]
     newest: dict[str, list[str]] = {}
@@ -210,20 +218,21 @@ def write_results(results: Path, text: str) -> None:
                 goal = shape.rpartition("goal ")[2] if "goal " in shape else ""
                 newest.pop(name, None)
                 newest[name] = [name, value, unit, ratio and f"{ratio} ({peer})", goal, _met(goal, value, ratio), section[3:13]]
-    rows = ["| " + " | ".join(cells) + " |" for cells in newest.values()]
+    awaited = [[name, "not measured", unit, "", goal, "", ""] for name, (unit, goal) in AWAITED.items() if name not in newest]
+    rows = ["| " + " | ".join(cells) + " |" for cells in (*newest.values(), *awaited)]
     table = ["| name | value | unit | ratio | goal | met | date |", "|---|---|---|---|---|---|---|", *rows]
     write_text(results, "\n".join([_HEADING, *table, "", log.rstrip(), ""]))
 
 
 def _met(goal: str, value: str, ratio: str) -> str:
-    """Whether a goal such as "2.5 x", "under 1 s", "at most 1.1" or "0" is met; "" where that cannot be told."""
+    """Whether a goal such as "2.5 x", "under 1 s", "at most 1.1", "at least 50 %" or "0" is met; "" where that cannot be told."""
     found = re.search(r"[\d.]+", goal)
     if not found or (goal.endswith(" x") and not ratio):
         return ""
     number = float(found.group())
     if goal.endswith(" x"):
         return "yes" if float(ratio) >= number else "NO"
-    return "yes" if float(value) <= number else "NO"
+    return "yes" if (float(value) >= number if goal.startswith("at least") else float(value) <= number) else "NO"
 
 
 def machine() -> str:

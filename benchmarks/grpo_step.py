@@ -15,6 +15,7 @@ import itertools
 import tempfile
 import time
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 
@@ -23,12 +24,12 @@ from benchmarks.common import Figure, peer_value, progress, run_benchmark, run_p
 PROMPTS, SAMPLES, PROMPT, NEW, VOCAB = 8, 8, 32, 64, 2048
 
 
-def tokenizer():
-    """One token a word, w0 to w2047."""
+def tokenizer(vocab: int = VOCAB):
+    """One token a word, w0 to w2047 or as many as the vocabulary has."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    core = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCAB)}, unk_token="w0"))
+    core = Tokenizer(models.WordLevel({f"w{i}": i for i in range(vocab)}, unk_token="w0"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(tokenizer_object=core)
 
@@ -47,8 +48,13 @@ class EvenShare:
         return [Verdict(Status.PASS, score=sum(int(w[1:]) % 2 == 0 for w in each) / max(len(each), 1)) for each in words]
 
 
-def train(steps: int, shared_prefix: bool) -> tuple[list[dict], list[float]]:
-    """The records of `steps` steps of `train_grpo`, and the seconds from one reward to the next."""
+def train(
+    steps: int, cfg: Any = None, prompts: int = PROMPTS, samples: int = SAMPLES, width: int = PROMPT, new: int = NEW, **settings: Any
+) -> tuple[list[dict], list[float]]:
+    """The records of `steps` steps of `train_grpo`, and the seconds from one reward to the next.
+
+    cfg: the model, whose random parameters are made here; None is the small one. settings: further fields of `GRPOConfig`.
+    """
     import jax
 
     import models
@@ -58,26 +64,26 @@ def train(steps: int, shared_prefix: bool) -> tuple[list[dict], list[float]]:
     from jaxrl_llm.train.config import GRPOConfig, OptimizerConfig
     from jaxrl_llm.train.loop import train_grpo
 
-    cfg, reward, count = small_qwen2(), EvenShare(), PROMPTS * steps
-    tokens = np.random.default_rng(0).integers(0, VOCAB, (count, PROMPT)).astype(np.int32)
+    cfg, reward, count = cfg or small_qwen2(), EvenShare(), prompts * steps
+    tokens = np.random.default_rng(0).integers(0, cfg.vocab_size, (count, width)).astype(np.int32)
     rows = [{"prompt": str(i)} for i in range(count)]
-    prompts = PromptBatch(tokens, np.full(count, PROMPT, np.int32), [str(i) for i in range(count)], rows)
+    batch = PromptBatch(tokens, np.full(count, width, np.int32), [str(i) for i in range(count)], rows)
     config = GRPOConfig(
         steps=steps,
-        num_samples=SAMPLES,
-        max_new_tokens=NEW,
-        shared_prefix=shared_prefix,
+        num_samples=samples,
+        max_new_tokens=new,
         checkpoint_every=0,
         sample_every=0,
         optimizer=OptimizerConfig(learning_rate=1e-4),
+        **settings,
     )
     with tempfile.TemporaryDirectory() as folder:
         run_dir = RunDir(folder, dataclasses.asdict(config), kind="grpo")
-        params = models.init(cfg, jax.random.key(0))
-        schedule = ShuffledSchedule(count, PROMPTS)
-        train_grpo(cfg, params, tokenizer(), prompts, reward, schedule, config, run_dir, progress=False)
+        start = lambda: models.init(cfg, jax.random.key(0))  # noqa: E731
+        schedule = ShuffledSchedule(count, prompts)
+        train_grpo(cfg, start, tokenizer(cfg.vocab_size), batch, reward, schedule, config, run_dir, progress=False)
         records = [record for record in run_dir.metrics() if record["kind"] == "train"]
-    assert all(record["completion_length"] == NEW for record in records), "a completion ended early"
+    assert all(record["completion_length"] == new for record in records), "a completion ended early"
     return records, [later - earlier for earlier, later in itertools.pairwise(reward.times)]
 
 
@@ -119,7 +125,7 @@ def measure(args: argparse.Namespace) -> Iterable[Figure]:
     peers = {name: run_peer(name, f"{name}_grpo", ["--repeats", args.repeats]) if args.peers else None for name in ("tunix", "trl")}
     shape = f"{PROMPTS} x {SAMPLES} completions, {PROMPT} + {NEW} tokens, 6.4 M parameters, fp32"
     progress("our steps")
-    records, gaps = train(args.repeats + 3, shared_prefix=True)
+    records, gaps = train(args.repeats + 3)
     seconds = min(gaps[2:])
     compile_s = max(0.0, records[0]["seconds"] + records[1]["seconds"] - 2 * seconds)
     for (peer, result), goal in zip(peers.items(), ("; goal 2 x", "")):

@@ -76,7 +76,7 @@ def get_config(variant: str | None = None) -> ml_collections.ConfigDict:
     config.train.shared_prefix = True  # forward each prompt once for its samples: same gradient, less work
     config.train.remat = False  # recompute layers in the backward pass: less memory, a third more work
     config.train.remat_keep = "nothing"  # with remat, what is not recomputed: "nothing", or "products", what the weight matrices give: more memory, little more work
-    config.train.attention = "plain"  # of the update: "plain", or by a kernel that holds no scores in memory, "splash" (TPU) or "cudnn" (GPU)
+    config.train.attention = "plain"  # of the update: "plain", or by a kernel that holds no scores in memory: "splash" (TPU), or "cudnn" (GPU), which is given a mask [B, T, S] of queries and slots
     config.train.logprob_chunk = placeholder(int)  # tokens a chunk of the unembedding, on each device; None picks by vocabulary
     config.train.seed = 0  # of sampling and of the shuffled order
     config.train.eval_every = 20  # steps between evaluations; 0 = only before and after

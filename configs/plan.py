@@ -3,7 +3,8 @@
     jaxrl-llm plan --config.model=qwen2.5-1.5b --config.mesh=v5e:2x4
     jaxrl-llm plan --config.target=configs/saerl.py:qwen2.5-math-1.5b --config.mesh=v5e:2x4
 
-TPU meshes are compiled for by the TPU compiler itself, on any machine with `pip install 'jaxrl-llm[tpu]'`.
+TPU meshes are compiled for by the TPU compiler itself, on any machine with `pip install 'jaxrl-llm[tpu]'`; GPU meshes (`h200:8`) by the
+CPU's, so that their working memory is indicative.
 """
 
 import ml_collections
@@ -18,7 +19,7 @@ def get_config(variant: str | None = None) -> ml_collections.ConfigDict:
     # A config of grpo, saerl, story_rules, dpo or online_dpo: its loss, and its sizes and model where none is given below.
     config.target = ""  # such as configs/grpo.py:ppo; empty = GRPO with the sizes below
     config.model = ""  # a preset such as "qwen2.5-0.5b", a Hugging Face folder or a hub id (only its config.json is read)
-    config.mesh = "here"  # "here" (the devices of this machine), "cpu:4", or a TPU slice such as "v5e:2x4" or "v5p:4x4x4"
+    config.mesh = "here"  # "here" (the devices of this machine), "cpu:4", a TPU slice such as "v5e:2x4" or "v5p:4x4x4", or GPUs such as "h200:8" (a100, h100, h200)
     config.layout = placeholder(str)  # how the mesh is used: data=, fsdp=, expert= and tensor=, one of them -1 for all remaining devices; None = the target's if it fits, or a fitting one
     config.rollout_layout = placeholder(str)  # how it is used while sampling; None = the target's if it fits, or as in training
     config.dtype = placeholder(str)  # of parameters and activations; the trained copy and AdamW's moments are float32; None = the target's, or bfloat16

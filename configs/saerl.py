@@ -185,7 +185,7 @@ def _grpo(c: ConfigDict) -> None:
     c.grpo.overlap_rewards = False  # judge a step's completions while the next step's are sampled, which are then one update old; no arm may follow the policy
     c.grpo.micro_batch_rows = 0  # completions a micro-batch; 0 = all at once
     c.grpo.remat = False
-    c.grpo.attention = "plain"  # of the update: "plain", or by a kernel that holds no scores in memory, "splash" (TPU) or "cudnn" (GPU)
+    c.grpo.attention = "plain"  # of the update: "plain", or by a kernel that holds no scores in memory: "splash" (TPU), or "cudnn" (GPU), which is given a mask [B, T, S] of queries and slots
     c.grpo.eval_every = 40
     c.grpo.eval_samples = 4  # avg@k beside greedy
     c.grpo.checkpoint_every = 80

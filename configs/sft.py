@@ -38,14 +38,14 @@ def get_config(variant: str | None = None) -> ml_collections.ConfigDict:
     config.max_length = 512  # tokens a row may have, end token included
     config.overflow = "drop"  # a longer row: "drop" (counted), "truncate" (its end is cut) or "error"
     config.batch_rows = 32  # rows a step
-    config.pack = False  # put the rows of a step one behind the other into rows of max_length tokens: same gradient, less padding
+    config.pack = False  # put the rows of a step one behind the other into rows of max_length tokens: same gradient, less padding; it takes the place of the length_buckets of grpo and dpo
 
     config.train = ml_collections.ConfigDict()  # see jaxrl_llm.train.config.SFTConfig
     config.train.steps = 100  # updates
     config.train.micro_batch_rows = 0  # rows (packed ones with pack) a micro-batch, gradients accumulated; 0 = all at once
     config.train.remat = False  # recompute layers in the backward pass: less memory, a third more work
     config.train.remat_keep = "nothing"  # with remat, what is not recomputed: "nothing", or "products", what the weight matrices give: more memory, little more work
-    config.train.attention = "plain"  # of the update: "plain", or by a kernel that holds no scores in memory, "splash" (TPU) or "cudnn" (GPU)
+    config.train.attention = "plain"  # of the update: "plain", or by a kernel that holds no scores in memory: "splash" (TPU), or "cudnn" (GPU), which is given a mask [B, T, S] of queries and slots
     config.train.logprob_chunk = placeholder(int)  # tokens a chunk of the unembedding, on each device; None picks by vocabulary
     config.train.router_balance = 0.0  # of a mixture of experts: weight of the loss that spreads tokens evenly over them, such as 0.001; 0 = none
     config.train.log_every = 10  # steps between lines of metrics.jsonl

@@ -38,13 +38,17 @@ def plan(sizes: Mapping[str, Any]) -> dict[str, Any]:
     Bytes are a device's and come from the compiler, beside those that a run holds meanwhile (`held_bytes`): the policy that it started
     from, where a reference, other arms or judges read it, and while it samples the training state. FLOPs are the whole step's. `collectives`
     are the bytes that a device receives of others in a step, by kind; `roofline` the seconds of a step at the chip's published rates (None
-    where the chip is none of `CHIPS`). `memory_gib` is None where the device does not tell.
+    where the chip is none of `CHIPS`). `memory_gib` is None where the device does not tell. `compiler` is that of the devices that the programs
+    were compiled for: "cpu" for a GPU's mesh, whose working memory and collectives are then indicative.
 
     Raises:
       UserError: an unknown model or mesh, sizes out of range or that do not fit the mesh or the model's context, or no TPU compiler here.
     """
     _need(sizes)
     devices, room, chip = resolve_devices(sizes["mesh"])
+    if chip is not None and not chip.tpu and sizes["attention"] != "plain":
+        told = f"mesh '{sizes['mesh']}' is compiled by the CPU's compiler, which has no kernel of attention={sizes['attention']!r}"
+        raise UserError(f"{told}: plan with --config.attention=plain, which needs more memory than the kernel")
     from jaxrl_llm.runtime import parse_axes
     from jaxrl_llm.train.config import PreferenceLossConfig
     from models.sharding import make_mesh, relaid
@@ -56,7 +60,7 @@ def plan(sizes: Mapping[str, Any]) -> dict[str, Any]:
     if (width := sizes["prompt_tokens"] + sizes["max_new_tokens"]) > model.max_position:
         told = f"prompt_tokens={sizes['prompt_tokens']} and max_new_tokens={sizes['max_new_tokens']} make {width}"
         raise UserError(f"{told}, the context of {sizes['model']} is {model.max_position}: lower one of them")
-    kind = getattr(devices[0], "device_kind", "device")
+    kind = getattr(devices[0], "device_kind", "device") if chip is None or chip.tpu else sizes["mesh"].partition(":")[0]
     found, held = {}, programs.held(model, sizes, mesh, sampler_mesh)
     pairs = isinstance(sizes["loss"], PreferenceLossConfig)
     move = lambda model, sizes, where: programs.move(model, sizes, mesh, where)  # noqa: E731
@@ -85,6 +89,7 @@ def plan(sizes: Mapping[str, Any]) -> dict[str, Any]:
         "mesh": sizes["mesh"],
         "devices": len(devices),
         "device_kind": kind,
+        "compiler": devices[0].platform,
         "layout": shape(mesh),
         "rollout_layout": shape(sampler_mesh),
         "memory_gib": room,
@@ -110,7 +115,8 @@ def _smaller(name: str, program: Mapping[str, Any], sizes: Mapping[str, Any], me
 
 
 def resolve_devices(name: str) -> tuple[list[Any], float | None, Chip | None]:
-    """(devices, GiB of memory a device, what is known of the chip) of "here", "cpu:N" or a TPU slice such as "v5e:2x4".
+    """(devices, GiB of memory a device, what is known of the chip) of "here", "cpu:N", a TPU slice such as "v5e:2x4" or GPUs such as "h200:8",
+    in whose place devices of the CPU stand.
 
     Raises:
       UserError: an unknown name, a shape that the slice cannot have, or no TPU compiler here.
@@ -124,7 +130,9 @@ def resolve_devices(name: str) -> tuple[list[Any], float | None, Chip | None]:
         devices = _cpu_devices(shape)
         return devices, _memory_here(devices), None
     if kind not in CHIPS:
-        raise UserError(f"unknown mesh '{name}': {nearest(kind, ['here', 'cpu', *CHIPS])}; such as cpu:4 or v5e:2x4")
+        raise UserError(f"unknown mesh '{name}': {nearest(kind, ['here', 'cpu', *CHIPS])}; such as cpu:4, v5e:2x4 or h200:8")
+    if not CHIPS[kind].tpu:
+        return _cpu_devices(shape, kind), CHIPS[kind].memory_gib, CHIPS[kind]
     if not all(side.isdigit() and int(side) for side in shape.split("x")):
         raise UserError(f"mesh '{name}': give the slice's shape in chips, such as {kind}:2x4")
     return _tpu_devices(name), CHIPS[kind].memory_gib, CHIPS[kind]
@@ -139,9 +147,9 @@ def _memory_here(devices: list[Any]) -> float | None:
     return memory[0] / len(devices) if memory else None
 
 
-def _cpu_devices(count: str) -> list[Any]:
+def _cpu_devices(count: str, kind: str = "cpu") -> list[Any]:
     if not count.isdigit() or not int(count):
-        raise UserError(f"mesh 'cpu:{count}': give the number of devices, such as cpu:4")
+        raise UserError(f"mesh '{kind}:{count}': give the number of devices, such as {kind}:4")
     _plan_on_cpu()
     import jax
 
@@ -149,7 +157,7 @@ def _cpu_devices(count: str) -> list[Any]:
         jax.config.update("jax_num_cpu_devices", int(count))
     devices = jax.devices("cpu")
     if len(devices) < int(count):
-        raise UserError(f"mesh 'cpu:{count}': JAX already runs here with {len(devices)} CPU devices; plan in a process of its own")
+        raise UserError(f"mesh '{kind}:{count}': JAX already runs here with {len(devices)} CPU devices; plan in a process of its own")
     return devices[: int(count)]
 
 
@@ -215,6 +223,8 @@ def table(found: Mapping[str, Any]) -> str:
     names = [name for name in ("move", "generate", "train_step", "sae_encode", "sae_train") if name in found]  # of given texts nothing is generated
     lines += [_row(name, found[name]) for name in names]
     lines.append("held: the policy that training started from, where something still reads it, and while sampling the training state")
+    if found["compiler"] == "cpu" != found["device_kind"]:
+        lines.append(f"compiled by the CPU's compiler, not by that of {found['device_kind']}: working memory and what the links carry are indicative")
     lines.append("")
     for name in names:
         program, what = found[name], "micro_batches" if name == "train_step" else "batches"

@@ -16,19 +16,27 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """What Google publishes of a TPU chip: GiB of memory, dense bf16 FLOP/s, bytes/s from its memory, and over its links to other chips."""
+    """What its maker publishes of a chip: GiB of memory, dense bf16 FLOP/s, bytes/s from its memory, and that it receives over its links to
+    other chips. tpu: whether a compiler for it runs where there is none."""
 
     memory_gib: float
     flops: float
     memory_rate: float
     link_rate: float
+    tpu: bool = True
 
 
+# TPUs: cloud.google.com/tpu/docs, a page a version. GPUs: NVIDIA's data sheets of the SXM boards, dense (half of "with sparsity"), with half
+# of NVLink's total of 600 or 900 GB/s, which is what comes in while as much goes out; of their 80 and 141 GB what is left of the
+# driver's 81,920, 81,559 and 143,771 MiB when a process has begun, in whole GiB.
 CHIPS = {
     "v4": Chip(32, 275e12, 1228e9, 300e9),
     "v5e": Chip(16, 197e12, 819e9, 200e9),
     "v5p": Chip(95, 459e12, 2765e9, 600e9),
     "v6e": Chip(32, 918e12, 1640e9, 448e9),
+    "a100": Chip(79, 312e12, 2039e9, 300e9, tpu=False),
+    "h100": Chip(79, 989e12, 3350e9, 450e9, tpu=False),
+    "h200": Chip(139, 989e12, 4800e9, 450e9, tpu=False),
 }
 
 

@@ -361,6 +361,44 @@ def test_a_tpu_slice_is_planned_on_this_machine(run_python, tiny):
     assert found["generate"]["collectives"]["all-gather"] > 0
 
 
+@pytest.mark.parametrize(("bytes_there", "fits"), [(10**6, True), (10**5, False)])
+def test_a_gpu_mesh_is_planned_on_fake_devices(tiny, monkeypatch, bytes_there, fits):
+    """The state of 13,000 parameters takes 160 kB; 24 tokens of 8 rows at one FLOP/s take as long as their FLOPs are many."""
+    monkeypatch.setitem(plan_cost.CHIPS, "h200", plan_cost.Chip(bytes_there / 2**30, 1.0, 1e9, 1e9, tpu=False))
+    own = lambda program, *given, endless=1: plan_cost.bytes_a_device(given)  # noqa: E731
+    sizes = {"output_bytes": 0, "temporary_bytes": 0, "collectives": {"all-reduce": 5e9}, "refused": ""}
+    compiled = lambda *given, **how: sizes | dict.fromkeys(("argument_bytes", "total_bytes"), own(*given, **how))  # noqa: E731
+    monkeypatch.setattr(plan_programs, "compiled", compiled)
+    found = plan_command.plan(target_sizes(load_config("configs/plan.py", {"model": tiny, **SIZES, "mesh": "h200:1"})))
+    step, text = found["train_step"], plan_command.table(found)
+    assert (found["device_kind"], found["compiler"], found["memory_gib"]) == ("h200", "cpu", bytes_there / 2**30)
+    assert step["fits"] is fits and ("train_step does not fit; try" in text) is not fits
+    assert step["roofline"]["compute"] == step["roofline"]["seconds"] == step["flops"] > 0 and step["roofline"]["links"] == 5
+    assert "mesh   h200:1: 1 x h200" in text and "links 5.00" in text and "compiled by the CPU's compiler, not by that of h200" in text
+    plain = plan_command.plan(target_sizes(load_config("configs/plan.py", {"model": tiny, **SIZES})))
+    assert plain["device_kind"] == plain["compiler"] == "cpu" and "CPU's compiler" not in plan_command.table(plain)
+    assert plain["train_step"]["roofline"] is None
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"mesh": "h200:2x4"}, "mesh 'h200:2x4': give the number of devices, such as h200:4"),
+        ({"mesh": "h300:8"}, "unknown mesh 'h300:8': did you mean h200"),
+        ({"mesh": "h200:1", "attention": "cudnn"}, "has no kernel of attention='cudnn': plan with --config.attention=plain"),
+    ],
+)
+def test_what_a_gpu_mesh_cannot_be(tiny, flags, message):
+    with pytest.raises(UserError, match=message):
+        plan_command.plan(target_sizes(load_config("configs/plan.py", {"model": tiny, **SIZES, **flags})))
+
+
+def test_every_chip_has_rates_and_its_mesh_a_name():
+    assert {"a100", "h100", "h200"} == {name for name, chip in plan_cost.CHIPS.items() if not chip.tpu}
+    for chip in plan_cost.CHIPS.values():
+        assert 8 <= chip.memory_gib <= 200 and chip.flops > chip.memory_rate > chip.link_rate > 1e11
+
+
 def test_sampling_on_another_layout_waits_for_no_parameters(plans, tiny):
     same, apart = plans["four"], plans["apart"]
     assert apart["layout"] == same["layout"] == same["rollout_layout"] and apart["rollout_layout"]["data"] == 4
@@ -558,7 +596,7 @@ def test_table_says_what_does_not_fit():
     least = {"compute": 0.5, "memory": 0.2, "links": 0.75, "seconds": 0.75}
     found = {
         "model": "m", "parameters": 10**9, "dtype": "bfloat16", "mesh": "v5e:2x4", "devices": 8, "device_kind": "TPU", "memory_gib": 2,
-        "layout": {"fsdp": 8}, "rollout_layout": {"tensor": 8}, "lora_rank": 0,
+        "layout": {"fsdp": 8}, "rollout_layout": {"tensor": 8}, "lora_rank": 0, "compiler": "tpu",
         "generate": {**program, "batches": 2, "fits": True, "roofline": least, "stages": 6, "try": ""},
         "train_step": {**program, "micro_batches": 3, "fits": False, "roofline": None, "try": "--config.remat=True"},
     }  # fmt: skip
