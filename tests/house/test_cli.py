@@ -207,6 +207,7 @@ def test_a_module_made_by_hand_is_no_sibling(monkeypatch):
 def test_doctor_reports_and_finds_all_right(run_python):
     out = run_python("from jaxrl_llm import cli; raise SystemExit(cli.main(['doctor']))", devices=4)
     assert "4 x cpu" in out and "one sum over all devices: right" in out and "all that is needed works" in out
+    assert "user namespace: " in out and ("isolates: yes" in out or "refused: the sandbox cannot isolate" in out)
 
 
 def test_doctor_names_what_is_missing(capsys, monkeypatch):

@@ -130,6 +130,8 @@ class Sandbox:
         for folder in self.packages:
             if not os.path.isdir(folder):
                 raise UserError(f"sandbox packages: {folder} is no folder")
+            if self.isolated and os.geteuid() == 0 and os.stat(folder).st_mode & 0o005 != 0o005:  # code of root's sandbox is not root
+                raise UserError(f"sandbox packages: others than root may not read {folder}: chmod -R o+rX {folder}")
         if self.isolated and (why := layers.missing()):
             raise layers.refusal(why)
         self._reset()
@@ -145,11 +147,14 @@ class Sandbox:
     def close(self) -> None:
         """Ends the rooms, those at work too: their callers get errors. The next job starts new ones."""
         with self._free:
+            idle, busy = self._idle[:], [room for room in self._rooms if room not in self._idle]
             self._idle.clear()
-            rooms, self._rooms[:] = list(self._rooms), []
+            self._rooms.clear()
             self._free.notify_all()
-        for room in rooms:
+        for room in idle:
             room.kill()
+        for room in busy:  # whoever waits for it sees its end and collects it
+            room.process.kill()
 
     def __enter__(self) -> Sandbox:
         return self
@@ -240,7 +245,7 @@ class Sandbox:
         room.job, room.deadline = job, time.monotonic() + self.limits.wall_s + GRACE_SECONDS
         try:
             room.send(dataclasses.asdict(self.limits), payload)
-        except (OSError, ValueError):  # ValueError: closed by another thread
+        except OSError:
             self._discard(room)
             return False
         return True
@@ -260,15 +265,11 @@ class Sandbox:
 
     def _wait(self, at_work: Sequence[Room]) -> list[tuple[Room, Outcome]]:
         """Waits for the next replies; what a room that ended or overran owes is made up here, and the room given up."""
-        try:
-            readable = _readable(at_work)
-        except ValueError:  # another thread closed the sandbox under way
-            readable = set(at_work)
-        done = []
+        readable, done = _readable(at_work), []
         for room in at_work:
             try:
                 reply = room.receive() if room in readable else None
-            except (RoomEnded, ValueError) as error:
+            except RoomEnded as error:
                 self._discard(room)
                 done.append((room, Outcome("error", reason=f"{error}: a limit of the host, or somebody ended it")))
                 continue

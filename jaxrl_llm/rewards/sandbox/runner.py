@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import random
 import sys
 import types
 
@@ -17,19 +18,23 @@ LONGEST_LINE = 300
 
 def run(payload: bytes, nonce: bytes, result: int) -> None:
     """Answers one request on the descriptor `result`. Ends the process whatever happens, without its atexit and other last words."""
+    frame_of, write, leave = framed, os.write, os._exit  # against code that puts its own in their places
+    random.seed(0)  # the same verdict in every room
+    for name in [name for name in sys.modules if name.startswith("jaxrl_llm")]:
+        del sys.modules[name]
     try:
-        frame = framed(nonce, answer(payload))
+        frame = frame_of(nonce, answer(payload))
     except MemoryError:
-        frame = framed(nonce, b'{"exhausted": "memory ran out"}')
+        frame = frame_of(nonce, b'{"exhausted": "memory ran out"}')
     with contextlib.suppress(BaseException):  # what was printed and lies in Python's buffers
         sys.stdout.flush()
         sys.stderr.flush()
     try:
         view = memoryview(frame)
         while view:
-            view = view[os.write(result, view) :]
+            view = view[write(result, view) :]
     finally:
-        os._exit(0)
+        leave(0)
 
 
 def framed(nonce: bytes, answer: bytes) -> bytes:
@@ -39,12 +44,16 @@ def framed(nonce: bytes, answer: bytes) -> bytes:
 
 def answer(payload: bytes) -> bytes:
     """The answer to one request as JSON; whatever the code raises is an answer, but MemoryError, for which there may be no memory."""
+    tell = describe
     try:
-        return json.dumps({"value": call(**json.loads(payload))}, allow_nan=False).encode()
+        value = call(**json.loads(payload))
+        if value is True or value is False:  # most verdicts need no more than this
+            return b'{"value": true}' if value else b'{"value": false}'
+        return json.dumps({"value": value}, allow_nan=False).encode()
     except MemoryError:
         raise
     except BaseException as error:  # SystemExit and KeyboardInterrupt too: they are the code's
-        return json.dumps({"error": describe(error)}).encode()
+        return json.dumps({"error": tell(error)}).encode()
 
 
 def call(code: str, function: str, args: list, kwargs: dict, as_bool: bool):
@@ -54,8 +63,9 @@ def call(code: str, function: str, args: list, kwargs: dict, as_bool: bool):
     exec(compile(code, f"<{MODULE}>", "exec", dont_inherit=True), module.__dict__)
     if function not in module.__dict__:
         raise NameError(f"the code defines no {function}")
+    truth = bool
     value = module.__dict__[function](*args, **kwargs)
-    return bool(value) if as_bool and value is not None else value
+    return truth(value) if as_bool and value is not None else value
 
 
 def describe(error: BaseException) -> str:

@@ -116,8 +116,6 @@ def keep(options: dict) -> int:
 
 def prepare_interpreter(options: dict) -> None:
     """Imports what checks use, and leaves nothing of the room's own start in what they inherit."""
-    import random
-
     for name in options["preload"]:
         with contextlib.suppress(ImportError):
             __import__(name)
@@ -126,7 +124,6 @@ def prepare_interpreter(options: dict) -> None:
     sys.orig_argv[:] = []
     os.environ.clear()
     os.environ.update(LANG="C.UTF-8", OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")
-    random.seed(0)  # the same verdict in every room
     gc.collect()
     gc.freeze()  # the pages of what is imported stay shared
 
