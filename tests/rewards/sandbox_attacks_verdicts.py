@@ -1,4 +1,4 @@
-"""Attacks on the sandbox: verdicts that are not the function's, Python's own doors, and things left in the kernel. sandbox_attacks.py says what an attack is."""
+"""Attacks on the sandbox: forged verdicts, Python's own doors, things left in the kernel. sandbox_attacks.py says what an attack is."""
 
 from tests.rewards.sandbox_attacks import attack
 
