@@ -139,6 +139,14 @@ def test_each_limit_holds_and_only_where_it_is_set(make, limit, small, large, co
 
 
 @needs_isolation
+def test_a_batch_of_overruns_ends_with_the_batch(make):
+    sandbox = make(wall_s=30.0, batch_timeout_s=1.0)
+    outcomes = sandbox.run([Job("def f(): return 1", "f"), *[Job("import time\ndef f(): time.sleep(60)", "f")] * 50])
+    assert outcomes[0].value == 1 and {(o.status, o.reason) for o in outcomes[1:]} == {("timeout", "the batch took its 1 s")}
+    assert call(sandbox, "def f(): return 2").value == 2
+
+
+@needs_isolation
 def test_output_is_kept_up_to_its_limit(make):
     code = "import sys\ndef f(n):\n  print('a' * n, end=''); sys.stderr.write('b'); return 1"
     assert call(make(), code, 5).output == "aaaaab"
@@ -249,7 +257,7 @@ def test_an_interrupted_call_leaves_no_stale_room(make, monkeypatch):
     sandbox = make(wall_s=60.0)
     call(sandbox, "def f(): return 1")
 
-    def interrupt(rooms):
+    def interrupt(rooms, end):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:

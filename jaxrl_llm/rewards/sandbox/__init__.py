@@ -15,7 +15,7 @@ What holds the code, from the outside in:
    interface, not even loopback. Started by root, it runs under a user number that owns nothing.
 2. A check is a fork of the room's keeper, a Python that has imported what checks use and has done nothing else: it never reads a
    request, so no check finds another's data in the memory that it inherits. The request is read by a supervisor, forked for this check,
-   which enters pid, mount and ipc namespaces of the check's own, mounts an empty /tmp of bounded size there, and forks the confined
+   which enters pid and mount namespaces of the check's own, mounts an empty /tmp of bounded size there, and forks the confined
    process. That one is process 1 of its namespace: when it ends, or is killed, the kernel ends all that it started, and /tmp goes with it.
 3. The confined process gives up every capability and may gain none, has limits on memory, CPU time, file size, open files and
    processes, a Landlock domain where the kernel has it, and a filter that refuses system calls for network, programs, namespaces, mounts,

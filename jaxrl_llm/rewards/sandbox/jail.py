@@ -142,8 +142,11 @@ def _show(root: str, path: str, descriptor: int) -> None:
 
 
 def enter_check(disk_mb: int) -> None:
-    """In the supervisor: pid, mount and ipc namespaces of this check's own, and an empty OWN of `disk_mb` MiB that goes with them."""
-    kernel.unshare(kernel.CLONE_NEWPID | kernel.CLONE_NEWNS | kernel.CLONE_NEWIPC)
+    """In the supervisor: pid and mount namespaces of this check's own, and an empty OWN of `disk_mb` MiB that goes with them.
+
+    The ipc namespace is the room's: the filter refuses every call that could leave something there.
+    """
+    kernel.unshare(kernel.CLONE_NEWPID | kernel.CLONE_NEWNS)
     flags = kernel.MS_NOSUID | kernel.MS_NODEV | kernel.MS_NOEXEC
     kernel.mount("box", OWN, "tmpfs", flags, f"size={disk_mb}m,nr_inodes={INODES},mode=700")
 

@@ -14,11 +14,11 @@ FULL, WEAK = "full", "weak-i-accept-the-risk"
 ISOLATIONS = (FULL, WEAK)
 NEEDED = ("user namespace", "mount namespace", "pid namespace", "network namespace", "ipc namespace", "no new privileges", "seccomp")
 EXTRA = ("landlock",)  # a second lock on doors that the view does not have
-ADVICE = {
-    "user namespace": "let users make user namespaces (sysctl user.max_user_namespaces, kernel.apparmor_restrict_unprivileged_userns=0; "
-    "in a container, a seccomp profile that allows unshare and mount)",
-    "seccomp": "a kernel with CONFIG_SECCOMP_FILTER on x86_64 or aarch64",
-}
+NAMESPACES = (
+    "let users make user namespaces and mount in them (sysctl user.max_user_namespaces above 0, kernel.apparmor_restrict_unprivileged_userns=0; "
+    "in a container, a seccomp profile that allows unshare and mount), on Linux 5.12 or newer"
+)
+ADVICE = {"seccomp": "run on x86_64 or aarch64 with a kernel that has CONFIG_SECCOMP_FILTER", "no new privileges": "run on Linux 5.12 or newer"}
 
 
 @functools.cache
@@ -45,7 +45,7 @@ def missing() -> dict[str, str]:
 def refusal(why: dict[str, str]) -> UserError:
     """What is told instead of running untrusted code with less around it than was asked for."""
     what = "; ".join(f"{name}: {reason}" for name, reason in why.items())
-    advice = next((ADVICE[name] for name in why if name in ADVICE), "run on a Linux host that allows them")
+    advice = ADVICE.get(next(iter(why)), NAMESPACES)
     return UserError(
         f"the sandbox cannot isolate code on this host ({what}): {advice}; "
         f"or, for code that you trust with your files, isolation={WEAK!r}, which keeps time, memory and process limits only"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import json
+import math
 import os
 import selectors
 import threading
@@ -115,17 +116,25 @@ class Sandbox:
     limits: of every check.
     isolation: "full", or layers.WEAK, by which the user accepts that code sees the host's files where the host allows nothing better.
     packages: folders that code may import from, shown read-only (a site-packages folder with what a data set's checkers need).
+    batch_timeout_s: seconds that one call of run may take; what is left then counts as timed out, so that checks that all hang slow a step by
+      a bounded time. None: as long as the checks take.
     Raises UserError where the host allows less than "full" asks for, or a folder is not there.
     """
 
     def __init__(
-        self, workers: int = 2, limits: Limits | None = None, isolation: str = layers.FULL, packages: Sequence[str | os.PathLike[str]] = ()
+        self,
+        workers: int = 2,
+        limits: Limits | None = None,
+        isolation: str = layers.FULL,
+        packages: Sequence[str | os.PathLike[str]] = (),
+        batch_timeout_s: float | None = None,
     ):
         if isolation not in layers.ISOLATIONS:
             raise UserError(f"unknown isolation {isolation!r}; {nearest(isolation, layers.ISOLATIONS)}")
         if workers < 1:
             raise UserError(f"a sandbox with {workers} workers runs nothing: it needs at least 1")
         self.workers, self.limits, self.isolated = workers, limits or Limits(), isolation == layers.FULL
+        self.batch_timeout_s = math.inf if batch_timeout_s is None else batch_timeout_s
         self.packages = [os.path.realpath(folder) for folder in packages]
         for folder in self.packages:
             if not os.path.isdir(folder):
@@ -174,8 +183,9 @@ class Sandbox:
         outcomes: list[Outcome | None] = [None] * len(jobs)
         waiting = collections.deque(range(len(jobs)))
         at_work: list[Room] = []
+        end = math.inf
         try:
-            while waiting or at_work:
+            while (waiting or at_work) and time.monotonic() < end:
                 while waiting and (room := self._take(block=not at_work)) is not None:
                     job = waiting.popleft()
                     payload = _encode(jobs[job])
@@ -184,18 +194,19 @@ class Sandbox:
                         self._give(room)
                     elif self._send(room, job, payload):
                         at_work.append(room)
+                        end = min(end, time.monotonic() + self.batch_timeout_s)  # from the first check on, not from its room's start
                     else:  # it was ended from outside while idle
                         waiting.appendleft(job)
-                for room, outcome in self._wait(at_work) if at_work else ():
+                for room, outcome in self._wait(at_work, end) if at_work else ():
                     at_work.remove(room)
                     job, room.job = room.job, None
                     if job is not None:
                         outcomes[job] = outcome
-        except BaseException:  # a room with a stale request must not serve the next call
+        finally:  # after an interruption, or out of time: a room with a stale request must not serve the next call
             for room in at_work:
                 self._discard(room)
-            raise
-        return [outcome for outcome in outcomes if outcome is not None]
+        late = Outcome("timeout", reason=f"the batch took its {self.batch_timeout_s:g} s")
+        return [late if outcome is None else outcome for outcome in outcomes]
 
     def _take(self, block: bool) -> Room | None:
         """An idle room, or a new one where there may be more; None where there is none and the caller has other work."""
@@ -263,9 +274,9 @@ class Sandbox:
             self._free.notify()
         room.kill()
 
-    def _wait(self, at_work: Sequence[Room]) -> list[tuple[Room, Outcome]]:
+    def _wait(self, at_work: Sequence[Room], end: float) -> list[tuple[Room, Outcome]]:
         """Waits for the next replies; what a room that ended or overran owes is made up here, and the room given up."""
-        readable, done = _readable(at_work), []
+        readable, done = _readable(at_work, end), []
         for room in at_work:
             try:
                 reply = room.receive() if room in readable else None
@@ -282,11 +293,12 @@ class Sandbox:
         return done
 
 
-def _readable(rooms: Sequence[Room]) -> set[Room]:
+def _readable(rooms: Sequence[Room], end: float = math.inf) -> set[Room]:
+    """The rooms that have something to say; waits for the first, or until one is overdue or `end` has come."""
     with selectors.DefaultSelector() as selector:
         for room in rooms:
             selector.register(room.replies, selectors.EVENT_READ, room)
-        pause = max(0.0, min(room.deadline for room in rooms) - time.monotonic())
+        pause = max(0.0, min(end, *(room.deadline for room in rooms)) - time.monotonic())
         return {key.data for key, _ in selector.select(pause)}
 
 

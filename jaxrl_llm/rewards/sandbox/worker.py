@@ -279,7 +279,7 @@ def probe() -> dict[str, str]:
     user = kernel.CLONE_NEWUSER
     attempts = {
         "user namespace": lambda: kernel.unshare(user),
-        "mount namespace": lambda: kernel.unshare(user | kernel.CLONE_NEWNS),
+        "mount namespace": _try_mounts,
         "pid namespace": lambda: kernel.unshare(user | kernel.CLONE_NEWPID),
         "network namespace": lambda: kernel.unshare(user | kernel.CLONE_NEWNET),
         "ipc namespace": lambda: kernel.unshare(user | kernel.CLONE_NEWIPC),
@@ -302,6 +302,13 @@ def probe() -> dict[str, str]:
         os.close(read)
         os.waitpid(child, 0)
     return found
+
+
+def _try_mounts() -> None:
+    """Some hosts let users make namespaces and refuse what they are for."""
+    kernel.unshare(kernel.CLONE_NEWUSER | kernel.CLONE_NEWNS)
+    kernel.mount("none", "/", None, kernel.MS_REC | kernel.MS_PRIVATE)
+    kernel.make_read_only("/")  # in this namespace, which ends with this process
 
 
 def _try_filter() -> None:
