@@ -1,6 +1,7 @@
 """The pool of rooms: what comes back, each limit, order and threads, rooms that end, and the refusal where code cannot be isolated."""
 
 import dataclasses
+import json
 import os
 import pathlib
 import signal
@@ -253,6 +254,21 @@ def test_closing_ends_what_is_under_way(make):
 
 
 @needs_isolation
+def test_closing_leaves_no_process(make):
+    sandbox = make(workers=2)
+    sandbox.run([Job("import time\ndef f(): time.sleep(0.2)", "f")] * 2)
+    launchers = [room.process.pid for room in sandbox._rooms]
+    keepers = [int(pathlib.Path(f"/proc/{pid}/task/{pid}/children").read_text().split()[0]) for pid in launchers]
+    assert len(keepers) == 2
+    sandbox.close()
+    for _ in range(100):
+        if not any(pathlib.Path(f"/proc/{pid}").exists() for pid in launchers + keepers):
+            return
+        time.sleep(0.1)
+    pytest.fail("a room outlived its pool by 10 s")
+
+
+@needs_isolation
 def test_an_interrupted_call_leaves_no_stale_room(make, monkeypatch):
     sandbox = make(wall_s=60.0)
     call(sandbox, "def f(): return 1")
@@ -287,32 +303,35 @@ def test_rooms_end_when_their_parent_is_gone(run_python):
     pytest.fail("the room outlived its parent by 10 s")
 
 
+NO_NETWORK = "import socket\ndef look():\n  try: socket.socket()\n  except PermissionError: return 'refused'"
+
+
 @needs_isolation
-def test_an_ordinary_user_may_use_it_too(repo):
-    """The room as another user than root makes it: the same result from the same self-test."""
+@pytest.mark.parametrize("isolated, code, value", [(True, pool.SELF_TEST, pool.SELF_TEST_RESULT), (False, NO_NETWORK, "refused")])
+def test_an_ordinary_user_may_use_it_too(repo, isolated, code, value):
+    """The room as another user than root makes it, asked by hand."""
     if os.getuid() != 0 or not pathlib.Path("/usr/bin/python3").exists():
         pytest.skip("the other tests ran as an ordinary user already, or there is no Python that one could run")
-    code = (
+    program = (
         "import json, struct, subprocess, sys\n"
-        "worker, test, limits = sys.argv[1], sys.argv[2], sys.argv[3]\n"
-        "options = json.dumps({'isolated': True, 'packages': [], 'preload': ['socket', 'ctypes']})\n"
+        "worker, options, code, limits = sys.argv[1:]\n"
         "room = subprocess.Popen([sys.executable, '-S', '-s', '-P', '-B', worker, options], stdin=-1, stdout=-1, env={})\n"
         "def reply():\n"
         "  header, body = struct.unpack('>II', room.stdout.read(8))\n"
         "  return json.loads(room.stdout.read(header)), room.stdout.read(body)\n"
         "assert reply()[0] == {'ready': True}\n"
-        "body = json.dumps({'code': test, 'function': 'look', 'args': [], 'kwargs': {}, 'as_bool': False})\n"
+        "body = json.dumps({'code': code, 'function': 'look', 'args': [], 'kwargs': {}, 'as_bool': False})\n"
         "room.stdin.write(struct.pack('>II', len(limits), len(body)) + limits.encode() + body.encode())\n"
         "room.stdin.flush()\n"
         "print(reply()[1].decode())\n"
     )
     worker = repo / "jaxrl_llm" / "rewards" / "sandbox" / "worker.py"
-    arguments = [str(worker), pool.SELF_TEST, pool.json.dumps(dataclasses.asdict(Limits()))]
-    command = ["/usr/bin/python3", "-c", code, *arguments]
+    options = json.dumps({"isolated": isolated, "packages": [], "preload": ["socket", "ctypes"]})
+    command = ["/usr/bin/python3", "-c", program, str(worker), options, code, json.dumps(dataclasses.asdict(Limits()))]
     done = subprocess.run(command, user=12345, group=12345, extra_groups=[], capture_output=True, text=True, cwd="/", timeout=120, env={})
     if "Permission denied" in done.stderr or "No module named" in done.stderr:
         pytest.skip("another user cannot read this checkout")
-    assert pool.json.loads(done.stdout) == {"value": pool.SELF_TEST_RESULT}, done.stderr
+    assert json.loads(done.stdout) == {"value": value}, done.stderr
 
 
 # --- refusal ---

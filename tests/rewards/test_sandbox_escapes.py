@@ -155,6 +155,12 @@ def test_there_are_enough():
     assert sum(attack.outside for attack in ATTACKS) >= 20
 
 
+def test_the_search_through_memory_finds_what_is_there(host, sandboxes):
+    attack = next(attack for attack in ATTACKS if attack.name == "find_another_s_data_in_memory")
+    planted = host["facts"] | {"planted": ["the data of the row before"]}
+    assert sandboxes(1).run([Job(attack.code, attack.name, [planted])])[0].value is True
+
+
 POLLUTION = """
 import builtins, json, os, re, sys, signal, random, decimal, tempfile
 def f(x):

@@ -91,7 +91,9 @@ def set_capabilities(mask: int) -> None:
 
 
 def drop_all_powers() -> None:
-    """No capability now, none by running a program, none for being root, and no way to get one. Raises OSError where that fails."""
+    """No capability now, none by running a program, none for being root, and no way to get one. Raises OSError where that fails; no_new_privs,
+    which needs no rights, is on by then."""
+    prctl(PR_SET_NO_NEW_PRIVS, 1)
     for capability in range(HIGHEST_CAPABILITY + 1):
         try:
             prctl(PR_CAPBSET_DROP, capability)
@@ -102,7 +104,6 @@ def drop_all_powers() -> None:
     with contextlib.suppress(OSError):  # not allowed without a user namespace of one's own; no_new_privs then stands alone
         prctl(PR_SET_SECUREBITS, NO_ROOT_POWERS)
     set_capabilities(0)
-    prctl(PR_SET_NO_NEW_PRIVS, 1)
 
 
 def landlock_version() -> int:

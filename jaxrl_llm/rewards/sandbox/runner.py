@@ -80,4 +80,4 @@ def describe(error: BaseException) -> str:
             line = trace.tb_lineno
         trace = trace.tb_next
     place = f" (line {line})" if line else ""
-    return f"{type(error).__name__}: {text}"[:LONGEST_LINE] + place
+    return (f"{type(error).__name__}: {text}" if text else type(error).__name__)[:LONGEST_LINE] + place
