@@ -54,6 +54,12 @@ def send(descriptor: int, header: dict, body: bytes = b"") -> None:
         view = view[os.write(descriptor, view) :]
 
 
+def told(error: OSError) -> str:
+    """The call that was refused and why, without the number; the file where there is one."""
+    text = error.strerror or str(error) or "refused"
+    return f"{text}: {error.filename}" if error.filename else text
+
+
 def launch(options: dict) -> int:
     """The outermost process: makes the namespaces, starts the keeper in them, and waits for it."""
     os.dup2(0, REQUESTS)
@@ -73,7 +79,7 @@ def launch(options: dict) -> int:
             os._exit(keep(options))
         jail.become_nobody(keep_capabilities=False)
     except OSError as error:
-        send(REPLIES, {"fatal": str(error)})
+        send(REPLIES, {"fatal": told(error)})
         return 1
     os.close(REQUESTS)
     os.close(REPLIES)
@@ -94,7 +100,7 @@ def keep(options: dict) -> int:
         allowed = sys.platform == "linux" and syscall_filter.supported()
         filters = {leave: syscall_filter.build(leave) for leave in (False, True)} if allowed else {}
     except OSError as error:
-        send(REPLIES, {"fatal": str(error)})
+        send(REPLIES, {"fatal": told(error)})
         return 1
     prepare_interpreter(options)
     send(REPLIES, {"ready": True})
@@ -159,7 +165,7 @@ def run_check(limits: dict, payload: bytes, folder: str, isolated: bool, filters
             try:
                 jail.confine(limits, isolated, folder, filters, landlock)
             except OSError as error:
-                os.write(RESULT, runner.framed(nonce, json.dumps({"error": f"the sandbox cannot be closed: {error}"}).encode()))
+                os.write(RESULT, runner.framed(nonce, json.dumps({"error": f"the sandbox cannot be closed: {told(error)}"}).encode()))
                 os._exit(0)
             runner.run(payload, nonce, RESULT)
         finally:
@@ -293,12 +299,14 @@ def probe() -> dict[str, str]:
         if child == 0:
             try:
                 attempt()
-            except Exception as error:
-                os.write(write, str(error).encode() or b"refused")
+                os.write(write, b"works")
+            except OSError as error:
+                os.write(write, told(error).encode())
             finally:
                 os._exit(0)
         os.close(write)
-        found[name] = os.read(read, PIECE).decode()
+        said = os.read(read, PIECE).decode() or "the attempt ended its process"
+        found[name] = "" if said == "works" else said
         os.close(read)
         os.waitpid(child, 0)
     return found
