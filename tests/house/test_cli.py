@@ -222,6 +222,18 @@ def test_doctor_names_what_is_missing(capsys, monkeypatch):
     assert "a sum over the devices gives -1, not" in out and "one sum over all devices: right" not in out
 
 
+def test_doctor_says_whether_code_can_be_isolated(monkeypatch):
+    from jaxrl_llm.commands import doctor
+    from jaxrl_llm.rewards.sandbox import layers
+
+    found = dict.fromkeys([*layers.NEEDED, *layers.EXTRA], "")
+    monkeypatch.setattr(layers, "probe", lambda: found | {"landlock": "the kernel has none"})
+    assert doctor.sandbox()[-2:] == ["landlock: no: the kernel has none", "isolates: yes"]
+    monkeypatch.setattr(layers, "probe", lambda: found | {"seccomp": "refused"})
+    assert "seccomp: no: refused" in doctor.sandbox()
+    assert doctor.sandbox()[-1].startswith("refused: the sandbox cannot isolate code on this host (seccomp")
+
+
 def test_doctor_names_versions_that_do_not_fit_and_imports_that_fail(capsys, monkeypatch):
     """A jax that flax does not know is there, has devices and sums over them; nothing else works."""
     import importlib.metadata

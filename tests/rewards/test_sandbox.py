@@ -85,6 +85,28 @@ def test_a_caller_s_argument_that_is_not_json_spoils_its_own_job_only(make):
     assert "arguments are not JSON" in outcomes[0].reason and outcomes[3].value == 4
 
 
+@pytest.mark.parametrize(
+    "body",
+    [b"", b"[]", b"{}", b"null", b'"value"', b'{"value":', b'{"value": NaN}', b'{"value": -Infinity}', b"\xff", b'{"verdict": true}',
+     b'{"value": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", b'{"value": ' + b"9" * 100_000 + b"}"],
+)  # fmt: skip
+def test_a_forged_frame_of_any_kind_is_an_error(body):
+    """The frame's content is the code's: the parent reads it as it would read anything from outside."""
+    header = {"ended": "sent", "output": "", "cut": False}
+    assert pool._read(header, body, Limits()) == Outcome("error", reason="the result is not JSON")
+
+
+def test_a_reason_of_unknown_origin_is_one_printable_line():
+    body = json.dumps({"error": "a\n\x1b[31mb\x07\u2028" + "c" * 1000}).encode()
+    reason = pool._read({"ended": "sent", "output": "", "cut": False}, body, Limits()).reason
+    assert reason.startswith("a ?[31mb? ccc") and len(reason) == 400
+
+
+def test_a_check_s_room_that_cannot_be_closed_is_an_error():
+    header = {"ended": "failed", "why": "unshare: No space left on device", "output": "", "cut": False}
+    assert pool._read(header, b"", Limits()).reason == "the sandbox cannot be closed: unshare: No space left on device"
+
+
 @needs_isolation
 @pytest.mark.parametrize(
     "code, as_bool, status, reason",

@@ -332,7 +332,8 @@ def _read(header: dict, body: bytes, limits: Limits) -> Outcome:
         "cpu": ("timeout", f"used up its {limits.cpu_s} s of CPU"),
         "large": ("error", f"the result is longer than {limits.result_kb} KiB"),
         "forged": ("error", "the code wrote to the pipe of the result"),
-        "died": ("error", f"the process ended without a result ({_ending(header['code'])})"),
+        "died": ("error", f"the process ended without a result ({_ending(header.get('code', 0))})"),
+        "failed": ("error", f"the sandbox cannot be closed: {header.get('why')}"),
     }
     if header["ended"] in reasons:
         status, reason = reasons[header["ended"]]
@@ -342,9 +343,14 @@ def _read(header: dict, body: bytes, limits: Limits) -> Outcome:
         kind, content = next(iter(answer.items()))
         if kind == "value":
             return Outcome("value", content, output=output)
-        return Outcome({"error": "error", "exhausted": "timeout"}[kind], reason=str(content)[:400], output=output)
+        return Outcome({"error": "error", "exhausted": "timeout"}[kind], reason=_one_line(str(content)), output=output)
     except (ValueError, RecursionError, AttributeError, StopIteration, KeyError):
         return Outcome("error", reason="the result is not JSON", output=output)
+
+
+def _one_line(text: str) -> str:
+    """Text of unknown origin for a log: one line of printable characters."""
+    return "".join(letter if letter.isprintable() else "?" for letter in " ".join(text.split()))[:400]
 
 
 def _refuse(constant: str) -> None:

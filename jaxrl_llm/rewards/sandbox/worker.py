@@ -140,7 +140,10 @@ def supervise(isolated: bool, filters: dict[bool, bytes], landlock: int) -> None
     limits = json.loads(read_exactly(REQUESTS, header))
     payload = read_exactly(REQUESTS, body)
     if isolated:
-        jail.enter_check(limits["disk_mb"])
+        try:
+            jail.enter_check(limits["disk_mb"])
+        except OSError as error:  # the host's limit on namespaces, or its memory: the next request may find more
+            return send(REPLIES, {"ended": "failed", "why": told(error), "output": "", "cut": False})
         reply = run_check(limits, payload, jail.OWN, True, filters, landlock)
     else:
         if sys.platform == "linux":
