@@ -35,6 +35,7 @@ setup(
         "jaxrl_llm.losses",
         "jaxrl_llm.report",
         "jaxrl_llm.rewards",
+        "jaxrl_llm.rewards.sandbox",
         "jaxrl_llm.train",
         "configs",
         "experiments",

@@ -39,6 +39,7 @@ def run(config: Any = None, workdir: str | None = None) -> int:
         ("devices", devices(problems)),
         ("compilation cache", compilation_cache()),
         ("optional", optional()),
+        ("sandbox", sandbox()),
     ):
         print(f"{title}\n" + "\n".join(f"  {line}" for line in lines))
     print("\n".join(["problems", *(f"  {line}" for line in problems)]) if problems else "all that is needed works")
@@ -177,6 +178,15 @@ def optional() -> list[str]:
     browser = next((name for name in BROWSERS if shutil.which(name)), None)
     lines.append(f"chromium: {browser}" if browser else "chromium: no; for the tests of the report page: apt-get install chromium")
     return lines
+
+
+def sandbox() -> list[str]:
+    """The layers around code that nobody vouches for, and whether they suffice here; rewards that run no such code need none of them."""
+    from jaxrl_llm.rewards.sandbox import layers
+
+    lines = [f"{name}: " + (f"no: {why}" if why else "yes") for name, why in layers.probe().items()]
+    missing = layers.missing()
+    return [*lines, f"refused: {layers.refusal(missing)}" if missing else "isolates: yes"]
 
 
 if __name__ == "__main__":

@@ -207,6 +207,7 @@ def test_a_module_made_by_hand_is_no_sibling(monkeypatch):
 def test_doctor_reports_and_finds_all_right(run_python):
     out = run_python("from jaxrl_llm import cli; raise SystemExit(cli.main(['doctor']))", devices=4)
     assert "4 x cpu" in out and "one sum over all devices: right" in out and "all that is needed works" in out
+    assert "user namespace: " in out and ("isolates: yes" in out or "refused: the sandbox cannot isolate" in out)
 
 
 def test_doctor_names_what_is_missing(capsys, monkeypatch):
@@ -219,6 +220,18 @@ def test_doctor_names_what_is_missing(capsys, monkeypatch):
     out = capsys.readouterr().out
     assert "no-such-package is not installed" in out and "no_such_module: no; for a use: pip install it" in out
     assert "a sum over the devices gives -1, not" in out and "one sum over all devices: right" not in out
+
+
+def test_doctor_says_whether_code_can_be_isolated(monkeypatch):
+    from jaxrl_llm.commands import doctor
+    from jaxrl_llm.rewards.sandbox import layers
+
+    found = dict.fromkeys([*layers.NEEDED, *layers.EXTRA], "")
+    monkeypatch.setattr(layers, "probe", lambda: found | {"landlock": "the kernel has none"})
+    assert doctor.sandbox()[-2:] == ["landlock: no: the kernel has none", "isolates: yes"]
+    monkeypatch.setattr(layers, "probe", lambda: found | {"seccomp": "refused"})
+    assert "seccomp: no: refused" in doctor.sandbox()
+    assert doctor.sandbox()[-1].startswith("refused: the sandbox cannot isolate code on this host (seccomp")
 
 
 def test_doctor_names_versions_that_do_not_fit_and_imports_that_fail(capsys, monkeypatch):
