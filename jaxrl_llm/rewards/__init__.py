@@ -4,5 +4,6 @@ verdict.py      Status, Verdict, RewardInput, reward_values
 registry.py     rewards by name; scoring a batch so that an exception becomes an ERROR verdict
 maths.py        answers of maths problems: exact, numeric, then symbolic equality
 symbolic.py     the worker processes behind the symbolic check (symbolic_worker.py), with a hard time limit
-constraints.py  rules that a text must follow, by name; the table is constraint_rules.py, the counting text_measures.py
+constraints/    constraints that a text must follow, by name, and the reward that reads them from a row
+text_measures.py  words, sentences and whether a text is English: what several constraints count
 """

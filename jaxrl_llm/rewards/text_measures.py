@@ -2,8 +2,10 @@
 
 import re
 
-_WORD = re.compile(r"\w+")
-_TERMINATOR = re.compile(r"[.!?…]+[\"'”’)\]*_]*(?=\s|$)|[。！？।]+")
+import regex
+
+_WORD = regex.compile(r"\w+")  # unlike re, its \w holds combining marks, without which Hindi words fall apart
+_TERMINATOR = re.compile(r"(?<![.!?…])[.!?…]+[\"'”’)\]*_]*(?=\s|$)|[。！？।]+")
 _ABBREVIATION_LIST = (
     "mr mrs ms mx dr prof rev hon gen col capt sgt lt sr jr st mt ft vs etc al cf ca approx dept est fig no nos vol pp ed eds inc ltd "
     "co corp e.g i.e a.m p.m u.s u.k jan feb mar apr jun jul aug sep sept oct nov dec"
@@ -16,6 +18,7 @@ _ENGLISH_LIST = (
     "i my me so do does did all any some more very just because while after before"
 )
 _ABBREVIATIONS, _ENGLISH = frozenset(_ABBREVIATION_LIST.split()), frozenset(_ENGLISH_LIST.split())
+LOOK_BACK = 60  # characters before a full stop that say whether it ends an abbreviation or a list number
 MIN_WORDS_FOR_LANGUAGE = 8
 ENGLISH_SHARE = 0.2  # English prose has 0.35 to 0.5 of these words; German, French, Spanish, Italian, Dutch below 0.12
 
@@ -50,7 +53,7 @@ def sentences(text: str) -> list[str]:
     """
     found, start = [], 0
     for match in _TERMINATOR.finditer(text):
-        if _ends_sentence(text[start : match.start()], match[0], text[match.end() :][:40]):
+        if _ends_sentence(text[max(start, match.start() - LOOK_BACK) : match.start()], match[0], text[match.end() : match.end() + 40]):
             found.append(text[start : match.end()])
             start = match.end()
     found.append(text[start:])
