@@ -35,7 +35,7 @@ def back_translate(response: str, number: int, seed: int = 0, only: Sequence[str
             raise UserError(f"unknown constraint {name!r}; {nearest(name, TABLE)}")
         if TABLE[name].derive is None:
             raise UserError(f"constraint {name} cannot be read off a response: leave it out of `only`")
-    rng = random.Random(f"{seed} {response}")
+    rng = _random(seed, response)
     candidates = sorted(name for name in (TABLE if only is None else only) if TABLE[name].derive is not None)
     candidates.sort(key=lambda name: rng.random() ** (1 / (COMMON_SHARE if name in _COMMON else 1.0)), reverse=True)
     found: list[dict[str, Any]] = []
@@ -43,11 +43,15 @@ def back_translate(response: str, number: int, seed: int = 0, only: Sequence[str
         if len(found) >= number:
             break
         derive = TABLE[name].derive
-        kwargs = derive(response, random.Random(f"{seed} {name} {response}")) if derive else None
+        kwargs = derive(response, _random(seed, name, response)) if derive else None
         if kwargs is None or not _kept(name, kwargs, response):
             continue
         found.append({"name": name, "kwargs": kwargs, "text": describe(name, **kwargs)})
     return found
+
+
+def _random(*parts: Any) -> random.Random:
+    return random.Random(" ".join(map(str, parts)).encode("utf-8", "surrogatepass"))
 
 
 def _kept(name: str, kwargs: dict[str, Any], response: str) -> bool:

@@ -179,7 +179,7 @@ def _absent_phrases(response: str, rng: random.Random):
 )  # fmt: skip
 def _forbidden_phrases(response: str, phrases: list[str]) -> Found:
     spelt = " ".join(response.lower().split())
-    present = [phrase for phrase in phrases if " ".join(phrase.lower().split()) in spelt]
+    present = [phrase for phrase in phrases if whole_word(" ".join(phrase.split())).search(spelt)]
     return not present, f"present: {', '.join(present)}" if present else "no forbidden phrase"
 
 

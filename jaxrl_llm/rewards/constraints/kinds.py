@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from numbers import Integral, Real
 from typing import Any
 
 RELATIONS = ("at least", "less than")
 LONGEST_LIST = 1000
+MOST = 1e300
 Kind = Callable[[Any], Any]
 
 
@@ -36,22 +38,27 @@ def place(value: Any) -> int:
     return found
 
 
+def _is_number(value: Any) -> bool:
+    """Whether a value is an int or a finite float, of Python or of numpy, not a bool."""
+    return isinstance(value, Real) and not isinstance(value, bool) and (isinstance(value, Integral) or math.isfinite(value))
+
+
 def _whole(value: Any, least: float, wanted: str) -> int:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value != int(value) or value < least:
+    if not _is_number(value) or value != int(value) or value < least:
         raise WrongKind(wanted)
     return int(value)
 
 
 def number(value: Any) -> float:
     """A finite number."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    if not _is_number(value) or abs(value) > MOST:
         raise WrongKind("a finite number")
     return float(value)
 
 
 def share(value: Any) -> float:
     """A number from 0 to 1."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
+    if not _is_number(value) or not 0 <= value <= 1:
         raise WrongKind("a number from 0 to 1")
     return float(value)
 

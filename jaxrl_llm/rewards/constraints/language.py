@@ -69,14 +69,27 @@ _FREQUENT = {
         ur="کے کی میں ہے اور سے کا کو پر نے کہ یہ ہیں بھی نہیں ایک تھا ہو اس وہ تمام ہوئے انہیں کرنا",
     ),
 }
-_WORDS_OF = {script: {code: frozenset(found.split()) for code, found in sets.items()} for script, sets in _FREQUENT.items()}
 # Letters that only one of the languages sharing a script writes; each counts as much as a frequent word.
 _LETTERS = {"ru": "ыэё", "uk": "іїєґ", "bg": "ъ", "fa": "پچژگ", "ur": "ٹڈڑےںھہ", "ar": "ةىإأ", "de": "ß"}
 _LETTERS |= {"vi": "ơưđạảấầẩậắằẵặẹẻẽếềểễệỉịọỏốồổỗộớờởỡợụủứừửữựỳỵ"}
 _LETTERS |= {"pl": "łąęśźż", "cs": "ěřů", "hu": "őű", "ro": "șță", "tr": "ğış", "pt": "ãõ", "es": "ñ¿¡", "da": "æ", "mr": "ळ"}
-_SHARED_LETTERS = {"fa": "ur"}  # Urdu writes the Persian letters too
+_URDU_ONLY = frozenset("ٹڈڑےںہھ")
 _WORD = re.compile(r"[^\s\d.,;:!?()\[\]{}\"'«»“”‘’…/*_#<>|~`+=،؟؛۔।。！？-]+")
 LOOK_AT = 5_000  # characters; a language shows in far fewer
+
+
+
+def _signs(script: str) -> dict[str, list[str]]:
+    """Word or letter -> the languages of a script that it speaks for."""
+    found: dict[str, list[str]] = {}
+    for code, frequent in _FREQUENT[script].items():
+        for sign in [*dict.fromkeys(frequent.split()), *_LETTERS.get(code, "")]:
+            found.setdefault(sign, []).append(code)
+    return found
+
+
+_SIGNS = {script: _signs(script) for script in _FREQUENT}
+_MARKS = {script: frozenset("".join(_LETTERS.get(code, "") for code in _FREQUENT[script])) for script in _FREQUENT}
 
 # One sentence a language for examples of constraints.
 SAMPLES = {
@@ -125,18 +138,20 @@ def detect(text: str) -> str | None:
     script = max(counts, key=lambda name: counts[name])
     if script in _ALONE:
         return _ALONE[script]
-    return _by_words(text.lower(), script) if script in _WORDS_OF else None
+    return _by_words(text.lower(), script) if script in _SIGNS else None
 
 
 def _by_words(text: str, script: str) -> str | None:
-    found, letters = Counter(_WORD.findall(text)), Counter(text)
-    scores = {code: sum(found[word] for word in frequent) for code, frequent in _WORDS_OF[script].items()}
-    for code in scores:
-        scores[code] += sum(letters[char] for char in _LETTERS.get(code, ""))
-    for lender, user in _SHARED_LETTERS.items():
-        if script == "Arabic" and scores[user] and any(letters[char] for char in "ٹڈڑےںہھ"):
-            scores[user] += scores[lender]
-            scores[lender] = 0
+    """The language with most frequent words and letters of its own; the first of the table where two have as many."""
+    found, scores = Counter(_WORD.findall(text)), dict.fromkeys(_FREQUENT[script], 0)
+    for word, times in found.items():
+        signs = {word, *(_MARKS[script] & set(word))}
+        for sign in signs:
+            for code in _SIGNS[script].get(sign, ()):
+                scores[code] += times * (word == sign or word.count(sign))
+    if "ur" in scores and scores["ur"] and _URDU_ONLY & set(text):  # Urdu writes the letters of Persian too
+        scores["ur"] += scores["fa"]
+        scores["fa"] = 0
     best = max(scores, key=lambda code: scores[code])
     return best if scores[best] > 0 else None
 

@@ -7,7 +7,7 @@ import random
 from jaxrl_llm.rewards.constraints import samples
 from jaxrl_llm.rewards.constraints.kinds import Optional, count, positive, share
 from jaxrl_llm.rewards.constraints.table import Found, between, compare, constraint
-from jaxrl_llm.rewards.text_measures import count_sentences, sentences, words
+from jaxrl_llm.rewards.text_measures import count_sentences, count_words, sentences, words
 
 
 def paragraphs(response: str) -> list[str]:
@@ -48,16 +48,12 @@ def _range_of(measure):
     return derive
 
 
-def _count_words(response: str) -> int:
-    return len(words(response))
-
-
 @constraint(
-    "length:words", "Write between {low} and {high} words.", examples=_range_examples(samples.words, 5, 80), derive=_range_of(_count_words),
-    low=count, high=count,
+    "length:words", "Write between {low} and {high} words (in Chinese and Japanese: characters).",
+    examples=_range_examples(samples.words, 5, 80), derive=_range_of(count_words), low=count, high=count,
 )  # fmt: skip
 def _words(response: str, low: int, high: int) -> Found:
-    return between(_count_words(response), low, high, "words")
+    return between(count_words(response), low, high, "words")
 
 
 @constraint(

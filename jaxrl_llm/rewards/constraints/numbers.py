@@ -11,8 +11,10 @@ from jaxrl_llm.rewards.constraints import samples
 from jaxrl_llm.rewards.constraints.kinds import count, number, positive, word
 from jaxrl_llm.rewards.constraints.table import Found, between, compare, constraint
 
-# 12, 1,234.5, -3, .5, 2e10; the digits of a word (B2, 3rd) are no number, and a date or version (1.2.3) is none.
-_NUMBER = re.compile(r"(?<![\w.,])[-−+]?(?:\d{1,3}(?:,\d{3}){1,20}(?![\d,])|\d{1,400})?(?:\.\d{1,400})?(?:[eE][-+]?\d{1,4})?(?![\w])(?!\.\d)")
+# 12, 1,234.5, -3, .5, 2e10; the digits of a word (B2, 3rd, C-3) are no number, and a version (1.2.3) is none.
+_NUMBER = re.compile(
+    r"(?<![\w.])(?<![^\W\d]-)[-−+]?(?:\d{1,3}(?:,\d{3}){1,20}(?![\d,])|\d{1,400})?(?:\.\d{1,400})?(?:[eE][-+]?\d{1,4})?(?!\w|\.\d)"
+)
 _DATE = re.compile(r"(?<![\d-])(\d{4})-(\d{2})-(\d{2})(?![\d-])")
 
 

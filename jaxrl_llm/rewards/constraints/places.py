@@ -228,8 +228,8 @@ def _capital_start(rng: random.Random):
 
 @constraint("change_case:sentence_starts", "Start every sentence with a capital letter.", examples=_capital_start, derive=_no_parameters)
 def _sentence_capitals(response: str) -> Found:
-    found = sentences(response)
-    wrong = [sentence for sentence in found if next((char for char in sentence if char.isalpha()), "A").islower()]
+    found = sentences(response, before_small=True)
+    wrong = [sentence for sentence in found if next((char for char in sentence if char.isalnum()), "A").islower()]
     return not wrong, f"{len(wrong)} of {len(found)} sentences start with a small letter"
 
 
