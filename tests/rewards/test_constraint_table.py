@@ -29,6 +29,12 @@ def test_the_table_holds_ifeval_and_at_least_forty_more():
     assert groups >= {"length", "keywords", "startend", "copy", "punctuation", "change_case", "format", "numbers", "citations", "language", "tools", "logic"}
 
 
+def test_the_document_lists_every_constraint(repo):
+    page = (repo / "docs/constraints.md").read_text(encoding="utf-8")
+    listed = [line.split("`")[1] for line in page.partition("## All types")[2].splitlines() if line.startswith("| `")]
+    assert tuple(listed) == names(), "run python docs/constraints_table.py"
+
+
 def test_a_name_is_declared_once():
     with pytest.raises(ValueError, match="declared twice"):
         constraint("punctuation:no_comma", "", examples=lambda rng: ({}, "", ""))(lambda response: (True, ""))

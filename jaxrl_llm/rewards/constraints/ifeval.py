@@ -256,7 +256,7 @@ def _two_responses(response: str):
 
 @constraint(
     "combination:repeat_prompt", "First repeat this request word for word, then answer it: {prompt_to_repeat}", examples=examples.repeat,
-    derive=derive.repeat, prompt_to_repeat=text,
+    prompt_to_repeat=text,
 )  # fmt: skip
 def _repeat_prompt(response: str, prompt_to_repeat: str):
     found = response.strip().lower().startswith(prompt_to_repeat.strip().lower())

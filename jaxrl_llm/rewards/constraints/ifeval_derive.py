@@ -130,11 +130,6 @@ def sections(response: str, rng: random.Random) -> Parameters | None:
     return {"section_spliter": head, "num_sections": times}
 
 
-def repeat(response: str, rng: random.Random) -> Parameters | None:
-    """Never proposed: the request to repeat is not the response's to choose."""
-    return None
-
-
 def end(response: str, rng: random.Random) -> Parameters | None:
     """Its last words."""
     last = response.strip().strip('"').split()[-rng.randint(3, 6) :]

@@ -49,7 +49,9 @@ def _shared_language(response: str, rng: random.Random):
     derive=_shared_language, language=language,
 )  # fmt: skip
 def _every_paragraph(response: str, language: str) -> Found:
-    found = [detect(block) for block in paragraphs(response)]
+    blocks = paragraphs(response)
+    known = {block: detect(block) for block in set(blocks)}
+    found = [known[block] for block in blocks]
     other = [place for place, code in enumerate(found, 1) if code not in (language, None)]
     return language in found and not other, f"paragraphs in another language: {other[:20]}"
 
