@@ -8,7 +8,7 @@ import pytest
 
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.rewards.constraints import ConstraintsReward, back_translate, check, check_strict, describe, example, names
-from jaxrl_llm.rewards.constraints.patterns import count_matches, nested_repetition
+from jaxrl_llm.rewards.constraints.patterns import count_matches, nested_repetition, written_out
 from jaxrl_llm.rewards.constraints.table import TABLE
 from jaxrl_llm.rewards.verdict import RewardInput, Status
 
@@ -131,7 +131,20 @@ def test_others_are_taken(pattern):
     assert check("format:matches", "zzz", pattern=pattern).status is Status.FAIL
 
 
-@pytest.mark.parametrize("pattern", ["(", "[", "a{99999999999}", "*", "(?P<a", "\\", "a" * 501, "", 3])
+@pytest.mark.parametrize(
+    "pattern, size", [("(ab{3}){5}", 20), ("a{2,}b", 3), (r"[abc]{,4}\d", 5), ("a{x}", 4), ("((a{10}){10}){10}", 1000), ("", 0), (r"\(a\){3}", 5)]
+)
+def test_the_size_of_a_pattern(pattern, size):
+    assert written_out(pattern) == size
+
+
+@pytest.mark.parametrize("pattern", ["((a{1000}){1000}){1000}", "(?:a{200}){200}", "a{10001}", "a{0,99999999999999999999}"])
+def test_a_pattern_that_would_fill_the_memory_is_refused_before_it_is_compiled(pattern):
+    with pytest.raises(UserError, match="at most 10000 parts"):
+        check("format:matches", "a", pattern=pattern)
+
+
+@pytest.mark.parametrize("pattern", ["(", "[", "*", "(?P<a", "\\", "a" * 501, "", 3])
 def test_no_pattern(pattern):
     with pytest.raises(UserError, match="it must be a regular expression"):
         check("format:matches", "a", pattern=pattern)

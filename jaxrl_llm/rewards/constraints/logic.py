@@ -18,7 +18,7 @@ from jaxrl_llm.rewards.constraints.kinds import Optional, WrongKind, place, text
 from jaxrl_llm.rewards.constraints.lengths import lines, paragraphs
 from jaxrl_llm.rewards.constraints.markdown import split_code
 from jaxrl_llm.rewards.constraints.structured import tagged
-from jaxrl_llm.rewards.constraints.table import TABLE, Found, Undecidable, constraint, evaluate, validate
+from jaxrl_llm.rewards.constraints.table import Found, Undecidable, constraint, evaluate, say, validate
 from jaxrl_llm.rewards.text_measures import sentences
 from jaxrl_llm.rewards.verdict import Status, Verdict
 
@@ -69,11 +69,7 @@ def _depth(value: Any) -> int:
 
 def sentence(found: Part) -> str:
     """How a prompt asks for a part of a composition."""
-    name, accepted = found
-    asked = TABLE[name].sentence
-    if callable(asked):
-        return asked(**accepted)
-    return asked.format(**{key: ", ".join(map(str, value)) if isinstance(value, list) else value for key, value in accepted.items()})
+    return say(*found)
 
 
 def _judged(response: str, found: list[Part]) -> list[Verdict]:

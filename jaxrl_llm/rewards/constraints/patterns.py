@@ -20,6 +20,8 @@ LONGEST_PATTERN = 500
 # A class or escape is one character; a group of one repeated character, repeated again: (a+)+, ([a-z]*)*, (?:\w+){2,}.
 _ONE = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*+\]", re.DOTALL)
 _NESTED = re.compile(r"\((?:\?:)?[^()|*+?{}][*+]\??\)(?:[*+]|\{\d{0,9},\})")
+_COUNT = re.compile(r"\{(\d{0,30})(?:,(\d{0,30}))?\}")
+LARGEST = 10_000  # characters of a pattern whose counts are written out: the module's memory grows with them when it compiles
 SECONDS = 0.02  # of the processor for one pattern on one response; the `regex` module looks at the clock while it backtracks
 
 
@@ -29,6 +31,8 @@ def pattern(value) -> str:
         raise WrongKind("a regular expression")
     if len(value) > LONGEST_PATTERN:
         raise WrongKind(f"a regular expression of at most {LONGEST_PATTERN} characters")
+    if written_out(value) > LARGEST:
+        raise WrongKind(f"a regular expression that, with its counts written out, has at most {LARGEST} parts")
     try:
         compiled(value)
     except (regex.error, OverflowError, RecursionError, ValueError) as error:
@@ -48,6 +52,27 @@ def compiled(value: str) -> regex.Pattern:
 def nested_repetition(value: str) -> bool:
     """Whether a group that holds nothing but a repetition is itself repeated without bound, which doubles the work with each character."""
     return _NESTED.search(_ONE.sub("c", value)) is not None
+
+
+def written_out(value: str) -> int:
+    """How many characters, classes and escapes a pattern has once its counts are written out: (ab{3}){5} has twenty."""
+    spelt, sizes, last, place = _ONE.sub("c", value), [0], 0, 0  # sizes of the open groups; of the part that was just read
+    while place < len(spelt):
+        char, counted = spelt[place], _COUNT.match(spelt, place)
+        place = counted.end() if counted else place + 1
+        if counted:
+            times = max(int(counted[1] or 0), int(counted[2] or 0), 1)
+            sizes[-1] += last * (times - 1)
+            last *= times
+        elif char == "(":
+            sizes.append(0)
+        elif char == ")" and len(sizes) > 1:
+            last = max(sizes.pop(), 1)
+            sizes[-1] += last
+        else:
+            last = 1
+            sizes[-1] += 1
+    return sum(sizes)
 
 
 def count_matches(value: str, text: str, most: int = 10_000) -> int:

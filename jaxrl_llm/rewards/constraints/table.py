@@ -129,7 +129,12 @@ def check(name: str, response: str, /, **kwargs: Any) -> Verdict:
 
 def describe(name: str, /, **kwargs: Any) -> str:
     """The sentence that asks for a constraint. Raises UserError as `validate` does."""
-    accepted, sentence = validate(name, kwargs), TABLE[name].sentence
+    return say(name, validate(name, kwargs))
+
+
+def say(name: str, accepted: Mapping[str, Any]) -> str:
+    """`describe` with parameters that `validate` returned."""
+    sentence = TABLE[name].sentence
     if callable(sentence):
         return sentence(**accepted)
     return sentence.format(**{key: listed(value) if isinstance(value, list) else value for key, value in accepted.items()})
