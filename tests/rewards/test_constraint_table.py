@@ -64,7 +64,13 @@ def test_the_sentence_names_every_parameter(name):
             continue  # their parameters are said in words
         for value in kwargs.values():
             for entry in value if isinstance(value, list) else [value]:
-                assert str(entry) in said or json.dumps(entry) in said or re.search(r"(first|last|\dth|\drd|\dnd) (sentence|paragraph)", said)
+                assert str(entry) in said or json.dumps(entry) in said or re.search(r"(first|last|\dth|\drd|\dnd) (sentence|paragraph)|exactly once", said)
+
+
+@pytest.mark.parametrize("low, high, said", [(1, 1, "exactly once"), (3, 3, "exactly 3 times"), (1, 3, "1 to 3 times"), (0, 0, "exactly 0 times")])
+def test_how_often_is_said(low, high, said):
+    assert describe("keywords:count", word="cat", low=low, high=high) == f'Use the word "cat" {said}.'
+    assert describe("format:headings", low=low, high=high, level=2).endswith("markdown headings of level 2.")
 
 
 @pytest.mark.parametrize("name", names())

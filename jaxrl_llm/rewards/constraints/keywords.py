@@ -157,7 +157,7 @@ def _derive_count(response: str, rng: random.Random):
 
 
 @constraint(
-    "keywords:count", lambda word, low, high: f'Use the word "{word}" ' + (f"exactly {low} times." if low == high else f"{low} to {high} times."),
+    "keywords:count", 'Use the word "{word}" {times}.',
     examples=_count_examples, derive=_derive_count, word=text, low=count, high=count,
 )  # fmt: skip
 def _count(response: str, word: str, low: int, high: int) -> Found:

@@ -106,7 +106,7 @@ def _chinese_of(response: str, rng: random.Random):
 
 
 @constraint(
-    "language:chinese_characters", "Write {low} to {high} Chinese characters.", examples=_chinese_examples, derive=_chinese_of,
+    "language:chinese_characters", "Write {range} Chinese characters.", examples=_chinese_examples, derive=_chinese_of,
     low=count, high=count,
 )  # fmt: skip
 def _chinese_characters(response: str, low: int, high: int) -> Found:

@@ -49,7 +49,7 @@ def _range_of(measure):
 
 
 @constraint(
-    "length:words", "Write between {low} and {high} words (in Chinese and Japanese: characters).",
+    "length:words", "Write {range} words (in Chinese and Japanese: characters).",
     examples=_range_examples(samples.words, 5, 80), derive=_range_of(count_words), low=count, high=count,
 )  # fmt: skip
 def _words(response: str, low: int, high: int) -> Found:
@@ -57,7 +57,7 @@ def _words(response: str, low: int, high: int) -> Found:
 
 
 @constraint(
-    "length:sentences", "Write between {low} and {high} sentences.", examples=_range_examples(samples.prose, 2, 9),
+    "length:sentences", "Write {range} sentences.", examples=_range_examples(samples.prose, 2, 9),
     derive=_range_of(count_sentences), low=count, high=count,
 )  # fmt: skip
 def _sentences(response: str, low: int, high: int) -> Found:
@@ -73,7 +73,7 @@ def _stripped(response: str) -> int:
 
 
 @constraint(
-    "length:characters", "Write between {low} and {high} characters, spaces included.", examples=_range_examples(_letters, 20, 200),
+    "length:characters", "Write {range} characters, spaces included.", examples=_range_examples(_letters, 20, 200),
     derive=_range_of(_stripped), low=count, high=count,
 )  # fmt: skip
 def _characters(response: str, low: int, high: int) -> Found:
@@ -81,7 +81,7 @@ def _characters(response: str, low: int, high: int) -> Found:
 
 
 @constraint(
-    "length:lines", "Write between {low} and {high} lines, blank ones not counted.",
+    "length:lines", "Write {range} lines, blank ones not counted.",
     examples=_range_examples(lambda rng, n: "\n".join(samples.noun(rng) for _ in range(n)), 2, 9),
     derive=_range_of(lambda text: len(lines(text))), low=count, high=count,
 )  # fmt: skip
@@ -90,7 +90,7 @@ def _lines(response: str, low: int, high: int) -> Found:
 
 
 @constraint(
-    "length:paragraphs", "Write between {low} and {high} paragraphs with blank lines between them.",
+    "length:paragraphs", "Write {range} paragraphs with blank lines between them.",
     examples=_range_examples(samples.paragraphs, 2, 5), derive=_range_of(lambda text: len(paragraphs(text))), low=count, high=count,
 )  # fmt: skip
 def _paragraphs(response: str, low: int, high: int) -> Found:
@@ -125,7 +125,7 @@ def _paragraph_examples(rng: random.Random):
 
 
 @constraint(
-    "length:sentences_per_paragraph", "Give every paragraph between {low} and {high} sentences.", examples=_paragraph_examples,
+    "length:sentences_per_paragraph", "Give every paragraph {range} sentences.", examples=_paragraph_examples,
     derive=lambda response, rng: {"low": min(_sentences_each(response)), "high": max(_sentences_each(response))} if lines(response) else None,
     low=count, high=count,
 )  # fmt: skip

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from jaxrl_llm.rewards.constraints import samples
 from jaxrl_llm.rewards.constraints.kinds import Optional, count, positive, text, texts
-from jaxrl_llm.rewards.constraints.table import Found, between, compare, constraint, exactly, listed
+from jaxrl_llm.rewards.constraints.table import Found, between, compare, constraint, exactly, in_words, listed
 
 _FENCE = re.compile(r" {0,3}(`{3,}|~{3,})[ \t]*+([^\s`]*+)[^`]*+")
 _HEADING = re.compile(r" {0,3}(#{1,6})[ \t]+(.*)")
@@ -73,7 +73,7 @@ def _heading_examples(rng: random.Random):
 
 @constraint(
     "format:headings",
-    lambda low, high, level: f"Use between {low} and {high} markdown headings" + (f" of level {level}." if level else "."),
+    lambda low, high, level: f"Use {in_words(low, high)} markdown headings" + (f" of level {level}." if level else "."),
     examples=_heading_examples, derive=_exact_count(lambda text: len(headings(text))), low=count, high=count, level=Optional(positive),
 )  # fmt: skip
 def _headings(response: str, low: int, high: int, level: int | None = None) -> Found:

@@ -41,7 +41,7 @@ def _count_of(response: str, rng: random.Random):
 
 
 @constraint(
-    "numbers:count", "Give {low} to {high} numbers in digits.", examples=_count_examples, derive=_count_of, low=count, high=count,
+    "numbers:count", "Give {range} numbers in digits.", examples=_count_examples, derive=_count_of, low=count, high=count,
 )  # fmt: skip
 def _count(response: str, low: int, high: int) -> Found:
     return between(len(numbers(response)), low, high, "numbers")

@@ -196,7 +196,7 @@ def _some_mark(response: str, rng: random.Random):
 
 
 @constraint(
-    "punctuation:count", 'Use the mark "{mark}" {low} to {high} times.', examples=_number_of_marks, derive=_some_mark,
+    "punctuation:count", 'Use the mark "{mark}" {times}.', examples=_number_of_marks, derive=_some_mark,
     mark=text, low=count, high=count,
 )  # fmt: skip
 def _marks(response: str, mark: str, low: int, high: int) -> Found:

@@ -153,7 +153,7 @@ def _one_tag_examples(rng: random.Random):
 
 
 @constraint(
-    "format:tagged", "Put parts of the answer between <{tag}> and </{tag}>, {low} to {high} times.", examples=_one_tag_examples,
+    "format:tagged", "Put parts of the answer between <{tag}> and </{tag}>, {times}.", examples=_one_tag_examples,
     derive=lambda response, rng: {"tag": found["tags"][0], "low": 1, "high": len(tagged(response, found["tags"][0])) or 1}
     if (found := _tags_of(response, rng)) else None, tag=word, low=count, high=count,
 )  # fmt: skip
@@ -178,7 +178,7 @@ def _counting(rng: random.Random):
 
 
 @constraint(
-    "format:pattern_count", "Write {low} to {high} parts that match the regular expression {pattern}.", examples=_counting, pattern=pattern,
+    "format:pattern_count", "Write {range} parts that match the regular expression {pattern}.", examples=_counting, pattern=pattern,
     low=count, high=count,
 )  # fmt: skip
 def _pattern_count(response: str, pattern: str, low: int, high: int) -> Found:

@@ -3,9 +3,10 @@
     @constraint("length:lines", "Write exactly {lines} lines.", examples=make, derive=find, lines=positive)
     def _lines(response, lines): return satisfied, "what was found"
 
-name: "group:what". sentence: how a prompt asks for it; a format string over the parameters, or a function of them. examples: a function
-`(rng) -> (kwargs, a satisfying text, a violating text)`. derive: a function `(response, rng) -> kwargs or None`, parameters with which
-the response satisfies it (for back-translation). The check is pure; it raises Undecidable where no statement about the response can be made.
+name: "group:what". sentence: how a prompt asks for it; a format string over the parameters (with "{range}" or "{times}" for low and
+high), or a function of them. examples: a function `(rng) -> (kwargs, a satisfying text, a violating text)`. derive: a function
+`(response, rng) -> kwargs or None`, parameters with which the response satisfies it (for back-translation). The check is pure; it raises
+Undecidable where no statement about the response can be made.
 """
 
 from __future__ import annotations
@@ -137,7 +138,20 @@ def say(name: str, accepted: Mapping[str, Any]) -> str:
     sentence = TABLE[name].sentence
     if callable(sentence):
         return sentence(**accepted)
-    return sentence.format(**{key: listed(value) if isinstance(value, list) else value for key, value in accepted.items()})
+    said = {key: listed(value) if isinstance(value, list) else value for key, value in accepted.items()}
+    if "low" in said and "high" in said:
+        said |= {"range": in_words(said["low"], said["high"]), "times": in_times(said["low"], said["high"])}
+    return sentence.format(**said)
+
+
+def in_words(low: float, high: float) -> str:
+    """A range as people say it: "exactly 3", "3 to 5"."""
+    return f"exactly {low}" if low == high else f"{low} to {high}"
+
+
+def in_times(low: float, high: float) -> str:
+    """How often, from low to high: "exactly once", "exactly 3 times", "1 to 3 times"."""
+    return "exactly once" if low == high == 1 else f"{in_words(low, high)} times"
 
 
 def example(name: str, rng: random.Random) -> Example:

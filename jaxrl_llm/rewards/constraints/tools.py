@@ -150,7 +150,7 @@ def _number_examples(rng: random.Random):
 
 
 @constraint(
-    "tools:count", "Make {low} to {high} tool calls.", examples=_number_examples,
+    "tools:count", "Make {range} tool calls.", examples=_number_examples,
     derive=lambda response, rng: {"low": len(found), "high": len(found)} if (found := _names(response)) else None, low=count, high=count,
 )  # fmt: skip
 def _count(response: str, low: int, high: int) -> Found:
