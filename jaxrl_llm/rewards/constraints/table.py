@@ -138,7 +138,7 @@ def say(name: str, accepted: Mapping[str, Any]) -> str:
     sentence = TABLE[name].sentence
     if callable(sentence):
         return sentence(**accepted)
-    said = {key: listed(value) if isinstance(value, list) else value for key, value in accepted.items()}
+    said: dict[str, Any] = {key: listed(value) if isinstance(value, list) else value for key, value in accepted.items()}
     if "low" in said and "high" in said:
         said |= {"range": in_words(said["low"], said["high"]), "times": in_times(said["low"], said["high"])}
     return sentence.format(**said)
