@@ -1,4 +1,4 @@
-"""Constraints that a text must follow, by name: IFEval's 25 and some seventy more, and what is made of them.
+"""Constraints that a text must follow, by name: IFEval's 25 and 84 more, and what is made of them.
 
 kinds.py, table.py   kinds of parameters; the one table, `validate`, `check`, `describe`, `example`
 ifeval.py            IFEval's types (ifeval_text.py counts as it does); scoring.py its strict and loose verdicts
