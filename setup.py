@@ -36,6 +36,7 @@ setup(
         "jaxrl_llm.report",
         "jaxrl_llm.rewards",
         "jaxrl_llm.rewards.sandbox",
+        "jaxrl_llm.rewards.constraints",
         "jaxrl_llm.train",
         "configs",
         "experiments",
@@ -68,13 +69,13 @@ setup(
         "ml-collections>=1.1,<2",
         "absl-py>=2.1,<3",
         "tqdm>=4.66,<5",
+        "regex>=2025.7",
         "packaging>=24",
     ],
     extras_require={
         "cuda": [f"jax[cuda12]{JAX}"],
         "tpu": [f"jax[tpu]{JAX}"],
         "test": ["pytest>=8,<10", "pytest-xdist>=3.6,<4", "hypothesis>=6.100,<7", "ruff>=0.14", "pyright>=1.1.400"],
-        "constraints": ["langdetect>=1.0.9,<2"],  # the rule language:response_language of the constraints reward
         "serve": ["fastapi>=0.115,<1", "uvicorn>=0.30,<1"],
     },
     entry_points={"console_scripts": ["jaxrl-llm = jaxrl_llm.cli:main"]},

@@ -22,7 +22,6 @@ IMPORTED = ("models", "sae", "optax", "orbax.checkpoint", "transformers", "datas
 # import name, what it is for, how to get it; what a plain install brings is not listed.
 OPTIONAL = (
     ("pytest", "the tests", "pip install 'jaxrl-llm[test]'"),
-    ("langdetect", "the rule on a response's language", "pip install 'jaxrl-llm[constraints]'"),
     ("libtpu", "plan on TPU meshes", "pip install 'jaxrl-llm[tpu]'"),
     ("torch", "the live parity tests against transformers", "pip install torch"),
 )

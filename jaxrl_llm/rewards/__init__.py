@@ -5,5 +5,6 @@ registry.py     rewards by name; scoring a batch so that an exception becomes an
 maths.py        answers of maths problems: exact, numeric, then symbolic equality
 symbolic.py     the worker processes behind the symbolic check (symbolic_worker.py), with a hard time limit
 sandbox/        where Python of a data set or of a model runs: closed off from the host, limited, a fresh process each time
-constraints.py  rules that a text must follow, by name; the table is constraint_rules.py, the counting text_measures.py
+constraints/    constraints that a text must follow, by name, and the reward that reads them from a row
+text_measures.py  words, sentences and whether a text is English: what several constraints count
 """

@@ -2,8 +2,11 @@
 
 import re
 
-_WORD = re.compile(r"\w+")
-_TERMINATOR = re.compile(r"[.!?…]+[\"'”’)\]*_]*(?=\s|$)|[。！？।]+")
+import regex
+
+_WORD = regex.compile(r"\w+")  # unlike re, its \w holds combining marks, without which Hindi words fall apart
+_WORD_OR_SIGN = regex.compile(r"[\p{Han}\p{Hiragana}\p{Katakana}]|[^\W\p{Han}\p{Hiragana}\p{Katakana}]+")
+_TERMINATOR = re.compile(r"(?<![.!?…])[.!?…]+[\"'”’)\]*_]*(?=\s|$)|[。！？।]+")
 _ABBREVIATION_LIST = (
     "mr mrs ms mx dr prof rev hon gen col capt sgt lt sr jr st mt ft vs etc al cf ca approx dept est fig no nos vol pp ed eds inc ltd "
     "co corp e.g i.e a.m p.m u.s u.k jan feb mar apr jun jul aug sep sept oct nov dec"
@@ -16,6 +19,7 @@ _ENGLISH_LIST = (
     "i my me so do does did all any some more very just because while after before"
 )
 _ABBREVIATIONS, _ENGLISH = frozenset(_ABBREVIATION_LIST.split()), frozenset(_ENGLISH_LIST.split())
+LOOK_BACK = 60  # characters before a full stop that say whether it ends an abbreviation or a list number
 MIN_WORDS_FOR_LANGUAGE = 8
 ENGLISH_SHARE = 0.2  # English prose has 0.35 to 0.5 of these words; German, French, Spanish, Italian, Dutch below 0.12
 
@@ -25,13 +29,18 @@ def words(text: str) -> list[str]:
     return _WORD.findall(text)
 
 
-def _ends_sentence(before: str, mark: str, after: str) -> bool:
+def count_words(text: str) -> int:
+    """The number of words, where Chinese and Japanese, which put no space between words, count by the character."""
+    return sum(1 for _ in _WORD_OR_SIGN.finditer(text))
+
+
+def _ends_sentence(before: str, mark: str, after: str, before_small: bool) -> bool:
     """Whether a terminator between two pieces of text ends a sentence."""
     if not after.strip():
         return True
     following = after.lstrip()[0]
     if mark.startswith("."):
-        if following.islower():
+        if following.islower() and (not before_small or mark.startswith("..")):
             return False
         token = _TOKEN_BEFORE.search(before)
         last = token[1] if token else ""
@@ -42,15 +51,16 @@ def _ends_sentence(before: str, mark: str, after: str) -> bool:
     return True
 
 
-def sentences(text: str) -> list[str]:
+def sentences(text: str, before_small: bool = False) -> list[str]:
     """Splits a text into its sentences: stretches with at least one word, ended by . ! ? (or their CJK and Indic kin) or by its end.
 
     A full stop does not end a sentence after an abbreviation, an initial or a list number, or before a small letter. IFEval splits
     with NLTK's trained splitter, which is not used here; the two agree on ordinary prose.
+    before_small: a full stop before a small letter ends a sentence too.
     """
     found, start = [], 0
     for match in _TERMINATOR.finditer(text):
-        if _ends_sentence(text[start : match.start()], match[0], text[match.end() :][:40]):
+        if _ends_sentence(text[max(start, match.start() - LOOK_BACK) : match.start()], match[0], text[match.end() : match.end() + 40], before_small):
             found.append(text[start : match.end()])
             start = match.end()
     found.append(text[start:])

@@ -2,15 +2,12 @@
 
 import collections
 import json
-import sys
-import types
 
 import numpy as np
 import pytest
 
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.rewards import constraints
-from jaxrl_llm.rewards.constraint_rules import RULES
 from jaxrl_llm.rewards.constraints import ConstraintsReward, check
 from jaxrl_llm.rewards.text_measures import count_sentences, looks_english
 from jaxrl_llm.rewards.verdict import RewardInput, Status
@@ -38,7 +35,7 @@ CASES = {
             ["One. Two.", "Really? Yes", "He said. “Go!” She went."],
             ["One", "Mr. Smith went", ""],
         ),
-        ({"num_sentences": 2, "relation": "less than"}, ["It cost 3.50 dollars, e.g. here", ""], ["One. Two."]),
+        ({"num_sentences": 2, "relation": "less than"}, ["It cost 3.50 dollars at 3 p.m. here", ""], ["One. Two."]),
     ],
     "length_constraints:number_paragraphs": [
         ({"num_paragraphs": 2}, ["a\n***\nb", "***\na\n***\nb\n***", "a *** b"], ["a\n\nb", "a\n***\n***\nb", "a"]),
@@ -50,8 +47,8 @@ CASES = {
     "length_constraints:nth_paragraph_first_word": [
         (
             {"num_paragraphs": 2, "nth_paragraph": 2, "first_word": "Weekend"},
-            ["a\n\nweekend plans", 'a b\n\n\n\n"Weekend," he said', "a\n\n'weekend' x"],
-            ["a\n\nthe weekend", "weekend\n\na", "a\n\nweekend\n\nb", "a\n\nweekends", "weekend"],
+            ["a\n\nweekend plans", 'a b\n\n\n"Weekend," he said', "a\n\n'weekend' x"],
+            ["a\n\n\n\nweekend", "a\n\nthe weekend", "weekend\n\na", "a\n\nweekend\n\nb", "a\n\nweekends", "weekend"],
         ),
         ({"num_paragraphs": 1, "nth_paragraph": 2, "first_word": "a"}, [], ["a"]),
     ],
@@ -134,10 +131,6 @@ def test_satisfying_and_violating_responses(name, kwargs, good, bad):
     assert all(check(name, text, **kwargs).reason.startswith(name + ": ") for text in good + bad)
 
 
-def test_every_rule_has_cases():
-    assert set(CASES) | {"language:response_language"} == set(RULES) == set(constraints.names())
-
-
 def test_all_834_real_instructions_are_accepted_and_can_pass_or_fail(assets):
     lines = (assets / "data/ifeval/input_data.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [json.loads(line) for line in lines]
@@ -149,33 +142,11 @@ def test_all_834_real_instructions_are_accepted_and_can_pass_or_fail(assets):
     assert sum(counts.values()) == 834 and len(counts) == 25
     assert counts["punctuation:no_comma"] == 66 and counts["length_constraints:number_words"] == 52
     assert verdicts[Status.PASS] > 100 and verdicts[Status.FAIL] > 100
-    assert verdicts[Status.ERROR] in (0, counts["language:response_language"])  # the latter without langdetect
+    assert set(verdicts) == {Status.PASS, Status.FAIL}
     # Tables read from parquet hold every parameter's column, None where it is another rule's.
     every = {key: None for entry in rows for kwargs in entry["kwargs"] for key in kwargs}
     padded = [{**row, "kwargs": [{**every, **kwargs} for kwargs in row["kwargs"]]} for row in rows]
     assert [constraints.read_constraints(row) for row in padded] == [constraints.read_constraints(row) for row in rows]
-
-
-def test_language_without_the_package_is_an_error_that_names_it(monkeypatch):
-    monkeypatch.setitem(sys.modules, "langdetect", None)
-    verdict = check("language:response_language", "Guten Tag", language="de")
-    assert verdict.status is Status.ERROR and "langdetect" in verdict.reason
-
-
-def test_language_with_the_package(monkeypatch):
-    class Undetectable(Exception):
-        pass
-
-    def detect(text):
-        if not text.strip():
-            raise Undetectable
-        return "de" if "Guten" in text else "en"
-
-    fake = types.SimpleNamespace(detect=detect, LangDetectException=Undetectable, DetectorFactory=types.SimpleNamespace(seed=None))
-    monkeypatch.setitem(sys.modules, "langdetect", fake)
-    statuses = [check("language:response_language", text, language="de").status for text in ("Guten Tag", "Good day", " ")]
-    assert statuses == [Status.PASS, Status.FAIL, Status.PASS]
-    assert fake.DetectorFactory.seed == 0
 
 
 @pytest.mark.parametrize(
@@ -281,11 +252,19 @@ def test_rules_may_be_a_list_or_json(form):
     assert ConstraintsReward(field="rules")([other])[0].status is Status.PASS
 
 
-def test_a_row_without_rules_and_one_that_cannot_be_checked(monkeypatch):
-    monkeypatch.setitem(sys.modules, "langdetect", None)
-    unknown = [*RULES_OF_ROW, {"name": "language:response_language", "kwargs": {"language": "en"}}]
-    verdicts = ConstraintsReward(reduce="mean")([item("The cat sat.", []), item("The cat sat.", None), item("The cat sat.", unknown)])
-    assert [v.status for v in verdicts] == [Status.NOT_APPLICABLE, Status.NOT_APPLICABLE, Status.ERROR]
+CLOSED = {"name": "logic:if", "kwargs": {"condition": {"name": "keywords:words", "kwargs": {"words": ["zebra"]}}, "then": RULES_OF_ROW[0]}}
+TOO_LONG = "The cat sat. " * 100_000
+
+
+def test_a_row_without_rules_and_one_whose_conditions_are_not_met():
+    verdicts = ConstraintsReward(reduce="mean")([item("The cat sat.", rules) for rules in ([], None, [CLOSED], [*RULES_OF_ROW, CLOSED])])
+    assert [v.status for v in verdicts] == [Status.NOT_APPLICABLE] * 3 + [Status.PASS]
+    assert verdicts[3].reason == "all 4 constraints hold"
+
+
+def test_what_cannot_be_checked_is_an_error_and_no_score():
+    verdict = ConstraintsReward(reduce="mean")([item(TOO_LONG, RULES_OF_ROW)])[0]
+    assert verdict.status is Status.ERROR and verdict.value is None and "characters" in verdict.reason
 
 
 @pytest.mark.parametrize(

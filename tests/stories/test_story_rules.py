@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import sys
 
 import jax
 import numpy as np
@@ -205,7 +204,6 @@ def broken_at_times(inputs):
 def by_hand(monkeypatch):
     """Judges two given texts a prompt, without a model."""
     monkeypatch.setattr(story_rules.degeneration, "mean_nll", lambda *args: 1.0)
-    monkeypatch.setitem(sys.modules, "langdetect", None)
 
     def judged(prompts, texts, reward=broken_at_times):
         return story_rules._judged(None, None, prompts, reward, texts, [[1]] * len(texts), np.repeat(np.arange(len(prompts)), 2), STORIES)
@@ -214,13 +212,14 @@ def by_hand(monkeypatch):
 
 
 def test_an_error_is_no_score_and_is_counted(by_hand):
-    prompts = batch(["punctuation:no_comma"], ["punctuation:no_comma"], ["language:response_language"])
-    prompts.rows[2]["constraints"][0]["kwargs"] = {"language": "en"}
+    prompts = batch(["punctuation:no_comma"], ["punctuation:no_comma"], ["logic:if"])
+    zebra, no_comma = {"name": "keywords:words", "kwargs": {"words": ["zebra"]}}, {"name": "punctuation:no_comma"}
+    prompts.rows[2]["constraints"][0]["kwargs"] = {"condition": zebra, "then": no_comma}
     before = by_hand(prompts, ["a.", "b, c.", "a.", "b?", "c?", "d?"])
     np.testing.assert_equal(before.passed_P, [0.5, 1.0, np.nan])
     np.testing.assert_equal(before.reward_P, [0.5, 1.0, np.nan])
     assert before.without_verdict == 3 and before.rules["no comma"] == 0.75
-    assert np.isnan(before.rules["language:response_language"])  # its package is not there: it is not said to be broken
+    assert np.isnan(before.rules["logic:if"])  # its condition is not met: it is not said to be broken
 
     after = by_hand(prompts, ["a.", "b.", "a?", "b?", "c.", "d."])
     figures = story_rules.compare(before, after, before)

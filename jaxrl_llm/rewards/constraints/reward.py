@@ -1,8 +1,4 @@
-"""Rules that a response must follow, by name: IFEval's 25 and a few for stories (the table is constraint_rules.py).
-
->>> check("length_constraints:number_words", "one two three", num_words=3, relation="at least").status
-<Status.PASS: 'pass'>
-"""
+"""The reward that judges each response by the constraints in its row."""
 
 from __future__ import annotations
 
@@ -10,53 +6,9 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jaxrl_llm.errors import UserError, nearest
-from jaxrl_llm.rewards.constraint_rules import KINDS, RULES, Undecidable
+from jaxrl_llm.errors import UserError
+from jaxrl_llm.rewards.constraints.table import evaluate, validate
 from jaxrl_llm.rewards.verdict import RewardInput, Status, Verdict
-
-
-def names() -> tuple[str, ...]:
-    """The names of all rules."""
-    return tuple(sorted(RULES))
-
-
-def validate(name: str, kwargs: Mapping[str, Any], where: str = "") -> dict[str, Any]:
-    """Checks a rule's name and parameters; returns the parameters as the rule takes them.
-
-    A parameter given as None counts as not given: tables hold a column for every rule's parameters.
-    where: put in front of the message, such as a row's id.
-    Raises UserError naming the nearest rule or parameter.
-    """
-    prefix = f"{where}: " if where else ""
-    found = RULES.get(name)
-    if found is None:
-        raise UserError(f"{prefix}unknown constraint {name!r}; {nearest(name, RULES)}")
-    given = {key: value for key, value in kwargs.items() if value is not None}
-    for key in given:
-        if key not in found.parameters:
-            raise UserError(f"{prefix}constraint {name} has no parameter {key!r}; {nearest(key, found.parameters)}")
-    accepted = {}
-    for key, kind in found.parameters.items():
-        if key not in given:
-            raise UserError(f"{prefix}constraint {name} needs the parameter {key!r} ({KINDS[kind]})")
-        accepted[key] = kind(given[key])
-        if accepted[key] is None:
-            raise UserError(f"{prefix}parameter {key!r} of constraint {name} is {given[key]!r}; it must be {KINDS[kind]}")
-    return accepted
-
-
-def check(name: str, response: str, /, **kwargs: Any) -> Verdict:
-    """Checks one rule on one response, strictly (the raw text, as IFEval's strict accuracy).
-
-    Returns PASS or FAIL; ERROR where the rule needs a package that is not installed (language:response_language needs langdetect).
-    Raises UserError for an unknown rule, and for a missing, unknown or ill-typed parameter.
-    """
-    accepted = validate(name, kwargs)
-    try:
-        satisfied, reason = RULES[name].check(response, **accepted)
-    except Undecidable as error:
-        return Verdict(Status.ERROR, reason=f"{name}: {error}")
-    return Verdict(Status.PASS if satisfied else Status.FAIL, reason=f"{name}: {reason}")
 
 
 def read_constraints(row: Mapping[str, Any], field: str = "constraints") -> list[tuple[str, dict[str, Any]]]:
@@ -115,7 +67,8 @@ class ConstraintsReward:
         self.reduce, self.include_prompt, self.field = reduce, include_prompt, field
 
     def __call__(self, inputs: Sequence[RewardInput]) -> list[Verdict]:
-        """One verdict an input; a row without rules is NOT_APPLICABLE, a rule that cannot be checked makes the verdict an ERROR."""
+        """One verdict an input. A row without rules is NOT_APPLICABLE, a rule whose condition is not met counts for nothing, and one that
+        cannot be checked makes the verdict an ERROR (or a TIMEOUT)."""
         return [self._judge(item) for item in inputs]
 
     def validate_rows(self, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -125,12 +78,15 @@ class ConstraintsReward:
 
     def _judge(self, item: RewardInput) -> Verdict:
         text = item.prompt + item.response if self.include_prompt else item.response
-        verdicts = [check(name, text, **kwargs) for name, kwargs in read_constraints(item.row, self.field)]
+        verdicts = [evaluate(name, text, kwargs) for name, kwargs in read_constraints(item.row, self.field)]
         if not verdicts:
             return Verdict(Status.NOT_APPLICABLE, reason="the row has no constraints")
+        verdicts = [verdict for verdict in verdicts if verdict.status is not Status.NOT_APPLICABLE]
+        if not verdicts:
+            return Verdict(Status.NOT_APPLICABLE, reason="no constraint's condition is met")
         undecided = [verdict for verdict in verdicts if verdict.value is None]
         if undecided:
-            return Verdict(Status.ERROR, reason=undecided[0].reason)
+            return Verdict(undecided[0].status, reason=undecided[0].reason)
         failed = [verdict for verdict in verdicts if verdict.status is Status.FAIL]
         score = 1 - len(failed) / len(verdicts) if self.reduce == "mean" else None
         if failed:
