@@ -5,4 +5,7 @@ registry.py     rewards by name; scoring a batch so that an exception becomes an
 maths.py        answers of maths problems: exact, numeric, then symbolic equality
 symbolic.py     the worker processes behind the symbolic check (symbolic_worker.py), with a hard time limit
 constraints.py  rules that a text must follow, by name; the table is constraint_rules.py, the counting text_measures.py
+judge.py        a language model behind a chat server as a judge: questions, majority of votes, pairs in both orders
+chat.py         the client of any OpenAI-compatible server; its HTTP is chat_wire.py, its answers on disk chat_cache.py, and the failures that a
+                run bears chat_budget.py
 """
