@@ -145,15 +145,15 @@ class ChatClient:
         self.config, self.usage = config, Usage()
         self.cache = AnswerCache(config.cache) if config.cache else None
         self._wire = Wire(config.url)
-        self._clock, self._rng = clock, rng or random.Random()
+        self._clock, self._rng = clock, random.Random() if rng is None else rng
         self._sleep = sleep
         self._lock = threading.Lock()
-        self._budget = Budget(config.budget, clock, sleep or time.sleep)
+        self._budget = Budget(config.budget, clock, time.sleep if sleep is None else sleep)
 
     def close(self) -> None:
         """Closes connections and cache."""
         self._wire.close()
-        if self.cache:
+        if self.cache is not None:
             self.cache.close()
 
     def body(self, request: Request) -> dict[str, Any]:
@@ -193,7 +193,8 @@ class ChatClient:
 
     def _counted(self, request: Request, until: float, ended: threading.Event) -> Answer:
         """An answer that counts towards the budget of errors."""
-        kept = f"answers so far are in {self.config.cache}, and the same command goes on from them" if self.cache else "name a cache to keep answers"
+        cache = self.config.cache
+        kept = f"answers so far are in {cache}, and the same command goes on from them" if cache else "name a cache to keep answers"
         try:
             answer = self._ask(request, until, ended, gate=True)
             if answer.fault is None and not answer.cached:
@@ -210,7 +211,7 @@ class ChatClient:
     def _ask(self, request: Request, until: float, ended: threading.Event, gate: bool = False) -> Answer:
         body = self.body(request)
         key = request_key(body)
-        found = self.cache.get(key) if self.cache else None
+        found = self.cache.get(key) if self.cache is not None else None
         with self._lock:
             self.usage.requests += 1
             self.usage.cached += found is not None
@@ -219,7 +220,7 @@ class ChatClient:
         if gate:
             self._budget.gate(ended)
         answer = self._tried(request, json.dumps(body).encode(), until, ended)
-        if answer.fault is None and self.cache:
+        if answer.fault is None and self.cache is not None:
             raw = self.cache.put(key, answer.value[1])
             answer = replace(self._read(_of_completion(raw, request.partial), request), tries=answer.tries, status=answer.status)
         elif answer.fault is None:
@@ -251,7 +252,7 @@ class ChatClient:
             wait = max(grown * self._rng.uniform(0.5, 1.0), min(named, c.most_wait))
             if self._clock() + wait >= until:
                 return answer
-            (self._sleep or ended.wait)(wait)
+            (ended.wait if self._sleep is None else self._sleep)(wait)
 
     def _once(self, request: Request, raw: bytes, seconds: float) -> tuple[Answer, float]:
         """One try, and the seconds that the server asks to be left alone."""

@@ -78,7 +78,8 @@ class AnswerCache:
             except (sqlite3.Error, ValueError) as error:
                 raise self._problem(error) from error
 
-    def __len__(self) -> int:
+    def count(self) -> int:
+        """How many answers there are."""
         with self._lock:
             return self._open().execute("SELECT COUNT(*) FROM answers").fetchone()[0]
 
