@@ -35,6 +35,7 @@ setup(
         "jaxrl_llm.losses",
         "jaxrl_llm.report",
         "jaxrl_llm.rewards",
+        "jaxrl_llm.serve",
         "jaxrl_llm.train",
         "configs",
         "experiments",
@@ -74,7 +75,6 @@ setup(
         "tpu": [f"jax[tpu]{JAX}"],
         "test": ["pytest>=8,<10", "pytest-xdist>=3.6,<4", "hypothesis>=6.100,<7", "ruff>=0.14", "pyright>=1.1.400"],
         "constraints": ["langdetect>=1.0.9,<2"],  # the rule language:response_language of the constraints reward
-        "serve": ["fastapi>=0.115,<1", "uvicorn>=0.30,<1"],
     },
     entry_points={"console_scripts": ["jaxrl-llm = jaxrl_llm.cli:main"]},
     classifiers=["Programming Language :: Python :: 3.11", "Programming Language :: Python :: 3.12"],
