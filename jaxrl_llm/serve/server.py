@@ -271,9 +271,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
         """What the library refuses by itself (no HTTP, headers too long, an unknown method), as JSON too."""
-        self.close_connection = True
-        if not hasattr(self, "headers"):
-            self.path = ""
+        self.close_connection, self.request_version = True, "HTTP/1.1"  # which a line that is no HTTP left unset
         with contextlib.suppress(OSError):
             self._json(code, BadRequest(message or self.responses.get(code, ("",))[0], status=code).body())
 
