@@ -31,7 +31,8 @@ class Text:
         """What can be told of the text after more tokens. last: none follow, so all of it."""
         self.tokens += tokens
         text = self.whole()
-        found = [at for at in (text.find(stop) for stop in self._stops) if at >= 0]
+        # Of several the one that was whole first, so that the same tokens end alike however they are cut into pieces.
+        found = [(text.find(stop) + len(stop), text.find(stop)) for stop in self._stops if stop in text]
         if found:
             self.stopped = True
             low, high = 1, len(self.tokens)
@@ -40,7 +41,7 @@ class Text:
                 holds = any(stop in self.whole(middle) for stop in self._stops)
                 low, high = (low, middle) if holds else (middle + 1, high)
             self.tokens = self.tokens[:low]
-            text = text[: min(found)]
+            text = text[: min(found)[1]]
         elif not last:
             text = text.rstrip(PENDING)
             held = max((k for stop in self._stops for k in range(1, len(stop)) if text.endswith(stop[:k])), default=0)
