@@ -39,6 +39,7 @@ VERBS = {
     "dpo": Verb("jaxrl_llm.commands.dpo", "train a policy on preferences: DPO, IPO, hinge, SimPO, ORPO, KTO"),
     "online_dpo": Verb("jaxrl_llm.commands.online_dpo", "train a policy by DPO on pairs of its own samples, judged by a reward"),
     "generate": Verb("jaxrl_llm.commands.generate", "sample from a model", workdir="optional"),
+    "serve": Verb("jaxrl_llm.commands.serve", "a model behind the OpenAI API: chat completions and completions", workdir="none"),
     "report": Verb("jaxrl_llm.commands.report", "make the HTML page of a run directory", config="none"),
     "plan": Verb("jaxrl_llm.commands.plan", "memory and FLOPs of a config on a named mesh, no weights needed", workdir="none"),
     "doctor": Verb("jaxrl_llm.commands.doctor", "what this machine has, what is missing", config="none", workdir="none"),

@@ -8,14 +8,9 @@ on by the same command; an answer that cannot be read leaves that feature withou
 
 from __future__ import annotations
 
-import contextlib
-import http.client
 import json
 import os
 import threading
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -24,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from jaxrl_llm.errors import UserError
+from jaxrl_llm.rewards.chat import TRANSIENT, ChatClient, ChatConfig, Fault, Request, Unreadable
 
 HELD_OUT = 3  # every so many-th context of a kind is kept from the one who labels, and judged
 MOST_LETTERS = 200  # of a label
@@ -39,15 +35,11 @@ DETECT = (
 )
 
 
-class UnreadableAnswer(Exception):
-    """What a model said is not of the form that was asked for."""
-
-
 @dataclass(frozen=True)
 class LabelConfig:
     """url: of the server's API, such as http://127.0.0.1:8000/v1. model: its name there. key_variable: the environment variable that holds the
-    key, if one is needed. timeout: seconds for an answer. retries: further tries when the server fails or an answer cannot be read, the
-    n-th after n * wait seconds. workers: requests at once. max_tokens: of an answer. seed: of what is judged, and its order.
+    key, if one is needed. timeout: seconds for an answer. retries: further tries when the server fails, after waits from `wait` seconds on
+    that double, or when an answer cannot be read. workers: requests at once. max_tokens: of an answer. seed: of what is judged, and its order.
     """
 
     url: str
@@ -86,11 +78,12 @@ def label_features(
     """
     left = [feature for feature in data["features"] if feature["id"] not in set(done)]
     failed = good = 0
+    client = chat_client(config)
     ended = threading.Event()  # a server that fails for one feature fails for all: no other is begun
 
     def one(feature: Mapping[str, Any]) -> dict[str, Any] | None:
         try:
-            return None if ended.is_set() else _label(data, feature, config)
+            return None if ended.is_set() else _label(data, feature, config, client)
         except BaseException:
             ended.set()
             raise
@@ -114,16 +107,17 @@ def label_features(
                     problem = UserError(f"labels: of the first {failed} features none got a readable label: {record.get('error')}; try another model")
         finally:
             ended.set()
+    client.close()
     if problem is not None:
         raise problem
 
 
-def _label(data: Mapping[str, Any], feature: Mapping[str, Any], config: LabelConfig) -> dict[str, Any]:
+def _label(data: Mapping[str, Any], feature: Mapping[str, Any], config: LabelConfig, client: ChatClient) -> dict[str, Any]:
     """The record of one feature."""
     told, held = split_contexts(feature)
     try:
-        label = _readable(config, _explain_prompt(data, feature, told), read_label)
-    except UnreadableAnswer as error:
+        label = ask(client, _explain_prompt(data, feature, told), read_label)
+    except Unreadable as error:
         return {"id": feature["id"], "error": str(error)}
     record: dict[str, Any] = {"id": feature["id"], "label": label, "score": None, "judged": 0}
     rng = np.random.default_rng((config.seed, feature["id"]))
@@ -136,8 +130,8 @@ def _label(data: Mapping[str, Any], feature: Mapping[str, Any], config: LabelCon
     order = rng.permutation(2 * number)
     texts = [_text(data, chosen[i]) for i in order]
     try:
-        matches = _readable(config, _detect_prompt(label, texts), lambda answer: read_matches(answer, len(texts)))
-    except UnreadableAnswer as error:
+        matches = ask(client, _detect_prompt(label, texts), lambda answer: read_matches(answer, len(texts)))
+    except Unreadable as error:
         return record | {"unscored": str(error)}
     said = np.zeros(len(texts), bool)
     said[[m - 1 for m in matches]] = True
@@ -197,18 +191,18 @@ def _detect_prompt(label: str, texts: list[str]) -> list[dict[str, str]]:
 
 
 def read_label(answer: str) -> str:
-    """The label of {"label": "..."}; raises UnreadableAnswer for anything else."""
+    """The label of {"label": "..."}; raises Unreadable for anything else."""
     found = _json(answer, "label")
     if not isinstance(found, str) or not found.strip() or len(found) > MOST_LETTERS:
-        raise UnreadableAnswer(f"the label is {found!r:.80}, not a text of 1 to {MOST_LETTERS} letters")
+        raise Unreadable(f"the label is {found!r:.80}, not a text of 1 to {MOST_LETTERS} letters")
     return " ".join(found.split())
 
 
 def read_matches(answer: str, most: int) -> list[int]:
-    """The numbers of {"matches": [...]}, each of 1 to `most` and named once; raises UnreadableAnswer for anything else."""
+    """The numbers of {"matches": [...]}, each of 1 to `most` and named once; raises Unreadable for anything else."""
     found = _json(answer, "matches")
     if not isinstance(found, list) or not all(type(m) is int and 1 <= m <= most for m in found) or len(set(found)) < len(found):
-        raise UnreadableAnswer(f"the matches are {found!r:.80}, not a list of numbers from 1 to {most}")
+        raise Unreadable(f"the matches are {found!r:.80}, not a list of numbers from 1 to {most}")
     return found
 
 
@@ -219,56 +213,29 @@ def _json(answer: str, field: str) -> Any:
     try:
         found = json.loads(text)
     except ValueError:
-        raise UnreadableAnswer(f"the answer is no JSON: {answer!r:.80}") from None
+        raise Unreadable(f"the answer is no JSON: {answer!r:.80}") from None
     if not isinstance(found, dict) or set(found) != {field}:
-        raise UnreadableAnswer(f"the answer is {answer!r:.80}, not an object with {field!r} alone")
+        raise Unreadable(f"the answer is {answer!r:.80}, not an object with {field!r} alone")
     return found[field]
 
 
 # ---- the server ----
 
 
-def _readable(config: LabelConfig, messages: list[dict[str, str]], read: Callable[[str], Any]) -> Any:
-    """What `read` makes of an answer; asks again for one that it cannot read."""
-    for attempt in range(config.retries + 1):
-        try:
-            return read(ask(config, messages))
-        except UnreadableAnswer:
-            if attempt == config.retries:
-                raise
+def chat_client(config: LabelConfig) -> ChatClient:
+    """The client that asks for labels."""
+    again = {"retries": config.retries, "rereads": config.retries, "backoff": config.wait, "timeout": config.timeout}
+    return ChatClient(ChatConfig(config.url, config.model, config.key_variable, max_tokens=config.max_tokens, **again))
 
 
-def ask(config: LabelConfig, messages: list[dict[str, str]]) -> str:
-    """One answer of the server. Raises UserError where it does not answer, or refuses, UnreadableAnswer where the answer holds no text."""
-    body = {"model": config.model, "messages": messages, "temperature": 0, "max_tokens": config.max_tokens}
-    headers = {"Content-Type": "application/json"}
-    if config.key_variable:
-        headers["Authorization"] = f"Bearer {os.environ[config.key_variable]}"
-    request = urllib.request.Request(config.url.rstrip("/") + "/chat/completions", json.dumps(body).encode(), headers)
-    for attempt in range(config.retries + 1):
-        try:
-            with urllib.request.urlopen(request, timeout=config.timeout) as response:
-                return _content(response.read())
-        except urllib.error.HTTPError as error:
-            said = ""
-            with contextlib.suppress(OSError, http.client.HTTPException):
-                said = error.read(300).decode(errors="replace")
-            told = f"HTTP {error.code}: {' '.join(said.split()) or error.reason}"
-            if error.code < 500 and error.code not in (408, 409, 425, 429):
-                raise UserError(f"labels: the server at {config.url} refuses: {told:.200}; check labels.url, labels.model and the key") from error
-        except (OSError, http.client.HTTPException) as error:  # refused, cut off, too slow
-            told = str(getattr(error, "reason", "") or error or type(error).__name__)
-        if attempt < config.retries:
-            time.sleep(config.wait * (attempt + 1))
+def ask(client: ChatClient, messages: list[dict[str, str]], read: Callable[[str], Any]) -> Any:
+    """What `read` makes of an answer. Raises UserError where the server does not answer, or refuses, Unreadable where no answer can be read."""
+    answer, url = client.ask(Request(messages, read=lambda answer: read(answer.text))), client.config.url
+    if answer.fault is None:
+        return answer.value
+    if answer.fault is Fault.REFUSED:
+        raise UserError(f"labels: the server at {url} refuses: {answer.reason:.200}; check labels.url, labels.model and the key")
+    if answer.fault not in TRANSIENT or answer.fault is Fault.MALFORMED:
+        raise Unreadable(answer.reason)
     saved = "the labels so far are saved, and the same command goes on from them"
-    raise UserError(f"labels: the server at {config.url} does not answer ({told:.200}), after {config.retries + 1} tries; {saved}")
-
-
-def _content(raw: bytes) -> str:
-    try:
-        found = json.loads(raw)["choices"][0]["message"]["content"]
-    except (ValueError, LookupError, TypeError):
-        raise UnreadableAnswer(f"the server's answer is no chat completion: {raw[:80]!r}") from None
-    if not isinstance(found, str):
-        raise UnreadableAnswer("the server's answer holds no text")
-    return found
+    raise UserError(f"labels: the server at {url} does not answer ({answer.reason:.200}), after {answer.tries} tries; {saved}")

@@ -48,7 +48,7 @@ PANELS: tuple[tuple[str, tuple[str, ...], dict[str, Any]], ...] = (
     ("Seconds a step", ("seconds_rollout", "seconds_reward", "seconds_reward_waited", "seconds_update", "seconds_schedule"), {}),
     ("Seconds a record", ("seconds",), {}),
     ("Tokens a second", ("tokens_per_s",), {}),
-    ("Completions without a verdict", ("errors", "timeouts"), {}),
+    ("Completions without a verdict", ("errors", "timeouts", "infrastructure"), {}),
 )
 SHORT_NAMES = {
     "logp_diff_mean": "mean",

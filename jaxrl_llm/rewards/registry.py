@@ -20,8 +20,9 @@ import numpy as np
 
 from jaxrl_llm.errors import UserError, nearest
 from jaxrl_llm.rewards.constraints import ConstraintsReward
+from jaxrl_llm.rewards.judge import JudgeReward
 from jaxrl_llm.rewards.maths import MathsReward
-from jaxrl_llm.rewards.verdict import Reward, RewardInput, Status, Verdict
+from jaxrl_llm.rewards.verdict import Reward, RewardInput, RewardStopped, Status, Verdict
 
 _FACTORIES: dict[str, Callable[..., Reward]] = {}
 
@@ -67,7 +68,8 @@ def score(reward: Reward, inputs: Sequence[RewardInput], timeout_s: float | None
     """Scores a batch; always returns one Verdict an input, whatever the reward does.
 
     A reward that raises on the batch is called again for each input by itself, so that only those that raise alone are lost: they
-    become ERROR with the exception's text. Something other than one Verdict an input is an ERROR too.
+    become ERROR with the exception's text. Something other than one Verdict an input is an ERROR too. Raises RewardStopped where the
+    reward does: a judge that is gone would be asked for nothing at every step to come.
     timeout_s: seconds for the whole call; past it, what has no verdict yet is TIMEOUT. The reward's thread cannot be stopped and is
       left behind, so a reward that may hang should limit itself as well (maths does).
     """
@@ -123,6 +125,8 @@ def _score_into(reward: Reward, inputs: list[RewardInput], verdicts: list[Verdic
     """Fills `verdicts` in place, so that a caller that gives up waiting still has those that are there."""
     try:
         answer = reward(inputs)
+    except RewardStopped:
+        raise
     except Exception:
         for index, item in enumerate(inputs):
             verdicts[index] = _score_one(reward, item)
@@ -133,6 +137,8 @@ def _score_into(reward: Reward, inputs: list[RewardInput], verdicts: list[Verdic
 def _score_one(reward: Reward, item: RewardInput) -> Verdict:
     try:
         return _checked(reward([item]), 1)[0]
+    except RewardStopped:
+        raise
     except Exception as error:
         return Verdict(Status.ERROR, reason=f"{type(error).__name__}: {error}")
 
@@ -150,6 +156,7 @@ def _checked(answer: Any, wanted: int) -> list[Verdict]:
 
 register("maths")(MathsReward)
 register("constraints")(ConstraintsReward)
+register("judge")(JudgeReward)
 
 
 @register("exact")

@@ -1,7 +1,7 @@
 """What a reward says about one response, and how verdicts become numbers for RL.
 
 A reward is any callable `reward(inputs: list[RewardInput]) -> list[Verdict]`. It answers every input with exactly one Verdict, in order.
-Only PASS and FAIL are statements about the response; the other three say that no statement could be made, so they carry no score
+Only PASS and FAIL are statements about the response; the others say that no statement could be made, so they carry no score
 and are masked from the loss and counted, never turned into a number.
 """
 
@@ -15,15 +15,22 @@ from typing import Any
 
 import numpy as np
 
+from jaxrl_llm.errors import UserError
+
+
+class RewardStopped(UserError):
+    """A reward cannot go on, and the run is to stop: unlike other exceptions of a reward, no verdict is made of it."""
+
 
 class Status(enum.StrEnum):
     """The outcome of checking one response."""
 
     PASS = "pass"
     FAIL = "fail"
-    ERROR = "error"  # the checker, the reference answer or the infrastructure is at fault
+    ERROR = "error"  # the checker or the reference answer is at fault
     TIMEOUT = "timeout"  # the check was given up: time or memory ran out
     NOT_APPLICABLE = "not_applicable"  # the check says nothing about this input
+    INFRASTRUCTURE = "infrastructure"  # a judge was away, late, cut off, rate-limited, or said nothing that can be read
 
 
 SCORED = frozenset({Status.PASS, Status.FAIL})

@@ -28,6 +28,7 @@ def experience_metrics(experience: Experience) -> dict[str, float | int]:
         "cut_off": float(np.mean(experience.rollout.finish_reason_N == 0)),
         "errors": int(np.sum(~valid)),
         "timeouts": statuses.count(Status.TIMEOUT),
+        "infrastructure": statuses.count(Status.INFRASTRUCTURE),
     }
 
 

@@ -10,7 +10,6 @@ from jaxrl_llm.errors import UserError
 from jaxrl_llm.evals.feature_labels import (
     HOPELESS,
     LabelConfig,
-    UnreadableAnswer,
     balanced_accuracy,
     label_features,
     negatives,
@@ -18,6 +17,7 @@ from jaxrl_llm.evals.feature_labels import (
     read_matches,
     split_contexts,
 )
+from jaxrl_llm.rewards.chat import Unreadable
 
 WORDS = ["the ", "ball ", "cup ", "red ", "dog ", "hat ", "is ", "ran "]
 
@@ -101,15 +101,15 @@ LONG = json.dumps({"label": "x" * 300})
 
 @pytest.mark.parametrize("answer", ["", "ball", '{"label": ""}', '{"label": 3}', '{"label": "a", "why": "b"}', '["ball"]', LONG])
 def test_labels_that_cannot_be_read(answer):
-    with pytest.raises(UnreadableAnswer):
+    with pytest.raises(Unreadable):
         read_label(answer)
 
 
 @pytest.mark.parametrize("matches", ["1", [0], [9], [1, 1], [True], [1.0], None])
 def test_matches_that_cannot_be_read(matches):
-    with pytest.raises(UnreadableAnswer):
+    with pytest.raises(Unreadable):
         read_matches(json.dumps({"matches": matches}), 8)
-    with pytest.raises(UnreadableAnswer):
+    with pytest.raises(Unreadable):
         read_matches("1, 2", 8)
 
 

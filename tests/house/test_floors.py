@@ -28,6 +28,7 @@ FLOORS = {
     | {"models", "jaxrl_llm.curation.schedule"},
     "jaxrl_llm.curation": {f"jaxrl_llm.{name}" for name in ("curation", "data", "errors", "run_dir", "checkpoint", "config", "runtime", "rewards")}
     | {"models", "sae"},
+    "jaxrl_llm.serve": {"jaxrl_llm.serve", "jaxrl_llm.errors", "jaxrl_llm.__version__", "models"},
     "experiments": {"experiments", "jaxrl_llm", "models", "sae", "configs"},
 }
 
