@@ -15,16 +15,19 @@ import tiny_preferences as prefs
 START = """
 import sys; sys.path.insert(0, "tests/train")
 import jax
-jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
+address, number, folder, processes = *sys.argv[1:4], int(sys.argv[4])
+if processes > 1:
+    jax.distributed.initialize(address, processes, int(number))
 import dataclasses, numpy as np, models.sharding
-import tiny_grpo as tiny, tiny_preferences as prefs
+import tiny_grpo as tiny, tiny_preferences as prefs, test_train_sft as sft
 from jaxrl_llm.rewards.verdict import Status, Verdict
-assert jax.process_count() == 2 and jax.device_count() == 2
-folder = sys.argv[3]
+assert jax.process_count() == processes and jax.device_count() == 2
 def reward(inputs):
     # What one process says differs from what the other would say: both must train on the gathered verdicts.
-    assert len(inputs) in (8, 4)
-    return [v if v.status is Status.PASS else Verdict(Status.FAIL, score=0.1 * int(sys.argv[2])) for v in tiny.reward(inputs)]
+    assert processes == 1 or len(inputs) in (8, 4, 3)
+    half = -(-len(inputs) // 2)  # as they share them
+    said = [int(number) if processes > 1 else int(i >= half) for i in range(len(inputs))]
+    return [v if v.status is Status.PASS else Verdict(Status.FAIL, score=0.1 * n) for v, n in zip(tiny.reward(inputs), said)]
 mesh = models.sharding.make_mesh({"fsdp": 2})
 def placed(params, config):
     return jax.tree.map(
@@ -34,12 +37,17 @@ def placed(params, config):
 """
 END = """
 whole = jax.jit(lambda t: t, out_shardings=models.sharding.replicated(mesh))(trained)
-np.save(folder + f"/final_{sys.argv[2]}.npy", tiny.flat(whole))
+np.save(folder + f"/final_{number}.npy", tiny.flat(whole))
 """
 GRPO = """
 config = dataclasses.replace(tiny.TINY, steps=2)
 start = placed(tiny.params(), tiny.CONFIG)
 trained, _ = tiny.run(folder, config, reward=reward, mesh=mesh, start=start, evals={"held_out": tiny.prompts(7)})
+"""
+SFT = """
+config = dataclasses.replace(sft.QUICK, steps=2, micro_batch_rows=4)
+start, run_dir = placed(tiny.params(), tiny.CONFIG), sft.RunDir(folder, {"name": "sft"}, kind="sft")
+trained, _ = sft.train_sft(tiny.CONFIG, start, sft.data(), config, run_dir, mesh=mesh, progress=False)
 """
 DPO = """
 for steps in (1, 2):  # the second goes on from the first one's checkpoint, in which the reference's figures are
@@ -54,26 +62,44 @@ trained, _ = prefs.train_online(folder, config, reward=reward, mesh=mesh, start=
 """
 
 
-@pytest.mark.parametrize("middle", [GRPO, DPO, ONLINE], ids=["grpo", "dpo", "online_dpo"])
-def test_two_processes_train_one_policy(repo, tmp_path, middle):
+MIDDLES = {"grpo": GRPO, "sft": SFT, "dpo": DPO, "online_dpo": ONLINE}
+
+
+def address():
     with socket.socket() as free:
         free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
+        return f"localhost:{free.getsockname()[1]}"
+
+
+def run(repo, folder, middle, processes):
+    """A job of so many processes and two devices, to its end."""
     env = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(repo), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
-    folder, code = tmp_path / "run", START + middle + END
-    processes = [
-        subprocess.Popen([sys.executable, "-c", code, address, str(i), str(folder)], env=env, cwd=repo, stderr=subprocess.PIPE, text=True)
-        for i in range(2)
+    env["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={2 // processes}"
+    where, code = address(), START + middle + END
+    started = [
+        subprocess.Popen([sys.executable, "-c", code, where, str(i), str(folder), str(processes)], env=env, cwd=repo, stderr=subprocess.PIPE, text=True)
+        for i in range(processes)
     ]
-    errors = [process.communicate(timeout=600)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], errors[0][-3000:] + errors[1][-3000:]
-    one, other = (np.load(folder / f"final_{i}.npy") for i in range(2))
+    errors = [process.communicate(timeout=600)[1] for process in started]
+    assert [process.returncode for process in started] == [0] * processes, "".join(error[-3000:] for error in errors)
+    return [np.load(folder / f"final_{i}.npy") for i in range(processes)]
+
+
+@pytest.mark.parametrize("verb", MIDDLES)
+def test_two_processes_train_one_policy(repo, tmp_path, verb):
+    folder, middle = tmp_path / "run", MIDDLES[verb]
+    one, other = run(repo, folder, middle, 2)
     np.testing.assert_array_equal(one, other)
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     wanted = [("eval", 0), ("step", 1), ("step", 2), ("eval", 2)]  # one process writes
-    if middle == DPO:
+    if verb == "dpo":
         wanted.insert(2, ("eval", 1))  # at the end of the first run
+    if verb == "sft":
+        wanted = wanted[1:3]
     assert [(line["kind"] if line["kind"] == "eval" else "step", line["step"]) for line in lines] == wanted
-    if middle == DPO:  # the same policy as one process trains at one go
+    if verb == "dpo":  # the same policy as one process trains at one go
         config = dataclasses.replace(prefs.QUICK, steps=2, loss=prefs.LOSSES["kto"], micro_batch_rows=4, forward_rows=5)
         np.testing.assert_allclose(one, tiny.flat(prefs.train(config)[0]), rtol=1e-4, atol=1e-5)
+    if verb in ("grpo", "sft"):  # and as one process that has both devices
+        (alone,) = run(repo, tmp_path / "alone", middle, 1)
+        assert np.abs(one - alone).max() <= 1e-5 and np.abs(alone - tiny.flat(tiny.params())).max() > 1e-3
