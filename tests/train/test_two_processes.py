@@ -1,14 +1,17 @@
-"""Multi-controller JAX on localhost: two processes of one device each train one policy, and one of them writes."""
+"""Multi-controller JAX on localhost: two processes of one device each train one policy, and one of them writes; one that dies ends the other."""
 
 import dataclasses
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
+import tiny_folder
 import tiny_grpo as tiny
 import tiny_preferences as prefs
 
@@ -75,11 +78,9 @@ def run(repo, folder, middle, processes):
     """A job of so many processes and two devices, to its end."""
     env = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(repo), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
     env["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={2 // processes}"
-    where, code = address(), START + middle + END
-    started = [
-        subprocess.Popen([sys.executable, "-c", code, where, str(i), str(folder), str(processes)], env=env, cwd=repo, stderr=subprocess.PIPE, text=True)
-        for i in range(processes)
-    ]
+    where, pipes = address(), {"stderr": subprocess.PIPE, "text": True}
+    commands = [[sys.executable, "-c", START + middle + END, where, str(i), str(folder), str(processes)] for i in range(processes)]
+    started = [subprocess.Popen(command, env=env, cwd=repo, **pipes) for command in commands]
     errors = [process.communicate(timeout=600)[1] for process in started]
     assert [process.returncode for process in started] == [0] * processes, "".join(error[-3000:] for error in errors)
     return [np.load(folder / f"final_{i}.npy") for i in range(processes)]
@@ -103,3 +104,66 @@ def test_two_processes_train_one_policy(repo, tmp_path, verb):
     if verb in ("grpo", "sft"):  # and as one process that has both devices
         (alone,) = run(repo, tmp_path / "alone", middle, 1)
         assert np.abs(one - alone).max() <= 1e-5 and np.abs(alone - tiny.flat(tiny.params())).max() > 1e-3
+
+
+# ------------------------------------------------------------------------------------------------------ one of them dies
+
+STEPS, HEARTBEAT = 40, 10
+FIELDS = {
+    "data.fields": "prompt=question,answer=good", "batch_rows": 4, "max_length": 16, "mesh": "fsdp=2", "train.steps": STEPS,
+    "train.log_every": 1, "train.checkpoint_every": 3, "train.optimizer.learning_rate": 0.01,
+}  # fmt: skip
+
+
+def start_verb(repo, model, folder):
+    """The two processes of an `sft` job."""
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(repo), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "XLA_FLAGS": ""}
+    env |= {"JAX_COMPILATION_CACHE_DIR": str(folder.parent / "cache"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    env |= {"JAX_COORDINATOR_ADDRESS": address(), "JAX_NUM_PROCESSES": "2", "JAXRL_LLM_HEARTBEAT_S": str(HEARTBEAT)}
+    fields = FIELDS | {"model": model[0], "data.source": model[1]}
+    command = [sys.executable, "-m", "jaxrl_llm", "sft", *(f"--config.{name}={value}" for name, value in fields.items()), f"--workdir={folder}"]
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    return [subprocess.Popen(command, env=env | {"JAX_PROCESS_ID": str(i)}, cwd=repo, **pipes) for i in range(2)]
+
+
+def finish(processes):
+    """Their stderr once both have ended well."""
+    errors = [process.communicate(timeout=300)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], "".join(error[-3000:] for error in errors)
+    return errors
+
+
+def lines(folder):
+    path = folder / "metrics.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def left(folder):
+    """(metrics without times, bytes of the weights)."""
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    records = [{name: value for name, value in record.items() if name not in ("seconds", "tokens_per_s")} for record in records]
+    return records, {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*.safetensors")}
+
+
+def test_a_process_that_dies_ends_the_other_and_both_go_on(repo, tmp_path):
+    """First the one that only trains is killed, then the one that writes and holds the job together."""
+    model, peace, killed = tiny_folder.write(tmp_path), tmp_path / "peace", tmp_path / "killed"
+    for error in finish(start_verb(repo, model, peace)):
+        assert "is gone" not in error, "one that ends well says nothing of the kind"
+    wanted = left(peace)
+    assert [record["step"] for record in wanted[0]] == list(range(1, STEPS + 1)) and len(wanted[1]) == 1
+    for victim, step in ((1, 8), (0, 17)):
+        job = start_verb(repo, model, killed)
+        while lines(killed) < step and all(process.poll() is None for process in job):
+            time.sleep(0.002)
+        job[victim].send_signal(signal.SIGKILL)
+        assert job[victim].wait() == -signal.SIGKILL, job[victim].communicate()[1][-3000:]
+        # Far beyond the heartbeat, within which it must end where the machine is idle, but not for ever.
+        error = job[1 - victim].communicate(timeout=10 * HEARTBEAT)[1]
+        job[victim].communicate()
+        assert job[1 - victim].returncode != 0
+        assert f"another process of the job is gone (unheard for {HEARTBEAT} s" in error, error[-3000:]
+        assert "The same command on every host goes on from the newest checkpoint" in error
+        assert step <= lines(killed) < STEPS
+    finish(start_verb(repo, model, killed))
+    assert left(killed) == wanted
