@@ -1,9 +1,11 @@
 """What must be settled before JAX is first used: memory pages, the persistent compilation cache, the processes of a multi-host job."""
 
+import atexit
 import contextlib
 import hashlib
 import os
 import platform
+import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -95,8 +97,22 @@ def distributed_arguments(environment: Mapping[str, str]) -> dict[str, str | int
     return {} if tasks > 1 or several_workers or asked else None
 
 
+def heartbeat_seconds(environment: Mapping[str, str]) -> int:
+    """After how many seconds of silence a process of the job counts as gone, and the others end: JAXRL_LLM_HEARTBEAT_S, else 100.
+
+    Raises:
+      UserError: it is no whole number of seconds above 0.
+    """
+    given = environment.get("JAXRL_LLM_HEARTBEAT_S", "100")
+    if not given.isdecimal() or not int(given):
+        raise UserError(f"JAXRL_LLM_HEARTBEAT_S is '{given}': give whole seconds, at least 1, or unset it for 100")
+    return int(given)
+
+
 def maybe_initialize(timeout_s: int = 300) -> None:
     """Joins this process to its job where the environment says that there are several; must run before any other JAX call.
+
+    From then on a process that hears nothing of another one for `heartbeat_seconds` ends, and so does one whose coordinator is gone.
 
     Raises:
       UserError: the environment is incomplete, or not all processes came within `timeout_s` seconds.
@@ -104,10 +120,13 @@ def maybe_initialize(timeout_s: int = 300) -> None:
     arguments = distributed_arguments(os.environ)
     if arguments is None:
         return
+    heartbeat = heartbeat_seconds(os.environ)
+    # Before JAX is imported: what is registered first runs last, and JAX's own end of the job, behind it, may abort.
+    _leave_a_witness(heartbeat)
     import jax
 
     try:
-        jax.distributed.initialize(**arguments, initialization_timeout=timeout_s)  # pyright: ignore[reportArgumentType]
+        jax.distributed.initialize(**arguments, initialization_timeout=timeout_s, heartbeat_timeout_seconds=heartbeat)  # pyright: ignore[reportArgumentType]
     except (RuntimeError, ValueError) as error:
         reason = (str(error).strip().splitlines() or ["no reason given"])[0]
         raise UserError(
@@ -119,6 +138,30 @@ def maybe_initialize(timeout_s: int = 300) -> None:
         file=sys.stderr,
         flush=True,
     )
+
+
+def _leave_a_witness(heartbeat: int) -> None:
+    """A shell that waits for this process to end and says a clear line if it did not end by itself.
+
+    XLA aborts a process whose job has lost another one from a thread of its own, where no Python runs; its message is long and names
+    neither the run nor what to do.
+    """
+    line = (
+        f"jaxrl-llm: this process was ended from outside: another process of the job is gone (unheard for {heartbeat} s, "
+        "JAXRL_LLM_HEARTBEAT_S; its own log says why), or this one was killed. "
+        "The same command on every host goes on from the newest checkpoint"
+    )
+    with contextlib.suppress(OSError):
+        # In a session of its own, where Ctrl-C and signals to the job's group do not reach it.
+        watch = ["sh", "-c", 'read word || echo "$0" >&2', line]
+        witness = subprocess.Popen(watch, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True)
+        assert witness.stdin is not None
+        atexit.register(_dismiss, witness)
+
+
+def _dismiss(witness: subprocess.Popen) -> None:
+    with contextlib.suppress(OSError):
+        witness.communicate(b"ended\n")
 
 
 def _cpu_features() -> str:

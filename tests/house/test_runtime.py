@@ -84,6 +84,13 @@ def test_an_incomplete_job_says_what_is_missing():
         runtime.distributed_arguments({"JAX_COORDINATOR_ADDRESS": "h:1", "JAX_NUM_PROCESSES": "two", "JAX_PROCESS_ID": "0"})
 
 
+def test_the_heartbeat_is_a_number_of_seconds():
+    assert runtime.heartbeat_seconds({}) == 100 and runtime.heartbeat_seconds({"JAXRL_LLM_HEARTBEAT_S": "7"}) == 7
+    for wrong in ("0", "-3", "soon", ""):
+        with pytest.raises(UserError, match=f"JAXRL_LLM_HEARTBEAT_S is '{wrong}': give whole seconds"):
+            runtime.heartbeat_seconds({"JAXRL_LLM_HEARTBEAT_S": wrong})
+
+
 JOINED = """
 import sys
 from jaxrl_llm import cli, runtime
@@ -138,6 +145,7 @@ def test_two_processes_sum_gather_and_write_once(repo, tmp_path):
         assert process.returncode == 0, err[-3000:]
         assert f"process {i} ok" in out
         assert f"process {i} of 2: 2 of 4 devices" in err
+        assert "is gone" not in err, "what is left to say that a process was ended is called off"
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == '{"step": 0}\n'
 
 

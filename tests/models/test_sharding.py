@@ -150,6 +150,63 @@ def test_eight_devices_equal_one(run_python, tmp_path):
     assert "equal" in run_python(EIGHT, args=(str(tmp_path / "model"), str(tmp_path / "again")), devices=8)
 
 
+CLASSES = """
+import sys; sys.path.insert(0, "tests/models")
+from pathlib import Path
+import jax, jax.numpy as jnp, numpy as np
+import models, parity_cases as cases
+from models import sharding
+
+# Eight heads, so that tensor=8 splits them; one layer, but for Gemma's two kinds, since sixteen programs are compiled. Untied where random
+# tied ones would repeat their last token.
+wide = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 8, "num_hidden_layers": 1}
+CLASSES = {
+    "qwen3": wide | {"num_key_value_heads": 4},  # as llama, with norms of queries and keys; tied
+    "gemma2": wide | {"num_key_value_heads": 8, "num_hidden_layers": 2, "sliding_window": 5, "tie_word_embeddings": False},  # norms, caps, windows
+    "gpt2": {"n_embd": 64, "n_head": 8, "n_layer": 1, "tie_word_embeddings": False},  # fused, biased, learned positions
+    "gpt_neox": wide,  # attention and MLP side by side, fused by head
+}
+MESHES = ((8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2))
+rng = np.random.default_rng(0)
+tokens = jnp.asarray(rng.integers(3, 60, (8, 12)))
+counted = jnp.asarray(rng.random((8, 11)) < 0.8)
+prompts = [rng.integers(3, 60, length).tolist() for length in (3, 7, 2, 5, 4, 6, 1, 8)]
+for name, changes in CLASSES.items():
+    cases.write_checkpoint(Path(sys.argv[1]) / name, cases.CASES[name] | changes)
+    cfg, whole = models.load(Path(sys.argv[1]) / name)
+
+    def loss(params, tokens, counted):
+        logits = models.unembed(cfg, params, models.forward(cfg, params, tokens).hidden)
+        logps = jnp.take_along_axis(jax.nn.log_softmax(logits[:, :-1]), tokens[:, 1:, None], -1)[..., 0]
+        return -jnp.where(counted, logps, 0).sum() / counted.sum()
+
+    def greedy(params, mesh=None):
+        return models.generate(cfg, params, prompts, max_new_tokens=6, temperature=0.0, stop_tokens=(), mesh=mesh)
+
+    expected, expected_grads = jax.jit(jax.value_and_grad(loss))(whole, tokens, counted)
+    largest, alone = max(float(jnp.abs(g).max()) for g in jax.tree.leaves(expected_grads)), greedy(whole)
+    assert len(np.unique(alone.completion_tokens_NT)) > 8, "each says the same"
+    for shape in MESHES:
+        mesh = sharding.make_mesh(dict(zip(("data", "fsdp", "tensor"), shape)))
+        places, rows = sharding.param_shardings(cfg, mesh), sharding.batch_sharding(mesh)
+        params = jax.device_put(whole, places)
+        run = jax.jit(jax.value_and_grad(loss), out_shardings=(None, places))
+        found, grads = run(params, jax.device_put(tokens, rows), jax.device_put(counted, rows))
+        off = max(float(np.abs(np.asarray(g) - w).max()) for g, w in zip(jax.tree.leaves(grads), jax.tree.leaves(expected_grads))) / largest
+        rel = abs(float(found) / float(expected) - 1)
+        many = greedy(params, mesh)
+        same = np.array_equal(many.completion_tokens_NT, alone.completion_tokens_NT)
+        assert rel < 1e-5 and off < 1e-5 and same, (name, shape, rel, off, same)
+        np.testing.assert_allclose(many.logps_NT, alone.logps_NT, atol=1e-5)
+print("equal")
+"""
+
+
+def test_every_class_of_family_is_the_same_on_every_mesh(run_python, tmp_path):
+    """Loss, gradients (against the largest) and log-probabilities of eight devices to 1e-5, greedy tokens equal. Experts: test_experts.py."""
+    assert "equal" in run_python(CLASSES, args=(str(tmp_path),), devices=8, env={"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"})
+
+
 def test_a_mesh_of_one_device_changes_nothing(tmp_path):
     cases.write_checkpoint(tmp_path / "model", cases.CASES["qwen2"])
     mesh = sharding.make_mesh({"fsdp": 1}, devices=jax.devices()[:1])

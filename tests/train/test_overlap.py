@@ -21,7 +21,8 @@ from jaxrl_llm.curation.trainability import TrainabilityBand
 from jaxrl_llm.data.sampler import ShuffledSchedule
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.train import overlap
-from jaxrl_llm.train.config import GRPOConfig, LossConfig, check_grpo
+from jaxrl_llm.train.checks import check_grpo
+from jaxrl_llm.train.config import GRPOConfig, LoraSettings, LossConfig
 from jaxrl_llm.train.online_dpo import pair_batch, pick_pairs
 from jaxrl_llm.train.preference_step import compiled_sums, preference_spec
 from jaxrl_llm.train.preference_step import compiled_update as compiled_pair_update
@@ -29,6 +30,7 @@ from jaxrl_llm.train.rollout import build_batch, collect
 from jaxrl_llm.train.signals import Interrupted
 from jaxrl_llm.train.state import init_state, policy_params
 from jaxrl_llm.train.step import compiled_kl, compiled_logprobs, compiled_update, compiled_values, completion_mask, step_spec
+from models import lora
 
 LATE = dataclasses.replace(tiny.TINY, overlap_rewards=True)
 PRICED = LossConfig(kl="k1", kl_coef=0.1, kl_place="sequence_reward")
@@ -260,6 +262,33 @@ def test_a_stopped_run_ends_bit_for_bit_as_an_undisturbed_one(undisturbed, tmp_p
     for kind in ("train", "eval"):
         assert records(tmp_path / "run", kind) == records(folder, kind)
     assert schedule.log == whole.log[-len(schedule.log) :], "the batch that was in flight is not drawn again"
+
+
+BESIDE = {
+    "an adapter": {"lora": LoraSettings(rank=2, targets=("blocks.q", "blocks.down"))},
+    "places filled again": {"rollout_refill": True, "rollout_rows": 6},
+    "the best checkpoint": {"keep_best": "held_out", "keep_checkpoints": 1},
+}
+
+
+@pytest.mark.parametrize("name", BESIDE)
+def test_a_stopped_run_ends_as_an_undisturbed_one_also_with(name, tmp_path):
+    config = dataclasses.replace(WHOLE, inner_epochs=1, **BESIDE[name])
+    trained, _ = grpo(tmp_path / "whole", config)
+    with pytest.raises(KeyboardInterrupt):
+        grpo(tmp_path / "run", config, reward=Stops(8))
+    assert 0 < len(records(tmp_path / "run")) < 6
+    resumed, _ = grpo(tmp_path / "run", config)
+    np.testing.assert_array_equal(tiny.flat(resumed), tiny.flat(trained))
+    for kind in ("train", "eval"):
+        assert records(tmp_path / "run", kind) == records(tmp_path / "whole", kind)
+    kept = [sorted(path.name for path in (tmp_path / folder / "checkpoints").iterdir()) for folder in ("run", "whole")]
+    assert kept[0] == kept[1]
+    if name == "the best checkpoint":
+        accuracy = {record["step"]: record["accuracy"] for record in records(tmp_path / "whole", "eval")}
+        print(accuracy, kept)
+    if name == "an adapter":
+        assert lora.adapter_of(resumed)
 
 
 def test_a_checkpoint_holds_what_waits_to_be_judged_and_no_more(tmp_path, monkeypatch):

@@ -1,30 +1,36 @@
-"""Multi-controller JAX on localhost: two processes of one device each train one policy, and one of them writes."""
+"""Multi-controller JAX on localhost: two processes of one device each train one policy, and one of them writes; one that dies ends the other."""
 
 import dataclasses
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
+import tiny_folder
 import tiny_grpo as tiny
 import tiny_preferences as prefs
 
 START = """
 import sys; sys.path.insert(0, "tests/train")
 import jax
-jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
+address, number, folder, processes = *sys.argv[1:4], int(sys.argv[4])
+if processes > 1:
+    jax.distributed.initialize(address, processes, int(number))
 import dataclasses, numpy as np, models.sharding
-import tiny_grpo as tiny, tiny_preferences as prefs
+import tiny_grpo as tiny, tiny_preferences as prefs, test_train_sft as sft
 from jaxrl_llm.rewards.verdict import Status, Verdict
-assert jax.process_count() == 2 and jax.device_count() == 2
-folder = sys.argv[3]
+assert jax.process_count() == processes and jax.device_count() == 2
 def reward(inputs):
     # What one process says differs from what the other would say: both must train on the gathered verdicts.
-    assert len(inputs) in (8, 4)
-    return [v if v.status is Status.PASS else Verdict(Status.FAIL, score=0.1 * int(sys.argv[2])) for v in tiny.reward(inputs)]
+    assert processes == 1 or len(inputs) in (8, 4, 3)
+    half = -(-len(inputs) // 2)  # as they share them
+    said = [int(number) if processes > 1 else int(i >= half) for i in range(len(inputs))]
+    return [v if v.status is Status.PASS else Verdict(Status.FAIL, score=0.1 * n) for v, n in zip(tiny.reward(inputs), said)]
 mesh = models.sharding.make_mesh({"fsdp": 2})
 def placed(params, config):
     return jax.tree.map(
@@ -34,12 +40,17 @@ def placed(params, config):
 """
 END = """
 whole = jax.jit(lambda t: t, out_shardings=models.sharding.replicated(mesh))(trained)
-np.save(folder + f"/final_{sys.argv[2]}.npy", tiny.flat(whole))
+np.save(folder + f"/final_{number}.npy", tiny.flat(whole))
 """
 GRPO = """
 config = dataclasses.replace(tiny.TINY, steps=2)
 start = placed(tiny.params(), tiny.CONFIG)
 trained, _ = tiny.run(folder, config, reward=reward, mesh=mesh, start=start, evals={"held_out": tiny.prompts(7)})
+"""
+SFT = """
+config = dataclasses.replace(sft.QUICK, steps=2, micro_batch_rows=4)
+start, run_dir = placed(tiny.params(), tiny.CONFIG), sft.RunDir(folder, {"name": "sft"}, kind="sft")
+trained, _ = sft.train_sft(tiny.CONFIG, start, sft.data(), config, run_dir, mesh=mesh, progress=False)
 """
 DPO = """
 for steps in (1, 2):  # the second goes on from the first one's checkpoint, in which the reference's figures are
@@ -54,26 +65,105 @@ trained, _ = prefs.train_online(folder, config, reward=reward, mesh=mesh, start=
 """
 
 
-@pytest.mark.parametrize("middle", [GRPO, DPO, ONLINE], ids=["grpo", "dpo", "online_dpo"])
-def test_two_processes_train_one_policy(repo, tmp_path, middle):
+MIDDLES = {"grpo": GRPO, "sft": SFT, "dpo": DPO, "online_dpo": ONLINE}
+
+
+def address():
     with socket.socket() as free:
         free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
+        return f"localhost:{free.getsockname()[1]}"
+
+
+def run(repo, folder, middle, processes):
+    """A job of so many processes and two devices, to its end."""
     env = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(repo), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
-    folder, code = tmp_path / "run", START + middle + END
-    processes = [
-        subprocess.Popen([sys.executable, "-c", code, address, str(i), str(folder)], env=env, cwd=repo, stderr=subprocess.PIPE, text=True)
-        for i in range(2)
-    ]
-    errors = [process.communicate(timeout=600)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], errors[0][-3000:] + errors[1][-3000:]
-    one, other = (np.load(folder / f"final_{i}.npy") for i in range(2))
+    env["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={2 // processes}"
+    where, pipes = address(), {"stderr": subprocess.PIPE, "text": True}
+    commands = [[sys.executable, "-c", START + middle + END, where, str(i), str(folder), str(processes)] for i in range(processes)]
+    started = [subprocess.Popen(command, env=env, cwd=repo, **pipes) for command in commands]
+    errors = [process.communicate(timeout=600)[1] for process in started]
+    assert [process.returncode for process in started] == [0] * processes, "".join(error[-3000:] for error in errors)
+    return [np.load(folder / f"final_{i}.npy") for i in range(processes)]
+
+
+@pytest.mark.parametrize("verb", MIDDLES)
+def test_two_processes_train_one_policy(repo, tmp_path, verb):
+    folder, middle = tmp_path / "run", MIDDLES[verb]
+    one, other = run(repo, folder, middle, 2)
     np.testing.assert_array_equal(one, other)
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     wanted = [("eval", 0), ("step", 1), ("step", 2), ("eval", 2)]  # one process writes
-    if middle == DPO:
+    if verb == "dpo":
         wanted.insert(2, ("eval", 1))  # at the end of the first run
+    if verb == "sft":
+        wanted = wanted[1:3]
     assert [(line["kind"] if line["kind"] == "eval" else "step", line["step"]) for line in lines] == wanted
-    if middle == DPO:  # the same policy as one process trains at one go
+    if verb == "dpo":  # the same policy as one process trains at one go
         config = dataclasses.replace(prefs.QUICK, steps=2, loss=prefs.LOSSES["kto"], micro_batch_rows=4, forward_rows=5)
         np.testing.assert_allclose(one, tiny.flat(prefs.train(config)[0]), rtol=1e-4, atol=1e-5)
+    if verb in ("grpo", "sft"):  # and as one process that has both devices
+        (alone,) = run(repo, tmp_path / "alone", middle, 1)
+        assert np.abs(one - alone).max() <= 1e-5 and np.abs(alone - tiny.flat(tiny.params())).max() > 1e-3
+
+
+# ------------------------------------------------------------------------------------------------------ one of them dies
+
+STEPS, HEARTBEAT = 40, 10
+FIELDS = {
+    "data.fields": "prompt=question,answer=good", "batch_rows": 4, "max_length": 16, "mesh": "fsdp=2", "train.steps": STEPS,
+    "train.log_every": 1, "train.checkpoint_every": 3, "train.optimizer.learning_rate": 0.01,
+}  # fmt: skip
+
+
+def start_verb(repo, model, folder):
+    """The two processes of an `sft` job."""
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(repo), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "XLA_FLAGS": ""}
+    env |= {"JAX_COMPILATION_CACHE_DIR": str(folder.parent / "cache"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    env |= {"JAX_COORDINATOR_ADDRESS": address(), "JAX_NUM_PROCESSES": "2", "JAXRL_LLM_HEARTBEAT_S": str(HEARTBEAT)}
+    fields = FIELDS | {"model": model[0], "data.source": model[1]}
+    command = [sys.executable, "-m", "jaxrl_llm", "sft", *(f"--config.{name}={value}" for name, value in fields.items()), f"--workdir={folder}"]
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    return [subprocess.Popen(command, env=env | {"JAX_PROCESS_ID": str(i)}, cwd=repo, **pipes) for i in range(2)]
+
+
+def finish(processes):
+    """Their stderr once both have ended well."""
+    errors = [process.communicate(timeout=300)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], "".join(error[-3000:] for error in errors)
+    return errors
+
+
+def lines(folder):
+    path = folder / "metrics.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def left(folder):
+    """(metrics without times, bytes of the weights)."""
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    records = [{name: value for name, value in record.items() if name not in ("seconds", "tokens_per_s")} for record in records]
+    return records, {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*.safetensors")}
+
+
+def test_a_process_that_dies_ends_the_other_and_both_go_on(repo, tmp_path):
+    """First the one that only trains is killed, then the one that writes and holds the job together."""
+    model, peace, killed = tiny_folder.write(tmp_path), tmp_path / "peace", tmp_path / "killed"
+    for error in finish(start_verb(repo, model, peace)):
+        assert "is gone" not in error, "one that ends well says nothing of the kind"
+    wanted = left(peace)
+    assert [record["step"] for record in wanted[0]] == list(range(1, STEPS + 1)) and len(wanted[1]) == 1
+    for victim, step in ((1, 8), (0, 17)):
+        job = start_verb(repo, model, killed)
+        while lines(killed) < step and all(process.poll() is None for process in job):
+            time.sleep(0.002)
+        job[victim].send_signal(signal.SIGKILL)
+        assert job[victim].wait() == -signal.SIGKILL, job[victim].communicate()[1][-3000:]
+        # Far beyond the heartbeat, within which it must end where the machine is idle, but not for ever.
+        error = job[1 - victim].communicate(timeout=10 * HEARTBEAT)[1]
+        job[victim].communicate()
+        assert job[1 - victim].returncode != 0
+        assert f"another process of the job is gone (unheard for {HEARTBEAT} s" in error, error[-3000:]
+        assert "The same command on every host goes on from the newest checkpoint" in error
+        assert step <= lines(killed) < STEPS
+    finish(start_verb(repo, model, killed))
+    assert left(killed) == wanted
