@@ -60,8 +60,9 @@ def get_config(variant: str | None = None) -> ml_collections.ConfigDict:
     config.absorption.test_share = 0.5  # of each letter's tokens, kept for the test
     config.absorption.max_k = 10  # main latents that a letter may have
     config.absorption.f1_jump = 0.03  # the rise in F1 that makes one more latent a main one
-    config.absorption.cosine = ml_collections.config_dict.placeholder(float)  # least cosine of an absorbing latent; None = max(0.1, 4 / sqrt(width))
-    config.absorption.share = 0.4  # of the probe's direction that a latent must carry for full absorption
+    config.absorption.cosine = 0.1  # least cosine with the probe of a latent that absorbs a part; in models of width 64 rather 0.5
+    config.absorption.full_cosine = 0.025  # the same of the one latent of full absorption
+    config.absorption.share = 0.4  # of the activation's part along the probe that absorbing latents must give
     config.absorption.max_absorbing = 3  # latents that may share a partial absorption
     config.absorption.least = 5  # tokens that a letter needs on each side of the split
 

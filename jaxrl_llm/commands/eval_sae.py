@@ -88,6 +88,7 @@ def check(config: Any) -> None:
         "absorption.occurrences": (0, inf),
         "absorption.f1_jump": (0, 1),
         "absorption.cosine": (0, 1),
+        "absorption.full_cosine": (0, 1),
         "absorption.share": (0, 1),
         "absorption.max_absorbing": (0, inf),
     }
@@ -320,7 +321,7 @@ class Job:
 
         config, (letters, rows, places) = self.config.absorption, self.letters
         x, tokens = self._at(rows, places, hook), np.array([rows[i][j] for i, j in places], int)
-        settings = {key: config[key] for key in ("max_k", "f1_jump", "cosine", "share", "max_absorbing", "least")}
+        settings = {key: config[key] for key in ("max_k", "f1_jump", "cosine", "full_cosine", "share", "max_absorbing", "least")}
         found = feature_absorption(
             d, x, [letters[int(token)] for token in tokens], tokens, cfg=AbsorptionConfig(**settings), test_share=config.test_share,
             seed=self.config.seed, progress=lambda known: self._bar(known, "absorption", "letter"),

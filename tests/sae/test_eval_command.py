@@ -168,8 +168,8 @@ OTHER = {  # field -> another value
     "bootstrap": "9", "seed": "4", "probe.source": "", "probe.fields": "prompt={text} {text},label=topic", "probe.split": "test",
     "probe.limit": "60", "probe.context_size": "4", "probe.min_rows": "2", "probe.test_share": "0.4", "probe.ks": "2", "probe.perturb": "False",
     "probe.ns": "3", "absorption.enabled": "False", "absorption.words_only": "False", "absorption.occurrences": "2", "absorption.test_share": "0.3",
-    "absorption.max_k": "1", "absorption.f1_jump": "0.9", "absorption.cosine": "0.0", "absorption.share": "0.99", "absorption.max_absorbing": "0",
-    "absorption.least": "3",
+    "absorption.max_k": "1", "absorption.f1_jump": "0.9", "absorption.cosine": "0.0", "absorption.full_cosine": "0.9",
+    "absorption.share": "0.99", "absorption.max_absorbing": "0", "absorption.least": "3",
 }  # fmt: skip
 
 
