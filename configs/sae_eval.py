@@ -23,6 +23,7 @@ def get_config(variant: str | None = None) -> ml_collections.ConfigDict:
     config.dtype = "float32"  # of the model's parameters and activations: float32 or bfloat16
     config.saes = ("",)  # folders or hub ids of the dictionaries, with commas between them
     config.hook = ""  # tap of SAEs that name none, such as "blocks.3.resid_post"
+    config.hook_out = ""  # output tap of transcoders that name none, such as "blocks.3.mlp_out"
 
     config.data = ml_collections.ConfigDict()
     config.data.source = ""  # text that no SAE was trained on: file (txt, jsonl, json, csv, parquet), data set folder, hub id or tfds:NAME
@@ -36,6 +37,7 @@ def get_config(variant: str | None = None) -> ml_collections.ConfigDict:
     config.batch_rows = 16  # rows the model reads at once
     config.context_size = 128  # longer rows are cut into pieces of so many tokens
     config.skip_bos = True  # leave the beginning-of-text position out
+    config.drop_special = True  # leave the tokenizer's other special tokens out, wherever they stand, as train_sae does
     config.model_part = True  # cross-entropy and divergence with the reconstruction in the tap's place
     config.geometry = True  # cosines of the decoder's and the encoder's rows with each other
     config.bootstrap = 1000  # resamples of the texts that intervals come from
