@@ -23,6 +23,7 @@ def get_config(variant: str | None = None) -> ml_collections.ConfigDict:
     config.dtype = "float32"  # of the model's parameters and activations: float32 or bfloat16
     config.saes = ("",)  # folders or hub ids of the dictionaries, with commas between them
     config.hook = ""  # tap of SAEs that name none, such as "blocks.3.resid_post"
+    config.hook_out = ""  # output tap of transcoders that name none, such as "blocks.3.mlp_out"
 
     config.data = ml_collections.ConfigDict()
     config.data.source = ""  # text that no SAE was trained on: file (txt, jsonl, json, csv, parquet), data set folder, hub id or tfds:NAME
@@ -36,6 +37,7 @@ def get_config(variant: str | None = None) -> ml_collections.ConfigDict:
     config.batch_rows = 16  # rows the model reads at once
     config.context_size = 128  # longer rows are cut into pieces of so many tokens
     config.skip_bos = True  # leave the beginning-of-text position out
+    config.drop_special = True  # leave the tokenizer's other special tokens out, wherever they stand, as train_sae does
     config.model_part = True  # cross-entropy and divergence with the reconstruction in the tap's place
     config.geometry = True  # cosines of the decoder's and the encoder's rows with each other
     config.bootstrap = 1000  # resamples of the texts that intervals come from
@@ -60,8 +62,9 @@ def get_config(variant: str | None = None) -> ml_collections.ConfigDict:
     config.absorption.test_share = 0.5  # of each letter's tokens, kept for the test
     config.absorption.max_k = 10  # main latents that a letter may have
     config.absorption.f1_jump = 0.03  # the rise in F1 that makes one more latent a main one
-    config.absorption.cosine = ml_collections.config_dict.placeholder(float)  # least cosine of an absorbing latent; None = max(0.1, 4 / sqrt(width))
-    config.absorption.share = 0.4  # of the probe's direction that a latent must carry for full absorption
+    config.absorption.cosine = 0.1  # least cosine with the probe of a latent that absorbs a part; in models of width 64 rather 0.5
+    config.absorption.full_cosine = 0.025  # the same of the one latent of full absorption
+    config.absorption.share = 0.4  # of the activation's part along the probe that absorbing latents must give
     config.absorption.max_absorbing = 3  # latents that may share a partial absorption
     config.absorption.least = 5  # tokens that a letter needs on each side of the split
 

@@ -1,7 +1,8 @@
 """Feature absorption on the first-letter task: tokens whose letter is told not by the letter's latent but by one of their own.
 
 After Chanin et al. 2024 and SAEBench. A linear probe says which direction tells a letter; the letter's main latents are those that a sparse
-probe needs; where they are silent though the probe is right, the latent that carries the direction instead has absorbed the letter.
+probe needs; where they are silent though the probe is right, the latent that carries the direction instead has absorbed the letter. docs/sae.md lists
+what differs from SAEBench.
 Letters: N tokens' activations, D width, F latents.
 """
 
@@ -25,15 +26,16 @@ SPACE_MARKS = ("▁", "Ġ", " ")  # how tokenizers write that a word begins
 @dataclasses.dataclass(frozen=True)
 class AbsorptionConfig:
     """max_k: latents that a sparse probe may read. f1_jump: the rise in F1 (of training rows) that makes one more of them a main latent.
-    cosine: least cosine of an absorbing latent's decoder row with the probe's direction; None = the larger of 0.1 (SAEBench's, for wide
-    models) and 4 / sqrt(D), four standard deviations of the cosine of random directions. share: least part of all that latents put
-    along the direction which the absorbing one gives, for absorption to be full. max_absorbing: latents that may share a partial one.
-    least: rows that a letter needs on each side of the split; others are passed over.
+    cosine: least cosine of an absorbing latent's decoder row with the probe's direction, for the fraction; full_cosine: the same for full
+    absorption (SAEBench's defaults, for wide models; in D dimensions random directions have cosines of about 1 / sqrt(D)). share: least part
+    of the activation's own projection that absorbing latents must give, the latents of a fraction together, the one of full absorption
+    alone. max_absorbing: latents that may share a fraction. least: rows that a letter needs on each side of the split; others are passed over.
     """
 
     max_k: int = 10
     f1_jump: float = 0.03
-    cosine: float | None = None
+    cosine: float = 0.1
+    full_cosine: float = 0.025
     share: float = 0.4
     max_absorbing: int = 3
     least: int = 5
@@ -76,8 +78,11 @@ def feature_absorption(
     """What of each letter's direction is carried by other latents than the letter's.
 
     x_ND: activations at single tokens, with the first letter of each; tokens: their ids (default: all differ), so that no token is
-    on both sides of the split. progress wraps the iterator over letters (tqdm). Raises SAEError where no letter has enough rows.
+    on both sides of the split. progress wraps the iterator over letters (tqdm). Raises SAEError for a transcoder, whose latents write to
+    another tap than the probe reads, and where no letter has enough rows.
     """
+    if d.cfg.d_out is not None:
+        raise SAEError("feature_absorption: a transcoder writes to another tap than it reads, so that its latents carry no part of a probe there")
     x, labels = np.asarray(x_ND, np.float32), np.asarray(letters)
     if np.asarray(d.params["W_dec"]).shape[1] != x.shape[1]:
         raise SAEError(f"feature_absorption: activations have {x.shape[1]} dimensions, the decoder writes {np.shape(d.params['W_dec'])[1]}")
@@ -109,26 +114,36 @@ def _letter(
     direction = probe.weights / max(np.linalg.norm(probe.weights), 1e-30)
     scores = probe.scores(x[test])
     rows = test[own[test] & (scores > 0)]
-    aligned = unit_FD @ direction >= (cfg.cosine if cfg.cosine is not None else max(0.1, 4 / np.sqrt(x.shape[1])))
-    along = decoder @ direction
-    needed = (x[rows] - x[train][~own[train]].mean(axis=0)) @ direction
-    fraction, full, absorber = np.zeros(len(rows)), np.zeros(len(rows), bool), np.full(len(rows), -1)
+    cosine, along, projection = unit_FD @ direction, decoder @ direction, x[rows] @ direction
+    by_main, by_absorbers, full, absorber = np.zeros(len(rows)), np.zeros(len(rows)), np.zeros(len(rows), bool), np.full(len(rows), -1)
     for i, row in enumerate(rows):
         sparse = pooled.contributions[row]
         given = sparse.data * along[sparse.indices]  # what each firing latent puts along the direction
         is_main = np.isin(sparse.indices, main)
-        by_main = given[is_main].sum()
-        others = np.where(~is_main & aligned[sparse.indices] & (given > 0), given, 0.0)
-        absorbed = np.sort(others)[::-1][: cfg.max_absorbing].sum()
-        if absorbed > 0 and by_main < needed[i]:
-            fraction[i] = absorbed / (absorbed + max(by_main, 0.0))
-        if not np.any(sparse.data[is_main] > 0) and len(given):
+        by_main[i] = given[is_main].sum()
+        others = given[~is_main & (cosine[sparse.indices] >= cfg.cosine) & (given > 0)]
+        by_absorbers[i] = np.sort(others)[::-1][: cfg.max_absorbing].sum()
+        if len(given) and projection[i] > 0 and not np.any(sparse.data[is_main] > 0):
             top = int(np.argmax(given))
-            full[i] = given[top] > 0 and aligned[sparse.indices[top]] and given[top] >= cfg.share * given[given > 0].sum()
+            full[i] = cosine[sparse.indices[top]] >= cfg.full_cosine and given[top] >= cfg.share * projection[i]
             absorber[i] = sparse.indices[top] if full[i] else -1
+    fraction = absorbed_fraction(projection, by_main, by_absorbers, cfg.share)
     return LetterAbsorption(
         letter, [int(j) for j in main], f1(own[test], scores), sparse_f1, rows, fraction, full, absorber
     )
+
+
+def absorbed_fraction(projection_N: np.ndarray, main_N: np.ndarray, absorbers_N: np.ndarray, share: float) -> np.ndarray:
+    """SAEBench's absorption fraction [N], from what lies along the probe's direction: the activation's projection, what its main latents
+    give, and what its absorbing latents give together.
+
+    0 where the absorbers give less than `share` of the projection, where the main latents give all of it, and where it is not positive; 1
+    where the main latents give nothing; else a / (a + main), a being what the absorbers give, at most what the main latents leave.
+    """
+    absorbed = np.minimum(absorbers_N, projection_N - main_N)
+    counts = (projection_N > 0) & (absorbers_N > 0) & (absorbers_N >= share * projection_N) & (main_N < projection_N)
+    partly = counts & (main_N > 0)
+    return np.where(partly, absorbed / np.where(partly, absorbed + main_N, 1.0), counts.astype(float))
 
 
 def main_latents(latents: Any, own: np.ndarray, train: np.ndarray, test: np.ndarray, cfg: AbsorptionConfig) -> tuple[np.ndarray, list[float]]:

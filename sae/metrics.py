@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -170,9 +170,11 @@ class Documents:
         return np.searchsorted(self.ends, np.arange(start, stop), side="right")
 
 
-def token_counts(token_rows: TokenRows, bos: int | None = None) -> list[int]:
-    """The number of activations that `harvest_activations` gives of each row of token ids; `bos`: the id that it skips at the opening."""
-    return [len(row) - (bos is not None and len(row) > 0 and row[0] == bos) for row in token_rows]
+def token_counts(token_rows: TokenRows, bos: int | None = None, drop_tokens: Collection[int] = ()) -> list[int]:
+    """The number of activations that `harvest_activations` gives of each row of token ids; `bos`: the id that it skips at the opening;
+    drop_tokens: those that it drops wherever they stand."""
+    dropped = frozenset(drop_tokens)
+    return [sum(token not in dropped and not (i == 0 and token == bos) for i, token in enumerate(row)) for row in token_rows]
 
 
 def activation_statistics(d: Dictionary, batches: Iterable[np.ndarray], documents: Sequence[int] | None = None) -> Statistics:

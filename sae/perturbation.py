@@ -61,10 +61,14 @@ def targeted_probe_perturbation(
     """Takes each class's n most telling latents out of the texts' mean activations and asks all probes again.
 
     Probes are logistic, one class against the rest, on mean activations (of contributions a mean is linear, so that taking a latent out
-    of a text's mean is taking it out of each token). A latent's attribution is the class's mean contribution less the rest's, times its
-    decoder row's product with the probe's weights, all on training rows. An n above the number of latents is cut to it.
-    Raises SAEError for fewer than three classes: of two, each probe is the other's mirror image, and the measure 0 by definition.
+    of a text's mean is taking it out of each token). A latent's attribution is the class's mean contribution less the rest's, 0 where the rest's
+    is larger, times its decoder row's product with the probe's weights, all on training rows: what speaks against the class where it is
+    absent is no latent of the class, though the product of two negative numbers is positive. An n above the number of latents is cut to it.
+    Raises SAEError for a transcoder, whose latents write to another tap than the probes read, and for fewer than three classes: of two, each
+    probe is the other's mirror image, and the measure 0 by definition.
     """
+    if d.cfg.d_out is not None:
+        raise SAEError("targeted_probe_perturbation: a transcoder writes to another tap than it reads, so that its latents cannot be taken out there")
     if len(set(np.asarray(labels).tolist())) < 3:
         raise SAEError("targeted_probe_perturbation: two classes give mirrored probes; label the texts with three classes or more")
     decoder = np.asarray(d.params["W_dec"], np.float64)
@@ -75,7 +79,8 @@ def targeted_probe_perturbation(
     for problem in problems:
         x = pooled.activations[problem.train]
         probe = fit_probe(x, problem.train_labels, per_column=False)
-        effect = mean_difference(pooled.contributions[problem.train], problem.train_labels) * (decoder @ probe.weights)
+        more = np.maximum(mean_difference(pooled.contributions[problem.train], problem.train_labels), 0.0)
+        effect = more * (decoder @ probe.weights)
         order = np.argsort(-effect, kind="stable")[: max(ns)]
         direction = mean_difference(x, problem.train_labels)
         probes.append(probe)

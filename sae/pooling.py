@@ -15,6 +15,7 @@ import numpy as np
 import scipy.sparse
 from jaxtyping import Array, Float, Int
 
+from sae.config import SAEConfig
 from sae.dictionary import Dictionary, architecture, check_width, encode, encode_topk, normalise
 from sae.errors import SAEError
 from sae.metrics import BLOCK, Documents, blocks, padded, piece_tokens
@@ -23,13 +24,22 @@ MOST_TEXTS = 64  # of a piece: its dense sums [S, F] stay small
 
 
 class Pooled(NamedTuple):
-    """Means over the tokens of each text. latents: CSR [N, F] fp32; contributions: the same on the input's scale, so that the text's mean
-    reconstruction is contributions @ W_dec + a part without latents (`latents` itself where the SAE does not normalise its input);
-    activations: [N, D] fp32."""
+    """Means over the tokens of each text. latents: CSR [N, F] fp32; contributions: the same on the scale of what is reconstructed, so that the
+    text's mean reconstruction is contributions @ W_dec + a part without latents (`latents` itself where the SAE undoes no scale);
+    activations: [N, D] fp32, of the tap that is read."""
 
     latents: Any
     contributions: Any
     activations: np.ndarray
+
+
+def written_scale(cfg: SAEConfig, x_nD: Float[Array, "n D"]) -> Any:
+    """What `decode` multiplies each row's z W_dec by: a number, or [n, 1]."""
+    if not cfg.undo_normalization or cfg.normalize_activations == "none":
+        return 1.0
+    if cfg.normalize_activations == "expected_average_only_in":
+        return 1.0 / (cfg.input_scale if cfg.d_out is None else cfg.output_scale)
+    return normalise(cfg, x_nD)[1][1]
 
 
 @functools.partial(jax.jit, static_argnames=("texts", "scaled"))
@@ -38,7 +48,7 @@ def _piece_sums(
 ) -> tuple[Float[Array, "S F"], Float[Array, "S D"]]:
     """Sums over the tokens of each of `texts` texts of the latents and activations; tokens of text `texts` take no part."""
     x = x_nD.astype(jnp.float32)
-    scale = jnp.broadcast_to(jnp.asarray(normalise(d.cfg, x)[1][1] if scaled else 1.0, jnp.float32), (len(x), 1))
+    scale = jnp.broadcast_to(jnp.asarray(written_scale(d.cfg, x) if scaled else 1.0, jnp.float32), (len(x), 1))
     if architecture(d.cfg).encode_sparse is not None:
         values, indices = encode_topk(d, x)
         sums = jnp.zeros((texts + 1, d.cfg.d_sae), jnp.float32).at[text_n[:, None], indices].add(values * scale)[:texts]
@@ -50,13 +60,13 @@ def _piece_sums(
 def pool(d: Dictionary, batches: Iterable[np.ndarray], lengths: Sequence[int]) -> Pooled:
     """Mean latents and activations of texts.
 
-    batches: arrays [n, D] of the texts' activations, one text behind the other, however cut (`harvest_activations`); lengths: how many
-    each text has (`token_counts`), at least one. Raises SAEError for a text without tokens, lengths that do not add up to the stream,
-    another width and NaN activations.
+    batches: arrays [n, D] of the texts' activations (of a transcoder: of its input alone), one text behind the other, however cut
+    (`harvest_activations`); lengths: how many each text has (`token_counts`), at least one. Raises SAEError for a text without tokens,
+    lengths that do not add up to the stream, another width and NaN activations.
     """
     if not len(lengths) or min(lengths) < 1:
         raise SAEError(f"pool: text {int(np.argmin(lengths)) if len(lengths) else 0} has no token; leave empty texts out")
-    rescaled = d.cfg.normalize_activations != "none"
+    rescaled = d.cfg.undo_normalization and d.cfg.normalize_activations != "none"
     of = Documents(lengths)
     plain, scaled = _Rows(of.count, d.cfg.d_sae), _Rows(of.count, d.cfg.d_sae) if rescaled else None
     activations, tokens, size = np.zeros((of.count, d.cfg.d_in)), 0, piece_tokens(d)

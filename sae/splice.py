@@ -6,6 +6,7 @@ Letters: B rows of tokens, T tokens, D width of the tap, V vocabulary.
 from __future__ import annotations
 
 import functools
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax
@@ -20,7 +21,7 @@ from sae.errors import SAEError
 from sae.harvest import TokenRows, token_batches
 
 
-@functools.partial(jax.jit, static_argnames="cfg")
+@functools.partial(jax.jit, static_argnames=("cfg", "zero"))
 def splice_rows(
     cfg: Any,
     params: Any,
@@ -29,16 +30,19 @@ def splice_rows(
     lengths_B: Int[Array, "B"],
     keep_BT: Bool[Array, "B T"],
     mean_D: Float[Array, "D"] | None,
+    zero: bool = True,
 ) -> dict[str, Float[Array, "B"]]:
     """Sums over the predicted tokens of each row, in nats: "ce_MODE", the negative log-likelihood, and "kl_MODE", KL(clean || MODE).
 
-    MODE: "clean" changes nothing (it has no kl), "sae" puts the reconstruction in the tap's place, "zero" zeros, "mean" mean_D (where it is
-    given). Positions in keep_BT stay. A transcoder's place is its output: what it makes of the clean input stands there.
+    MODE: "clean" changes nothing (it has no kl), "sae" puts the reconstruction in the tap's place, "zero" zeros (unless `zero` is False), "mean"
+    mean_D (where it is given). Positions in keep_BT stay. A transcoder's place is its output: what it makes of the clean input stands there.
     """
     place, transcodes = d.cfg.hook_name_out or d.cfg.hook_name, d.cfg.d_out is not None
     clean = models.forward(cfg, params, tokens_BT, lengths=lengths_B, taps=(d.cfg.hook_name,) if transcodes else ())
     written = reconstruct(d, clean.taps[d.cfg.hook_name]) if transcodes else None
-    edits = {"sae": lambda x: reconstruct(d, x) if written is None else written.astype(x.dtype), "zero": jnp.zeros_like}
+    edits = {"sae": lambda x: reconstruct(d, x) if written is None else written.astype(x.dtype)}
+    if zero:
+        edits["zero"] = jnp.zeros_like
     if mean_D is not None:
         edits["mean"] = lambda x: jnp.broadcast_to(mean_D.astype(x.dtype), x.shape)
 
@@ -79,12 +83,16 @@ def splice_sums(
     batch_size: int = 16,
     context_size: int | None = None,
     skip_bos: bool = True,
+    drop_tokens: Collection[int] = (),
+    ablations: Mapping[str, Float[np.ndarray, "N"]] | None = None,
 ) -> dict[str, Float[np.ndarray, "N"]]:
     """Sums of `splice_rows` for each document (non-empty row of token ids), float64, and "predictions", their number.
 
     Rows longer than context_size (default: the dictionary's) are cut into pieces. mean_D: the tap's mean, for the mean ablation; without
-    it there is none. skip_bos leaves the tap as it is where a row opens with BOS, for dictionaries trained without it.
-    Raises SAEError for a dictionary that names no tap, and where nothing is predicted.
+    it there is none. skip_bos leaves the tap as it is where a row opens with BOS, and drop_tokens at these ids wherever they stand, for
+    dictionaries trained without them (`harvest_activations`). ablations: what this function gave of another dictionary of the same place,
+    with the same rows and settings: its zero and mean ablations hang on no dictionary, so that two passes over the model do in place of four.
+    Raises SAEError for a dictionary that names no tap, ablations of other rows, and where nothing is predicted.
     """
     if d.cfg.hook_name is None:
         raise SAEError("ce_recovered: the SAE's config names no hook_name; set it to the tap it was trained on")
@@ -93,19 +101,27 @@ def splice_sums(
     context_size = min(context_size or d.cfg.context_size or cfg.max_position, cfg.max_position)
     parts: dict[str, list[np.ndarray]] = {}
     numbers, seen = [], 0
+    dropped = np.fromiter(drop_tokens, np.int32)
+    known = {name: sums for name, sums in (ablations or {}).items() if name.endswith(("_zero", "_mean"))}
+    wants_mean, wants_zero = mean_D is not None and "ce_mean" not in known, "ce_zero" not in known
     for tokens, lengths, opens in token_batches(token_rows, batch_size, context_size):
         tokens = np.pad(tokens, ((0, 0), (0, 1))) if tokens.shape[1] < 2 else tokens  # single tokens predict nothing, and shapes stay sound
         keep = np.zeros(tokens.shape, bool)
         if skip_bos and cfg.bos_token_id is not None:
             keep[:, 0] = opens & (tokens[:, 0] == cfg.bos_token_id)
-        found = jax.device_get(splice_rows(cfg, params, d, tokens, lengths, keep, mean_D))
+        if dropped.size:
+            keep |= np.isin(tokens, dropped)
+        found = jax.device_get(splice_rows(cfg, params, d, tokens, lengths, keep, mean_D if wants_mean else None, zero=wants_zero))
         for name, values in (found | {"predictions": np.maximum(lengths - 1, 0)}).items():
             parts.setdefault(name, []).append(np.asarray(values, np.float64))
         numbers.append(seen + np.cumsum(opens) - 1)
         seen += int(opens.sum())
     if not sum(part.sum() for part in parts.get("predictions", [])):
         raise SAEError("ce_recovered: no row has two tokens; nothing is predicted")
-    return {name: np.bincount(np.concatenate(numbers), np.concatenate(values), seen) for name, values in parts.items()}
+    sums = {name: np.bincount(np.concatenate(numbers), np.concatenate(values), seen) for name, values in parts.items()}
+    if any(len(values) != seen for values in known.values()):
+        raise SAEError(f"splice_sums: the ablations are of {len(next(iter(known.values())))} documents, but there are {seen} here")
+    return sums | (known if mean_D is not None else {name: values for name, values in known.items() if name.endswith("_zero")})
 
 
 def splice_figures(sums: dict[str, Any]) -> dict[str, Any]:
@@ -146,8 +162,9 @@ def ce_recovered(
     context_size: int | None = None,
     skip_bos: bool = True,
     mean_D: Float[np.ndarray, "D"] | None = None,
+    drop_tokens: Collection[int] = (),
 ) -> dict[str, float]:
     """Share of the cross-entropy and of the divergence lost by zeroing the SAE's tap that splicing its reconstruction in wins back, and
     the means that it is made of: `splice_figures` of `splice_sums`."""
-    how = {"batch_size": batch_size, "context_size": context_size, "skip_bos": skip_bos, "mean_D": mean_D}
+    how = {"batch_size": batch_size, "context_size": context_size, "skip_bos": skip_bos, "mean_D": mean_D, "drop_tokens": drop_tokens}
     return splice_figures(splice_sums(d, cfg, params, token_rows, **how))

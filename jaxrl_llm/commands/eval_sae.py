@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import time
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from math import inf
 from pathlib import Path
 from typing import Any
@@ -12,14 +14,21 @@ from typing import Any
 import numpy as np
 
 from jaxrl_llm import __version__
+from jaxrl_llm.commands._saes import Source, check_saes, described
 from jaxrl_llm.config import check_fields
 from jaxrl_llm.data.prompts import fill_template
 from jaxrl_llm.data.sources import parse_fields, read_rows
+from jaxrl_llm.data.texts import special_tokens, token_rows
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.run_dir import RunDir, write_json
 
 FOLDER, TOTAL = "saes", "eval.json"  # what the workdir gets beside the run's own files
 PACKAGES = ("jax", "numpy", "scikit-learn")
+KEPT_BYTES = 1 << 30  # of a stream of activations that stays in memory for further SAEs of the tap; a larger one is harvested anew
+
+# What is not asked of a transcoder, and why.
+NO_TPP = "a transcoder writes to another tap than the probes read: its latents cannot be taken out there"
+NO_ABSORPTION = "a transcoder writes to another tap than the probe reads: its latents carry no part of it"
 
 
 def run(config: Any, workdir: str) -> None:
@@ -44,20 +53,18 @@ def run(config: Any, workdir: str) -> None:
     run_dir = RunDir(workdir, config, kind="eval_sae", owns=(FOLDER, TOTAL))
     folder = run_dir.path / FOLDER
     folder.mkdir(exist_ok=True)
-    job = None
-    records = []
-    for name, (source, hook, fingerprint) in dictionaries.items():
-        record = finished(folder / f"{name}.json", fingerprint)
-        if record is None:
-            if job is None:  # not before it is needed: it holds the model
-                job = Job(config, texts, labelled, models.load_tokenizer(config.model), cfg)
-                job.cfg, job.params = models.load(config.model, dtype=config.dtype)
-            record, density = job.evaluate(name, source, hook)
-            record |= {"fingerprint": fingerprint, "versions": versions()}
+    pending = {name: one for name, one in dictionaries.items() if finished(folder / f"{name}.json", one.fingerprint) is None}
+    if pending:  # not before it is needed: the job holds the model
+        job = Job(config, texts, labelled, models.load_tokenizer(config.model), cfg, [one.taps for one in pending.values()])
+        job.cfg, job.params = models.load(config.model, dtype=config.dtype)
+        for name, one in sorted(pending.items(), key=lambda item: item[1].taps):  # what they share of a tap is kept for one tap at a time
+            record, density = job.evaluate(name, one)
+            record |= {"fingerprint": one.fingerprint, "versions": versions()}
             np.save(folder / f"{name}.density.npy", density)
             write_json(folder / f"{name}.json", record)
-        records.append(json.loads((folder / f"{name}.json").read_text(encoding="utf-8")))
-        write_report(folder / f"{name}.html", sae_page(records[-1], config.to_dict()))
+    records = [json.loads((folder / f"{name}.json").read_text(encoding="utf-8")) for name in dictionaries]
+    for record in records:
+        write_report(folder / f"{record['name']}.html", sae_page(record, config.to_dict()))
     write_json(run_dir.path / TOTAL, {"kind": "eval_sae", "model": config.model, "saes": records, "versions": versions()})
     page = run_dir.path / "report.html"
     write_report(page, comparison_page(records, config.to_dict(), run_dir.path.resolve().name))
@@ -88,6 +95,7 @@ def check(config: Any) -> None:
         "absorption.occurrences": (0, inf),
         "absorption.f1_jump": (0, 1),
         "absorption.cosine": (0, 1),
+        "absorption.full_cosine": (0, 1),
         "absorption.share": (0, 1),
         "absorption.max_absorbing": (0, inf),
     }
@@ -121,53 +129,6 @@ def read_labelled(probe: Any) -> tuple[list[str], list[str]] | None:
     return [row["prompt"] for row in chosen], [str(row["label"]) for row in chosen]
 
 
-def check_saes(config: Any, cfg: Any) -> dict[str, tuple[str, str, str]]:
-    """Short name -> (folder or hub id, tap, fingerprint of its parameters) of each SAE that can be read and fits the model.
-
-    Raises UserError naming the SAE that does not.
-    """
-    import jax
-
-    import sae
-    from jaxrl_llm.curation.features import tree_fingerprint
-    from models import ModelError, abstract_params
-    from models.taps import parse_name
-    from sae.harvest import tap
-
-    found, widths = {}, {}
-    for source, name in zip(config.saes, short_names(config.saes), strict=True):
-        try:
-            d = sae.load(source)
-        except sae.SAEError as error:
-            raise UserError(f"SAE {source}: {error}") from None
-        hook = d.cfg.hook_name or config.hook
-        if not hook:
-            raise UserError(f"SAE {source} names no tap (hook_name): give the one it was trained on with --config.hook=blocks.N.resid_post")
-        try:
-            kind, _ = parse_name(cfg, hook, "tap")
-        except ModelError as error:
-            raise UserError(f"SAE {source}: its hook_name is no activation of {config.model}: {error}") from None
-        if kind == "attn_probs":
-            raise UserError(f"SAE {source}: {hook} is no vector a token; choose another tap")
-        if hook not in widths:
-            shape = jax.ShapeDtypeStruct((1, 2), np.int32), jax.ShapeDtypeStruct((1,), np.int32)
-            widths[hook] = jax.eval_shape(lambda p, t, n, h=hook: tap(cfg, p, t, n, (h,)), abstract_params(cfg), *shape).shape[-1]
-        if d.cfg.d_in != widths[hook]:
-            raise UserError(f"SAE {source} reads {d.cfg.d_in} dimensions (d_in), but {hook} of {config.model} has {widths[hook]}")
-        found[name] = (source, hook, tree_fingerprint(d.params))
-    return found
-
-
-def short_names(sources: tuple[str, ...]) -> list[str]:
-    """A file name for each: its last folders, as many as tell it from the others."""
-    parts = [[part for part in str(source).replace("\\", "/").split("/") if part not in ("", ".", "..")] for source in sources]
-    for depth in range(1, max(map(len, parts)) + 1):
-        names = ["-".join(own[-depth:]) for own in parts]
-        if len(set(names)) == len(names):
-            return names
-    return [f"{name}-{i + 1}" for i, name in enumerate(names)]
-
-
 def finished(path: Path, fingerprint: str) -> dict[str, Any] | None:
     """What an earlier start of this run wrote of the SAE, unless it has changed since; None where it must be evaluated."""
     if not path.is_file():
@@ -185,16 +146,20 @@ def summary_line(record: dict[str, Any]) -> str:
     """The figures of one SAE that a person wants to see first."""
     figures, names = record["figures"], ("l0", "explained_variance", "ce_recovered", "kl_recovered", "dead_share")
     told = ", ".join(f"{name} {figures[name]['value']:.3f}" for name in names if name in figures and figures[name]["value"] is not None)
-    return f"{record['name']}: {record['sae']['d_sae']} latents on {record['sae']['hook_name']}; {told}"
+    place = " to ".join(record["sae"][key] for key in ("hook_name", "hook_name_out") if record["sae"].get(key))
+    return f"{record['name']}: {record['sae']['d_sae']} latents on {place}; {told}"
 
 
 class Job:
     """The model and the token rows that all SAEs of a run are judged on."""
 
-    def __init__(self, config: Any, texts: list[str], labelled: Any, tokenizer: Any, cfg: Any):
-        """Makes what needs no weights; `params` are set before `evaluate`. Raises UserError and SAEError for texts that cannot be used."""
+    def __init__(self, config: Any, texts: list[str], labelled: Any, tokenizer: Any, cfg: Any, taps: Sequence[tuple[str, ...]] = ()):
+        """Makes what needs no weights; `params` are set before `evaluate`. taps: of each SAE that will be evaluated. Raises UserError and
+        SAEError for texts that cannot be used."""
         self.config, self.cfg, self.params, self.tokenizer = config, cfg, None, tokenizer
         self.name = ""
+        self.special = special_tokens(tokenizer) if config.drop_special else []
+        self.taps, self.shared, self.kept = Counter(taps), (), {}  # of the taps in `shared`: what no SAE changes, by what it is
         self.rows = self._tokens(texts)
         self.labelled: Any = None if labelled is None else self._labelled(*labelled)
         self.letters: Any = self._letters() if config.absorption.enabled else None
@@ -228,36 +193,54 @@ class Job:
 
     def _tokens(self, texts: list[str], keep_empty: bool = False) -> list[list[int]]:
         """Token ids of each text, opened by BOS where the tokenizer has one; texts without a token are left out."""
-        bos = self.tokenizer.bos_token_id
-        rows = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-        return [row if bos is None or row[:1] == [bos] else [bos, *row] for row in rows if row or keep_empty]
+        rows = token_rows(texts, self.tokenizer)
+        return [row for row, text in zip(rows, texts, strict=True) if keep_empty or (row and text)]
 
-    def _counts(self, rows: list[list[int]], skip_bos: bool | None = None) -> list[int]:
+    def _counts(self, rows: list[list[int]]) -> list[int]:
         from sae.metrics import token_counts
 
-        return token_counts(rows, self.cfg.bos_token_id if (self.config.skip_bos if skip_bos is None else skip_bos) else None)
+        return token_counts(rows, self.cfg.bos_token_id if self.config.skip_bos else None, self.special)
 
-    def _activations(self, rows: list[list[int]], hook: str, what: str, skip_bos: bool | None = None, context: int | None = None) -> Any:
+    def _activations(self, rows: list[list[int]], taps: tuple[str, ...], what: str, *, whole: bool = False, context: int | None = None) -> Any:
+        """Arrays of the rows' activations; whole: with every position. They are kept where another SAE of the taps is to come and they are
+        few enough."""
         import sae
 
-        return sae.harvest_activations(
-            self.cfg, self.params, self._bar(rows, what), hook, self.config.batch_rows, context or self.config.context_size,
-            skip_bos=self.config.skip_bos if skip_bos is None else skip_bos,
+        key = (what, *taps)
+        if key in self.kept:
+            return self.kept[key]
+        stream = sae.harvest_activations(
+            self.cfg, self.params, self._bar(rows, what), taps, self.config.batch_rows, context or self.config.context_size,
+            skip_bos=self.config.skip_bos and not whole, drop_tokens=() if whole else self.special,
         )  # fmt: skip
+        return self._keeping(key, stream) if self.taps[self.shared] > 1 else stream
+
+    def _keeping(self, key: tuple[str, ...], stream: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+        """The stream, which is kept at its end unless it is too large."""
+        parts, size = [], 0
+        for batch in stream:
+            size += batch.nbytes
+            if size <= KEPT_BYTES:
+                parts.append(batch)
+            else:
+                parts.clear()
+            yield batch
+        if size <= KEPT_BYTES:
+            self.kept[key] = parts
 
     def _bar(self, items: Any, what: str, unit: str = "text") -> Any:
         from tqdm import tqdm
 
         return tqdm(items, desc=f"{self.name}: {what}", unit=unit, disable=None, mininterval=0.5, leave=False)
 
-    def evaluate(self, name: str, source: str, hook: str) -> tuple[dict[str, Any], np.ndarray]:
+    def evaluate(self, name: str, one: Source) -> tuple[dict[str, Any], np.ndarray]:
         """(everything that is told of one SAE, the share of tokens that each latent fires on)."""
         import sae
         from jaxrl_llm.evals import sae_figures
 
-        self.name, seconds = name, {}
-        d = sae.load(source)
-        d = d.replace(cfg=d.cfg.replace(hook_name=hook))
+        self.name, seconds, d = name, {}, one.load()
+        if one.taps != self.shared:
+            self.shared, self.kept = one.taps, {}
         how = {"draws": self.config.bootstrap, "seed": self.config.seed}
         clock = time.monotonic()
 
@@ -265,16 +248,17 @@ class Job:
             nonlocal clock
             seconds[stage], clock = round(time.monotonic() - clock, 2), time.monotonic()
 
-        found = sae.activation_statistics(d, self._activations(self.rows, hook, "activations"), self._counts(self.rows))
+        found = sae.activation_statistics(d, self._activations(self.rows, one.taps, "activations"), self._counts(self.rows))
         figures = sae_figures.core_figures(found, **how)
         lap("activations")
-        record: dict[str, Any] = {"name": name, "source": source, "sae": described(d), "figures": figures}
+        record: dict[str, Any] = {"name": name, "source": one.source, "sae": described(d), "figures": figures}
         record["data"] = {"source": self.config.data.source, "documents": len(self.rows), "tokens": found.tokens}
         if self.config.model_part:
             sums = sae.splice_sums(
                 d, self.cfg, self.params, self._bar(self.rows, "model"), mean_D=found.mean_D, batch_size=self.config.batch_rows,
-                context_size=self.config.context_size, skip_bos=self.config.skip_bos,
+                context_size=self.config.context_size, skip_bos=self.config.skip_bos, drop_tokens=self.special, ablations=self.kept.get("sums"),
             )  # fmt: skip
+            self.kept["sums"] = sums
             figures |= sae_figures.model_figures(sums, **how)
             record["data"]["predictions"] = int(sums["predictions"].sum())
             lap("model")
@@ -284,22 +268,31 @@ class Job:
             lap("geometry")
         record["density"] = sae_figures.density_histogram(found.density_F)
         if self.labelled is not None:
-            record |= self._probes(d, hook, how)
+            record |= self._probes(d, how)
             lap("probes")
-        if self.config.absorption.enabled:
-            record["absorption"] = self._absorption(d, hook, how)
+        if self.config.absorption.enabled and d.cfg.d_out is None:
+            record["absorption"] = self._absorption(d, how)
             lap("absorption")
+        if left_out := self._left_out(d):
+            record["left_out"] = left_out
         return record | {"seconds": seconds}, found.density_F.astype(np.float32)
 
-    def _probes(self, d: Any, hook: str, how: dict[str, int]) -> dict[str, Any]:
-        """k-sparse probing and, of three classes or more, targeted probe perturbation."""
+    def _left_out(self, d: Any) -> dict[str, str]:
+        """What the config asks for and this SAE has no answer to, with the reason."""
+        if d.cfg.d_out is None:
+            return {}
+        asked = {"tpp": self.labelled is not None and self.config.probe.perturb, "absorption": self.config.absorption.enabled}
+        return {name: why for name, why in (("tpp", NO_TPP), ("absorption", NO_ABSORPTION)) if asked[name]}
+
+    def _probes(self, d: Any, how: dict[str, int]) -> dict[str, Any]:
+        """k-sparse probing of what the SAE reads and, of three classes or more, targeted probe perturbation."""
         from jaxrl_llm.evals import sae_figures
         from sae.perturbation import targeted_probe_perturbation
         from sae.pooling import pool
         from sae.probing import one_vs_rest, probe_problem
 
         config, (rows, labels, train, test) = self.config.probe, self.labelled
-        pooled = pool(d, self._activations(rows, hook, "labelled texts", context=config.context_size), self._counts(rows))
+        pooled = pool(d, self._activations(rows, (d.cfg.hook_name,), "labelled texts", context=config.context_size), self._counts(rows))
         problems = one_vs_rest(labels, train, test, seed=self.config.seed)
         results = [result for problem in self._bar(problems, "probes", "class") for result in probe_problem(pooled, problem, config.ks)]
         out: dict[str, Any] = {
@@ -308,19 +301,19 @@ class Job:
                 "methods": sae_figures.probe_figures(results, test, **how),
             }
         }  # fmt: skip
-        if config.perturb and len(set(labels)) > 2:
+        if config.perturb and len(set(labels)) > 2 and d.cfg.d_out is None:
             found = targeted_probe_perturbation(d, pooled, labels, train, test, ns=config.ns, seed=self.config.seed)
             out["tpp"] = sae_figures.perturbation_figures(found, test, **how)
         return out
 
-    def _absorption(self, d: Any, hook: str, how: dict[str, int]) -> dict[str, Any]:
+    def _absorption(self, d: Any, how: dict[str, int]) -> dict[str, Any]:
         """Feature absorption on tokens alone, or where they stand in the texts."""
         from jaxrl_llm.evals import sae_figures
         from sae.absorption import AbsorptionConfig, feature_absorption
 
         config, (letters, rows, places) = self.config.absorption, self.letters
-        x, tokens = self._at(rows, places, hook), np.array([rows[i][j] for i, j in places], int)
-        settings = {key: config[key] for key in ("max_k", "f1_jump", "cosine", "share", "max_absorbing", "least")}
+        x, tokens = self._at(rows, places, d.cfg.hook_name), np.array([rows[i][j] for i, j in places], int)
+        settings = {key: config[key] for key in ("max_k", "f1_jump", "cosine", "full_cosine", "share", "max_absorbing", "least")}
         found = feature_absorption(
             d, x, [letters[int(token)] for token in tokens], tokens, cfg=AbsorptionConfig(**settings), test_share=config.test_share,
             seed=self.config.seed, progress=lambda known: self._bar(known, "absorption", "letter"),
@@ -346,13 +339,8 @@ class Job:
         """[places, D] activations at the positions, which are in order."""
         starts = np.concatenate([[0], np.cumsum([len(row) for row in rows])])
         wanted, taken, done = np.array([starts[i] + j for i, j in places], int), [], 0
-        for batch in self._activations(rows, hook, "tokens", skip_bos=False):
+        for batch in self._activations(rows, (hook,), "tokens", whole=True):
             taken.append(batch[wanted[(wanted >= done) & (wanted < done + len(batch))] - done])
             done += len(batch)
         return np.concatenate(taken) if taken else np.zeros((0, 1), np.float32)
 
-
-def described(d: Any) -> dict[str, Any]:
-    """What the SAE is, without its parameters."""
-    keys = ("architecture", "d_in", "d_sae", "k", "normalize_activations", "hook_name", "model_name", "context_size", "dtype")
-    return {key: getattr(d.cfg, key, None) for key in keys}

@@ -10,6 +10,7 @@ from tqdm import tqdm
 from jaxrl_llm.config import check_fields, to_dict
 from jaxrl_llm.data.prompts import fill_template
 from jaxrl_llm.data.sources import parse_fields, read_rows
+from jaxrl_llm.data.texts import token_rows as texts_to_rows
 from jaxrl_llm.errors import UserError, from_os_error
 from jaxrl_llm.run_dir import RunDir, read_jsonl, write_text
 
@@ -65,7 +66,6 @@ def _gather(config: Any) -> dict[str, Any]:
     """The data of the page, without labels."""
     import models
     import sae
-    from jaxrl_llm.commands.train_sae import _token_rows
     from jaxrl_llm.curation.features import choose_hook
     from sae.feature_data import CollectConfig, collect
 
@@ -74,7 +74,7 @@ def _gather(config: Any) -> dict[str, Any]:
     rows = read_rows(data.source, parse_fields(data.fields), **how)
     texts = [row["prompt"] if data.template == "none" else fill_template(data.template, row) for row in rows]
     tokenizer = models.load_tokenizer(config.model)
-    token_rows = _token_rows(texts, tokenizer)
+    token_rows = texts_to_rows(texts, tokenizer)
     names = ("top", "sampled", "random", "before", "after", "related", "batch_rows", "context_size", "skip_bos", "seed")
     settings = CollectConfig(features=tuple(config.ids) or config.features, **{name: config[name] for name in names})
     d = sae.load(config.sae)

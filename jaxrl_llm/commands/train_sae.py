@@ -11,6 +11,8 @@ from absl import logging
 from jaxrl_llm.config import check_fields
 from jaxrl_llm.data.prompts import fill_template
 from jaxrl_llm.data.sources import parse_fields, read_rows
+from jaxrl_llm.data.texts import special_tokens
+from jaxrl_llm.data.texts import token_rows as texts_to_rows
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.run_dir import RunDir
 from jaxrl_llm.runtime import parse_mesh
@@ -45,8 +47,8 @@ def run(config: Any, workdir: str) -> None:
     run_dir.truncate_after(0)  # a run that goes on is given its earlier records again
     mesh = parse_mesh(config.mesh)
     tokenizer = models.load_tokenizer(config.model)  # before the weights, which take longer to come
-    token_rows = _token_rows(texts, tokenizer)
-    special = sorted(set(tokenizer.all_special_ids) - {tokenizer.bos_token_id}) if config.harvest.drop_special else []
+    token_rows = texts_to_rows(texts, tokenizer)
+    special = special_tokens(tokenizer) if config.harvest.drop_special else []
     model_cfg, params = models.load(config.model, dtype=config.dtype, mesh=mesh)
     held_out = min(config.data.eval_rows, max(1, len(token_rows) // 5))
     train_rows, eval_rows = token_rows[:-held_out], token_rows[-held_out:]
@@ -201,13 +203,6 @@ def _texts(data: Any) -> list[str]:
     if len(rows) < 2:
         raise UserError(f"{data.source} holds one row: give at least two, since the last ones are kept for the metrics")
     return [row["prompt"] if data.template == "none" else fill_template(data.template, row) for row in rows]
-
-
-def _token_rows(texts: list[str], tokenizer: Any) -> list[list[int]]:
-    """Token ids of each text, opened by BOS where the tokenizer has one: what the model saw when it was trained."""
-    bos = tokenizer.bos_token_id
-    rows = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-    return [row if bos is None or row[:1] == [bos] else [bos, *row] for row in rows]
 
 
 def _report(folder: Path, summary: dict[str, Any]) -> None:

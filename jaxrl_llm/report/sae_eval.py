@@ -85,9 +85,12 @@ def sae_page(record: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, 
             "versions": record.get("versions", {}),
             "stages": [{"name": name, "seconds": seconds} for name, seconds in record["seconds"].items()],
             "seconds": float(sum(record["seconds"].values())),
-            "other": {"SAE": record["source"], **{key: value for key, value in sae.items() if value is not None}, "data": dict(data)},
+            "other": {
+                "SAE": record["source"], **{key: value for key, value in sae.items() if value is not None}, "data": dict(data),
+                **{f"left out: {name}": why for name, why in record.get("left_out", {}).items()},
+            },
         },
-    }
+    }  # fmt: skip
     return {key: value for key, value in page.items() if value != []}
 
 

@@ -8,6 +8,7 @@ import pytest
 import models
 import sae
 import sae.metrics
+import sae.splice
 
 D = 4
 
@@ -137,6 +138,11 @@ def test_token_counts_are_those_of_the_harvest(lm):
     harvested = sum(len(a) for a in sae.harvest_activations(*lm, rows, "embed"))
     assert sae.token_counts(rows, 1) == [4, 3, 1, 6, 0, 0] and harvested == 14
     assert sae.token_counts(rows) == [5, 3, 1, 7, 0, 1]
+    for drop in ([3, 4], [1, 8]):  # wherever they stand, BOS among them
+        for bos in (1, None):
+            alone = [[row] for row in rows]
+            found = [sum(map(len, sae.harvest_activations(*lm, one, "embed", skip_bos=bos == 1, drop_tokens=drop))) for one in alone]
+            assert sae.token_counts(rows, bos, drop) == found
 
 
 @pytest.mark.parametrize("block", [3, 7, 100])
@@ -184,9 +190,9 @@ def spliced(d, hook):
     return d.replace(cfg=d.cfg.replace(hook_name=hook))
 
 
-def log_probabilities(lm, row, hook=None, edit=None):
-    """[T, V] of a row whose tap is edited, except where the row opens with BOS."""
-    keep = np.arange(len(row)) < (row[0] == 1)
+def log_probabilities(lm, row, hook=None, edit=None, drop=()):
+    """[T, V] of a row whose tap is edited, except where the row opens with BOS and at the tokens in `drop`."""
+    keep = (np.arange(len(row)) < (row[0] == 1)) | np.isin(row, drop)
     edits = {hook: lambda x: jnp.where(keep[None, :, None], x, edit(x))} if hook else None
     logits = np.asarray(models.apply(*lm, np.array([row], np.int32), interventions=edits)[0][0], np.float64)
     return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
@@ -240,6 +246,37 @@ def test_splice_sums_are_those_of_each_document(lm):
     for i in (1, 2, 4):
         alone = sae.splice_sums(d, *lm, [rows[i]], batch_size=2, context_size=4)
         assert {name: values[i] for name, values in sums.items()} == pytest.approx({name: values[0] for name, values in alone.items()}, rel=1e-4)
+
+
+def test_dropped_tokens_keep_their_activation(lm):
+    """As in training: what stands at these ids is no input of the dictionary, wherever they stand."""
+    hook, drop = "blocks.0.resid_post", [3, 9]
+    d = spliced(identity(0.5), hook)
+    found = sae.ce_recovered(d, *lm, ROWS, drop_tokens=drop)
+    logps = [log_probabilities(lm, row, hook, lambda x: 0.5 * x, drop) for row in ROWS]
+    expected = -sum(logp[t, row[t + 1]] for logp, row in zip(logps, ROWS) for t in range(len(row) - 1)) / sum(len(row) - 1 for row in ROWS)
+    assert found["ce_sae"] == pytest.approx(expected, rel=1e-4) and found["ce_sae"] != sae.ce_recovered(d, *lm, ROWS)["ce_sae"]
+    everything = sae.ce_recovered(d, *lm, ROWS, drop_tokens=range(11))
+    assert everything["ce_sae"] == everything["ce_clean"] == everything["ce_zero"]
+
+
+def test_ablations_are_taken_over_from_another_dictionary_of_the_tap(lm, monkeypatch):
+    """The same figures with two passes over the model in place of four."""
+    one, other = (spliced(identity(scale), "blocks.0.resid_post") for scale in (0.8, 0.4))
+    how = {"mean_D": np.full(D, 0.2, np.float32), "batch_size": 2}
+    first, alone = sae.splice_sums(one, *lm, ROWS, **how), sae.splice_sums(other, *lm, ROWS, **how)
+    asked, plain = [], sae.splice.splice_rows
+    monkeypatch.setattr(sae.splice, "splice_rows", lambda *given, **named: asked.append((given[-1], named["zero"])) or plain(*given, **named))
+    found = sae.splice_sums(other, *lm, ROWS, **how, ablations=first)
+    assert asked == [(None, False)] * 2 and found.keys() == alone.keys()
+    for name, values in alone.items():
+        np.testing.assert_allclose(found[name], values, rtol=1e-5, atol=1e-6, err_msg=name)
+    without = sae.splice_sums(other, *lm, ROWS, ablations={name: v for name, v in first.items() if "mean" not in name})
+    assert "ce_mean" not in without and asked[-1] == (None, False)
+    added = sae.splice_sums(other, *lm, ROWS, **how, ablations={name: v for name, v in first.items() if "mean" not in name})
+    assert added["ce_mean"] == pytest.approx(alone["ce_mean"], rel=1e-5) and asked[-1][0] is not None
+    with pytest.raises(sae.SAEError, match="ablations are of 4 documents, but there are 2"):
+        sae.splice_sums(other, *lm, ROWS[:2], **how, ablations=first)
 
 
 def test_ce_recovered_ends(lm):

@@ -21,7 +21,7 @@ def planted(entangled, n=600, seed=0):
     decoder[:C, :C] = decoder[C : 2 * C, :C] = np.eye(C)
     decoder[2 * C :, C:] = np.eye(F - 2 * C, D - C)
     if entangled:
-        decoder[: 2 * C, :C] += 0.9 * rng.standard_normal((2 * C, C))
+        decoder[: 2 * C, :C] += 2.0 * rng.standard_normal((2 * C, C))
     latents = np.zeros((n, F))
     latents[:, 2 * C :] = rng.exponential(1.0, (n, F - 2 * C)) * (rng.random((n, F - 2 * C)) < 0.5)
     latents[np.arange(n), labels], latents[np.arange(n), C + labels] = 2 + rng.random(n), 1 + rng.random(n)
@@ -66,6 +66,25 @@ def test_more_latents_take_out_more_and_only_those_that_speak_for_the_class():
     assert all(len(own) < F for own in result.latents)
 
 
+def test_a_latent_that_fires_elsewhere_and_writes_against_the_class_is_none_of_it():
+    """Negative (fires less on the class) times negative (writes against its probe) is positive, yet it is not of the class."""
+    d, pooled, labels = planted(False)
+    train, test = split(labels)
+    decoder, latents = d.params["W_dec"].copy(), pooled.contributions.toarray()
+    against = 2 * C
+    decoder[against], latents[:, against] = -5 * np.eye(D)[1], 9 * (labels != 1)
+    sparse = scipy.sparse.csr_matrix(latents.astype(np.float32))
+    x = pooled.activations + latents[:, [against]] @ decoder[[against]] * 0.1
+    pooled, d = Pooled(sparse, sparse, x.astype(np.float32)), d.replace(params={**d.params, "W_dec": decoder})
+    result = targeted_probe_perturbation(d, pooled, labels, train, test, ns=(500,))
+    probe, problem = result.probes[1], result.problems[1]
+    assert decoder[against] @ probe.weights < 0  # it would come first of all, were signs not looked at
+    difference = latents[problem.train][problem.train_labels == 1].mean(axis=0) - latents[problem.train][problem.train_labels == 0].mean(axis=0)
+    assert np.argmax(difference * (decoder @ probe.weights)) == against and against not in result.latents[1]
+    effect = np.maximum(difference, 0) * (decoder @ probe.weights)
+    assert set(result.latents[1]) == set(np.flatnonzero(effect > 0)) and {1, C + 1} == set(result.latents[1][:2])
+
+
 def test_resampled_texts_are_the_texts_that_were_drawn():
     result = found(True, ns=(2,))
     weights = np.random.default_rng(1).multinomial(600, np.full(600, 1 / 600), 3)
@@ -84,5 +103,7 @@ def test_mistakes_and_the_seed():
     narrow = pooled._replace(activations=pooled.activations[:, :3])
     with pytest.raises(sae.SAEError, match="writes 12 dimensions"):
         targeted_probe_perturbation(d, narrow, labels, *split(labels))
+    with pytest.raises(sae.SAEError, match="a transcoder writes to another tap"):
+        targeted_probe_perturbation(d.replace(cfg=d.cfg.replace(d_out=D, apply_b_dec_to_input=False)), pooled, labels, *split(labels))
     rows = [targeted_probe_perturbation(d, pooled, labels, *split(labels), ns=(2,), seed=s).problems[0].test for s in (0, 1)]
     assert rows[0].tolist() != rows[1].tolist()

@@ -13,11 +13,12 @@ from sae.probing import diff_mean_probe, fit_probe, measures, one_vs_rest, probe
 D, F = 6, 20
 
 
-def dictionary(architecture="relu", norm="none", seed=0):
+def dictionary(architecture="relu", norm="none", seed=0, **fields):
     rng = np.random.default_rng(seed)
-    cfg = sae.SAEConfig(architecture=architecture, d_in=D, d_sae=F, k=3 if architecture == "topk" else None, normalize_activations=norm)
+    k = 3 if architecture == "topk" else None
+    cfg = sae.SAEConfig(architecture=architecture, d_in=D, d_sae=F, k=k, normalize_activations=norm, **fields)
     cfg = cfg.replace(input_scale=0.5) if norm == "expected_average_only_in" else cfg
-    shapes = {"W_enc": (D, F), "b_enc": (F,), "W_dec": (F, D), "b_dec": (D,)}
+    shapes = {"W_enc": (D, F), "b_enc": (F,), "W_dec": (F, cfg.out), "b_dec": (cfg.out,)}
     return sae.Dictionary({name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}, cfg)
 
 
@@ -28,11 +29,21 @@ def texts(n=40, seed=0):
 
 
 @pytest.mark.parametrize("architecture", ["relu", "topk"])
-@pytest.mark.parametrize("norm", ["none", "layer_norm", "expected_average_only_in"])
-def test_pooling_is_a_mean_over_each_texts_tokens(monkeypatch, architecture, norm):
+@pytest.mark.parametrize(
+    ("norm", "fields"),
+    [
+        ("none", {}),
+        ("layer_norm", {}),
+        ("expected_average_only_in", {}),
+        ("layer_norm", {"undo_normalization": False}),
+        ("constant_norm_rescale", {"undo_normalization": False}),
+        ("expected_average_only_in", {"d_out": 4, "output_scale": 3.0}),
+    ],
+)
+def test_pooling_is_a_mean_over_each_texts_tokens(monkeypatch, architecture, norm, fields):
     monkeypatch.setattr(sae.pooling, "BLOCK", 32)
     monkeypatch.setattr(sae.pooling, "MOST_TEXTS", 3)
-    d, (x, lengths) = dictionary(architecture, norm), texts()
+    d, (x, lengths) = dictionary(architecture, norm, **fields), texts()
     z = np.asarray(sae.encode(d, x))
     ends = np.cumsum(lengths)
     expected = np.stack([z[end - n : end].mean(axis=0) for end, n in zip(ends, lengths)])
