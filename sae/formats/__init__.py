@@ -6,6 +6,7 @@ and scales that a format keeps apart are folded in.
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import os
 import re
@@ -72,18 +73,43 @@ def locate(folder_or_hub_id: str | os.PathLike) -> Path:
     parts = name.split("/")
     if len(parts) < 2 or name.startswith((".", "/", "~")) or not all(re.fullmatch(r"[\w.\-]+", p) for p in parts):
         raise SAEError(f"{name}: no such folder, and not a hub id (owner/repository[/folder])")
-    from huggingface_hub import snapshot_download  # slow to import, and needed here only
+    from huggingface_hub import list_repo_files, snapshot_download  # slow to import, and needed here only
 
-    inside = "/".join(parts[2:])
-    if inside.endswith((".pt", ".npz")):
-        files = [inside, f"{inside.rpartition('/')[0]}/config.json".lstrip("/")]
-    else:
-        files = sorted({f"{inside}/{f}" if inside else f for layout in LAYOUTS.values() for f in layout.hub_files})
+    repository, inside = "/".join(parts[:2]), "/".join(parts[2:])
     try:
-        return Path(snapshot_download("/".join(parts[:2]), allow_patterns=files)) / inside
+        wanted = hub_files(list_repo_files(repository), inside, name)
+        return Path(snapshot_download(repository, allow_patterns=wanted)) / inside
+    except SAEError:
+        raise
     except Exception as error:  # the hub client raises many kinds: network, authentication, absence
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise SAEError(f"{name}: no such folder here, and the hub answered: {reason}") from None
+
+
+def hub_files(there: list[str], inside: str, name: str) -> list[str]:
+    """Which of a repository's files a dictionary at `inside` (a folder or a file; "": the top) needs: those of the layouts, in that folder alone.
+
+    Raises SAEError where there are none, naming folders that hold some, and where a folder holds several dictionaries in files of their own.
+    """
+    if inside in there:
+        beside = f"{inside.rpartition('/')[0]}/config.json".lstrip("/")
+        return [inside] + [beside] * (beside in there)
+    before = f"{inside}/" if inside else ""
+    own = {file.removeprefix(before): file for file in there if file.startswith(before)}
+    patterns = sorted({pattern for layout in LAYOUTS.values() for pattern in layout.hub_files})
+
+    def fits(file: str) -> bool:  # a pattern's * stands for no slash here
+        return any(file.count("/") == pattern.count("/") and fnmatch.fnmatchcase(file, pattern) for pattern in patterns)
+
+    wanted = sorted(file for short, file in own.items() if fits(short))
+    torch_files = [file for file in wanted if file.endswith(".pt") and file.rpartition("/")[2] != "ae.pt"]
+    if len(torch_files) > 1:
+        raise SAEError(f"{name}: holds {len(torch_files)} dictionaries, {', '.join(torch_files[:4])}...: name one, such as {name}/{torch_files[0]}")
+    if not wanted:
+        others = sorted({file.rpartition("/")[0] for file in there if fits(file.rpartition("/")[2])} - {""})
+        hint = f"; folders with some: {', '.join(others[:5])}" if others else ""
+        raise SAEError(f"{name}: the repository has no files of a dictionary there{hint}")
+    return wanted
 
 
 def save(folder: str | os.PathLike, d: Dictionary, layout: str = "native") -> None:

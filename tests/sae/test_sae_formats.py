@@ -10,7 +10,7 @@ from safetensors.numpy import save_file
 
 import sae
 from sae.dictionary import param_shapes
-from sae.formats import WRITABLE, from_transformer_lens, to_transformer_lens
+from sae.formats import WRITABLE, from_transformer_lens, hub_files, to_transformer_lens
 
 D, F, K = 6, 10, 3
 
@@ -281,3 +281,43 @@ def test_a_failed_save_leaves_the_old_files(tmp_path, monkeypatch):
     with pytest.raises(sae.SAEError, match="No space left"):
         sae.save(tmp_path, d.replace(params=jax.tree.map(jnp.zeros_like, d.params)))
     np.testing.assert_array_equal(sae.load(tmp_path).params["W_dec"], d.params["W_dec"])
+
+
+REPOSITORY = [
+    "README.md", "config.json", "layers.2/cfg.json", "layers.2/sae.safetensors", "layers.2/old/sae.safetensors", "resid/trainer_0/ae.pt",
+    "resid/trainer_0/config.json", "resid/trainer_0/checkpoints/ae_100.pt", "layer0.sae.pt", "layer1.sae.pt",
+    "L5/hyperparams.json", "L5/checkpoints/final.safetensors", "L5/checkpoints/other.safetensors",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("inside,wanted", [
+    ("layers.2", ["layers.2/cfg.json", "layers.2/sae.safetensors"]),
+    ("resid/trainer_0", ["resid/trainer_0/ae.pt", "resid/trainer_0/config.json"]),
+    ("layer1.sae.pt", ["layer1.sae.pt", "config.json"]),
+    ("L5", ["L5/checkpoints/final.safetensors", "L5/hyperparams.json"]),
+])  # fmt: skip
+def test_only_a_dictionarys_own_files_are_fetched(inside, wanted):
+    assert hub_files(REPOSITORY, inside, f"owner/name/{inside}") == wanted
+
+
+def test_a_hub_id_that_is_not_one_dictionary():
+    with pytest.raises(sae.SAEError, match="holds 2 dictionaries, layer0.sae.pt, layer1.sae.pt...: name one, such as o/n/layer0.sae.pt"):
+        hub_files(REPOSITORY, "", "o/n")
+    with pytest.raises(sae.SAEError, match="no files of a dictionary there; folders with some: L5, layers.2"):
+        hub_files(REPOSITORY, "layers.3", "o/n/layers.3")
+
+
+def test_a_hub_id_is_listed_and_fetched(tmp_path, monkeypatch):
+    sae.save(tmp_path / "layers.2", dictionary(), layout="sparsify")
+    asked = {}
+    monkeypatch.setattr("huggingface_hub.list_repo_files", lambda repository: asked.setdefault("listed", repository) and REPOSITORY)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda repository, allow_patterns: asked.update(got=allow_patterns) or tmp_path)
+    assert sae.load("owner/name/layers.2").cfg.k == K
+    assert asked == {"listed": "owner/name", "got": ["layers.2/cfg.json", "layers.2/sae.safetensors"]}
+
+    def refuses(repository):
+        raise OSError("401 Client Error")
+
+    monkeypatch.setattr("huggingface_hub.list_repo_files", refuses)
+    with pytest.raises(sae.SAEError, match="the hub answered: 401 Client Error"):
+        sae.load("owner/name/layers.2")
