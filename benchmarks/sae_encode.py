@@ -38,7 +38,7 @@ def measure(args: argparse.Namespace) -> Iterator[Figure]:
     said = "; also what a BatchTopK SAE is once trained"
     shape = ", ".join(f"{name} {value}" for name, value in SHAPE.items() if name != "k") + said
     yield Figure("sae_encode_jumprelu", SHAPE["batch"] / min(seconds), "activations/s", PEER, next(peer_jump), compile_s, shape)
-    shape = ", ".join(f"{name} {value}" for name, value in SHAPE.items()) + "; goal 1.5 x"
+    shape = ", ".join(f"{name} {value}" for name, value in SHAPE.items()) + "; goal 1.8 x"
     for name, (compile_s, seconds) in {"sae_encode": dense, "sae_encode_topk": sparse}.items():
         yield Figure(name, SHAPE["batch"] / min(seconds), "activations/s", PEER, best, compile_s, shape)
 

@@ -2,9 +2,11 @@
 
     python -m benchmarks.sae_quality --model=FOLDER --text=stories.txt [--no-peers] [--record]
 
-Each library trains each architecture with each of three learning rates, all else at its defaults for the architecture; its best by explained
-variance on held-out rows counts. Both results are read by `sae.load` and measured by `sae.evaluate` on rows that neither trained on. JumpReLU aims
-at the L0 of the others by a quadratic penalty in both (SAELens: mode "quadratic").
+Each library trains each architecture with each of three learning rates. Of the runs whose L0 is within a tenth of k (the nearest to it where there
+is none) the one that explains most of the variance of texts set apart for choosing counts, and is measured on texts that nothing was trained or
+chosen on. Both libraries' results are read by `sae.load` and measured by `sae.evaluate`. TopK and BatchTopK run at each library's defaults. JumpReLU
+aims at k active latents by a penalty on the distance to it, each library's own (SAELens: mode "quadratic", a row's distance; ours: the batch's),
+with a bandwidth of 1 and thresholds that begin at 0.1 in both.
 """
 
 import argparse
@@ -36,27 +38,28 @@ def measure(args: argparse.Namespace) -> Iterator[Figure]:
     bos = tokenizer.bos_token_id
     rows = [([] if bos is None else [bos]) + tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
     hook = args.hook or f"blocks.{cfg.n_layers // 2}.resid_post"
-    held = max(1, len(rows) // 10)
-    train, test = (
-        np.concatenate(list(sae.harvest_activations(cfg, params, part, hook, context_size=256))) for part in (rows[:-held], rows[-held:])
-    )
+    held = max(1, len(rows) // 20)
+    parts = rows[: -2 * held], rows[-2 * held : -held], rows[-held:]
+    train, choose, test = (np.concatenate(list(sae.harvest_activations(cfg, params, part, hook, context_size=256))) for part in parts)
     progress(f"{len(train)} activations of {hook} to train on, {len(test)} to measure on, width {train.shape[1]}")
     lm = (cfg, params, rows[-held:])
     where = f"{Path(args.model).name} {hook}, d_sae {SIZES['d_sae']}, {args.steps} x {SIZES['batch']} of {len(train)} rows"
     for architecture in args.architectures.split(","):
-        ours = best(ours_trained(train, architecture, hook, args.steps), test, lm)
-        theirs = best(theirs_trained(train, architecture, hook, args.steps), test, lm) if args.peers else None
+        ours = sae.evaluate(chosen(ours_trained(train, architecture, hook, args.steps), choose), [test], lm=lm)
+        theirs = sae.evaluate(chosen(theirs_trained(train, architecture, hook, args.steps), choose), [test], lm=lm) if args.peers else None
         for name in ("explained_variance", "ce_recovered"):
             said = f"{where}; L0 {ours['l0']:.1f}" + ("" if theirs is None else f", theirs {theirs['l0']:.1f}")
             yield Figure(f"sae_quality_{architecture}_{name}", ours[name], "share", PEER, theirs and theirs[name], None, said)
 
 
-def best(trained: Iterator[Any], test: np.ndarray, lm: Any) -> dict[str, float]:
-    """The figures of the dictionary with the largest explained variance."""
+def chosen(trained: Iterator[Any], rows: np.ndarray) -> Any:
+    """Of the dictionaries whose L0 is near k, or of the nearest one, that with the largest explained variance."""
     import sae
 
-    found = [sae.evaluate(d, [test], lm=lm) for d in trained]
-    return max(found, key=lambda figures: figures["explained_variance"])
+    found = [(sae.evaluate(d, [rows]), d) for d in trained]
+    near = [pair for pair in found if abs(pair[0]["l0"] / SIZES["k"] - 1) <= 0.1]
+    near = near or [min(found, key=lambda pair: abs(pair[0]["l0"] - SIZES["k"]))]
+    return max(near, key=lambda pair: pair[0]["explained_variance"])[1]
 
 
 def ours_trained(train: np.ndarray, architecture: str, hook: str, steps: int) -> Iterator[Any]:

@@ -245,6 +245,7 @@ def test_every_setting_reaches_what_it_is_for(monkeypatch, tmp_path, field):
         monkeypatch.setattr(sae, "harvest_activations", harvest_activations)
         monkeypatch.setattr(sae, "ActivationBuffer", lambda source, *how: keep("buffer")(next(source()).shape, *how))
         monkeypatch.setattr(sae, "train_saes", train_saes)
+        monkeypatch.setattr(sae, "cast", lambda dictionary, dtype: dictionary)
         monkeypatch.setattr(sae, "finetune", lambda d, cfg, lm, rows, how, on_log: keep("finetune", (d, []))(rows, how))
         monkeypatch.setattr(sae, "evaluate", lambda *_, lm: dict.fromkeys(("l0", "explained_variance", "ce_recovered", "dead_share"), 0.0))
         monkeypatch.setattr(sae, "save", lambda folder, *how, **named: keep("save")(*how, **named))
