@@ -18,7 +18,7 @@ from sae.dictionary import Dictionary, param_shapes
 from sae.errors import SAEError
 from sae.formats.arrays import Arrays
 
-BLOCK_BYTES = 64 << 20  # of a tensor that are cast and turned at a time
+BLOCK_BYTES = 8 << 20  # of a tensor that are cast and turned at a time
 
 TAP_PAIRS = (  # our tap kind, TransformerLens's hook, which most libraries use; both follow "blocks.N."
     ("resid_pre", "hook_resid_pre"),
