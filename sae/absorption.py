@@ -16,7 +16,7 @@ import numpy as np
 
 from sae.dictionary import Dictionary
 from sae.errors import SAEError
-from sae.metrics import unit_rows
+from sae.kmeans import unit_rows
 from sae.pooling import pool
 from sae.probing import Probe, fit_probe, mean_difference, measures, split
 
@@ -91,7 +91,7 @@ def feature_absorption(
     if len(known) < 2:
         raise SAEError(f"feature_absorption: {len(known)} letter(s) with {cfg.least} rows to train on and as many to test on; give more tokens")
     pooled = pool(d, [x], [1] * len(x))
-    unit = unit_rows(d.params["W_dec"]).astype(np.float64)
+    unit = unit_rows(np.asarray(d.params["W_dec"], np.float64))
     return [_letter(d, cfg, pooled, unit, labels == c, train, test, c) for c in (known if progress is None else progress(known))]
 
 

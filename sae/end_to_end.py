@@ -29,7 +29,7 @@ from sae.architectures.relu import l1_penalty
 from sae.base import Params
 from sae.dictionary import Dictionary, architecture, decode, decode_topk, encode, encode_topk
 from sae.errors import SAEError
-from sae.harvest import blocks_needed, token_batches
+from sae.harvest import blocks_needed, left_out, token_batches
 from sae.step import unit_rows, without_parallel
 
 
@@ -46,6 +46,7 @@ class FinetuneConfig:
     sparsity_coefficient: float = 0.0  # weight of the L1 penalty ("relu")
     grad_clip: float = 1.0  # global norm; 0: none
     skip_bos: bool = True  # leave the tap as it is where a row opens with BOS
+    drop_tokens: tuple[int, ...] = ()  # and at these ids, wherever they stand
     seed: int = 0  # of the order of rows
 
     def __post_init__(self):
@@ -169,7 +170,4 @@ def _shuffled(rows: Sequence[Sequence[int]], cfg: Any, settings: FinetuneConfig,
         for tokens, lengths, opens in token_batches((usable[i] for i in order), settings.batch_rows, context):
             if (lengths < 2).any():
                 continue  # the last, short batch of an epoch, or the one-token end of a cut row
-            keep = np.zeros(tokens.shape, bool)
-            if settings.skip_bos and cfg.bos_token_id is not None:
-                keep[:, 0] = opens & (tokens[:, 0] == cfg.bos_token_id)
-            yield tokens, lengths, keep
+            yield tokens, lengths, left_out(cfg, tokens, opens, settings.skip_bos, settings.drop_tokens)

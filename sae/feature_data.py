@@ -21,7 +21,7 @@ from jaxtyping import Array, Float
 from sae.dictionary import Dictionary, architecture, encode, encode_topk
 from sae.errors import SAEError
 from sae.feature_stats import CoFiring, Histogram, Kept, peaks, priorities
-from sae.harvest import tap, token_batches
+from sae.harvest import left_out, tap, token_batches
 from sae.interventions import latents_of
 
 MOST_FEATURES = 8192  # on one page: their co-firing counts are a square of so many
@@ -122,11 +122,9 @@ class _Reader:
         batches = token_batches(chosen, self.s.batch_rows, self.context)
         for i, (tokens, lengths, _) in enumerate(self.progress(batches, name)):
             group = numbered[i * self.s.batch_rows : (i + 1) * self.s.batch_rows]
-            keep = np.arange(tokens.shape[1]) < lengths[:, None]
             numbers, opens = np.full(len(tokens), -1, np.int64), np.zeros(len(tokens), bool)
             numbers[: len(group)], opens[: len(group)] = [n for n, _ in group], [o for _, o in group]
-            if self.s.skip_bos and self.cfg.bos_token_id is not None:
-                keep[:, 0] &= ~(opens & (tokens[:, 0] == self.cfg.bos_token_id))
+            keep = (np.arange(tokens.shape[1]) < lengths[:, None]) & ~left_out(self.cfg, tokens, opens, self.s.skip_bos)
             yield tokens, tap(self.cfg, self.params, tokens, lengths, (self.d.cfg.hook_name,)), keep, numbers
 
 

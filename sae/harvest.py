@@ -74,6 +74,18 @@ def token_batches(
         yield emit(group)
 
 
+def left_out(cfg: Any, tokens_BT: np.ndarray, opens_B: np.ndarray, skip_bos: bool, drop_tokens: Collection[int] = ()) -> np.ndarray:
+    """[B, T] bool: the positions that dictionaries are trained without, at which a tap that one is spliced into stays as it is.
+
+    skip_bos: the first one of a row that opens its text, where it holds the BOS token, whose huge norm would dominate a dictionary.
+    drop_tokens: ids, wherever they stand.
+    """
+    out = np.isin(tokens_BT, np.fromiter(drop_tokens, np.int32))
+    if skip_bos and cfg.bos_token_id is not None:
+        out[:, 0] |= opens_B & (tokens_BT[:, 0] == cfg.bos_token_id)
+    return out
+
+
 def harvest_activations(
     cfg: Any,
     params: Any,
@@ -88,9 +100,8 @@ def harvest_activations(
     """Runs the model over rows of token ids: a stream of fp32 arrays [n, D], one a batch, padding left out.
 
     hook_name: a tap, or several whose activations stand one behind the other in each row, in one pass over the model.
-    Rows longer than context_size (default: the model's) are cut into pieces, so no token is lost. skip_bos drops the
-    first position of a row where it holds the BOS token: its huge norm would dominate a dictionary. drop_tokens: ids whose positions are
-    dropped wherever they stand, such as a chat format's special tokens.
+    Rows longer than context_size (default: the model's) are cut into pieces, so no token is lost but those that skip_bos and drop_tokens (such
+    as a chat format's special tokens) leave out, see `left_out`.
     mesh: of `models.sharding.make_mesh`, with `params` on it: the rows of a batch, rounded up to a multiple of the
     devices that share them, are spread over its batch axes. Every process calls with the same rows and gets them all.
     Raises SAEError on a token id outside the vocabulary, a tap that is no vector a token, and NaN activations.
@@ -102,18 +113,13 @@ def harvest_activations(
             raise SAEError(f"harvest: there is no {hook}: the model has {cfg.n_layers} blocks")
         if hook.endswith("attn_probs"):
             raise SAEError(f"harvest: {hook} is no vector a token; choose another tap")
-    dropped = np.fromiter(drop_tokens, np.int32)
     ways = 1 if mesh is None else batch_ways(mesh)
 
     def run(tokens, lengths, opens) -> np.ndarray:
         if tokens.min() < 0 or tokens.max() >= cfg.vocab_size:
             bad = int(tokens.max() if tokens.max() >= cfg.vocab_size else tokens.min())
             raise SAEError(f"harvest: token id {bad} is outside the model's vocabulary of {cfg.vocab_size}")
-        keep = np.arange(tokens.shape[1]) < lengths[:, None]
-        if skip_bos and cfg.bos_token_id is not None:
-            keep[:, 0] &= ~(opens & (tokens[:, 0] == cfg.bos_token_id))
-        if dropped.size:
-            keep &= ~np.isin(tokens, dropped)
+        keep = (np.arange(tokens.shape[1]) < lengths[:, None]) & ~left_out(cfg, tokens, opens, skip_bos, drop_tokens)
         rows = fetch(tap(cfg, params, place_rows(tokens, mesh), place_rows(lengths, mesh), hooks), mesh)[keep]
         if not np.isfinite(rows).all():
             raise SAEError(f"harvest: {', '.join(hooks)} gives NaN or infinite activations; check the model's weights and dtype")

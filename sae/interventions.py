@@ -20,7 +20,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from sae.config import choice
-from sae.dictionary import Dictionary, architecture, check_width, decode, decode_topk, denormalise, encode, encode_topk
+from sae.dictionary import Dictionary, architecture, check_width, denormalise, encode, encode_topk, reconstruct
 from sae.errors import SAEError
 
 WHERE = ("all", "prompt", "generated")
@@ -102,7 +102,7 @@ class FeatureEdit:
         """The edited activation, in x's dtype. place: `models.taps.Place`."""
         check_width("the activation that an intervention edits", x_BTD, self.dictionary.cfg.d_in)
         x = x_BTD.astype(jnp.float32)
-        edited = (_reconstruct(self.dictionary, x) if self.passthrough else x) + self.difference(x)
+        edited = (reconstruct(self.dictionary, x) if self.passthrough else x) + self.difference(x)
         return jnp.where(self.chosen(place)[..., None], edited.astype(x_BTD.dtype), x_BTD)
 
     def difference(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
@@ -191,14 +191,7 @@ def latents_of(d: Dictionary, x: Float[Array, "... D"], features_N: Int[Array, "
 
 def writes_elsewhere(d: Dictionary) -> bool:
     """Whether it is a transcoder."""
-    return d.params["W_dec"].shape[-1] != d.cfg.d_in or getattr(d.cfg, "d_out", None) is not None
-
-
-def _reconstruct(d: Dictionary, x: Array) -> Array:
-    """`sae.reconstruct` in fp32."""
-    if architecture(d.cfg).encode_sparse is not None:
-        return decode_topk(d, *encode_topk(d, x), x)
-    return decode(d, encode(d, x), x)
+    return d.cfg.d_out is not None
 
 
 def _ids(features: Any) -> tuple[int, ...]:

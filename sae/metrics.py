@@ -19,7 +19,8 @@ from jaxtyping import Array, Float, Int
 from sae.dictionary import Dictionary, architecture, decode, decode_topk, encode, encode_topk, reads_and_writes
 from sae.errors import SAEError
 from sae.harvest import TokenRows
-from sae.splice import splice_figures, splice_sums
+from sae.kmeans import unit_rows
+from sae.splice import ratio, splice_figures, splice_sums
 
 BLOCK = 4096  # tokens of a block: what the legacy explained variance takes its mean over, however the stream is cut
 LATENTS_BYTES = 256 << 20  # of the dense latents of a piece
@@ -113,12 +114,6 @@ class Statistics:
         }
 
 
-def ratio(over: Any, under: Any) -> Any:
-    """over / under, NaN where `under` is 0."""
-    under = np.asarray(under, float)
-    return np.asarray(over, float) / np.where(under == 0, np.nan, under)
-
-
 def density_figures(density_F: np.ndarray) -> dict[str, float]:
     """Shares of latents: those that never fire, and those that fire on more than 1% and 10% of tokens; the latter's share of all firing."""
     total, figures = density_F.sum(), {"dead_share": float(np.mean(density_F == 0))}
@@ -208,7 +203,9 @@ def activation_statistics(d: Dictionary, batches: Iterable[np.ndarray], document
     return Statistics(tokens, fired, centre, (centre + shifted / tokens).astype(np.float32), variance, sums)
 
 
-def evaluate(d: Dictionary, batches: Iterable[np.ndarray], *, lm: tuple[Any, Any, TokenRows] | None = None) -> dict[str, float]:
+def evaluate(
+    d: Dictionary, batches: Iterable[np.ndarray], *, lm: tuple[Any, Any, TokenRows] | None = None, drop_tokens: Collection[int] = ()
+) -> dict[str, float]:
     """Metrics over all rows of `batches` (as `activation_statistics` takes them); docs/sae.md has every definition.
 
     l0, l1: mean number of active latents, mean sum of their values. mse: mean squared length of the error. explained_variance:
@@ -216,12 +213,13 @@ def evaluate(d: Dictionary, batches: Iterable[np.ndarray], *, lm: tuple[Any, Any
     each about the mean of its block of 4096 tokens. cossim, l2_ratio (|x_hat| / |x|) and relative_reconstruction_bias
     (sum |x_hat|^2 / sum <x, x_hat>) tell shrinkage. dead_share: share of latents that never fire on the set; freq_over_1_percent and
     freq_over_10_percent: that fire on more of it.
-    With lm = (model config, params, token rows), also what `splice_figures` gives, the mean ablation by the set's mean.
+    With lm = (model config, params, token rows), also what `splice_figures` gives, the mean ablation by the set's mean; drop_tokens: ids at
+    which the tap is left as it is, those that the activations were harvested without.
     Raises SAEError for an empty set or NaN activations.
     """
     found = activation_statistics(d, batches)
     result = found.figures()
-    return result if lm is None else result | splice_figures(splice_sums(d, *lm, mean_D=found.mean_D))
+    return result if lm is None else result | splice_figures(splice_sums(d, *lm, mean_D=found.mean_D, drop_tokens=drop_tokens))
 
 
 GEOMETRY_BLOCK = 2048  # latents whose cosines with all others are held at once
@@ -236,16 +234,9 @@ def _largest_cosines(unit_FD: Float[Array, "F D"], start: Int[Array, ""], size: 
     return jnp.max(jnp.where(own, -jnp.inf, cosines), axis=1)
 
 
-def unit_rows(w_FD: Any) -> np.ndarray:
-    """The rows over their lengths, fp32; rows of length 0 stay."""
-    w = np.asarray(w_FD, np.float32)
-    norms = np.linalg.norm(w, axis=1, keepdims=True)
-    return w / np.where(norms > 0, norms, 1.0)
-
-
 def max_cosines(w_FD: Any, block: int = GEOMETRY_BLOCK, progress: Any = None) -> Float[np.ndarray, "F"]:
     """Each row's largest cosine with another row, exact, `block` rows at a time. progress: wraps the iterator over blocks (tqdm)."""
-    unit = unit_rows(w_FD)
+    unit = unit_rows(np.asarray(w_FD, np.float32))
     if len(unit) < 2:
         raise SAEError("max_cosines: one row has no other row to be compared with")
     starts, size = range(0, len(unit), block), min(block, len(unit))

@@ -14,9 +14,9 @@ import numpy as np
 
 from sae.dictionary import Dictionary
 from sae.errors import SAEError
-from sae.metrics import ratio
 from sae.pooling import Pooled
 from sae.probing import Probe, Problem, fit_probe, mean_difference, one_vs_rest
+from sae.splice import ratio
 
 NS = (2, 5, 10, 20, 50, 100, 500)
 

@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 import models
 from sae.dictionary import Dictionary, reconstruct
 from sae.errors import SAEError
-from sae.harvest import TokenRows, token_batches
+from sae.harvest import TokenRows, left_out, token_batches
 
 
 @functools.partial(jax.jit, static_argnames=("cfg", "zero"))
@@ -101,16 +101,11 @@ def splice_sums(
     context_size = min(context_size or d.cfg.context_size or cfg.max_position, cfg.max_position)
     parts: dict[str, list[np.ndarray]] = {}
     numbers, seen = [], 0
-    dropped = np.fromiter(drop_tokens, np.int32)
     known = {name: sums for name, sums in (ablations or {}).items() if name.endswith(("_zero", "_mean"))}
     wants_mean, wants_zero = mean_D is not None and "ce_mean" not in known, "ce_zero" not in known
     for tokens, lengths, opens in token_batches(token_rows, batch_size, context_size):
         tokens = np.pad(tokens, ((0, 0), (0, 1))) if tokens.shape[1] < 2 else tokens  # single tokens predict nothing, and shapes stay sound
-        keep = np.zeros(tokens.shape, bool)
-        if skip_bos and cfg.bos_token_id is not None:
-            keep[:, 0] = opens & (tokens[:, 0] == cfg.bos_token_id)
-        if dropped.size:
-            keep |= np.isin(tokens, dropped)
+        keep = left_out(cfg, tokens, opens, skip_bos, drop_tokens)
         found = jax.device_get(splice_rows(cfg, params, d, tokens, lengths, keep, mean_D if wants_mean else None, zero=wants_zero))
         for name, values in (found | {"predictions": np.maximum(lengths - 1, 0)}).items():
             parts.setdefault(name, []).append(np.asarray(values, np.float64))
@@ -140,15 +135,15 @@ def recovered(totals: dict[str, Any]) -> dict[str, Any]:
     for ablation, suffix in (("zero", ""), ("mean", "_mean")):
         if f"ce_{ablation}" in means:
             base = means[f"ce_{ablation}"]
-            out[f"ce_recovered{suffix}"] = share(base - means["ce_sae"], base - means["ce_clean"])
+            out[f"ce_recovered{suffix}"] = ratio(base - means["ce_sae"], base - means["ce_clean"])
             base = means[f"kl_{ablation}"]
-            out[f"kl_recovered{suffix}"] = share(base - means["kl_sae"], base)
+            out[f"kl_recovered{suffix}"] = ratio(base - means["kl_sae"], base)
     return out | means
 
 
-def share(part: Any, whole: Any) -> Any:
-    """part / whole, NaN where the whole is 0: nothing was lost that could be won back."""
-    out = np.asarray(part, float) / np.where(np.asarray(whole, float) == 0, np.nan, whole)
+def ratio(over: Any, under: Any) -> Any:
+    """over / under, NaN where `under` is 0: a number, or an array for arrays."""
+    out = np.asarray(over, float) / np.where(np.asarray(under, float) == 0, np.nan, under)
     return float(out) if out.ndim == 0 else out
 
 

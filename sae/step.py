@@ -185,16 +185,16 @@ def start(cfg: SAEConfig, train: SAETrainConfig, sample: np.ndarray, key: Array)
             cfg = cfg.replace(output_scale=scale_to_root(sample[:, cfg.d_in :]))
     x, target = (np.asarray(rows) for rows in training_pair(cfg, jnp.asarray(sample)))
     variance = float(np.square(target - target.mean(axis=0)).sum(axis=1).mean())
-    if variance <= 0:
-        raise SAEError("SAE training: the first activations are all equal; there is nothing to learn")
     unit, unit_out = (float(np.sqrt(np.square(rows - rows.mean(axis=0)).mean())) for rows in (x, target))
+    if min(unit, unit_out) <= 0:
+        raise SAEError("SAE training: the first activations are all equal; there is nothing to learn")
     d = init(cfg.replace(dtype="float32"), key)
     centres = {"geometric_median": geometric_median, "mean": lambda r: r.mean(axis=0), "zero": lambda r: np.zeros(cfg.out)}
     params = d.params | {"b_dec": jnp.asarray(centres[train.b_dec_init](target), jnp.float32)}
     further = architecture(cfg).start
     if further is not None:
         params |= further(cfg, unit_out, train.threshold_init)
-    params["W_enc"] = params["W_enc"] * (unit_out / unit if cfg.d_out is not None else 1.0)
+    params["W_enc"] = params["W_enc"] * (unit_out / unit)  # latents on the target's scale, which is the input's own in most autoencoders
     return d.replace(params=params), Scale(variance, unit, unit_out)
 
 

@@ -88,11 +88,11 @@ def run(config: Any, workdir: str) -> None:
             dictionary, cfg = on_this_process(dictionary, mesh), tasks[name].cfg
             if config.finetune.steps:
                 said = {"kind": "finetune", **({"sae": name} if name else {})}
-                settings = _finetuning(config)
+                settings = _finetuning(config, special)
                 dictionary, _ = sae.finetune(dictionary, model_cfg, params, train_rows, settings, on_log=lambda r, said=said: run_dir.log(said | r))
                 dictionary = sae.cast(dictionary, config.sae.dtype)
             names = [n for n in (cfg.hook_name, cfg.hook_name_out) if n]
-            metrics = sae.evaluate(dictionary, activations(eval_rows, names), lm=(model_cfg, params, eval_rows))
+            metrics = sae.evaluate(dictionary, activations(eval_rows, names), lm=(model_cfg, params, eval_rows), drop_tokens=special)
             figures = {"hook": cfg.hook_name, "d_in": cfg.d_in, "d_sae": cfg.d_sae, **metrics}
             if cfg.hook_name_out:
                 figures |= {"hook_out": cfg.hook_name_out, "d_out": cfg.d_out}
@@ -104,10 +104,10 @@ def run(config: Any, workdir: str) -> None:
             _report(folder, summary)
 
 
-def _finetuning(config: Any) -> Any:
+def _finetuning(config: Any, special: Sequence[int] = ()) -> Any:
     import sae
 
-    own = {"context_size": config.harvest.context_size, "skip_bos": config.harvest.skip_bos, "seed": config.seed}
+    own = {"context_size": config.harvest.context_size, "skip_bos": config.harvest.skip_bos, "seed": config.seed, "drop_tokens": tuple(special)}
     return sae.FinetuneConfig(**config.finetune, **own)
 
 

@@ -269,7 +269,7 @@ def test_the_loss_and_its_gradient_through_an_edit(params, where, remat):
         (lambda d: sae.intervene(d, mask=np.ones(3)), "give bools"),
         (lambda d: sae.intervene(d, mask=np.ones((2, 3, 4), bool)), "give bools"),
         (lambda d: sae.intervene(d, sae.ablate(1))(rows(width=12), everywhere(rows())), "needs a last axis of 16"),
-        (lambda d: sae.intervene(d.replace(params=d.params | {"W_dec": jnp.zeros((40, 12))})), "reads one activation and writes another"),
+        (lambda d: sae.intervene(d.replace(cfg=d.cfg.replace(d_out=12, apply_b_dec_to_input=False))), "reads one activation and writes another"),
     ],
 )
 def test_mistakes_are_named(call, message):

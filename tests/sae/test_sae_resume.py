@@ -195,3 +195,21 @@ def test_a_source_that_fails_midway_is_gone_on_with(tmp_path, lm):
     assert len(whole) == len(served["peace"])
     for ours, theirs in zip(whole, served["peace"], strict=True):
         np.testing.assert_array_equal(ours, theirs)
+
+
+def test_dictionaries_do_not_change_places(tmp_path):
+    """Two alike in all but their names: a checkpoint of the one is none of the other."""
+    rows, settings = np.concatenate([made_rows(), made_rows()[::-1]], axis=1), sae.SAETrainConfig(**(SETTINGS | {"steps": 8}))
+    cfg = sae.SAEConfig(d_in=D, d_sae=F, k=K)
+
+    def run(checkpoints, names, stop=None):
+        tasks = {name: sae.SAETask(cfg, settings, reads) for name, reads in names.items()}
+        return sae.train_saes(tasks, sae.array_batches(rows, B), jax.random.key(0), progress=False, checkpoints=checkpoints, stop=stop)
+
+    with pytest.raises(sae.Stopped), until_done(tmp_path) as checkpoints:
+        # The first four batches are read ahead, and nothing is saved before they are used up.
+        run(checkpoints, {"a": 0, "b": D}, stop=iter([False] * 4 + [True]).__next__)
+    with until_done(tmp_path) as checkpoints, pytest.raises(sae.SAEError, match="another tasks"):
+        run(checkpoints, {"b": D, "a": 0})
+    with until_done(tmp_path) as checkpoints:
+        assert set(run(checkpoints, {"a": 0, "b": D})) == {"a", "b"}

@@ -208,7 +208,7 @@ def test_no_setting_is_forgotten_here():
     fields = field_names(load_config("configs/train_sae.py"))
     known = {name for name in fields if not name.startswith(("train.", "finetune."))}
     assert set(OTHER) - {"train.steps", "finetune.steps"} == known - {"overwrite"}
-    own = {"context_size", "skip_bos", "seed"}  # of the whole run
+    own = {"context_size", "skip_bos", "drop_tokens", "seed"}  # of the whole run
     assert {f.name for f in dataclasses.fields(sae.FinetuneConfig)} - own == {n.split(".")[1] for n in fields if n.startswith("finetune.")}
 
 
@@ -247,7 +247,8 @@ def test_every_setting_reaches_what_it_is_for(monkeypatch, tmp_path, field):
         monkeypatch.setattr(sae, "train_saes", train_saes)
         monkeypatch.setattr(sae, "cast", lambda dictionary, dtype: dictionary)
         monkeypatch.setattr(sae, "finetune", lambda d, cfg, lm, rows, how, on_log: keep("finetune", (d, []))(rows, how))
-        monkeypatch.setattr(sae, "evaluate", lambda *_, lm: dict.fromkeys(("l0", "explained_variance", "ce_recovered", "dead_share"), 0.0))
+        figures = dict.fromkeys(("l0", "explained_variance", "ce_recovered", "dead_share"), 0.0)
+        monkeypatch.setattr(sae, "evaluate", lambda *_, lm, drop_tokens: keep("evaluate", figures)(drop_tokens))
         monkeypatch.setattr(sae, "save", lambda folder, *how, **named: keep("save")(*how, **named))
         monkeypatch.setattr(checkpoint, "until_done", lambda folder: contextlib.nullcontext())
         monkeypatch.setattr(processes, "on_this_process", lambda dictionary, mesh: dictionary)
@@ -264,7 +265,7 @@ def test_every_setting_reaches_what_it_is_for(monkeypatch, tmp_path, field):
         "model": {"load", "tokenizer", "train"}, "dtype": {"load"}, "mesh": {"load", "harvest", "train"}, "hook": {"harvest", "train"},
         "data.template": {"harvest"}, "data.eval_rows": {"harvest"}, "harvest.batch_rows": {"harvest"}, "harvest.skip_bos": {"harvest"},
         "harvest.context_size": {"harvest", "train"}, "harvest.buffer_rows": {"buffer"}, "batch_size": {"buffer"}, "seed": {"buffer", "train"},
-        "sae.layout": {"save"}, "harvest.drop_special": {"harvest"}, "finetune.steps": {"finetune"}, "sae.hook_out": {"harvest", "train"},
+        "sae.layout": {"save"}, "harvest.drop_special": {"harvest", "evaluate"}, "finetune.steps": {"finetune"}, "sae.hook_out": {"harvest", "train"},
     }  # fmt: skip
     assert reached == expected.get(field, {"read"} if field.startswith("data.") else {"train"})
 
