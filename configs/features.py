@@ -41,6 +41,7 @@ def get_config(variant: str | None = None) -> ml_collections.ConfigDict:
     config.batch_rows = 32  # texts the model reads at once
     config.context_size = 256  # longer texts are cut into pieces of so many tokens
     config.skip_bos = True  # leave the beginning-of-text position out
+    config.drop_special = True  # leave the tokenizer's other special tokens out, wherever they stand, as train_sae does
     config.seed = 0  # of what is drawn
 
     config.labels = ml_collections.ConfigDict()

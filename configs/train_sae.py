@@ -5,13 +5,14 @@
         --config.hook=blocks.3.resid_post --config.sae.k=32 --workdir=runs/sae
     jaxrl-llm train_sae --config.model=FOLDER --config.data.source=stories.txt --config.hook=blocks.1.resid_post,blocks.3.resid_post \
         --config.sae.architecture=batchtopk --workdir=runs/layers
-    jaxrl-llm train_sae --config.model=FOLDER --config.data.source=stories.txt --config.hook=blocks.2.resid_mid \
+    jaxrl-llm train_sae --config.model=FOLDER --config.data.source=stories.txt --config.hook=blocks.2.mlp_in \
         --config.sae.hook_out=blocks.2.mlp_out --config.sae.skip=True --workdir=runs/transcoder
 
 The dictionary goes to WORKDIR/sae (read it with sae.load), its metrics to WORKDIR/summary.json: l0, explained_variance,
 ce_recovered and dead_share on rows that training did not see. With the TinyStories file of 2,316 stories and the 260k
 Llama of the README, the defaults explain about 0.9 of the variance.
-Several taps are harvested in one pass over the model; their dictionaries go to WORKDIR/sae/TAP, their metrics under their names.
+Several taps are harvested in one pass over the model, and several dictionaries of each (--config.sweep="sae.k=16,32,64") learn from the same
+activations; they go to WORKDIR/sae/TAP, WORKDIR/sae/k16 or WORKDIR/sae/TAP/k16, their metrics under these names.
 """
 
 import ml_collections
@@ -26,6 +27,7 @@ def get_config(variant: str | None = None) -> ml_collections.ConfigDict:
     config.dtype = "float32"  # of the model's parameters and activations: float32 or bfloat16
     config.mesh = ""  # such as "data=4,tensor=2" over the devices there are; empty = one device
     config.hook = ""  # tap to harvest, such as "blocks.3.resid_post", or several with commas, a dictionary each; empty = after the middle block
+    config.sweep = ""  # several dictionaries a tap in one pass: "sae.k=16,32 sae.architecture=topk,batchtopk" trains the four; empty = one
 
     config.data = ml_collections.ConfigDict()
     config.data.source = ""  # text or prompts: file (txt, jsonl, json, csv, parquet), data set folder, hub id or tfds:NAME
@@ -78,7 +80,7 @@ def get_config(variant: str | None = None) -> ml_collections.ConfigDict:
     config.train.threshold_init = 0.01  # "jumprelu": in the same unit
     config.train.pre_act_coefficient = 0.0  # "jumprelu": weight of what draws dead latents up to their threshold
     config.train.threshold_decay = 0.99  # "batchtopk", "matryoshka": of the running mean that becomes the threshold
-    config.train.aux_coefficient = 0.03125  # weight of the auxiliary loss of dead latents; 0 = off
+    config.train.aux_coefficient = ml_collections.config_dict.placeholder(float)  # of dead latents' AuxK; 0 = off; None = 1/32 with a k, else 0
     config.train.aux_k = ml_collections.config_dict.placeholder(int)  # dead latents it lets into each row; None = half the width
     config.train.dead_after = 250_000  # activations without firing after which a latent counts as dead
     config.train.resample_every = 0  # updates between replacements of dead latents by badly reconstructed activations; 0 = never

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -59,27 +60,35 @@ def dense(equation: str, x: Array, kernel: Array | Adapted, dtype: Any = None) -
     return checkpoint_name(y.astype(dtype or x.dtype).reshape(*rows, *width), PRODUCT)
 
 
-def rms_norm(x: Array, scale: Array, eps: float, kind: str = "rms") -> Array:
-    """Root-mean-square norm (Zhang and Sennrich 2019) over the last axis, computed in fp32; kinds as of `ModelConfig.norm`."""
+def unchanged(x: Array) -> Array:
+    """x: the hook of an activation that nobody looks at."""
+    return x
+
+
+def rms_norm(x: Array, scale: Array, eps: float, kind: str = "rms", hook: Callable[[Array], Array] = unchanged) -> Array:
+    """Root-mean-square norm (Zhang and Sennrich 2019) over the last axis, computed in fp32; kinds as of `ModelConfig.norm`. hook sees,
+    and may replace, what is not yet scaled."""
     y = x.astype(jnp.float32)
     y = y * lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
     if kind == "rms":
-        return (scale * y.astype(x.dtype)).astype(x.dtype)
+        return (scale * hook(y.astype(x.dtype))).astype(x.dtype)
     scale = scale.astype(jnp.float32)
-    return (y * (1 + scale if kind == "rms_plus_one" else scale)).astype(x.dtype)
+    return (hook(y) * (1 + scale if kind == "rms_plus_one" else scale)).astype(x.dtype)
 
 
-def layer_norm(x: Array, scale: Array, bias: Array, eps: float) -> Array:
-    """LayerNorm (Ba et al. 2016) over the last axis, computed and scaled in fp32."""
+def layer_norm(x: Array, scale: Array, bias: Array, eps: float, hook: Callable[[Array], Array] = unchanged) -> Array:
+    """LayerNorm (Ba et al. 2016) over the last axis, computed and scaled in fp32; hook as of `rms_norm`."""
     y = x.astype(jnp.float32)
     y = y - jnp.mean(y, axis=-1, keepdims=True)
     y = y * lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
-    return (y * scale.astype(jnp.float32) + bias.astype(jnp.float32)).astype(x.dtype)
+    return (hook(y) * scale.astype(jnp.float32) + bias.astype(jnp.float32)).astype(x.dtype)
 
 
-def norm(cfg: ModelConfig, x: Array, scale: Array, bias: Array | None = None) -> Array:
-    """The norm of cfg over the last axis of x; bias for LayerNorm alone."""
-    return rms_norm(x, scale, cfg.norm_eps, cfg.norm) if bias is None else layer_norm(x, scale, bias, cfg.norm_eps)
+def norm(cfg: ModelConfig, x: Array, scale: Array, bias: Array | None = None, hook: Callable[[Array], Array] = unchanged) -> Array:
+    """The norm of cfg over the last axis of x; bias for LayerNorm alone; hook as of `rms_norm`."""
+    if bias is None:
+        return rms_norm(x, scale, cfg.norm_eps, cfg.norm, hook)
+    return layer_norm(x, scale, bias, cfg.norm_eps, hook)
 
 
 def mesh_of(like: Array | Adapted) -> Any:
@@ -210,25 +219,26 @@ class Block(nn.Module):
         flat = x_BTNH.reshape(*x_BTNH.shape[:2], -1)
         return rms_norm(flat, scale.reshape(-1), self.cfg.norm_eps, self.cfg.norm).reshape(x_BTNH.shape)
 
-    def normed(self, name, x):
-        """x after the norm `name`, or as it is where this kind of block has no such norm."""
-        return norm(self.cfg, x, *self.norms[name]) if name in self.norms else x
+    def normed(self, name, x, hook=unchanged):
+        """x after the norm `name`, or as it is where this kind of block has no such norm; hook as of `rms_norm`."""
+        return norm(self.cfg, x, *self.norms[name], hook=hook) if name in self.norms else x
 
     def attend(self, q, segments, hook):
         """Attention over key/value segments [(k, v, mask_BTS)], or what stands for them before a kernel, softmax over all of them together."""
         if isinstance(segments, Fused):
             out = fused_attention(self.cfg, q, segments, mesh_of(self.o), BATCH_AXES)
-            return self.attn_result(q, out)
+            return self.attn_result(q, out, hook)
         probs_hook = functools.partial(hook, "attn_probs")
         scores_of = functools.partial(attention_scores, query_scalar=self.cfg.query_scalar, cap=self.cfg.attn_softcap)
         many = q.shape[1] > QUERIES and not self.whole_probs
         out = attention_in_chunks(q, segments, QUERY_CHUNK, scores_of) if many else attention(q, segments, probs_hook, scores_of)
-        return self.attn_result(q, out)
+        return self.attn_result(q, out, hook)
 
-    def attn_result(self, q, out):
+    def attn_result(self, q, out, hook):
         """What the heads' values add to the residual stream."""
         # Rounded once, so that a row's values do not depend on how many segments they lie in.
-        out = dense("BTNH,NHD->BTD", out.astype(q.dtype), self.o)
+        z = hook("attn_z", out.astype(q.dtype).reshape(*out.shape[:2], -1))
+        out = dense("BTNH,NHD->BTD", z.reshape(out.shape), self.o)
         return out + self.o_bias if self.cfg.o_bias else out
 
     def mlp(self, x, hook):
@@ -262,6 +272,6 @@ class Block(nn.Module):
         if self.cfg.block == "parallel_shared":
             into_mlp = into_attn
         else:
-            into_mlp = self.normed("mlp_norm", x if self.cfg.block == "parallel" else mid)
-        mlp_out = self.normed("mlp_post_norm", constrain_rows(self.mlp(into_mlp, hook), self.down))
+            into_mlp = self.normed("mlp_norm", x if self.cfg.block == "parallel" else mid, functools.partial(hook, "mlp_normalized"))
+        mlp_out = self.normed("mlp_post_norm", constrain_rows(self.mlp(hook("mlp_in", into_mlp), hook), self.down))
         return hook("resid_post", mid + hook("mlp_out", mlp_out)), keep

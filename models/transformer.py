@@ -288,7 +288,7 @@ def forward(
       Asking for none costs nothing.
     interventions: {name: function}; the function's result replaces that activation. One that `takes_place` (see `taps.Place`) is also told
       where the tokens stand, from `prompt_lengths` (tokens of each row's prompt, without prefix or with) and `texts` (the number of each
-      row's text; default 0, 1, 2, ...), which nothing else reads.
+      row's text; default 0, 1, 2, ...), which nothing else reads. One that `reads` another activation, computed before, is given it last.
     stop_at: run only the first `stop_at` blocks; hidden is then None.
     remat: recompute a layer's activations in the backward pass instead of keeping them: all of them ("nothing" is kept, or True), or all
       but what its weight matrices give ("products" are kept: attention, norms and the rest cost little to compute again).
@@ -296,7 +296,8 @@ def forward(
       params may be `unstacked`).
     return_kv: also return this call's keys and values as a KV (to be someone's prefix).
 
-    Raises ModelError for an unknown tap or intervention name, one that stop_at never reaches, a stop_at out of range, a prefix or
+    Raises ModelError for an unknown tap or intervention name, one that stop_at never reaches, an intervention that reads what is not yet
+    computed, a stop_at out of range, a prefix or
     cache without positions, and segments beside these; and, of tokens that can be looked at (outside of jit), for an id outside the
     vocabulary, a row past the context, no token at all, and lengths that are not one a row or pass its end. Inside jit nobody looks:
     an id past the vocabulary makes its row NaN, a negative one counts from the vocabulary's end, and positions past the context are
@@ -313,12 +314,10 @@ def forward(
     if hooks.wants("attn_probs"):  # which a kernel does not show
         cfg = dataclasses.replace(cfg, attention="plain")
     memory = _Memory(cfg, positions, prefix, cache, segments)
-    rope_of, out_taps = layer_ropes(cfg, positions), {}
-    x = hooks.outer("embed", embed_at(cfg, params["embed"], tokens_BT, positions), out_taps)
-    B, T, D = x.shape
-    shapes = dict.fromkeys(BLOCK_TAPS, (B, T, D)) | dict.fromkeys(("mlp_pre", "mlp_act"), (B, T, cfg.d_ff))
-    shapes |= {"attn_probs": (B, cfg.n_heads, T, memory.n_slots), "router_logits": (B, T, cfg.n_experts)}
-    buffers = hooks.buffers(shapes, x.dtype)
+    rope_of = layer_ropes(cfg, positions)
+    x = hooks.outer("embed", embed_at(cfg, params["embed"], tokens_BT, positions))
+    B, T, _ = x.shape
+    buffers = hooks.buffers((B, T), memory.n_slots, x.dtype)
 
     def block(carry, layer, p, prefix_kvs, cache_kv):
         """One layer: (x and tap buffers, what to keep of its keys and values)."""
@@ -331,14 +330,14 @@ def forward(
     run = _unrolled if unroll else _scanned
     n_layers = cfg.n_layers if stop_at is None else stop_at
     (x, buffers), kept = run(block, (x, buffers), (params["blocks"], *memory.layers()), n_layers, cfg.n_layers, remat)
-    out_taps |= hooks.collect(buffers)
+    hooks.collect(buffers)
     k, v = (None, None) if kept is None else kept
     new_cache = None if cache is None else KVCache(k, v, memory.slots, cache.next + T)
     kv = KV(k, v, memory.slots) if return_kv else None
     if stop_at is not None:
-        return ForwardOutput(None, out_taps, new_cache, kv)
-    hidden = hooks.outer("final_norm", norm(cfg, x, **params["final_norm"]), out_taps)
-    return ForwardOutput(hidden, out_taps, new_cache, kv)
+        return ForwardOutput(None, hooks.results(), new_cache, kv)
+    hidden = hooks.outer("final_norm", norm(cfg, x, **params["final_norm"]))
+    return ForwardOutput(hidden, hooks.results(), new_cache, kv)
 
 
 # What a recomputed layer keeps for the backward pass, besides its input.

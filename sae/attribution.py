@@ -4,8 +4,9 @@ The dictionary is spliced in with its error kept, h' = h + decode(z) - stop_grad
 and the gradient goes through the latents. The score of latent f at token t is z_tf d metric / d z_tf: to first order what the metric
 loses when that latent is ablated there (Marks et al. 2024, "Sparse feature circuits", equation 1, with zero as the other value). With
 `steps` the gradient is the mean along the line from no latent to all (integrated gradients, Sundararajan et al. 2017), by the midpoint
-rule; the scores then add up to the metric with all latents less the metric with none, as the number of steps grows.
-Letters: B rows, T tokens, D d_in, F d_sae, K latents a token, N items, V vocabulary.
+rule; the scores then add up to the metric with all latents less the metric with none, as the number of steps grows. A transcoder's latents
+are of what it reads, and h is what it writes. Nothing is left out of z: dense codes are made a piece of tokens at a time, twice.
+Letters: B rows, T tokens, D d_in, E width of h, F d_sae, K latents told of a token, N items, V vocabulary.
 """
 
 from __future__ import annotations
@@ -21,25 +22,31 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 import models
-from sae.dictionary import Dictionary, architecture, decode_topk, encode_topk
+from sae.base import matmul
+from sae.dictionary import Dictionary, architecture, decode_topk, encode, encode_topk
 from sae.errors import SAEError
-from sae.interventions import FeatureEdit, ablate, intervene, on_input_scale, writes_elsewhere
+from sae.interventions import FeatureEdit, ablate, intervene, on_output_scale
 
+PIECE_BYTES = 64 << 20  # of the dense codes that are held at once
 Metric = Callable[[Array], Array]
 
 
 class Attribution(NamedTuple):
-    """metric_B: the metric of each row, of the clean model. For each token its K most active latents, in no order that matters: features_BTK,
-    their activations_BTK (0 = an empty slot) and scores_BTK, in the metric's units; 0 where the token is padding or kept out."""
+    """metric_B: the metric of each row, of the clean model. For each token the K latents with the largest absolute scores, in no order that
+    matters: features_BTK, their activations_BTK (0 = an empty slot) and scores_BTK, in the metric's units; 0 where the token is padding or kept
+    out. rest_BT: the sum of the scores of a token's other latents. totals_BF: every latent's score, added up over the row's tokens."""
 
     metric_B: Float[Array, " B"]
     features_BTK: Int[Array, "B T K"]
     activations_BTK: Float[Array, "B T K"]
     scores_BTK: Float[Array, "B T K"]
+    rest_BT: Float[Array, "B T"]
+    totals_BF: Float[Array, "B F"]
 
     def top(self, n: int, row: int = 0) -> list[dict[str, Any]]:
-        """The n (token, latent) pairs of a row with the largest absolute score: token, feature, activation, score, largest first."""
-        features, activations, scores = (np.asarray(a[row]) for a in self[1:])
+        """The n (token, latent) pairs of a row with the largest absolute score: token, feature, activation, score, largest first. They are
+        those of all latents as long as no token has more than K among them."""
+        features, activations, scores = (np.asarray(a[row]) for a in (self.features_BTK, self.activations_BTK, self.scores_BTK))
         order = np.argsort(-np.abs(scores), axis=None, kind="stable")[:n]
         places = [np.unravel_index(i, scores.shape) for i in order if scores.flat[i] != 0]
         return [
@@ -48,10 +55,9 @@ class Attribution(NamedTuple):
 
     def top_features(self, n: int, row: int = 0) -> list[dict[str, Any]]:
         """The n latents of a row whose scores, added up over its tokens, are largest in absolute value: feature, score."""
-        ids, inverse = np.unique(np.asarray(self.features_BTK[row]), return_inverse=True)
-        sums = np.bincount(inverse.reshape(-1), np.asarray(self.scores_BTK[row], np.float64).reshape(-1), len(ids))
-        order = np.argsort(-np.abs(sums), kind="stable")[:n]
-        return [{"feature": int(ids[i]), "score": float(sums[i])} for i in order if sums[i] != 0]
+        totals = np.asarray(self.totals_BF[row])
+        order = np.argsort(-np.abs(totals), kind="stable")[:n]
+        return [{"feature": int(i), "score": float(totals[i])} for i in order if totals[i] != 0]
 
 
 def logit_difference(tokens: Any, others: Any) -> Metric:
@@ -88,15 +94,15 @@ def attribute(
     every_position, that gives one number a row, which may depend on its own row only. A plain function is compiled once for each object, a
     `jax.tree_util.Partial` once for each structure. start: tokens before it have no scores (1: the beginning-of-text token, without
     which dictionaries are trained). steps: 0 = the gradient at the model's own activations; n = integrated gradients with n points.
-    k: latents a token; by default the dictionary's own k, else 64: what is less active is left out.
+    k: latents that are told of a token, by default the dictionary's own k, else 64. All are computed with: what the others are worth is
+    in rest_BT and totals_BF.
 
-    Raises SAEError for a dictionary without a hook_name, one that writes another activation than it reads, one of another width, steps
-    below 0, and a metric that does not give one number a row.
+    Raises SAEError for a dictionary without a hook_name (a transcoder: or hook_name_out), one of another width, steps below 0, k below 1, and
+    a metric that does not give one number a row.
     """
-    if d.cfg.hook_name is None:
-        raise SAEError("attribute: the SAE's config names no hook_name; set it to the tap it was trained on")
-    if writes_elsewhere(d):
-        raise SAEError("attribute: this dictionary reads one activation and writes another; its latents cannot be spliced in at one place")
+    if d.cfg.hook_name is None or d.cfg.place is None:
+        name = "hook_name" if d.cfg.hook_name is None else "hook_name_out"
+        raise SAEError(f"attribute: the SAE's config names no {name}; set it to the tap it was trained on")
     if steps < 0:
         raise SAEError(f"attribute: steps is {steps}; give 0 for the plain gradient, or the number of points of integrated gradients")
     tokens = jnp.asarray(tokens_BT, jnp.int32)
@@ -104,32 +110,90 @@ def attribute(
     if not every_position:
         positions = lengths - 1 if positions is None else jnp.asarray(positions, jnp.int32)
     metric = jax.tree_util.Partial(metric) if jax.tree_util.all_leaves([metric]) else metric
-    k = k or (d.cfg.k if architecture(d.cfg).encode_sparse is not None else min(64, d.cfg.d_sae))
-    return _attribute(cfg, params, d, tokens, lengths, positions, metric, jnp.int32(start), steps, k)
+    own = (d.cfg.k or 0) if architecture(d.cfg).encode_sparse is not None else d.cfg.d_sae
+    if k is not None and k < 1:
+        raise SAEError(f"attribute: k is {k}; give the number of latents to tell of a token, 1 or more")
+    return _attribute(cfg, params, d, tokens, lengths, positions, metric, jnp.int32(start), steps, min(k or (own if own < d.cfg.d_sae else 64), own))
 
 
 @functools.partial(jax.jit, static_argnames=("cfg", "steps", "k"))
 def _attribute(cfg, params, d, tokens_BT, lengths_B, positions_B, metric, start, steps, k) -> Attribution:
-    run = functools.partial(_metric, cfg, params, d.cfg.hook_name, tokens_BT, lengths_B, positions_B, metric)
+    run = functools.partial(_metric, cfg, params, d.cfg.place, tokens_BT, lengths_B, positions_B, metric)
     h_BTD = models.forward(cfg, params, tokens_BT, lengths=lengths_B, taps=(d.cfg.hook_name,)).taps[d.cfg.hook_name].astype(jnp.float32)
-    values, features = encode_topk(d, h_BTD, k)
     place_T = jnp.arange(tokens_BT.shape[1])
     keep_BT = (place_T < lengths_B[:, None]) & (place_T >= start)
-    values = jnp.where(keep_BT[..., None], values, 0.0)
-    # What all latents together add at each token, and the gradient by what is added.
-    part = lambda row: decode_topk(d, *row) - decode_topk(d, jnp.zeros_like(row[0]), *row[1:])  # noqa: E731
-    part_BTD = lax.map(part, (values, features, h_BTD))  # a row at a time: K decoder rows a token are large
-    slope = jax.grad(lambda added, share: jnp.sum(run(lambda x: x + added - (1 - share) * part_BTD)))
-    zero = jnp.zeros_like(h_BTD)
+    part_of, scores_of = (_sparse_part, _sparse_scores) if architecture(d.cfg).encode_sparse is not None else (_dense_part, _dense_scores)
+    # What all latents together add at each token, and the gradient by what is added; a row at a time, since what they are made of is large.
+    part_BTE = lax.map(lambda row: part_of(d, *row), (h_BTD, keep_BT))
+    slope = jax.grad(lambda added, share: jnp.sum(run(lambda x: x + added - (1 - share) * part_BTE)))
+    zero = jnp.zeros_like(part_BTE)
     if steps:
         shares = (jnp.arange(steps) + 0.5) / steps
         total, _ = lax.scan(lambda total, share: (total + slope(zero, share), None), zero, shares)
-        g_BTD = total / steps
+        g_BTE = total / steps
     else:
-        g_BTD = slope(zero, jnp.float32(1.0))
-    g_BTD = on_input_scale(d, g_BTD, h_BTD)  # a scale of each row, which is its own transpose
-    slopes = lambda row: jnp.einsum("td,tkd->tk", row[0], d.params["W_dec"][row[1]].astype(jnp.float32))  # noqa: E731
-    return Attribution(run(None), features, values, values * lax.map(slopes, (g_BTD, features)))
+        g_BTE = slope(zero, jnp.float32(1.0))
+    g_BTE = on_output_scale(d, g_BTE, h_BTD)  # a scale of each row, which is its own transpose
+    return Attribution(run(None), *lax.map(lambda row: scores_of(d, *row, k), (h_BTD, keep_BT, g_BTE)))
+
+
+def _sparse_code(d: Dictionary, h_TD: Array, keep_T: Array) -> tuple[Array, Array]:
+    """The k latents of each token that take part: (activations, features), both [T, K]."""
+    values, features = encode_topk(d, h_TD)
+    return jnp.where(keep_T[:, None], values, 0.0), features
+
+
+def _sparse_part(d: Dictionary, h_TD: Array, keep_T: Array) -> Float[Array, "T E"]:
+    values, features = _sparse_code(d, h_TD, keep_T)
+    return decode_topk(d, values, features, h_TD) - decode_topk(d, jnp.zeros_like(values), features, h_TD)
+
+
+def _sparse_scores(d: Dictionary, h_TD: Array, keep_T: Array, g_TE: Array, k: int) -> tuple[Array, ...]:
+    """(features, activations, scores, rest, totals) of a row's tokens, as in `Attribution`."""
+    values, features = _sparse_code(d, h_TD, keep_T)
+    scores = values * jnp.einsum("te,tke->tk", g_TE, d.params["W_dec"][features].astype(jnp.float32))
+    totals = jnp.zeros(d.cfg.d_sae).at[features].add(scores)
+    places = lax.top_k(jnp.abs(scores), k)[1]
+    told = tuple(jnp.take_along_axis(a, places, axis=1) for a in (features, values, scores))
+    return *told, jnp.sum(scores, axis=1) - jnp.sum(told[2], axis=1), totals
+
+
+def _pieces(d: Dictionary, *arrays: Array) -> tuple[int, tuple[Array, ...]]:
+    """(T, the arrays [T, ...] cut into pieces [n, tokens, ...] whose dense codes stay within PIECE_BYTES, zeros behind the last token)."""
+    T = len(arrays[0])
+    tokens = max(1, min(T, PIECE_BYTES // (4 * d.cfg.d_sae)))
+    fill = -T % tokens
+    return T, tuple(jnp.pad(a, ((0, fill), *((0, 0),) * (a.ndim - 1))).reshape(-1, tokens, *a.shape[1:]) for a in arrays)
+
+
+def _whole(T: int, pieces: Array) -> Array:
+    return pieces.reshape(-1, *pieces.shape[2:])[:T]
+
+
+def _dense_part(d: Dictionary, h_TD: Array, keep_T: Array) -> Float[Array, "T E"]:
+    T, pieces = _pieces(d, h_TD, keep_T)
+
+    def part(piece):
+        h, keep = piece
+        return on_output_scale(d, matmul(jnp.where(keep[:, None], encode(d, h), 0.0), d.params["W_dec"]), h)
+
+    return _whole(T, lax.map(part, pieces))
+
+
+def _dense_scores(d: Dictionary, h_TD: Array, keep_T: Array, g_TE: Array, k: int) -> tuple[Array, ...]:
+    """`_sparse_scores` of a dense code."""
+    T, pieces = _pieces(d, h_TD, keep_T, g_TE)
+
+    def piece(totals_F, given):
+        h, keep, g = given
+        z = jnp.where(keep[:, None], encode(d, h), 0.0)
+        scores = z * (g @ d.params["W_dec"].astype(jnp.float32).T)
+        places = lax.top_k(jnp.abs(scores), k)[1]
+        told = tuple(jnp.take_along_axis(a, places, axis=1) for a in (z, scores))
+        return totals_F + jnp.sum(scores, axis=0), (places, *told, jnp.sum(scores, axis=1) - jnp.sum(told[1], axis=1))
+
+    totals_F, told = lax.scan(piece, jnp.zeros(d.cfg.d_sae), pieces)
+    return *(_whole(T, a) for a in told), totals_F
 
 
 def _metric(cfg, params, hook, tokens_BT, lengths_B, positions_B, metric, edit) -> Array:
@@ -177,6 +241,6 @@ def ablation_effects(
 @functools.partial(jax.jit, static_argnames="cfg")
 def _ablations(cfg, params, edit: FeatureEdit, tokens_1T, positions, metric, features_N, masks_NT) -> Array:
     lengths = jnp.array([tokens_1T.shape[1]], jnp.int32)
-    run = functools.partial(_metric, cfg, params, edit.dictionary.cfg.hook_name, tokens_1T, lengths, positions, metric)
+    run = functools.partial(_metric, cfg, params, edit.dictionary.cfg.place, tokens_1T, lengths, positions, metric)
     clean = run(None)[0]
     return lax.map(lambda item: clean - run(edit.replace(features_N=item[0][None], mask=item[1]))[0], (features_N, masks_NT))

@@ -126,7 +126,7 @@ class Architecture:
     start(cfg, unit) -> initial values of parameters beyond zeros, W_enc and W_dec; unit as in Context, threshold as in SAETrainConfig.
     norm_scaled: parameters that grow with W_enc when norms of decoder rows are moved into it.
     finish(params, cfg) -> (params, cfg) of the trained dictionary, where training and use differ.
-    sparse_by: what makes it sparse: "k", or "penalty" (then sparsity_coefficient must be positive).
+    sparse_by: what makes it sparse: "k", or "penalty" (then sparsity_coefficient must be positive, and no AuxK is published).
     dead_bias: the bias by which AuxK reads dead latents. gathers: `train` can work on the kept latents alone (context.method "sparse").
     """
 
@@ -146,6 +146,11 @@ class Architecture:
     def needs_k(self) -> bool:
         """True when the number of kept latents is part of the description."""
         return self.sparse_by == "k"
+
+    @property
+    def aux(self) -> float:
+        """The published weight of AuxK, the loss that wakes dead latents (Gao et al. 2024; Bussmann et al. 2024, 2025)."""
+        return 1 / 32 if self.sparse_by == "k" else 0.0
 
 
 def nothing_to_penalise() -> Float[Array, ""]:

@@ -99,6 +99,11 @@ class SAEConfig:
         """Width of what is reconstructed."""
         return self.d_in if self.d_out is None else self.d_out
 
+    @property
+    def place(self) -> str | None:
+        """The tap in whose place its output stands: a transcoder's `hook_name_out`, an autoencoder's `hook_name`."""
+        return self.hook_name if self.d_out is None else self.hook_name_out
+
     def replace(self, **changes) -> SAEConfig:
         """A copy with some fields changed."""
         return dataclasses.replace(self, **changes)

@@ -34,7 +34,7 @@ class CollectConfig:
     top: contexts with the strongest activations; sampled: further ones, evenly spread over the quantiles of a random sample of the texts in
     which the latent fires; random: contexts drawn from all texts. A context reaches from `before` tokens before its peak to `after` after it.
     related: nearest and co-firing latents. batch_rows, context_size (None: the model's): how texts are run; longer ones are cut into pieces.
-    skip_bos: leave the beginning-of-text position out, as in training. seed: of what is drawn.
+    skip_bos: leave the beginning-of-text position out, as in training; drop_tokens: and these ids, wherever they stand. seed: of what is drawn.
     """
 
     features: int | tuple[int, ...] = 1000
@@ -48,6 +48,7 @@ class CollectConfig:
     batch_rows: int = 32
     context_size: int | None = None
     skip_bos: bool = True
+    drop_tokens: tuple[int, ...] = ()
     seed: int = 0
 
     def __post_init__(self):
@@ -124,7 +125,7 @@ class _Reader:
             group = numbered[i * self.s.batch_rows : (i + 1) * self.s.batch_rows]
             numbers, opens = np.full(len(tokens), -1, np.int64), np.zeros(len(tokens), bool)
             numbers[: len(group)], opens[: len(group)] = [n for n, _ in group], [o for _, o in group]
-            keep = (np.arange(tokens.shape[1]) < lengths[:, None]) & ~left_out(self.cfg, tokens, opens, self.s.skip_bos)
+            keep = (np.arange(tokens.shape[1]) < lengths[:, None]) & ~left_out(self.cfg, tokens, opens, self.s.skip_bos, self.s.drop_tokens)
             yield tokens, tap(self.cfg, self.params, tokens, lengths, (self.d.cfg.hook_name,)), keep, numbers
 
 

@@ -4,7 +4,10 @@ By default what the dictionary cannot reconstruct is kept: h' = h + (z'_f - z_f)
 changes no latent changes no bit of h. With `passthrough` h is replaced by the decoded code, decode(z'), whose control is the edit of
 nothing: the reconstruction alone. A latent that does not fire may be set or added to; no other latent gives way for it, also where the
 dictionary keeps only k (some wrappers overwrite the weakest kept one, so that "set to 0" deletes an unrelated latent).
-Letters: B rows, T tokens, D d_in, F d_sae, N edited latents, M interventions, S positions.
+A transcoder's latents are of what it reads, x, and the edit is of what it writes, y: y' = y + (z'_f(x) - z_f(x)) W_dec[f], on the output's
+scale; with `passthrough` y is replaced by decode(z'), the skip included.
+Letters: B rows, T tokens, D d_in, E width of what is edited (d_in, or a transcoder's d_out), F d_sae, N edited latents, M interventions,
+S positions.
 """
 
 from __future__ import annotations
@@ -78,7 +81,7 @@ def clamp(features: int | Sequence[int], lower: Any = None, upper: Any = None) -
 
 @flax.struct.dataclass
 class FeatureEdit:
-    """The function that `models` calls in place of an activation (`interventions={hook: edit}`); made by `intervene`.
+    """The function that `models` calls in place of an activation (`interventions={d.cfg.place: edit}`); made by `intervene`.
 
     A pytree: another `dictionary`, other latents or values of the same shapes need no new compilation of what it is an argument of.
     features_N: the latents; factor, shift, lower, upper: [M, N], the interventions in their order (one that leaves a latent alone has
@@ -98,22 +101,29 @@ class FeatureEdit:
     passthrough: bool = flax.struct.field(pytree_node=False, default=False)
     takes_place = True  # what `models.taps` asks for: it is called with the tokens' places
 
-    def __call__(self, x_BTD: Float[Array, "B T D"], place: Any) -> Float[Array, "B T D"]:
-        """The edited activation, in x's dtype. place: `models.taps.Place`."""
-        check_width("the activation that an intervention edits", x_BTD, self.dictionary.cfg.d_in)
-        x = x_BTD.astype(jnp.float32)
-        edited = (reconstruct(self.dictionary, x) if self.passthrough else x) + self.difference(x)
-        return jnp.where(self.chosen(place)[..., None], edited.astype(x_BTD.dtype), x_BTD)
+    @property
+    def reads(self) -> str | None:
+        """The activation that `models.taps` hands over beside the edited one: a transcoder's input."""
+        return None if self.dictionary.cfg.d_out is None else self.dictionary.cfg.hook_name
 
-    def difference(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
-        """(z' - z) W_dec over the edited latents, fp32, on the input's scale."""
+    def __call__(self, x_BTE: Float[Array, "B T E"], place: Any, read_BTD: Float[Array, "B T D"] | None = None) -> Float[Array, "B T E"]:
+        """The edited activation, in its dtype. place: `models.taps.Place`; read_BTD: what a transcoder reads."""
+        check_width("the activation that an intervention edits", x_BTE, self.dictionary.cfg.out)
+        x = x_BTE.astype(jnp.float32)
+        given = x if read_BTD is None else read_BTD.astype(jnp.float32)
+        check_width("the activation that an intervention reads", given, self.dictionary.cfg.d_in)
+        edited = (reconstruct(self.dictionary, given) if self.passthrough else x) + self.difference(given)
+        return jnp.where(self.chosen(place)[..., None], edited.astype(x_BTE.dtype), x_BTE)
+
+    def difference(self, x: Float[Array, "... D"]) -> Float[Array, "... E"]:
+        """(z' - z) W_dec over the edited latents of x, fp32, on the scale of what is edited."""
         z = self.latents(x)
         new = z
         for factor, shift, lower, upper in zip(self.factor_MN, self.shift_MN, self.lower_MN, self.upper_MN, strict=True):
             new = jnp.clip(factor * new + shift, lower, upper)
         d = self.dictionary
-        rows_ND = d.params["W_dec"][self.features_N].astype(jnp.float32)
-        return on_input_scale(d, jnp.einsum("...n,nd->...d", new - z, rows_ND), x)
+        rows_NE = d.params["W_dec"][self.features_N].astype(jnp.float32)
+        return on_output_scale(d, jnp.einsum("...n,ne->...e", new - z, rows_NE), x)
 
     def latents(self, x: Float[Array, "... D"]) -> Float[Array, "... N"]:
         """The activations of the edited latents, fp32."""
@@ -141,7 +151,8 @@ def intervene(
     start: int = 0,
     passthrough: bool = False,
 ) -> FeatureEdit:
-    """The edit for `models.forward`, `models.apply` or `models.generate`: interventions={d.cfg.hook_name: intervene(d, ...)}.
+    """The edit for `models.forward`, `models.apply` or `models.generate`: interventions={d.cfg.place: intervene(d, ...)}, place being the
+    dictionary's tap, or the one that a transcoder writes.
 
     interventions are applied in their order, also to the same latent. where: "all", "prompt" or "generated" tokens (the last two need
     to know where prompts end: `forward(..., prompt_lengths=)`; generation does). mask: bools [positions], the same for every text, or
@@ -150,12 +161,12 @@ def intervene(
     activation by the decoded code rather than add the difference.
 
     Raises SAEError for an unknown `where`, a latent that the dictionary has not, one named twice in an intervention, values that are
-    not one a latent or not finite, a mask of another kind, and a dictionary that reads one activation and writes another.
+    not one a latent or not finite, a mask of another kind, and a transcoder that does not name the tap that it reads.
     """
     listed = [interventions] if isinstance(interventions, Intervention) else list(interventions)
     choice("where of an intervention", where, WHERE)
-    if writes_elsewhere(d):
-        raise SAEError("intervene: this dictionary reads one activation and writes another; an edit replaces a single one")
+    if d.cfg.d_out is not None and d.cfg.hook_name is None:
+        raise SAEError("intervene: the transcoder's config names no hook_name; set it to the tap that it reads")
     ids = sorted({f for one in listed for f in one.features})
     for one in listed:
         _check(d, one)
@@ -171,7 +182,7 @@ def intervene(
     return FeatureEdit(d, jnp.asarray(ids, jnp.int32), *tables, _mask(mask), jnp.int32(start), where, passthrough)
 
 
-def on_input_scale(d: Dictionary, difference: Float[Array, "... D"], x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+def on_output_scale(d: Dictionary, difference: Float[Array, "... E"], x: Float[Array, "... D"]) -> Float[Array, "... E"]:
     """What a difference of two reconstructions of x before the normalisation is undone becomes after it: its scale without its shift."""
     return jax.jvp(lambda x_hat: denormalise(d.cfg, x_hat, x), (jnp.zeros_like(difference),), (difference,))[1]
 
@@ -187,11 +198,6 @@ def latents_of(d: Dictionary, x: Float[Array, "... D"], features_N: Int[Array, "
         return encode(d, x)[..., features_N]
     values, indices = encode_topk(d, x)
     return jnp.sum(jnp.where(indices[..., None] == features_N, values[..., None], 0.0), axis=-2)
-
-
-def writes_elsewhere(d: Dictionary) -> bool:
-    """Whether it is a transcoder."""
-    return d.cfg.d_out is not None
 
 
 def _ids(features: Any) -> tuple[int, ...]:

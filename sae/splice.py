@@ -37,7 +37,7 @@ def splice_rows(
     MODE: "clean" changes nothing (it has no kl), "sae" puts the reconstruction in the tap's place, "zero" zeros (unless `zero` is False), "mean"
     mean_D (where it is given). Positions in keep_BT stay. A transcoder's place is its output: what it makes of the clean input stands there.
     """
-    place, transcodes = d.cfg.hook_name_out or d.cfg.hook_name, d.cfg.d_out is not None
+    place, transcodes = d.cfg.place or "", d.cfg.d_out is not None
     clean = models.forward(cfg, params, tokens_BT, lengths=lengths_B, taps=(d.cfg.hook_name,) if transcodes else ())
     written = reconstruct(d, clean.taps[d.cfg.hook_name]) if transcodes else None
     edits = {"sae": lambda x: reconstruct(d, x) if written is None else written.astype(x.dtype)}

@@ -221,8 +221,9 @@ def step_for(cfg: SAEConfig, train: SAETrainConfig, mesh: Mesh | None = None) ->
         # Of BatchTopK the gathers are not measured to be faster: they are there to be asked for.
         gathers = architecture(cfg).encode_sparse is not None and train.matmul_dtype == "float32"
         method = "sparse" if one_cpu and gathers and sparse_pays(cfg.d_sae, cfg.k or 0) else "dense"
+    aux = architecture(cfg).aux if train.aux_coefficient is None else train.aux_coefficient
     form = StepForm(
-        aux_k=(train.aux_k or max(1, cfg.d_in // 2)) if train.aux_coefficient else 0,
+        aux_k=(train.aux_k or max(1, cfg.d_in // 2)) if aux else 0,
         unit=train.decoder_norm == "unit",
         method=method,
         shards=1 if mesh is None else dict(mesh.shape).get(MESH_AXES["d_sae"], 1),

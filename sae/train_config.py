@@ -30,7 +30,7 @@ class SAETrainConfig:
     threshold_init: float = 0.01  # "jumprelu": in the same unit
     pre_act_coefficient: float = 0.0  # "jumprelu": weight of what draws dead latents up to their threshold
     threshold_decay: float = 0.99  # "batchtopk", "matryoshka": of the running mean that becomes the threshold
-    aux_coefficient: float = 1 / 32  # weight of AuxK; 0: off
+    aux_coefficient: float | None = None  # weight of AuxK; 0: off; None: as published, 1/32 of the architectures with a k, 0 of the others
     resample_every: int = 0  # steps between replacements of dead latents by badly reconstructed rows; 0: never
     aux_k: int | None = None  # dead latents that AuxK lets into each row; None: d_in / 2
     dead_after: int = 1_000_000  # rows without firing after which a latent counts as dead
@@ -109,7 +109,7 @@ def numbers_at(step: int, d_sae: int, train: SAETrainConfig, scale: Scale) -> Nu
     return Numbers(
         learning_rate=rate * rise * fall,
         sparsity=train.sparsity_coefficient * min(1.0, (step + 1) / max(train.sparsity_warmup_steps, 1)),
-        aux=train.aux_coefficient,
+        aux=1 / 32 if train.aux_coefficient is None else train.aux_coefficient,  # of no account where the step leaves AuxK out
         grad_clip=train.grad_clip or math.inf,
         beta1=train.beta1,
         beta2=train.beta2,

@@ -59,10 +59,18 @@ def edits_of(steer: Any, cfg: Any) -> dict[str, Any] | None:
     if not steer.sae:
         return None
     import sae
-    from jaxrl_llm.curation.features import choose_hook
+    from jaxrl_llm.curation.features import choose_hook, hook_width
 
     d = sae.load(steer.sae)
+    hook = choose_hook(cfg, {steer.sae: d}, steer.hook or None)
+    if d.cfg.d_out is not None:
+        if d.cfg.place is None:
+            raise UserError(f"{steer.sae} is a transcoder that does not record the tap it writes: set hook_name_out in its config")
+        if hook_width(cfg, d.cfg.place) != d.cfg.d_out:
+            told = f"{d.cfg.d_out} dimensions, {d.cfg.place} of this model has {hook_width(cfg, d.cfg.place)}"
+            raise UserError(f"{steer.sae} writes {told}: give the model that it was trained on")
+        d = d.replace(cfg=d.cfg.replace(hook_name=hook))
     makers = {"ablate": sae.ablate, "set": sae.set_to, "add": sae.add, "scale": sae.scale, "clamp": sae.clamp}
     listed = [makers[kind](latent, *numbers) for latent, kind, numbers in parse_features(steer.features)]
     edit = sae.intervene(d, listed, where=steer.where, start=steer.start, passthrough=steer.passthrough)
-    return {choose_hook(cfg, {steer.sae: d}, steer.hook or None): edit}
+    return {d.cfg.place or hook: edit}

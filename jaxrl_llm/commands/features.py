@@ -10,6 +10,7 @@ from tqdm import tqdm
 from jaxrl_llm.config import check_fields, to_dict
 from jaxrl_llm.data.prompts import fill_template
 from jaxrl_llm.data.sources import parse_fields, read_rows
+from jaxrl_llm.data.texts import special_tokens
 from jaxrl_llm.data.texts import token_rows as texts_to_rows
 from jaxrl_llm.errors import UserError, from_os_error
 from jaxrl_llm.run_dir import RunDir, read_jsonl, write_text
@@ -76,7 +77,8 @@ def _gather(config: Any) -> dict[str, Any]:
     tokenizer = models.load_tokenizer(config.model)
     token_rows = texts_to_rows(texts, tokenizer)
     names = ("top", "sampled", "random", "before", "after", "related", "batch_rows", "context_size", "skip_bos", "seed")
-    settings = CollectConfig(features=tuple(config.ids) or config.features, **{name: config[name] for name in names})
+    special = tuple(special_tokens(tokenizer)) if config.drop_special else ()
+    settings = CollectConfig(features=tuple(config.ids) or config.features, drop_tokens=special, **{name: config[name] for name in names})
     d = sae.load(config.sae)
     cfg, params = models.load(config.model, dtype=config.dtype)
     hook = choose_hook(cfg, {config.sae: d}, config.hook or None)

@@ -1,5 +1,7 @@
 """`jaxrl-llm train_sae`: dictionaries for one or more taps of a model, from text or prompt rows, with its metrics on held-out rows."""
 
+import copy
+import itertools
 import json
 from collections.abc import Sequence
 from math import inf
@@ -8,7 +10,7 @@ from typing import Any
 
 from absl import logging
 
-from jaxrl_llm.config import check_fields
+from jaxrl_llm.config import check_fields, set_field
 from jaxrl_llm.data.prompts import fill_template
 from jaxrl_llm.data.sources import parse_fields, read_rows
 from jaxrl_llm.data.texts import special_tokens
@@ -18,6 +20,8 @@ from jaxrl_llm.run_dir import RunDir
 from jaxrl_llm.runtime import parse_mesh
 
 FOLDER = "sae"  # of the dictionary, inside the workdir
+# What all dictionaries of a run share, and a list of numbers, whose commas would be read as those between values.
+NOT_SWEPT = ("sae.hook_out", "sae.skip", "sae.dtype", "sae.layout", "sae.prefixes", "train.steps", "train.log_every")
 
 
 def run(config: Any, workdir: str) -> None:
@@ -64,8 +68,9 @@ def run(config: Any, workdir: str) -> None:
     widths = {name: next(iter(activations(eval_rows[:1], (name,)))).shape[1] for name in taps}
     tasks, column = {}, 0
     for hook in hooks:
-        cfg = _description(config, hook, widths)
-        tasks[hook if len(hooks) > 1 else ""] = sae.SAETask(cfg, sae.SAETrainConfig(**config.train), column)
+        for name, own in combinations(config).items():
+            task = sae.SAETask(_description(own, hook, widths), sae.SAETrainConfig(**own.train), column)
+            tasks["/".join(filter(None, (hook if len(hooks) > 1 else "", name)))] = task
         column += widths[hook]
     buffer = sae.ActivationBuffer(lambda: activations(train_rows), config.batch_size, harvest.buffer_rows, config.seed)
 
@@ -137,6 +142,32 @@ def _description(config: Any, hook: str, widths: dict[str, int]) -> Any:
     )
 
 
+def combinations(config: Any) -> dict[str, Any]:
+    """The dictionaries of one tap: name -> their config, one for each combination of the values of `sweep`; {"": config} without it.
+
+    Raises UserError for an entry that is no FIELD=VALUE,VALUE, a field that cannot be swept, a value named twice, and what `set_field` raises.
+    """
+    fields: dict[str, list[str]] = {}
+    for entry in config.sweep.split():
+        field, equals, values = entry.partition("=")
+        named = [value.strip() for value in values.split(",") if value.strip()]
+        if not equals or not named:
+            raise UserError(f"config key 'sweep' has {entry!r}: give FIELD=VALUE,VALUE between blanks, such as sae.k=16,32")
+        if field.partition(".")[0] not in ("sae", "train") or field in NOT_SWEPT:
+            raise UserError(f"config key 'sweep' has {field!r}: fields of sae and train can be swept, but not {', '.join(NOT_SWEPT)}")
+        if field in fields or len(set(named)) < len(named):
+            raise UserError(f"config key 'sweep' names {field if field in fields else entry!r} twice")
+        fields[field] = named
+    found = {}
+    for values in itertools.product(*fields.values()):
+        own = copy.deepcopy(config)
+        for field, value in zip(fields, values, strict=True):
+            set_field(own, field, value)
+        told = (value if value[:1].isalpha() else field.rpartition(".")[2] + value for field, value in zip(fields, values, strict=True))
+        found["-".join(told)] = own
+    return found
+
+
 def _prefixes(config: Any) -> tuple[int, ...]:
     try:
         return tuple(int(number) for number in config.sae.prefixes.split(",") if number.strip())
@@ -171,18 +202,22 @@ def check(config: Any) -> None:
         "harvest.context_size": (2, inf),  # of one token nothing is predicted
         "harvest.buffer_rows": (2 * config.batch_size, inf),
     }
-    check_fields(config, choices, ranges)
-    sae.SAETrainConfig(**config.train)  # checks its own fields
-    kind = config.sae.architecture
-    if not ARCHITECTURES[kind].needs_k and not config.train.sparsity_coefficient:
-        raise UserError(
-            f"config key 'train.sparsity_coefficient' is 0, and nothing else makes a {kind!r} dictionary sparse: give a positive weight"
-        )
+    each = list(combinations(config).values())
+    for own in each:
+        check_fields(own, choices, ranges)
+        sae.SAETrainConfig(**own.train)  # checks its own fields
+        if not ARCHITECTURES[own.sae.architecture].needs_k and not own.train.sparsity_coefficient:
+            raise UserError(
+                f"config key 'train.sparsity_coefficient' is 0, and nothing else makes a {own.sae.architecture!r} dictionary sparse: "
+                "give a positive weight"
+            )
     _prefixes(config)
+    kinds = {own.sae.architecture for own in each}
     others = {"sae.prefixes": ("matryoshka", config.sae.prefixes), "train.target_l0": ("jumprelu", config.train.target_l0)}
     for name, (owner, value) in others.items():
-        if value and kind != owner:
-            raise UserError(f"config key {name!r} is {value!r}, but it is of {owner!r} dictionaries and this one is {kind!r}: leave it out")
+        if value and owner not in kinds:
+            this = " and ".join(sorted(map(repr, kinds)))
+            raise UserError(f"config key {name!r} is {value!r}, but it is of {owner!r} dictionaries and this one is {this}: leave it out")
     hooks = _hooks(config)
     if len(set(hooks)) < len(hooks):
         raise UserError(f"config key 'hook' names a tap twice: {config.hook}")

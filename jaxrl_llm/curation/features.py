@@ -23,7 +23,7 @@ import models
 import sae
 from jaxrl_llm.curation.streaming import Results, run_sharded
 from jaxrl_llm.errors import UserError
-from models.taps import parse_name
+from models.taps import parse_name, width_of
 from sae.harvest import blocks_needed
 
 POOLINGS = ("max_log1p", "max", "mean", "last")
@@ -40,9 +40,7 @@ def hook_width(cfg: models.ModelConfig, hook: str) -> int:
     kind, _ = parse_name(cfg, hook, "tap")
     if kind == "attn_probs":
         raise UserError(f"features: {hook} is no vector a token; choose another tap")
-    if kind == "router_logits":
-        return cfg.n_experts
-    return cfg.d_ff if kind in ("mlp_pre", "mlp_act") else cfg.d_model
+    return width_of(cfg, kind)
 
 
 def choose_hook(cfg: models.ModelConfig, dictionaries: Mapping[str, sae.Dictionary], hook: str | None = None) -> str:

@@ -26,6 +26,9 @@ TAP_PAIRS = (  # our tap kind, TransformerLens's hook, which most libraries use;
     ("resid_post", "hook_resid_post"),
     ("attn_out", "hook_attn_out"),
     ("attn_probs", "attn.hook_pattern"),
+    ("attn_z", "attn.hook_z"),  # rows of all heads side by side
+    ("mlp_normalized", "ln2.hook_normalized"),  # of LayerNorm models as TransformerLens folds them; of RMS norms however they are read
+    ("mlp_in", "mlp.hook_in"),
     ("mlp_pre", "mlp.hook_pre"),
     ("mlp_act", "mlp.hook_post"),
     ("mlp_out", "hook_mlp_out"),
@@ -43,13 +46,16 @@ def from_transformer_lens(hook: str | None) -> str | None:
     return rename_hook(hook, {b: a for a, b in TAP_PAIRS}, {b: a for a, b in WHOLE_PAIRS})
 
 
-def from_module_path(path: str | None) -> str | None:
-    """Our name of a module whose output is meant, by a transformers model's path: "layers.5", "model.layers.5.mlp", "h.5.attn"."""
-    if path and path.split(".")[-1] in ("embed_tokens", "wte", "embed_in"):
+def from_module_path(path: str | None, entering: bool = False) -> str | None:
+    """Our name of a module's output, by a transformers model's path: "layers.5", "model.layers.5.mlp", "h.5.attn"; other names pass unchanged.
+    entering: of its input, known of layers and MLPs (else None)."""
+    if path and path.split(".")[-1] in ("embed_tokens", "wte", "embed_in") and not entering:
         return "embed"
     match = re.fullmatch(r"(?:\w+\.)*?(?:layers|h)[._](\d+)(?:\.(mlp|self_attn|attn|attention))?", path or "")
     if not match:
-        return path
+        return None if entering else path
+    if entering:
+        return {None: f"blocks.{match[1]}.resid_pre", "mlp": f"blocks.{match[1]}.mlp_in"}.get(match[2])
     kind = {None: "resid_post", "mlp": "mlp_out"}.get(match[2], "attn_out")
     return f"blocks.{match[1]}.{kind}"
 

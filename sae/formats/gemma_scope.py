@@ -13,13 +13,14 @@ from sae.formats.arrays import npz_arrays
 from sae.formats.common import Layout, checked, make_config, parameters
 
 WEIGHTS = "params.npz"
-PLACES = (("-res", "resid_post"), ("-mlp", "mlp_out"), ("-att", "attn.hook_z"))  # in the repository's name -> the tap
+PLACES = (("-res", "resid_post"), ("-mlp", "mlp_out"), ("-att", "attn_z"))  # in the repository's name -> the tap
 
 
 def read(folder: Path, dtype: str | None) -> Dictionary:
     """The dictionary in `folder` (or the file). Layer and place are read from its path, where it says them ("gemma-scope-2b-pt-res").
 
-    b_dec is not subtracted from the input. Those of embeddings were trained on rows divided by sqrt(d_in); transcoders read what enters the MLP.
+    b_dec is not subtracted from the input. Those of embeddings were trained on rows divided by sqrt(d_in); transcoders read what enters the MLP
+    before the norm's scale, which was folded into the MLP for them (Lieberum et al. 2024, appendix B).
     """
     where = folder / WEIGHTS if folder.is_dir() else folder
     arrays = npz_arrays(where)
@@ -48,7 +49,7 @@ def read(folder: Path, dtype: str | None) -> Dictionary:
     if transcodes:
         fields |= {"d_out": found["W_dec"].shape[1], "hook_name": None, "hook_name_out": None}
         if block:
-            fields |= {"hook_name": f"{block}ln2.hook_normalized", "hook_name_out": f"{block}mlp_out"}
+            fields |= {"hook_name": f"{block}mlp_normalized", "hook_name_out": f"{block}mlp_out"}
     cfg = make_config(fields, where)
     params = parameters(cfg, found, {name: name for name in ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")}, cfg.dtype, where)
     d = checked(cfg, params, where)

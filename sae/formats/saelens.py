@@ -103,7 +103,7 @@ def write(d: Dictionary) -> dict[str, dict[str, Any]]:
         "device": "cpu",
         "apply_b_dec_to_input": cfg.apply_b_dec_to_input,
         "normalize_activations": cfg.normalize_activations,
-        "reshape_activations": "none",
+        "reshape_activations": "hook_z" if (cfg.hook_name or "").endswith(".attn_z") else "none",
         "metadata": {
             "sae_lens_version": VERSION,
             "sae_lens_training_version": None,

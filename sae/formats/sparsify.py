@@ -39,7 +39,7 @@ def read(folder: Path, dtype: str | None) -> Dictionary:
     if skip and not transcodes:
         raise SAEError(f"{where}: skip_connection without transcode: an autoencoder that copies its input; only transcoders may skip")
     if transcodes:
-        fields |= {"d_out": d_in, "skip": skip, "hook_name_out": fields["hook_name"], "hook_name": None}
+        fields |= {"d_out": d_in, "skip": skip, "hook_name_out": fields["hook_name"], "hook_name": from_module_path(folder.name, entering=True)}
     cfg = make_config(fields, where)
     names = NAMES | ({"W_skip": ("W_skip", "T")} if skip else {})
     return checked(cfg, parameters(cfg, arrays, names, cfg.dtype, where), where)

@@ -107,10 +107,18 @@ def test_taps_add_up_and_interventions_reach_what_follows(name):
             close(found[earlier], taps[earlier], 1e-4)
 
 
+# One case a family; Llama's modules are those of Qwen, Mistral and Ministral too, Qwen3's are in test_taps.py.
+FAMILY_CASES = ("llama_biases_linear", "mixtral", "qwen3_moe", "olmo2", "phi3", "gemma2", "gemma3", "gpt2", "gpt_neox", "gptj")
+HALVES = {"gpt2": ("attn.c_proj", "c_fc", "c_proj"), "gptj": ("attn.out_proj", "fc_in", "fc_out"),
+          "gpt_neox": ("attention.dense", "dense_h_to_4h", "dense_4h_to_h"), "phi3": ("self_attn.o_proj", "gate_up_proj", "down_proj")}  # fmt: skip
+MLP_NORM = {"gpt2": "ln_2", "gptj": None, "olmo2": None, "gemma2": "pre_feedforward_layernorm", "gemma3": "pre_feedforward_layernorm"}
+
+
 @pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="torch is not installed")
-@pytest.mark.parametrize("name", ["gemma2", "gpt2", "gpt_neox", "gptj"])
+@pytest.mark.parametrize("name", FAMILY_CASES)
 def test_taps_equal_transformers(name, tmp_path):
-    """Against forward hooks: what is added to the residual stream, and what goes into and comes out of the MLP's activation."""
+    """Against forward hooks: what the heads give and what is added to the residual stream; what enters the MLP, before its norm's scale
+    and after; what goes into and comes out of the MLP's activation."""
     import torch
     import transformers
 
@@ -129,26 +137,35 @@ def test_taps_equal_transformers(name, tmp_path):
     def entered(given, out):
         return given[0]
 
+    def unscaled(norm):
+        scale = norm.weight + (cfg.norm == "rms_plus_one")
+        return lambda given, out: (out - getattr(norm, "bias", 0)) / scale
+
+    projection, up, down = HALVES.get(name, ("self_attn.o_proj", "gate_proj", "down_proj"))
+    mlp_norm = MLP_NORM.get(name, "post_attention_layernorm")
     for i, layer in enumerate(base.layers if hasattr(base, "layers") else base.h):
-        mlp = layer.mlp
-        attn_out, mlp_out = (layer.attention if name == "gpt_neox" else getattr(layer, "attn", None)), mlp
-        up, down = {"gpt2": ("c_fc", "c_proj"), "gptj": ("fc_in", "fc_out"), "gpt_neox": ("dense_h_to_4h", "dense_4h_to_h")}.get(
-            name, ("gate_proj", "down_proj")
-        )
-        if name == "gemma2":
-            attn_out, mlp_out = layer.post_attention_layernorm, layer.post_feedforward_layernorm
-        for tap, module, pick in (
-            ("attn_out", attn_out, result),
-            ("mlp_out", mlp_out, result),
-            ("mlp_pre", getattr(mlp, up), result),
-            ("mlp_act", getattr(mlp, down), entered),
+        gemma = name.startswith("gemma")
+        post = gemma or name == "olmo2"
+        found = [
+            ("attn_z", layer.get_submodule(projection), entered),
+            ("attn_out", layer.post_attention_layernorm if post else layer.get_submodule(projection), result),
+            ("mlp_in", layer.mlp, entered),
+            ("mlp_out", layer.post_feedforward_layernorm if post else layer.mlp, result),
             ("resid_post", layer, result),
-        ):
+        ]
+        if mlp_norm:
+            norm = layer.get_submodule(mlp_norm)
+            found.append(("mlp_normalized", norm, unscaled(norm)))
+        if cfg.mlp != "experts":
+            pre = (lambda given, out: out.chunk(2, dim=-1)[0]) if name == "phi3" else result
+            found += [("mlp_pre", layer.mlp.get_submodule(up), pre), ("mlp_act", layer.mlp.get_submodule(down), entered)]
+        for tap, module, pick in found:
             module.register_forward_hook(keep(f"blocks.{i}.{tap}", pick))
     with torch.no_grad():
         theirs(torch.tensor(np.asarray(TOKENS), dtype=torch.long))
+    expected = set(taps_of(cfg)) - {"resid_pre", "attn_probs", "resid_mid", "router_logits"}
+    assert set(seen) == {f"blocks.{i}.{kind}" for i in range(cfg.n_layers) for kind in expected}
     _, taps = models.apply(cfg, params, TOKENS, taps=tuple(seen))
-    assert len(seen) == 5 * cfg.n_layers
     for tap, value in seen.items():
         assert cases.relative_error(np.asarray(taps[tap]), value) < 2e-5, tap
 

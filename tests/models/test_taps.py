@@ -52,6 +52,9 @@ def test_taps_are_the_named_parts_of_the_computation(model, all_taps, tokens):
         np.testing.assert_allclose(tap("resid_mid"), tap("resid_pre") + tap("attn_out"), atol=1e-5)
         np.testing.assert_allclose(tap("resid_post"), tap("resid_mid") + tap("mlp_out"), atol=1e-5)
         normed = rms_norm(tap("resid_mid"), p["mlp_norm"], cfg.norm_eps)
+        np.testing.assert_allclose(tap("mlp_in"), normed, atol=1e-5)
+        np.testing.assert_allclose(tap("mlp_normalized") * p["mlp_norm"], normed, atol=1e-5)
+        np.testing.assert_allclose(tap("attn_out"), tap("attn_z") @ p["o"].reshape(-1, cfg.d_model) + p["o_bias"], atol=1e-4)
         np.testing.assert_allclose(tap("mlp_pre"), normed @ p["gate"], atol=1e-4)
         np.testing.assert_allclose(tap("mlp_act"), jax.nn.silu(tap("mlp_pre")) * (normed @ p["up"]), atol=1e-4)
         np.testing.assert_allclose(tap("mlp_out"), tap("mlp_act") @ p["down"], atol=1e-4)
@@ -89,9 +92,12 @@ def test_taps_equal_transformers(model, all_taps, tokens):
     for i, layer in enumerate(theirs.model.layers):
         hooks |= {
             f"blocks.{i}.resid_pre": (layer.input_layernorm, lambda given, out: given[0]),
+            f"blocks.{i}.attn_z": (layer.self_attn.o_proj, lambda given, out: given[0]),
             f"blocks.{i}.attn_out": (layer.self_attn.o_proj, lambda given, out: out),
             f"blocks.{i}.attn_probs": (layer.self_attn, lambda given, out: out[1]),
             f"blocks.{i}.resid_mid": (layer.post_attention_layernorm, lambda given, out: given[0]),
+            f"blocks.{i}.mlp_normalized": (layer.post_attention_layernorm, lambda given, out, norm=layer.post_attention_layernorm: out / norm.weight),
+            f"blocks.{i}.mlp_in": (layer.mlp, lambda given, out: given[0]),
             f"blocks.{i}.mlp_pre": (layer.mlp.gate_proj, lambda given, out: out),
             f"blocks.{i}.mlp_act": (layer.mlp.down_proj, lambda given, out: given[0]),
             f"blocks.{i}.mlp_out": (layer.mlp, lambda given, out: out),
@@ -233,7 +239,7 @@ def test_stop_at(model, tokens, all_taps):
     ("kwargs", "told"),
     [
         ({"taps": ("blocks.2.resid_post",)}, "unknown tap 'blocks.2.resid_post'; known: embed, blocks.0..1"),
-        ({"taps": ("blocks.1.residual",)}, "unknown tap 'blocks.1.residual'.*resid_pre, attn_probs, attn_out"),
+        ({"taps": ("blocks.1.residual",)}, "unknown tap 'blocks.1.residual'.*resid_pre, attn_probs, attn_z, attn_out"),
         ({"taps": ("blocks.01.resid_post",)}, "unknown tap"),
         ({"interventions": {"head": lambda x: x}}, "unknown intervention 'head'"),
         ({"taps": ("blocks.1.mlp_act",), "stop_at": 1}, "'blocks.1.mlp_act' is never reached.*after 1 blocks"),
@@ -308,3 +314,59 @@ def test_an_edit_may_be_told_where_tokens_stand(model, tokens):
         models.forward(cfg, params, tokens, **how)
     with pytest.raises(ModelError, match="segments pack several texts"):
         models.forward(cfg, params, tokens, segments=jnp.zeros((2, 24), jnp.int32), prompt_lengths=lengths, **how)
+
+
+class _Adds:
+    """An edit that adds another activation."""
+
+    def __init__(self, reads, takes_place=False):
+        self.reads, self.takes_place = reads, takes_place
+
+    def __call__(self, x, *given):
+        assert len(given) == 1 + self.takes_place
+        return x + 0.1 * given[-1]
+
+
+@pytest.mark.parametrize("unroll", [False, True])
+def test_an_edit_may_read_an_earlier_activation(model, tokens, all_taps, unroll):
+    """Of its own layer, of an earlier one, and from outside of the layers: as it stands in that run, after edits of its own."""
+    _, cfg, params = model
+    taps = all_taps[1]
+    edits = {
+        "blocks.0.mlp_in": jnp.ones_like,
+        "blocks.0.mlp_out": _Adds("blocks.0.mlp_in", takes_place=True),
+        "blocks.1.attn_out": _Adds("blocks.0.resid_pre"),
+        "blocks.1.resid_pre": _Adds("embed"),
+        "final_norm": _Adds("blocks.1.resid_post"),
+    }
+    names = ("blocks.0.mlp_in", "blocks.0.mlp_out", "blocks.1.resid_pre", "blocks.1.attn_out", "final_norm")
+    run = functools.partial(models.forward, cfg, params, tokens, unroll=unroll)
+    found = run(interventions=edits, taps=names)
+    assert set(found.taps) == set(names)
+    alone = run(interventions={"blocks.0.mlp_in": jnp.ones_like}, taps=("blocks.0.mlp_out", "blocks.0.resid_post"))
+    np.testing.assert_array_equal(found.taps["blocks.0.mlp_in"], np.ones_like(taps["embed"]))
+    np.testing.assert_allclose(found.taps["blocks.0.mlp_out"], alone.taps["blocks.0.mlp_out"] + 0.1, atol=1e-5)
+    before = alone.taps["blocks.0.resid_post"] + 0.1
+    np.testing.assert_allclose(found.taps["blocks.1.resid_pre"], before + 0.1 * taps["embed"], atol=1e-5)
+    stated = {"blocks.1.resid_pre": lambda x: found.taps["blocks.1.resid_pre"]}
+    clean = run(interventions=stated, taps=("blocks.1.attn_out", "blocks.1.mlp_out"))
+    attn_out = clean.taps["blocks.1.attn_out"] + 0.1 * taps["blocks.0.resid_pre"]
+    np.testing.assert_allclose(found.taps["blocks.1.attn_out"], attn_out, atol=1e-4)
+    whole = run(interventions=stated | {"blocks.1.attn_out": lambda x: attn_out}, taps=("blocks.1.resid_post",))
+    np.testing.assert_allclose(found.hidden, whole.hidden + 0.1 * whole.taps["blocks.1.resid_post"], atol=2e-4)
+    np.testing.assert_array_equal(found.taps["final_norm"], found.hidden)
+
+
+@pytest.mark.parametrize(
+    ("at", "reads", "told"),
+    [
+        ("blocks.0.mlp_out", "blocks.0.resid_post", "at blocks.0.mlp_out reads blocks.0.resid_post, which is not computed before it"),
+        ("blocks.0.mlp_in", "blocks.0.mlp_in", "not computed before it"),
+        ("blocks.0.mlp_out", "blocks.1.mlp_in", "not computed before it"),
+        ("embed", "embed", "not computed before it"),
+        ("blocks.0.mlp_out", "blocks.0.nothing", "unknown activation read by an intervention 'blocks.0.nothing'"),
+    ],
+)
+def test_an_edit_cannot_read_what_is_not_there(model, tokens, at, reads, told):
+    with pytest.raises(ModelError, match=told):
+        models.forward(*model[1:], tokens, interventions={at: _Adds(reads)})

@@ -58,10 +58,11 @@ def test_at_the_last_norm_scores_are_by_hand_and_equal_ablation(params, architec
         np.testing.assert_allclose(effects(params, d, found, row, items), [i["score"] for i in items], atol=2e-6)
 
 
-@pytest.mark.parametrize("normalisation", NORMALISATIONS)
-def test_scores_are_the_gradient_by_the_code(params, normalisation):
-    """Against jax.grad by a dense code spliced in with its error kept."""
-    d = dictionary(normalisation=normalisation)
+@pytest.mark.parametrize("architecture,normalisation", [*(("topk", n) for n in NORMALISATIONS), ("relu", "none"), ("relu", "layer_norm")])
+def test_scores_are_the_gradient_by_the_code(params, architecture, normalisation, monkeypatch):
+    """Against jax.grad by a dense code spliced in with its error kept; dense codes in pieces of 4 tokens."""
+    monkeypatch.setattr("sae.attribution.PIECE_BYTES", 4 * 4 * 48)
+    d = dictionary(architecture=architecture, normalisation=normalisation)
     found = attribute(CFG, params, d, TOKENS, METRIC)
     h = models.forward(CFG, params, TOKENS, taps=(HOOK,)).taps[HOOK]
     z = sae.encode(d, h)
@@ -74,7 +75,48 @@ def test_scores_are_the_gradient_by_the_code(params, normalisation):
     dense = np.zeros_like(expected)
     np.put_along_axis(dense, np.asarray(found.features_BTK), np.asarray(found.scores_BTK), axis=-1)
     np.testing.assert_allclose(dense, expected, atol=1e-6)
-    assert np.abs(expected).max() > 1e-3
+    np.testing.assert_allclose(found.totals_BF, expected.sum(1), atol=2e-6)
+    assert np.abs(expected).max() > 1e-3 and np.abs(found.rest_BT).max() < 1e-6
+
+
+@pytest.mark.parametrize("steps", [0, 3])
+@pytest.mark.parametrize("architecture", ["topk", "relu"])
+def test_what_is_not_told_of_a_token_is_in_the_rest(params, architecture, steps):
+    """Fewer latents told change no score: the largest are kept, and the sums are of all."""
+    d = dictionary(architecture=architecture)
+    whole, few = (attribute(CFG, params, d, TOKENS, METRIC, steps=steps, k=k) for k in (48, 2))
+    assert whole.scores_BTK.shape[2] == (6 if architecture == "topk" else 48)
+    order = np.argsort(-np.abs(whole.scores_BTK), axis=2, kind="stable")[:, :, :2]
+    for name in ("features_BTK", "activations_BTK", "scores_BTK"):
+        told = np.take_along_axis(np.asarray(getattr(whole, name)), order, axis=2)
+        live = np.take_along_axis(np.asarray(whole.scores_BTK), order, axis=2) != 0  # which of the empty ones is told says nothing
+        np.testing.assert_allclose(np.where(live, getattr(few, name), 0), np.where(live, told, 0), atol=1e-6)
+    np.testing.assert_allclose(few.rest_BT, whole.scores_BTK.sum(2) - few.scores_BTK.sum(2), atol=2e-6)
+    np.testing.assert_allclose(few.totals_BF, whole.totals_BF, atol=1e-6)
+    assert few.top_features(48) == whole.top_features(48) and np.abs(few.rest_BT).max() > 1e-4
+
+
+def transcoder(**fields):
+    fields = {"d_out": 16, "skip": True, "hook_name": "blocks.0.mlp_in", "hook_name_out": "blocks.0.mlp_out"} | fields
+    d = sae.init(sae.SAEConfig("relu", 16, 48, **fields), jax.random.key(1))
+    return d.replace(params=d.params | {"b_dec": jnp.full(16, 0.1), "W_skip": 0.2 * jnp.eye(16)})
+
+
+def test_a_transcoder_owes_to_the_latents_of_what_it_reads(params):
+    """The gradient by a code of the MLP's input that is spliced in at its output, and real ablations there."""
+    d = transcoder()
+    found = attribute(CFG, params, d, TOKENS, METRIC)
+    taps = models.forward(CFG, params, TOKENS, taps=(d.cfg.hook_name, d.cfg.place)).taps
+    x, y = taps[d.cfg.hook_name], taps[d.cfg.place]
+    z = sae.encode(d, x)
+
+    def metric(code):
+        splice = lambda _: y + sae.decode(d, code, x) - sae.decode(d, z, x)  # noqa: E731
+        return METRIC(models.unembed(CFG, params, models.forward(CFG, params, TOKENS, interventions={d.cfg.place: splice}).hidden[:, -1])).sum()
+
+    np.testing.assert_allclose(found.totals_BF, (z * jax.grad(metric)(z)).sum(1), atol=2e-6)
+    items = found.top(20)
+    assert np.corrcoef(effects(params, d, found, 0, items), [i["score"] for i in items])[0, 1] > 0.9
 
 
 @pytest.mark.parametrize("architecture", ["topk", "relu"])
@@ -140,7 +182,8 @@ def test_other_ids_need_no_new_program(params):
         (lambda d, how: attribute(*how, d.replace(cfg=d.cfg.replace(hook_name=None)), TOKENS, METRIC), "names no hook_name"),
         (lambda d, how: attribute(*how, d, TOKENS, METRIC, steps=-1), "steps is -1"),
         (lambda d, how: attribute(*how, d, TOKENS, lambda logits: logits.sum()), "one number a row"),
-        (lambda d, how: attribute(*how, d.replace(params=d.params | {"W_dec": jnp.zeros((48, 8))}), TOKENS, METRIC), "writes another"),
+        (lambda d, how: attribute(*how, d, TOKENS, METRIC, k=0), "k is 0"),
+        (lambda d, how: attribute(*how, transcoder(hook_name_out=None), TOKENS, METRIC), "names no hook_name_out"),
         (lambda d, how: ablation_effects(*how, d, TOKENS[0], METRIC, [48]), "no latent 48"),
     ],
 )

@@ -179,7 +179,11 @@ def test_gemma_scope_transcoders_and_embeddings(tmp_path):
     d = sae.load(folder)
     z = jumped(X @ W_ENC + B_ENC)
     check(d, z, z @ out + B_DEC[:4])
-    assert d.cfg.d_out == 4 and d.cfg.hook_name_out == "blocks.3.mlp_out"
+    assert d.cfg.d_out == 4 and (d.cfg.hook_name, d.cfg.hook_name_out) == ("blocks.3.mlp_normalized", "blocks.3.mlp_out")
+    folder = tmp_path / "gemma-scope-2b-pt-att" / "layer_3" / "width_16k"
+    folder.mkdir(parents=True)
+    np.savez(folder / "params.npz", W_enc=W_ENC, W_dec=W_DEC, b_enc=B_ENC, b_dec=B_DEC, threshold=THRESHOLD)
+    assert sae.load(folder).cfg.hook_name == "blocks.3.attn_z"
     folder = tmp_path / "gemma-scope-2b-pt-res" / "embedding" / "width_4k"
     folder.mkdir(parents=True)
     np.savez(folder / "params.npz", W_enc=W_ENC, W_dec=W_DEC, b_enc=B_ENC, b_dec=B_DEC, threshold=THRESHOLD)
@@ -371,3 +375,47 @@ def test_blocks_give_the_whole(tmp_path, monkeypatch):
 ])  # fmt: skip
 def test_module_paths(path, ours):
     assert from_module_path(path) == ours
+
+
+@pytest.mark.parametrize("path,ours", [
+    ("layers.5.mlp", "blocks.5.mlp_in"), ("model.layers.11", "blocks.11.resid_pre"), ("h.3.attn", None), ("embed_tokens", None), (None, None),
+])  # fmt: skip
+def test_what_enters_a_module(path, ours):
+    assert from_module_path(path, entering=True) == ours
+
+
+def test_every_block_tap_has_a_name_in_transformer_lens_and_back():
+    assert {ours for ours, _ in TAP_PAIRS} == set(BLOCK_TAPS) - {"router_logits"}
+    for ours, theirs in TAP_PAIRS:
+        assert to_transformer_lens(f"blocks.3.{ours}") == f"blocks.3.{theirs}"
+        assert from_transformer_lens(f"blocks.3.{theirs}") == f"blocks.3.{ours}"
+
+
+def test_attention_and_transcoder_layouts_are_spliced_into_a_model(tmp_path):
+    """Gemma Scope's attention SAEs and transcoders from their files to the figures of a Gemma: what they read is what they were made for."""
+    cfg = models.ModelConfig.from_hf(cases.CASES["gemma2"])
+    params, rows = cases.random_params(cfg), [[1, 5, 9, 7, 30, 12], [1, 8, 8, 40]]
+    rng = np.random.default_rng(0)
+    for kind, width, taps in (
+        ("att", cfg.n_heads * cfg.head_dim, ("blocks.1.attn_z",)),
+        ("transcoders", cfg.d_model, ("blocks.1.mlp_normalized", "blocks.1.mlp_out")),
+    ):
+        folder = tmp_path / f"gemma-scope-2b-pt-{kind}" / "layer_1"
+        folder.mkdir(parents=True)
+        out = width if len(taps) == 1 else cfg.d_model
+        arrays = {"W_enc": rng.normal(size=(width, 24)), "W_dec": rng.normal(size=(24, out)), "b_enc": np.zeros(24), "b_dec": np.zeros(out)}
+        np.savez(folder / "params.npz", threshold=np.full(24, 0.5), **arrays)
+        d = sae.load(folder)
+        found = np.concatenate(list(sae.harvest_activations(cfg, params, rows, taps, skip_bos=False)))
+        assert found.shape == (10, d.cfg.d_in + (d.cfg.d_out or 0)) and (d.cfg.hook_name, d.cfg.place) == (taps[0], taps[-1])
+        figures = sae.ce_recovered(d, cfg, params, rows, skip_bos=False)
+        z = np.maximum(found[:, :width] @ arrays["W_enc"], 0)
+        written = np.where(z > 0.5, z, 0) @ arrays["W_dec"]
+        edit = {d.cfg.place: lambda x, written=written: jnp.stack([jnp.pad(jnp.asarray(written[a:b], x.dtype), ((0, 6 - b + a), (0, 0)))
+                                                                   for a, b in ((0, 6), (6, 10))])}  # fmt: skip
+        tokens = np.zeros((2, 6), np.int32)
+        for i, row in enumerate(rows):
+            tokens[i, : len(row)] = row
+        logp = jax.nn.log_softmax(models.apply(cfg, params, tokens, lengths=np.array([6, 4]), interventions=edit)[0])
+        ce = -np.mean([logp[i, t, rows[i][t + 1]] for i in range(2) for t in range(len(rows[i]) - 1)])
+        assert figures["ce_sae"] == pytest.approx(float(ce), rel=1e-4) and figures["ce_sae"] != pytest.approx(figures["ce_clean"], rel=1e-3)

@@ -269,7 +269,9 @@ def test_the_loss_and_its_gradient_through_an_edit(params, where, remat):
         (lambda d: sae.intervene(d, mask=np.ones(3)), "give bools"),
         (lambda d: sae.intervene(d, mask=np.ones((2, 3, 4), bool)), "give bools"),
         (lambda d: sae.intervene(d, sae.ablate(1))(rows(width=12), everywhere(rows())), "needs a last axis of 16"),
-        (lambda d: sae.intervene(d.replace(cfg=d.cfg.replace(d_out=12, apply_b_dec_to_input=False))), "reads one activation and writes another"),
+        (lambda d: sae.intervene(transcoder(hook_name=None)), "names no hook_name; set it to the tap that it reads"),
+        (lambda d: sae.intervene(transcoder(d_out=12))(rows(width=16), everywhere(rows()), rows()), "edits needs a last axis of 12"),
+        (lambda d: sae.intervene(transcoder(d_in=12))(rows(), everywhere(rows())), "reads needs a last axis of 12"),
     ],
 )
 def test_mistakes_are_named(call, message):
@@ -277,11 +279,80 @@ def test_mistakes_are_named(call, message):
         call(dictionary())
 
 
-def test_a_transcoder_is_refused():
-    """It reads one activation and writes another, also where both are as wide."""
-    d = sae.init(sae.SAEConfig("relu", 16, 40, d_out=16, hook_name=HOOK, hook_name_out="blocks.0.mlp_out"), jax.random.key(0))
-    with pytest.raises(sae.SAEError, match="reads one activation and writes another"):
-        sae.intervene(d, sae.ablate(1))
+def transcoder(architecture="topk", normalisation="none", **fields):
+    """Reads what enters the first MLP and writes what comes out of it, with a skip."""
+    scale = {"input_scale": 1.7, "output_scale": 0.6} if normalisation == "expected_average_only_in" else {}
+    fields = {"d_in": 16, "d_out": 16, "skip": True, "hook_name": READS, "hook_name_out": WRITES, "normalize_activations": normalisation} | scale | fields
+    k = 5 if ARCHITECTURES[architecture].needs_k else None
+    d = sae.init(sae.SAEConfig(architecture, d_sae=40, k=k, **fields), jax.random.key(3))
+    drawn = {name: 0.3 * jax.random.normal(jax.random.key(i), value.shape) for i, (name, value) in enumerate(sorted(d.params.items()))}
+    return d.replace(params=d.params | {name: drawn[name] for name in drawn if name.startswith("b_") or name == "W_skip"})
+
+
+READS, WRITES = "blocks.0.mlp_in", "blocks.0.mlp_out"
+
+
+def transcoded(d, x, changed):
+    """decode(z') and decode(z') - decode(z) of a transcoder in numpy; changed(z) -> z'."""
+    p = {name: np.asarray(value, np.float64) for name, value in d.params.items()}
+    pre = np.asarray(x, np.float64) * d.cfg.input_scale @ p["W_enc"] + p["b_enc"]
+    z = np.maximum(pre, 0)
+    if d.cfg.architecture == "topk":
+        z = np.where(pre >= np.sort(pre, axis=-1)[..., -5:-4], z, 0)
+    if "threshold" in p:
+        z = np.where(pre > p["threshold"], z, 0)
+    new = changed(z.copy())
+    whole = new @ p["W_dec"] + p["b_dec"] + np.asarray(x, np.float64) * d.cfg.input_scale @ p["W_skip"]
+    return whole / d.cfg.output_scale, (new - z) @ p["W_dec"] / d.cfg.output_scale
+
+
+@pytest.mark.parametrize("normalisation", ["none", "expected_average_only_in"])
+@pytest.mark.parametrize("architecture", ["topk", "relu", "jumprelu"])
+def test_a_transcoder_edits_what_it_writes_by_latents_of_what_it_reads(params, architecture, normalisation):
+    d, tokens = transcoder(architecture, normalisation), np.array([[1, 5, 9, 7, 30, 12]])
+    taps = models.apply(CFG, params, tokens, taps=(READS, WRITES))[1]
+
+    def changed(z):
+        z[..., 3], z[..., 11] = 6.0, 0.0
+        return z
+
+    whole, difference = transcoded(d, taps[READS], changed)
+    listed = [sae.set_to(3, 6.0), sae.ablate(11)]
+    run = lambda edit: models.apply(CFG, params, tokens, taps=(WRITES,), interventions={d.cfg.place: edit})[1][WRITES]  # noqa: E731
+    np.testing.assert_allclose(run(sae.intervene(d, listed)), taps[WRITES] + difference, atol=2e-4)
+    np.testing.assert_allclose(run(sae.intervene(d, listed, passthrough=True)), whole, atol=2e-4)
+    np.testing.assert_array_equal(run(sae.intervene(d)), taps[WRITES])
+    found = run(sae.intervene(d, listed, start=2))
+    np.testing.assert_array_equal(found[:, :2], taps[WRITES][:, :2])
+    assert np.abs(difference).max() > 1
+
+
+@pytest.mark.parametrize("unrolled,refill", [(True, False), (False, True)])
+def test_a_transcoder_in_generation_and_in_the_loss(params, unrolled, refill, monkeypatch):
+    """Completions and their log-probabilities are those of one edited pass; the loss's two paths agree, and so does its slope."""
+    monkeypatch.setattr(sys.modules["models.generate"], "UNROLLED_LAYERS", 8 if unrolled else 0)
+    d = transcoder()
+    edit = lambda value: {WRITES: sae.intervene(d, [sae.set_to(3, value), sae.scale(7, 0.2)], where="generated")}  # noqa: E731
+    out = models.generate(CFG, params, PROMPTS, max_new_tokens=6, temperature=0, refill=refill, interventions=edit(9.0))
+    free = models.generate(CFG, params, PROMPTS, max_new_tokens=6, temperature=0, refill=refill)
+    assert (out.logps_NT != free.logps_NT).any()
+    for i, completion in enumerate(out.completions()):
+        whole, length = np.array([PROMPTS[i] + completion]), len(PROMPTS[i])
+        logits, _ = models.apply(CFG, params, whole, interventions=edit(9.0), prompt_lengths=np.array([length]))
+        at = np.arange(length - 1, whole.shape[1] - 1)
+        np.testing.assert_allclose(out.logps_NT[i], jax.nn.log_softmax(logits[0, at])[np.arange(6), np.array(completion)], atol=2e-5)
+    prompts, lengths = jnp.array([[1, 2, 3, 0], [4, 5, 6, 7]]), jnp.array([3, 4])
+    completions, sizes = jnp.array([[8, 9, 1], [2, 3, 4]]), jnp.array([3, 3])
+
+    def loss(value, shared):
+        logps, _ = completion_logprobs(CFG, params, prompts, lengths, completions, sizes, shared_prefix=shared, interventions=edit(value))
+        return jnp.sum(logps)
+
+    run = jax.jit(jax.value_and_grad(loss), static_argnums=1)
+    (value, slope), other = run(2.0, True), run(2.0, False)
+    np.testing.assert_allclose((value, slope), other, rtol=1e-4)
+    np.testing.assert_allclose((run(2.05, True)[0] - run(1.95, True)[0]) / 0.1, slope, rtol=2e-2)
+    assert abs(float(slope)) > 1e-3
 
 
 def test_a_feature_of_a_real_model_steers_what_it_tells(assets):

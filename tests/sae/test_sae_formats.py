@@ -59,7 +59,7 @@ def test_sparsify_round_trip(tmp_path, changes):
     d = dictionary(model_name=None, context_size=None, **changes)
     sae.save(tmp_path / "layers.2", d, layout="sparsify")
     back = sae.load(tmp_path / "layers.2")
-    expected = d.cfg.replace(hook_name_out="blocks.2.resid_post") if changes else d.cfg
+    expected = d.cfg.replace(hook_name="blocks.2.resid_pre", hook_name_out="blocks.2.resid_post") if changes else d.cfg
     assert back.cfg == expected
     jax.tree.map(np.testing.assert_array_equal, back.params, d.params)
     assert {p.name for p in (tmp_path / "layers.2").iterdir()} == FILES["sparsify"]
@@ -110,7 +110,11 @@ def test_saelens_config_is_what_that_library_writes(tmp_path):
     assert config["metadata"]["sae_lens_version"].startswith("6.") and config["metadata"]["context_size"] == 64
     sae.save(tmp_path, dictionary(architecture="relu", k=None), layout="saelens")
     config = json.loads((tmp_path / "cfg.json").read_text())
-    assert config["architecture"] == "standard" and "k" not in config
+    assert config["architecture"] == "standard" and "k" not in config and config["reshape_activations"] == "none"
+    sae.save(tmp_path, dictionary(hook_name="blocks.2.attn_z"), layout="saelens")
+    config = json.loads((tmp_path / "cfg.json").read_text())
+    assert config["reshape_activations"] == "hook_z" and config["metadata"]["hook_name"] == "blocks.2.attn.hook_z"
+    assert sae.load(tmp_path).cfg.hook_name == "blocks.2.attn_z"
 
 
 def write_saelens(folder, config, d):

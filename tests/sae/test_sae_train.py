@@ -152,6 +152,16 @@ def test_dead_latents_are_counted_and_revived():
     assert woken <= 1 and woken_aux >= woken + 3 and dead_aux < dead and error_aux < 0.8 * error
 
 
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_aux_k_is_in_the_loss_where_it_is_published(architecture):
+    """With a k, at 1/32; by a penalty only where it is asked for."""
+    with_k = architecture in ("topk", "batchtopk", "matryoshka")
+    cfg = sae.SAEConfig(architecture, D, F, 4 if with_k else None)
+    aux_k = lambda **how: step_for(cfg, sae.SAETrainConfig(**how)).keywords["form"].aux_k  # noqa: E731
+    assert aux_k() == (D // 2 if with_k else 0) and aux_k(aux_coefficient=0.1) == D // 2 and aux_k(aux_coefficient=0.0) == 0
+    assert numbers_at(0, F, sae.SAETrainConfig(), Scale(1.0, 1.0, 1.0)).aux == 1 / 32
+
+
 def test_decoder_gradient_loses_its_parallel_part():
     rng = np.random.default_rng(0)
     rows, gradient = unit_rows(rng.standard_normal((4, D)).astype(np.float32)), rng.standard_normal((4, D)).astype(np.float32)

@@ -184,6 +184,14 @@ def test_no_model_and_no_text(tmp_path, capsys):
         ({"finetune.steps": "3", "finetune.grad_clip": "-1"}, "grad_clip is -1"),
         ({"finetune.steps": "3", "sae.hook_out": "embed", "hook": "final_norm"}, "finetune.steps' is of autoencoders"),
         ({"sae.skip": "True"}, "sae.skip' is of transcoders"),
+        ({"sweep": "sae.k"}, "'sweep' has 'sae.k': give FIELD=VALUE,VALUE"),
+        ({"sweep": "sae.k=2,2"}, "'sweep' names 'sae.k=2,2' twice"),
+        ({"sweep": "sae.k=2 sae.k=3"}, "'sweep' names sae.k twice"),
+        ({"sweep": "sae.kk=2,3"}, "unknown config key 'sae.kk': did you mean sae.k"),
+        ({"sweep": "batch_size=2,3"}, "'sweep' has 'batch_size': fields of sae and train can be swept"),
+        ({"sweep": "train.steps=2,3"}, "can be swept, but not .*train.steps"),
+        ({"sweep": "sae.architecture=topk,relu"}, "train.sparsity_coefficient' is 0.*'relu'"),
+        ({"sweep": "sae.k=4,zero"}, "sae.k"),
     ],
 )
 def test_settings_out_of_range_are_named_before_any_work(tmp_path, changes, message):
@@ -200,6 +208,7 @@ OTHER = {  # field -> another value; those of `train`: test_sae_train.py
     "sae.d_sae": "77", "sae.expansion": "5", "sae.k": "3", "sae.normalize_activations": "layer_norm", "sae.apply_b_dec_to_input": "False",
     "sae.dtype": "float16", "sae.layout": "saelens", "sae.prefixes": "3,5", "sae.hook_out": "blocks.2.mlp_out", "sae.skip": "True",
     "harvest.drop_special": "False", "finetune.steps": "3", "batch_size": "100", "checkpoint_every": "9", "seed": "4", "train.steps": "9",
+    "sweep": "sae.k=3,5",
 }  # fmt: skip
 
 
@@ -265,7 +274,7 @@ def test_every_setting_reaches_what_it_is_for(monkeypatch, tmp_path, field):
         "model": {"load", "tokenizer", "train"}, "dtype": {"load"}, "mesh": {"load", "harvest", "train"}, "hook": {"harvest", "train"},
         "data.template": {"harvest"}, "data.eval_rows": {"harvest"}, "harvest.batch_rows": {"harvest"}, "harvest.skip_bos": {"harvest"},
         "harvest.context_size": {"harvest", "train"}, "harvest.buffer_rows": {"buffer"}, "batch_size": {"buffer"}, "seed": {"buffer", "train"},
-        "sae.layout": {"save"}, "harvest.drop_special": {"harvest", "evaluate"}, "finetune.steps": {"finetune"}, "sae.hook_out": {"harvest", "train"},
+        "sweep": {"train", "evaluate", "save"}, "sae.layout": {"save"}, "harvest.drop_special": {"harvest", "evaluate"}, "finetune.steps": {"finetune"}, "sae.hook_out": {"harvest", "train"},
     }  # fmt: skip
     assert reached == expected.get(field, {"read"} if field.startswith("data.") else {"train"})
 
@@ -276,6 +285,27 @@ def test_the_config_has_every_training_setting():
     assert set(config.train) == set(fields)
     different = {name for name, value in fields.items() if config.train[name] != value}
     assert different == {"dead_after"}  # sized for the command's shorter runs
+
+
+def test_a_sweep_trains_each_combination_in_one_pass(tmp_path, assets, source, monkeypatch):
+    """Each dictionary is what it is alone but for the seed of its start; the model runs once for all."""
+    passes = []
+    harvest = sae.harvest_activations
+    monkeypatch.setattr(sae, "harvest_activations", lambda cfg, lm, rows, *a, **k: passes.append(len(rows)) or harvest(cfg, lm, rows, *a, **k))
+    changes = {"hook": "blocks.0.resid_post,blocks.1.resid_post", "sweep": "sae.k=4,6 sae.architecture=topk,batchtopk", "train.steps": 4}
+    assert call(tmp_path / "all", assets, source, **changes) == 0
+    assert passes.count(20) == 1
+    summary = json.loads((tmp_path / "all" / "summary.json").read_text())
+    names = [f"{hook}/k{k}-{kind}" for hook in changes["hook"].split(",") for k in (4, 6) for kind in ("topk", "batchtopk")]
+    assert set(summary) == {*names, "train_rows", "eval_rows"}
+    for name in names:
+        d = sae.load(tmp_path / "all" / "sae" / name)
+        assert d.cfg.hook_name == name.partition("/")[0] and d.cfg.architecture == ("topk" if name.endswith("-topk") else "jumprelu")
+        assert d.cfg.architecture == "jumprelu" or d.cfg.k == int(name.partition("/k")[2][0])
+    one = {"hook": changes["hook"], "sae.k": 4, "train.steps": 4}
+    assert call(tmp_path / "one", assets, source, **one) == 0
+    alone, first = (sae.load(tmp_path / run / "sae" / place) for run, place in (("one", "blocks.0.resid_post"), ("all", names[0])))
+    jax.tree.map(np.testing.assert_array_equal, alone.params, first.params)
 
 
 def test_several_taps_transcoders_and_fine_tuning(tmp_path, assets, source):
