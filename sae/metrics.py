@@ -1,7 +1,8 @@
 """How good a dictionary is on its activations: sparsity, reconstruction, density of its latents, and the geometry of its weights.
 
 One pass over any number of tokens: what is summed on the device is at most a block of tokens, in fp32 and measured from a point near
-their mean, and the sums over blocks are kept in float64 on the host. Letters: B tokens of a piece, D width, F latents, N documents.
+their mean, and the sums over blocks are kept in float64 on the host. Letters: B tokens of a piece, D width, F latents, N documents,
+U groups of neighbouring documents.
 """
 
 from __future__ import annotations
@@ -24,29 +25,37 @@ from sae.splice import ratio, splice_figures, splice_sums
 
 BLOCK = 4096  # tokens of a block: what the legacy explained variance takes its mean over, however the stream is cut
 LATENTS_BYTES = 256 << 20  # of the dense latents of a piece
+GROUPS, GROUPS_BYTES = 200, 256 << 20  # groups of documents whose firings are counted apart, fewer where the counts would be larger than this
 
 # What is summed over the tokens of a document; "squared" is about `Statistics.centre_D`, which is near the mean but not at it.
 TOKEN_SUMS = ("tokens", "l0", "l1", "error", "squared", "legacy", "legacy_tokens", "cossim", "l2_ratio", "nonzero", "norm_out", "dot")
 
 
-@jax.jit
+@functools.partial(jax.jit, donate_argnames="fired_UF")
 def piece_statistics(
-    d: Dictionary, rows_BW: Float[Array, "B W"], valid: Int[Array, ""], centre_D: Float[Array, "D"], mean_D: Float[Array, "D"]
-) -> tuple[dict[str, Array], Int[Array, "F"], Float[Array, "D"]]:
-    """Of the first `valid` tokens of a piece: the terms of TOKEN_SUMS [B] (0 for the others), how many each latent fires on [F], and the
-    sum of x - centre [D], x being what is reconstructed. mean_D: of the block that the piece is from."""
+    d: Dictionary,
+    rows_BW: Float[Array, "B W"],
+    valid: Int[Array, ""],
+    centre_D: Float[Array, "D"],
+    mean_D: Float[Array, "D"],
+    fired_UF: Int[Array, "U F"],
+    groups_B: Int[Array, "B"],
+) -> tuple[dict[str, Array], Int[Array, "U F"], Float[Array, "D"]]:
+    """Of the first `valid` tokens of a piece: the terms of TOKEN_SUMS [B] (0 for the others), fired_UF with the tokens that each latent fires
+    on counted in, by the tokens' groups, and the sum of x - centre [D], x being what is reconstructed. mean_D: of the block that the piece
+    is from."""
     x_BD, target_BD = reads_and_writes(d.cfg, rows_BW)
     real = jnp.arange(x_BD.shape[0]) < valid
     if architecture(d.cfg).encode_sparse is not None:
         values, indices = encode_topk(d, x_BD)
         x_hat = decode_topk(d, values, indices, x_BD)
         fires = (values > 0) & real[:, None]
-        fired = jnp.zeros(d.cfg.d_sae, jnp.int32).at[indices].add(fires.astype(jnp.int32))
+        fired_UF = fired_UF.at[groups_B[:, None], indices].add(fires.astype(jnp.int32))
     else:
         values = encode(d, x_BD)
         x_hat = decode(d, values, x_BD)
         fires = (values > 0) & real[:, None]
-        fired = jnp.sum(fires, axis=0, dtype=jnp.int32)
+        fired_UF = fired_UF.at[groups_B].add(fires.astype(jnp.int32))
     x = target_BD.astype(jnp.float32)
     error, squared_in, squared_out = (jnp.sum(a * a, axis=1) for a in (x - x_hat, x, x_hat))
     dot, offset = jnp.sum(x * x_hat, axis=1), x - centre_D
@@ -66,23 +75,30 @@ def piece_statistics(
         "norm_out": squared_out,
         "dot": dot,
     }
-    return {name: jnp.where(real, term, 0.0) for name, term in terms.items()}, fired, jnp.sum(jnp.where(real[:, None], offset, 0.0), axis=0)
+    return {name: jnp.where(real, term, 0.0) for name, term in terms.items()}, fired_UF, jnp.sum(jnp.where(real[:, None], offset, 0.0), axis=0)
 
 
 @dataclasses.dataclass
 class Statistics:
     """Sums over a set of tokens, from which every figure of the set, and of a resample of its documents, follows.
 
-    fired_F: tokens that each latent fires on. mean_D: the mean activation. documents: name of TOKEN_SUMS -> [N] sums of each document, float64.
-    variance: sum over tokens of the squared distance to mean_D.
+    fired_UF: tokens of each group of neighbouring documents that each latent fires on (int32), group_tokens_U: all of its tokens. mean_D: the
+    mean activation. documents: name of TOKEN_SUMS -> [N] sums of each document, float64. variance: sum over tokens of the squared distance to
+    mean_D.
     """
 
     tokens: int
-    fired_F: np.ndarray
+    fired_UF: np.ndarray
+    group_tokens_U: np.ndarray
     centre_D: np.ndarray
     mean_D: np.ndarray
     variance: float
     documents: dict[str, np.ndarray]
+
+    @property
+    def fired_F(self) -> np.ndarray:
+        """Tokens that each latent fires on."""
+        return self.fired_UF.sum(axis=0, dtype=np.int64)
 
     @property
     def density_F(self) -> np.ndarray:
@@ -179,20 +195,24 @@ def activation_statistics(d: Dictionary, batches: Iterable[np.ndarray], document
     set, rows of another width, NaN activations, and documents that do not add up to the rows.
     """
     of, size = None if documents is None else Documents(documents), piece_tokens(d)
-    sums = {name: np.zeros(1 if of is None else of.count) for name in TOKEN_SUMS}
-    fired, shifted, tokens, centre = np.zeros(d.cfg.d_sae, np.int64), np.zeros(d.cfg.out), 0, None
+    count = 1 if of is None else of.count
+    sums = {name: np.zeros(count) for name in TOKEN_SUMS}
+    groups = max(1, min(GROUPS, count, GROUPS_BYTES // (4 * d.cfg.d_sae)))
+    group_N = np.arange(count) * groups // max(count, 1)
+    fired, shifted, tokens, centre = jnp.zeros((groups, d.cfg.d_sae), jnp.int32), np.zeros(d.cfg.out), 0, None
     for block in blocks(batches, BLOCK):
         mean = reads_and_writes(d.cfg, block)[1].mean(axis=0, dtype=np.float64).astype(np.float32)
         centre = mean if centre is None else centre
         for start in range(0, len(block), size):
             rows = block[start : start + size]
-            terms, counts, offset = jax.device_get(piece_statistics(d, padded(rows, size), len(rows), centre, mean))
+            numbers = np.zeros(len(rows), int) if of is None else of.of(tokens, tokens + len(rows))
+            own = np.pad(group_N[numbers], (0, size - len(rows))).astype(np.int32)
+            terms, fired, offset = piece_statistics(d, padded(rows, size), len(rows), centre, mean, fired, own)
+            terms, offset = jax.device_get((terms, offset))
             if not all(np.isfinite(term).all() for term in terms.values()):
                 raise SAEError(f"evaluate: NaN or infinite activations or reconstructions after {tokens} rows")
-            numbers = np.zeros(len(rows), int) if of is None else of.of(tokens, tokens + len(rows))
             for name, total in sums.items():
                 total += np.bincount(numbers, terms[name][: len(rows)].astype(np.float64), len(total))
-            fired += counts
             shifted += offset
             tokens += len(rows)
     if centre is None:
@@ -200,7 +220,8 @@ def activation_statistics(d: Dictionary, batches: Iterable[np.ndarray], document
     if of is not None and of.total != tokens:
         raise SAEError(f"documents: their lengths sum to {of.total} tokens, but the stream has {tokens}")
     variance = max(sums["squared"].sum() - float(np.sum(shifted**2)) / tokens, 0.0)
-    return Statistics(tokens, fired, centre, (centre + shifted / tokens).astype(np.float32), variance, sums)
+    group_tokens = np.bincount(group_N, sums["tokens"], groups)
+    return Statistics(tokens, np.asarray(fired), group_tokens, centre, (centre + shifted / tokens).astype(np.float32), variance, sums)
 
 
 def evaluate(

@@ -58,9 +58,10 @@ def run(config: Any, workdir: str) -> None:
         job = Job(config, texts, labelled, models.load_tokenizer(config.model), cfg, [one.taps for one in pending.values()])
         job.cfg, job.params = models.load(config.model, dtype=config.dtype)
         for name, one in sorted(pending.items(), key=lambda item: item[1].taps):  # what they share of a tap is kept for one tap at a time
-            record, density = job.evaluate(name, one)
+            record, arrays = job.evaluate(name, one)
             record |= {"fingerprint": one.fingerprint, "versions": versions()}
-            np.save(folder / f"{name}.density.npy", density)
+            for what, array in arrays.items():
+                np.save(folder / f"{name}.{what}.npy", array)
             write_json(folder / f"{name}.json", record)
     records = [json.loads((folder / f"{name}.json").read_text(encoding="utf-8")) for name in dictionaries]
     for record in records:
@@ -233,8 +234,8 @@ class Job:
 
         return tqdm(items, desc=f"{self.name}: {what}", unit=unit, disable=None, mininterval=0.5, leave=False)
 
-    def evaluate(self, name: str, one: Source) -> tuple[dict[str, Any], np.ndarray]:
-        """(everything that is told of one SAE, the share of tokens that each latent fires on)."""
+    def evaluate(self, name: str, one: Source) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        """(everything that is told of one SAE; density: the share of tokens that each latent fires on, [F], density_limits: of each, [2, F])."""
         import sae
         from jaxrl_llm.evals import sae_figures
 
@@ -249,7 +250,7 @@ class Job:
             seconds[stage], clock = round(time.monotonic() - clock, 2), time.monotonic()
 
         found = sae.activation_statistics(d, self._activations(self.rows, one.taps, "activations"), self._counts(self.rows))
-        figures = sae_figures.core_figures(found, **how)
+        figures, limits = sae_figures.core_figures(found, **how)
         lap("activations")
         record: dict[str, Any] = {"name": name, "source": one.source, "sae": described(d), "figures": figures}
         record["data"] = {"source": self.config.data.source, "documents": len(self.rows), "tokens": found.tokens}
@@ -275,7 +276,8 @@ class Job:
             lap("absorption")
         if left_out := self._left_out(d):
             record["left_out"] = left_out
-        return record | {"seconds": seconds}, found.density_F.astype(np.float32)
+        arrays = {"density": found.density_F, "density_limits": limits}
+        return record | {"seconds": seconds}, {what: array.astype(np.float32) for what, array in arrays.items()}
 
     def _left_out(self, d: Any) -> dict[str, str]:
         """What the config asks for and this SAE has no answer to, with the reason."""

@@ -10,8 +10,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float, Int
+from scipy import stats
 
-from jaxrl_llm.evals.statistics import Interval, bootstrap_sums, percentile_interval, resamples
+from jaxrl_llm.evals.statistics import Interval, bootstrap_sums, percentile_interval, resamples, tails
 from sae.absorption import LetterAbsorption, absorption_figures
 from sae.metrics import Statistics, density_figures
 from sae.perturbation import Perturbation
@@ -19,6 +21,7 @@ from sae.probing import ProbeScores, measures
 from sae.splice import recovered
 
 HISTOGRAM = np.linspace(-6.0, 0.0, 49)  # log10 of the share of tokens
+LATENTS = 2048  # whose resampled densities are held at once
 
 
 def estimate(found: Interval) -> dict[str, float | None]:
@@ -27,10 +30,53 @@ def estimate(found: Interval) -> dict[str, float | None]:
     return {"value": value, "low": low, "high": high}
 
 
-def core_figures(found: Statistics, *, draws: int, seed: int) -> dict[str, dict]:
-    """Sparsity and reconstruction with intervals over documents; of the densities, figures of the whole set, none."""
+def core_figures(found: Statistics, *, draws: int, seed: int) -> tuple[dict[str, dict], Float[np.ndarray, "2 F"]]:
+    """(sparsity, reconstruction and the shares of dead and dense latents, with intervals over documents; the limits of each latent's density)."""
     figures = {name: estimate(one) for name, one in bootstrap_sums(found.documents, found.of_sums, draws=draws, seed=seed).items()}
-    return figures | {name: {"value": value} for name, value in density_figures(found.density_F).items()}
+    shares, limits = density_intervals(found, draws=draws, seed=seed)
+    return figures | {name: estimate(one) for name, one in shares.items()}, limits
+
+
+def density_intervals(found: Statistics, *, draws: int, seed: int) -> tuple[dict[str, Interval], Float[np.ndarray, "2 F"]]:
+    """`sae.metrics.density_figures` with 95% limits, and those of each latent's density (NaN of one that never fires).
+
+    A bootstrap over the groups of documents whose firings were counted apart. Not of the dead share: a resample holds fewer different
+    documents than the set does, and so more latents that fire in none of them. Its variance is the jackknife's over the groups, which on
+    average is no less than the true one (Efron and Stein 1981, of any symmetric function); limits by Student's t, within [0, 1].
+    """
+    units, values = len(found.fired_UF), density_figures(found.density_F)
+    if units < 2:
+        nowhere = np.full((2, found.fired_UF.shape[1]), np.nan)
+        return {name: Interval(value, float("nan"), float("nan")) for name, value in values.items()}, nowhere
+    weights = resamples(units, draws, seed)
+    tokens = weights @ found.group_tokens_U
+    weights, fired_F = weights.astype(np.float32), found.fired_F
+    sums = {percent: np.zeros((2, draws)) for percent in (1, 10)}  # of the latents above it: their number, their densities
+    total, limits = np.zeros(draws), np.zeros((2, len(fired_F)))
+    for start in range(0, len(fired_F), LATENTS):
+        part = slice(start, start + LATENTS)
+        density = weights @ found.fired_UF[:, part].astype(np.float32) / np.maximum(tokens, 1)[:, None]
+        total += density.sum(axis=1)
+        for percent, sum_of in sums.items():
+            over = density > percent / 100
+            sum_of += over.sum(axis=1), np.where(over, density, 0.0).sum(axis=1)
+        limits[:, part] = np.quantile(density, tails(units), axis=0)
+    limits[:, fired_F == 0] = np.nan
+    intervals = {"dead_share": jackknife_share(found.fired_UF, fired_F)}
+    for percent, (number, density) in sums.items():
+        drawn = {"": number / len(fired_F), "normalized_": density / np.where(total > 0, total, np.nan)}
+        for before, share in drawn.items():
+            name = f"{before}freq_over_{percent}_percent"
+            intervals[name] = percentile_interval(values[name], share, units)
+    return {name: intervals[name] for name in values}, limits
+
+
+def jackknife_share(fired_UF: Int[np.ndarray, "U F"], fired_F: Int[np.ndarray, "F"]) -> Interval:
+    """The share of latents that fire nowhere, with limits from what it would be without each of the groups."""
+    units, dead = len(fired_UF), float(np.mean(fired_F == 0))
+    without = np.array([np.mean(fired_F == own) for own in fired_UF])  # those that fire nowhere, and those that fire in this group alone
+    error = np.sqrt((units - 1) / units * np.sum((without - without.mean()) ** 2)) * stats.t.ppf(0.975, units - 1)
+    return Interval(dead, max(dead - error, 0.0), min(dead + error, 1.0))
 
 
 def model_figures(sums: Mapping[str, np.ndarray], *, draws: int, seed: int) -> dict[str, dict]:

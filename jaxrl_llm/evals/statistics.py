@@ -37,13 +37,18 @@ def crossed_weights(groups: Sequence[Any], draws: int, rng: np.random.Generator)
     return out
 
 
-def expanded_limits(draws: np.ndarray, cells: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Limits of a percentile bootstrap over `cells` units, with the tails that make it as wide as Student's t (the expanded percentile
+def tails(cells: int, confidence: float = 0.95) -> tuple[float, float]:
+    """The quantiles of a percentile bootstrap over `cells` units that make its interval as wide as Student's t (the expanded percentile
     interval of Hesterberg 2015): the plain one is too narrow for so few. One cell is no sample of cells: plain then."""
     tail = (1 - confidence) / 2
     if cells > 1:
         tail = float(stats.norm.cdf(-np.sqrt(cells / (cells - 1)) * stats.t.ppf(1 - tail, cells - 1)))
-    low, high = np.quantile(draws, [tail, 1 - tail])
+    return tail, 1 - tail
+
+
+def expanded_limits(draws: np.ndarray, cells: int, confidence: float = 0.95) -> tuple[float, float]:
+    """Limits of a percentile bootstrap over `cells` units, at its `tails`."""
+    low, high = np.quantile(draws, tails(cells, confidence))
     return float(low), float(high)
 
 

@@ -6,6 +6,7 @@ import pytest
 from jaxrl_llm.evals import sae_figures
 from jaxrl_llm.evals import statistics as st
 from sae.absorption import LetterAbsorption
+from sae.metrics import Statistics, density_figures
 from sae.probing import ProbeScores, Problem
 
 
@@ -36,6 +37,51 @@ def test_intervals_without_a_sample_have_no_limits():
     assert np.isnan(st.percentile_interval(1.5, np.full(3, np.nan), 50).low)
     weights = st.resamples(7, 5, 0)
     assert weights.shape == (5, 7) and np.all(weights.sum(axis=1) == 7) and not np.array_equal(weights, st.resamples(7, 5, 1))
+
+
+def statistics_of(fired_UF, tokens_U):
+    """Statistics that hold firings alone."""
+    nothing = np.zeros(1)
+    return Statistics(int(tokens_U.sum()), fired_UF.astype(np.int32), tokens_U, nothing, nothing, 0.0, {"tokens": tokens_U.astype(float)})
+
+
+def test_densities_are_drawn_by_groups_of_texts(monkeypatch):
+    """Against the definition, resample by resample; blocks of 3 latents."""
+    monkeypatch.setattr(sae_figures, "LATENTS", 3)
+    rng = np.random.default_rng(0)
+    tokens, rates = rng.integers(50, 90, 40), np.array([0.5, 0.1, 0.1, 0.011, 0.009, 0.3, 0.0, 0.002])
+    fired = rng.binomial(tokens[:, None], rates * rng.uniform(0, 2, (40, 1)).clip(0, 1 / 0.5))
+    found, limits = sae_figures.density_intervals(statistics_of(fired, tokens), draws=300, seed=1)
+    weights = st.resamples(40, 300, 1)
+    densities = (weights @ fired) / (weights @ tokens)[:, None]
+    np.testing.assert_allclose(limits[:, rates > 0], np.quantile(densities, st.tails(40), axis=0)[:, rates > 0], rtol=1e-5)
+    assert np.isnan(limits[:, 6]).all() and (limits[0, :6] < fired.sum(0)[:6] / tokens.sum()).all()
+    for name, one in found.items():
+        assert one.estimate == density_figures(fired.sum(0) / tokens.sum())[name], name
+        if name != "dead_share":
+            drawn = [density_figures(row)[name] for row in densities]
+            assert (one.low, one.high) == pytest.approx(st.expanded_limits(np.array(drawn), 40), abs=1e-6), name
+    assert found["normalized_freq_over_1_percent"].low < found["normalized_freq_over_1_percent"].high
+    alone, nowhere = sae_figures.density_intervals(statistics_of(fired[:1], tokens[:1]), draws=300, seed=1)
+    assert np.isnan(alone["dead_share"].low) and alone["dead_share"].estimate == np.mean(fired[0] == 0) and np.isnan(nowhere).all()
+
+
+def test_the_dead_share_by_hand_and_its_limits_cover_the_expected_one():
+    """Of 4 latents one fires nowhere and one in the second group alone: without that group 2 of 4 are dead, else 1."""
+    fired = np.array([[1, 0, 0, 2], [1, 0, 3, 1], [1, 0, 0, 1]])
+    one = sae_figures.jackknife_share(fired, fired.sum(0))
+    error = np.sqrt(2 / 3 * np.var([0.25, 0.5, 0.25]) * 3) * 4.302653
+    assert one.estimate == 0.25 and (one.low, one.high) == pytest.approx((max(0.25 - error, 0), 0.25 + error), rel=1e-6)
+    rng, rates = np.random.default_rng(0), np.exp(np.random.default_rng(1).uniform(-8, 0, 400))
+    expected = np.mean((1 - rates) ** 60)  # of 60 groups, a latent fires in each with its own probability
+    covered = biased = 0
+    for trial in range(60):
+        fired = rng.random((60, 400)) < rates
+        one = sae_figures.jackknife_share(fired.astype(int), fired.sum(0))
+        covered += one.low <= expected <= one.high
+        drawn = [np.mean((w @ fired) == 0) for w in st.resamples(60, 40, trial)]
+        biased += np.quantile(drawn, 0.025) > expected
+    assert covered >= 57 and biased > 30  # resamples miss it: why they are not used
 
 
 def test_probe_figures_are_means_over_classes_with_texts_drawn_anew():

@@ -96,6 +96,11 @@ def test_writes_every_figure_and_a_page_each_and_goes_on(world, tmp_path, capsys
     spread = record["figures"]["explained_variance"]
     assert spread["low"] < spread["value"] < spread["high"]
     np.testing.assert_allclose(np.load(tmp_path / "saes" / "one-sae.density.npy"), expected.density_F, rtol=1e-6)
+    low, high = np.load(tmp_path / "saes" / "one-sae.density_limits.npy")
+    fires = expected.density_F > 0
+    assert (low[fires] <= expected.density_F[fires] + 1e-6).all() and (low[fires] < high[fires]).any() and np.isnan(low[~fires]).all()
+    for name in ("dead_share", "freq_over_1_percent", "normalized_freq_over_10_percent"):
+        assert record["figures"][name]["low"] <= record["figures"][name]["value"] <= record["figures"][name]["high"]
     assert sum(record["density"]["counts"]) + record["density"]["dead"] == F
     assert record["probe"]["classes"] == ["a", "b", "c"] and record["tpp"].keys() == {"2", "24", "diff_mean"}
     assert {row["method"] for row in record["probe"]["methods"]} == {"sae_top_k", "llm_top_k", "diff_mean", "dense", "majority"}
@@ -329,7 +334,7 @@ def test_overwriting_clears_what_the_run_made(world, tmp_path):
     how = {"probe.source": "", "absorption.enabled": False}
     assert call(world, tmp_path, **how) == 0
     assert call(world, tmp_path, **how | {"saes": world / "two/sae", "overwrite": True}) == 0
-    assert {path.name for path in (tmp_path / "saes").iterdir()} == {"sae.json", "sae.html", "sae.density.npy"}
+    assert {path.name for path in (tmp_path / "saes").iterdir()} == {"sae.json", "sae.html", "sae.density.npy", "sae.density_limits.npy"}
 
 
 def test_on_a_real_model(assets, tmp_path):

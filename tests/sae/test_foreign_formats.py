@@ -5,14 +5,18 @@ import json
 import pickle
 import zipfile
 
+import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+import models
 import sae
+from models.taps import BLOCK_TAPS
 from sae.formats.arrays import torch_object
-from sae.formats.common import from_module_path
+from sae.formats.common import TAP_PAIRS, from_module_path, from_transformer_lens, to_transformer_lens
 
 D, F, K = 6, 10, 3
 rng = np.random.default_rng(5)
@@ -393,8 +397,12 @@ def test_every_block_tap_has_a_name_in_transformer_lens_and_back():
 
 def test_attention_and_transcoder_layouts_are_spliced_into_a_model(tmp_path):
     """Gemma Scope's attention SAEs and transcoders from their files to the figures of a Gemma: what they read is what they were made for."""
-    cfg = models.ModelConfig.from_hf(cases.CASES["gemma2"])
-    params, rows = cases.random_params(cfg), [[1, 5, 9, 7, 30, 12], [1, 8, 8, 40]]
+    cfg = models.ModelConfig(
+        family="gemma2", vocab_size=60, d_model=16, n_layers=2, n_heads=3, n_kv_heads=1, head_dim=8, d_ff=24, tie_embeddings=True, max_position=32,
+        norm="rms_plus_one", block="pre_post", activation="gelu_pytorch_tanh", initializer_range=0.3,
+    )  # fmt: skip
+    params, rows = models.init(cfg, jax.random.key(0)), [[1, 5, 9, 7, 30, 12], [1, 8, 8, 40]]
+    params["blocks"]["mlp_norm"] = 0.5 * jax.random.normal(jax.random.key(1), (2, 16))
     rng = np.random.default_rng(0)
     for kind, width, taps in (
         ("att", cfg.n_heads * cfg.head_dim, ("blocks.1.attn_z",)),

@@ -282,7 +282,8 @@ def test_mistakes_are_named(call, message):
 def transcoder(architecture="topk", normalisation="none", **fields):
     """Reads what enters the first MLP and writes what comes out of it, with a skip."""
     scale = {"input_scale": 1.7, "output_scale": 0.6} if normalisation == "expected_average_only_in" else {}
-    fields = {"d_in": 16, "d_out": 16, "skip": True, "hook_name": READS, "hook_name_out": WRITES, "normalize_activations": normalisation} | scale | fields
+    fields = {"d_in": 16, "d_out": 16, "skip": True, "hook_name": READS, "hook_name_out": WRITES} | scale | fields
+    fields["normalize_activations"] = normalisation
     k = 5 if ARCHITECTURES[architecture].needs_k else None
     d = sae.init(sae.SAEConfig(architecture, d_sae=40, k=k, **fields), jax.random.key(3))
     drawn = {name: 0.3 * jax.random.normal(jax.random.key(i), value.shape) for i, (name, value) in enumerate(sorted(d.params.items()))}

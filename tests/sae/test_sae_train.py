@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import sae
+from sae.architectures import ARCHITECTURES
 from sae.step import geometric_median, init_state, start, step_for, unit_rows, without_parallel
 from sae.train_config import Scale, numbers_at
 

@@ -274,7 +274,8 @@ def test_every_setting_reaches_what_it_is_for(monkeypatch, tmp_path, field):
         "model": {"load", "tokenizer", "train"}, "dtype": {"load"}, "mesh": {"load", "harvest", "train"}, "hook": {"harvest", "train"},
         "data.template": {"harvest"}, "data.eval_rows": {"harvest"}, "harvest.batch_rows": {"harvest"}, "harvest.skip_bos": {"harvest"},
         "harvest.context_size": {"harvest", "train"}, "harvest.buffer_rows": {"buffer"}, "batch_size": {"buffer"}, "seed": {"buffer", "train"},
-        "sweep": {"train", "evaluate", "save"}, "sae.layout": {"save"}, "harvest.drop_special": {"harvest", "evaluate"}, "finetune.steps": {"finetune"}, "sae.hook_out": {"harvest", "train"},
+        "sweep": {"train", "evaluate", "save"},
+        "sae.layout": {"save"}, "harvest.drop_special": {"harvest", "evaluate"}, "finetune.steps": {"finetune"}, "sae.hook_out": {"harvest", "train"},
     }  # fmt: skip
     assert reached == expected.get(field, {"read"} if field.startswith("data.") else {"train"})
 
