@@ -156,7 +156,7 @@ def combinations(config: Any) -> dict[str, Any]:
         if field.partition(".")[0] not in ("sae", "train") or field in NOT_SWEPT:
             raise UserError(f"config key 'sweep' has {field!r}: fields of sae and train can be swept, but not {', '.join(NOT_SWEPT)}")
         if field in fields or len(set(named)) < len(named):
-            raise UserError(f"config key 'sweep' names {field if field in fields else entry!r} twice")
+            raise UserError(f"config key 'sweep' names {(field if field in fields else entry)!r} twice")
         fields[field] = named
     found = {}
     for values in itertools.product(*fields.values()):
