@@ -122,7 +122,8 @@ def _attribute(cfg, params, d, tokens_BT, lengths_B, positions_B, metric, start,
     h_BTD = models.forward(cfg, params, tokens_BT, lengths=lengths_B, taps=(d.cfg.hook_name,)).taps[d.cfg.hook_name].astype(jnp.float32)
     place_T = jnp.arange(tokens_BT.shape[1])
     keep_BT = (place_T < lengths_B[:, None]) & (place_T >= start)
-    part_of, scores_of = (_sparse_part, _sparse_scores) if architecture(d.cfg).encode_sparse is not None else (_dense_part, _dense_scores)
+    sparse = architecture(d.cfg).encode_sparse is not None
+    part_of, scores_of = _sparse_part if sparse else _dense_part, _sparse_scores if sparse else _dense_scores
     # What all latents together add at each token, and the gradient by what is added; a row at a time, since what they are made of is large.
     part_BTE = lax.map(lambda row: part_of(d, *row), (h_BTD, keep_BT))
     slope = jax.grad(lambda added, share: jnp.sum(run(lambda x: x + added - (1 - share) * part_BTE)))
@@ -134,7 +135,7 @@ def _attribute(cfg, params, d, tokens_BT, lengths_B, positions_B, metric, start,
     else:
         g_BTE = slope(zero, jnp.float32(1.0))
     g_BTE = on_output_scale(d, g_BTE, h_BTD)  # a scale of each row, which is its own transpose
-    return Attribution(run(None), *lax.map(lambda row: scores_of(d, *row, k), (h_BTD, keep_BT, g_BTE)))
+    return Attribution(run(None), *lax.map(lambda row: scores_of(d, k, *row), (h_BTD, keep_BT, g_BTE)))
 
 
 def _sparse_code(d: Dictionary, h_TD: Array, keep_T: Array) -> tuple[Array, Array]:
@@ -148,7 +149,7 @@ def _sparse_part(d: Dictionary, h_TD: Array, keep_T: Array) -> Float[Array, "T E
     return decode_topk(d, values, features, h_TD) - decode_topk(d, jnp.zeros_like(values), features, h_TD)
 
 
-def _sparse_scores(d: Dictionary, h_TD: Array, keep_T: Array, g_TE: Array, k: int) -> tuple[Array, ...]:
+def _sparse_scores(d: Dictionary, k: int, h_TD: Array, keep_T: Array, g_TE: Array) -> tuple[Array, ...]:
     """(features, activations, scores, rest, totals) of a row's tokens, as in `Attribution`."""
     values, features = _sparse_code(d, h_TD, keep_T)
     scores = values * jnp.einsum("te,tke->tk", g_TE, d.params["W_dec"][features].astype(jnp.float32))
@@ -180,7 +181,7 @@ def _dense_part(d: Dictionary, h_TD: Array, keep_T: Array) -> Float[Array, "T E"
     return _whole(T, lax.map(part, pieces))
 
 
-def _dense_scores(d: Dictionary, h_TD: Array, keep_T: Array, g_TE: Array, k: int) -> tuple[Array, ...]:
+def _dense_scores(d: Dictionary, k: int, h_TD: Array, keep_T: Array, g_TE: Array) -> tuple[Array, ...]:
     """`_sparse_scores` of a dense code."""
     T, pieces = _pieces(d, h_TD, keep_T, g_TE)
 
