@@ -5,7 +5,7 @@ divergence in the loss wins most of what end-to-end training (Braun et al. 2024)
 
     kl_coefficient * KL(clean || spliced) + masked FVU + sparsity_coefficient * L1 penalty
 
-Letters: B rows of tokens, T tokens, D width of the tap, F d_sae.
+A transcoder is spliced in, and its FVU measured, where it writes. Letters: B rows of tokens, T tokens, F d_sae.
 """
 
 from __future__ import annotations
@@ -70,11 +70,11 @@ def spliced_loss(
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
     """(loss, parts kl, fvu, l0) of a batch; positions in keep_BT are neither spliced nor counted in fvu. weights: "kl", "fvu", "sparsity"."""
     d = Dictionary(sae_params, sae_cfg)
-    hook = sae_cfg.hook_name
+    reads, place = sae_cfg.hook_name, sae_cfg.place
     real_BT = (jnp.arange(tokens_BT.shape[1]) < lengths_B[:, None]) & ~keep_BT
     forward = functools.partial(models.forward, cfg, lm, tokens_BT, lengths=lengths_B)
-    clean = lax.stop_gradient(forward(taps=(hook,)))
-    x = clean.taps[hook].astype(jnp.float32)
+    clean = lax.stop_gradient(forward(taps=(reads, place)))
+    x, target = (clean.taps[tap].astype(jnp.float32) for tap in (reads, place))
     if architecture(sae_cfg).encode_sparse is not None:
         values, indices = encode_topk(d, x)
         x_hat, penalty = decode_topk(d, values, indices, x), jnp.zeros(x.shape[:2])
@@ -82,7 +82,7 @@ def spliced_loss(
         values = encode(d, x)
         penalty = l1_penalty(sae_params, values) if sae_cfg.architecture == "relu" else jnp.zeros(x.shape[:2])
         x_hat = decode(d, values, x)
-    spliced = forward(interventions={hook: lambda h: jnp.where(real_BT[..., None], x_hat.astype(h.dtype), h)})
+    spliced = forward(interventions={place: lambda h: jnp.where(real_BT[..., None], x_hat.astype(h.dtype), h)})
 
     def divergence(inputs):  # a row at a time: the logits of a batch are large
         before_TD, after_TD, length = inputs
@@ -93,9 +93,9 @@ def spliced_loss(
     predicted = jnp.maximum(jnp.sum(jnp.maximum(lengths_B - 1, 0)), 1)
     kl = jnp.sum(lax.map(jax.checkpoint(divergence), (clean.hidden, spliced.hidden, lengths_B))) / predicted
     real, count = real_BT[..., None], jnp.maximum(jnp.sum(real_BT), 1)
-    mean_D = jnp.sum(jnp.where(real, x, 0.0), axis=(0, 1)) / count
-    variance = jnp.sum(jnp.where(real, (x - mean_D) ** 2, 0.0)) / count
-    fvu = jnp.sum(jnp.where(real, (x - x_hat) ** 2, 0.0)) / count / variance
+    mean = jnp.sum(jnp.where(real, target, 0.0), axis=(0, 1)) / count
+    variance = jnp.sum(jnp.where(real, (target - mean) ** 2, 0.0)) / count
+    fvu = jnp.sum(jnp.where(real, (target - x_hat) ** 2, 0.0)) / count / variance
     sparsity = jnp.sum(jnp.where(real_BT, penalty, 0.0)) / count / jnp.sqrt(variance)
     total = weights["kl"] * kl + weights["fvu"] * fvu + weights["sparsity"] * sparsity
     return total, {"kl": kl, "fvu": fvu, "l0": jnp.sum((values > 0) & real) / count}
@@ -128,18 +128,18 @@ def finetune(
     on_log: Callable[[dict[str, float]], None] | None = None,
     progress: bool | None = None,
 ) -> tuple[Dictionary, list[dict[str, float]]]:
-    """Fine-tunes a trained autoencoder on the model (cfg, lm) over `token_rows`: (dictionary, a record of each step).
+    """Fine-tunes a trained dictionary on the model (cfg, lm) over `token_rows`: (dictionary, a record of each step).
 
     Best an fp32 one. What decides whether latents fire and takes no gradient, thresholds and gates' biases, stays.
-    Records hold step, loss, kl, fvu and l0. Decoder rows that all have norm 1 keep it. Raises SAEError for a transcoder, a dictionary
-    that names no tap, too few tokens, and a loss that is not finite.
+    Records hold step, loss, kl, fvu and l0. Decoder rows that all have norm 1 keep it. Raises SAEError for a dictionary that names no tap,
+    too few tokens, and a loss that is not finite.
     """
-    if d.cfg.hook_name is None or d.cfg.d_out is not None:
-        raise SAEError("SAE fine-tuning: the dictionary must be an autoencoder whose config names its tap (hook_name)")
+    if d.cfg.hook_name is None or d.cfg.place is None:
+        raise SAEError("SAE fine-tuning: the dictionary's config must name its tap (hook_name), a transcoder's both (hook_name_out)")
     if settings.sparsity_coefficient and d.cfg.architecture != "relu":
         raise SAEError(f"SAE fine-tuning: sparsity_coefficient is of 'relu' dictionaries; what a {d.cfg.architecture} one keeps is decided elsewhere")
-    if blocks_needed(d.cfg.hook_name) is None:
-        raise SAEError(f"SAE fine-tuning: nothing of the model follows {d.cfg.hook_name}; choose a tap inside it")
+    if blocks_needed(d.cfg.place) is None:
+        raise SAEError(f"SAE fine-tuning: nothing of the model follows {d.cfg.place}; choose a tap inside it")
     context = min(settings.context_size or d.cfg.context_size or cfg.max_position, cfg.max_position)
     params = jax.tree.map(lambda a: jnp.array(a, jnp.float32), d.params)
     unit = bool(jnp.all(jnp.abs(jnp.linalg.norm(params["W_dec"], axis=1) - 1) < 1e-3))

@@ -225,8 +225,6 @@ def check(config: Any) -> None:
         raise UserError("config key 'sae.hook_out' makes a transcoder, which reads one tap: name it with --config.hook=...")
     if config.finetune.steps:
         _finetuning(config)  # checks its own fields
-        if config.sae.hook_out:
-            raise UserError("config key 'finetune.steps' is of autoencoders, and sae.hook_out makes a transcoder: leave one of them out")
     if config.sae.skip and not config.sae.hook_out:
         raise UserError("config key 'sae.skip' is of transcoders: name the tap to reconstruct with --config.sae.hook_out=...")
 

@@ -23,8 +23,8 @@ def lm():
     return cfg, jax.tree.map(lambda a: a * 3, models.init(cfg, jax.random.key(0)))
 
 
-def dictionary(architecture="topk", **changes):
-    cfg = sae.SAEConfig(architecture=architecture, d_in=16, d_sae=24, k=4 if architecture == "topk" else None, hook_name=HOOK, **changes)
+def dictionary(architecture="topk", hook=HOOK, **changes):
+    cfg = sae.SAEConfig(architecture=architecture, d_in=16, d_sae=24, k=4 if architecture == "topk" else None, hook_name=hook, **changes)
     return sae.init(cfg, jax.random.key(1))
 
 
@@ -34,29 +34,35 @@ KEEP = np.zeros((2, 5), bool)
 KEEP[0, 0] = True
 
 
-@pytest.mark.parametrize("architecture", ["topk", "relu"])
-def test_loss_by_numpy(lm, architecture):
+def transcoder():
+    d = dictionary(d_out=16, skip=True, hook_name_out="blocks.0.mlp_out", hook="blocks.0.mlp_in")
+    return d.replace(params=d.params | {"W_skip": 0.3 * jax.random.normal(jax.random.key(2), (16, 16)), "b_dec": jnp.full(16, 0.1)})
+
+
+@pytest.mark.parametrize("kind", ["topk", "relu", "transcoder"])
+def test_loss_by_numpy(lm, kind):
     cfg, params = lm
-    d = dictionary(architecture)
+    d = transcoder() if kind == "transcoder" else dictionary(kind)
+    reads, place = d.cfg.hook_name, d.cfg.place
     total, parts = spliced_loss(d.params, d.cfg, cfg, params, TOKENS, LENGTHS, KEEP, WEIGHTS)
     kl, rows, hats, penalties = [], [], [], []
     norms = np.linalg.norm(d.params["W_dec"], axis=1)
     for row, length, keep in zip(TOKENS, LENGTHS, KEEP, strict=True):
         tokens = row[None, :length]
-        clean, taps = models.apply(cfg, params, tokens, taps=(HOOK,))
-        x = np.asarray(taps[HOOK][0])
-        x_hat = np.asarray(sae.reconstruct(d, x))
+        clean, taps = models.apply(cfg, params, tokens, taps=(reads, place))
+        x, given = np.asarray(taps[place][0]), taps[reads][0]
+        x_hat = np.asarray(sae.reconstruct(d, given))
         spliced = np.where(keep[:length, None], x, x_hat)
-        edited, _ = models.apply(cfg, params, tokens, interventions={HOOK: lambda h, new=spliced: jnp.asarray(new)[None]})
+        edited, _ = models.apply(cfg, params, tokens, interventions={place: lambda h, new=spliced: jnp.asarray(new)[None]})
         p, q = (np.asarray(jax.nn.log_softmax(logits[0, :-1])) for logits in (clean, edited))
         kl.append((np.exp(p) * (p - q)).sum())
         rows.append(x[~keep[:length]])
         hats.append(x_hat[~keep[:length]])
-        penalties.append(np.asarray(sae.encode(d, x) @ norms)[~keep[:length]])
+        penalties.append(np.asarray(sae.encode(d, given) @ norms)[~keep[:length]])
     x, x_hat = np.concatenate(rows), np.concatenate(hats)
     variance = np.square(x - x.mean(0)).sum(1).mean()
     fvu = np.square(x - x_hat).sum(1).mean() / variance
-    penalty = np.concatenate(penalties).mean() / np.sqrt(variance) if architecture == "relu" else 0.0
+    penalty = np.concatenate(penalties).mean() / np.sqrt(variance) if kind == "relu" else 0.0
     kl = sum(kl) / (LENGTHS - 1).sum()
     assert float(parts["kl"]) == pytest.approx(kl, rel=1e-4) and float(parts["fvu"]) == pytest.approx(fvu, rel=1e-4)
     assert float(total) == pytest.approx(0.7 * kl + 0.4 * fvu + 0.2 * penalty, rel=1e-4)
@@ -69,9 +75,9 @@ def test_padding_changes_nothing(lm):
     assert float(more) == pytest.approx(float(spliced_loss(d.params, d.cfg, *lm, TOKENS, LENGTHS, KEEP, WEIGHTS)[0]), rel=1e-5)
 
 
-@pytest.mark.parametrize("architecture", ["topk", "relu"])
-def test_gradient_by_finite_differences(lm, architecture):
-    d = dictionary(architecture)
+@pytest.mark.parametrize("kind", ["topk", "relu", "transcoder"])
+def test_gradient_by_finite_differences(lm, kind):
+    d = transcoder() if kind == "transcoder" else dictionary(kind)
 
     def value(p):
         return spliced_loss(p, d.cfg, *lm, TOKENS, LENGTHS, KEEP, WEIGHTS)[0]
@@ -133,7 +139,7 @@ def test_mistakes(lm):
         with pytest.raises(sae.SAEError, match=message):
             FinetuneConfig(**changes)
     settings = FinetuneConfig()
-    with pytest.raises(sae.SAEError, match="must be an autoencoder whose config names its tap"):
+    with pytest.raises(sae.SAEError, match="must name its tap .hook_name., a transcoder's both"):
         finetune(dictionary(d_out=16), *lm, ROWS, settings)
     last = dictionary()
     with pytest.raises(sae.SAEError, match="nothing of the model follows final_norm"):

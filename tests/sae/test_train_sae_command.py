@@ -182,7 +182,6 @@ def test_no_model_and_no_text(tmp_path, capsys):
         ({"hook": "embed,embed"}, "names a tap twice"),
         ({"sae.hook_out": "embed"}, "reads one tap"),
         ({"finetune.steps": "3", "finetune.grad_clip": "-1"}, "grad_clip is -1"),
-        ({"finetune.steps": "3", "sae.hook_out": "embed", "hook": "final_norm"}, "finetune.steps' is of autoencoders"),
         ({"sae.skip": "True"}, "sae.skip' is of transcoders"),
         ({"sweep": "sae.k"}, "'sweep' has 'sae.k': give FIELD=VALUE,VALUE"),
         ({"sweep": "sae.k=2,2"}, "'sweep' names 'sae.k=2,2' twice"),
@@ -315,7 +314,7 @@ def test_several_taps_transcoders_and_fine_tuning(tmp_path, assets, source):
         assert d.cfg.hook_name == hook and d.cfg.architecture == "jumprelu" and summary[hook]["d_sae"] == d.cfg.d_sae
         assert [line["step"] for line in lines if line["kind"] == "finetune" and line["sae"] == hook] == [1, 2]
         assert any(line["kind"] == "train" and line["sae"] == hook for line in lines)
-    over = {"hook": "blocks.0.resid_mid", "sae.hook_out": "blocks.0.mlp_out", "sae.skip": True, "train.steps": 4}
+    over = {"hook": "blocks.0.resid_mid", "sae.hook_out": "blocks.0.mlp_out", "sae.skip": True, "train.steps": 4, "finetune.steps": 1}
     assert call(tmp_path / "over", assets, source, **over) == 0
     d = sae.load(tmp_path / "over" / "sae")
     assert d.cfg.d_out == 64 and d.cfg.skip and d.cfg.hook_name_out == "blocks.0.mlp_out"
