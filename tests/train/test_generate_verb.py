@@ -29,6 +29,9 @@ def world(tmp_path_factory):
         d = sae.init(sae.SAEConfig("topk", 16, 24, 3, hook_name=hook), jax.random.key(2))
         sae.save(folder / name, d)
     sae.save(folder / "homeless", d.replace(cfg=d.cfg.replace(hook_name=None)))
+    over = {"hook_name": "blocks.0.mlp_in", "hook_name_out": "blocks.0.mlp_out"}
+    for name, fields in (("over", over), ("nowhere", over | {"hook_name_out": None}), ("wide", over | {"hook_name_out": "blocks.0.mlp_act"})):
+        sae.save(folder / name, sae.init(sae.SAEConfig("topk", 16, 24, 3, d_out=16, **fields), jax.random.key(3)))
     problems = generate_problems(14, seed=0)
     rows = [json.dumps({"id": r["id"], "prompt": r["prompt"], "hint": r["topic"]}) for r in problems]
     (folder / "rows.jsonl").write_text("\n".join(rows[:10]))
@@ -105,6 +108,13 @@ def test_another_value_of_a_field_changes_the_samples(world, tmp_path, field):
         assert len(other) == {"num_samples": 30, "data.limit": 6}[field]
     elif field == "max_new_tokens":
         assert max(s["tokens"] for s in one) == 3 and max(s["tokens"] for s in other) == 5
+
+
+def test_a_transcoder_steers_what_it_writes(world, tmp_path):
+    plain, steered = (outcome(world, tmp_path / str(n), {**STEER, "steer.sae": "over", "steer.features": f"3=add:{n}"}) for n in (0, 90))
+    assert [s["completion"] for s in plain] != [s["completion"] for s in steered]
+    assert "does not record the tap it writes: set hook_name_out" in outcome(world, tmp_path / "a", {**STEER, "steer.sae": "nowhere"})
+    assert "writes 16 dimensions, blocks.0.mlp_act of this model has 24" in outcome(world, tmp_path / "b", {**STEER, "steer.sae": "wide"})
 
 
 def test_no_field_is_left_out():
