@@ -242,4 +242,5 @@ def _report(folder: Path, summary: dict[str, Any]) -> None:
     names = ("l0", "explained_variance", "ce_recovered", "dead_share")
     for name, figures in ({"": summary} if "hook" in summary else {n: f for n, f in summary.items() if isinstance(f, dict)}).items():
         told = ", ".join(f"{key} {figures[key]:.3f}" for key in names)
-        print(f"{folder / name}: {figures['d_sae']} latents on {figures['hook']}; {told}")
+        place = " to ".join(figures[key] for key in ("hook", "hook_out") if key in figures)
+        print(f"{folder / name}: {figures['d_sae']} latents on {place}; {told}")
