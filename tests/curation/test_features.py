@@ -240,6 +240,8 @@ def test_the_width_of_each_tap():
     moe = models.ModelConfig(d_model=16, d_ff=24, n_layers=2, mlp="experts", n_experts=6, experts_per_token=2)
     assert [hook_width(dense, f"blocks.1.{kind}") for kind in ("resid_post", "mlp_pre", "mlp_act", "mlp_out")] == [16, 24, 24, 16]
     assert [hook_width(moe, f"blocks.1.{kind}") for kind in ("resid_post", "router_logits", "mlp_out")] == [16, 6, 16]
+    wide = models.ModelConfig(d_model=16, d_ff=24, n_layers=2, head_dim=12)
+    assert [hook_width(wide, f"blocks.1.{kind}") for kind in ("attn_z", "mlp_normalized", "mlp_in")] == [12 * wide.n_heads, 16, 16]
     with pytest.raises(models.ModelError, match="unknown tap 'blocks.1.mlp_act'"):
         hook_width(moe, "blocks.1.mlp_act")
 

@@ -88,7 +88,10 @@ def test_more_queries_than_a_tile_and_keys_than_one(monkeypatch):
     monkeypatch.setattr(kernels, "BLOCK", 128)
     cfg, params = model("qwen3")
     tokens = np.random.default_rng(1).integers(3, 60, (2, 150))
-    logits = [models.apply(dataclasses.replace(cfg, attention=kind), params, tokens, lengths=np.array([150, 131]))[0] for kind in ("splash", "plain")]
+    how, z = {"lengths": np.array([150, 131]), "taps": ("blocks.1.attn_z",)}, "blocks.1.attn_z"
+    found = [models.apply(dataclasses.replace(cfg, attention=kind), params, tokens, **how) for kind in ("splash", "plain")]
+    logits = [one for one, _ in found]
+    np.testing.assert_allclose(found[0][1][z][0], found[1][1][z][0], atol=2e-4)  # what the heads give is seen of a kernel too
     np.testing.assert_allclose(logits[0][0], logits[1][0], atol=2e-4)
     np.testing.assert_allclose(logits[0][1, :131], logits[1][1, :131], atol=2e-4)
 
