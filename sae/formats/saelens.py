@@ -45,6 +45,9 @@ def read(folder: Path, dtype: str | None) -> Dictionary:
         raise SAEError(f"{where}: unknown architecture {kind!r}; known: {', '.join((*KINDS, *TRANSCODERS))}")
     if config.get("reshape_activations", "none") not in ("none", "hook_z"):  # rows of "hook_z" are given flat here
         raise SAEError(f"{where}: reshape_activations is {config['reshape_activations']!r}; 'none' and 'hook_z' are supported")
+    head = flat.get("hook_head_index", flat.get("hook_point_head_index"))
+    if head is not None:
+        raise SAEError(f"{where}: hook_head_index is {head!r}: an SAE of one attention head; only those of whole activations are supported")
     norm = config.get("normalize_activations") or "none"
     if norm is True:
         norm = "expected_average_only_in"

@@ -130,6 +130,9 @@ def test_saelens_before_version_6(tmp_path):
             "activation_fn_str": "topk", "activation_fn_kwargs": {"k": 2}, "dtype": "torch.float32", "normalize_activations": False}
     back = sae.load(write_saelens(tmp_path / "a", flat, d))
     assert back.cfg.k == 2 and back.cfg.hook_name == "blocks.1.mlp_out" and back.cfg.context_size == 128 and back.cfg.model_name == "gpt2"
+    for config in (flat | {"hook_head_index": 3}, {"architecture": "standard", "d_in": D, "d_sae": F, "metadata": {"hook_head_index": 0}}):
+        with pytest.raises(sae.SAEError, match="cfg.json: hook_head_index is [30]: an SAE of one attention head"):
+            sae.load(write_saelens(tmp_path / "c", config, d))
     back = sae.load(write_saelens(tmp_path / "b", {"d_in": D, "d_sae": F, "hook_point": "hook_embed"}, d))
     assert back.cfg.architecture == "relu" and back.cfg.hook_name == "embed"
 
