@@ -89,6 +89,7 @@ def run(config: Any, workdir: str) -> None:
                 logging.warning("%s", message)
                 raise Interrupted(request.signum, message) from None
         summary: dict[str, Any] = {"train_rows": len(train_rows), "eval_rows": held_out}
+        shared: dict[tuple[str, ...], list[Any]] = {}  # what dictionaries of one tap are judged on
         for name, (dictionary, _) in trained.items():
             dictionary, cfg = on_this_process(dictionary, mesh), tasks[name].cfg
             if config.finetune.steps:
@@ -96,8 +97,11 @@ def run(config: Any, workdir: str) -> None:
                 settings = _finetuning(config, special)
                 dictionary, _ = sae.finetune(dictionary, model_cfg, params, train_rows, settings, on_log=lambda r, said=said: run_dir.log(said | r))
                 dictionary = sae.cast(dictionary, config.sae.dtype)
-            names = [n for n in (cfg.hook_name, cfg.hook_name_out) if n]
-            metrics = sae.evaluate(dictionary, activations(eval_rows, names), lm=(model_cfg, params, eval_rows), drop_tokens=special)
+            names = tuple(n for n in (cfg.hook_name, cfg.hook_name_out) if n)
+            if config.sweep and names not in shared:
+                shared = {names: list(activations(eval_rows, names))}
+            rows = shared.get(names) or activations(eval_rows, names)
+            metrics = sae.evaluate(dictionary, rows, lm=(model_cfg, params, eval_rows), drop_tokens=special)
             figures = {"hook": cfg.hook_name, "d_in": cfg.d_in, "d_sae": cfg.d_sae, **metrics}
             if cfg.hook_name_out:
                 figures |= {"hook_out": cfg.hook_name_out, "d_out": cfg.d_out}

@@ -273,7 +273,7 @@ def test_every_setting_reaches_what_it_is_for(monkeypatch, tmp_path, field):
         "model": {"load", "tokenizer", "train"}, "dtype": {"load"}, "mesh": {"load", "harvest", "train"}, "hook": {"harvest", "train"},
         "data.template": {"harvest"}, "data.eval_rows": {"harvest"}, "harvest.batch_rows": {"harvest"}, "harvest.skip_bos": {"harvest"},
         "harvest.context_size": {"harvest", "train"}, "harvest.buffer_rows": {"buffer"}, "batch_size": {"buffer"}, "seed": {"buffer", "train"},
-        "sweep": {"harvest", "train", "evaluate", "save"},
+        "sweep": {"train", "evaluate", "save"},
         "sae.layout": {"save"}, "harvest.drop_special": {"harvest", "evaluate"}, "finetune.steps": {"finetune"}, "sae.hook_out": {"harvest", "train"},
     }  # fmt: skip
     assert reached == expected.get(field, {"read"} if field.startswith("data.") else {"train"})
@@ -295,7 +295,7 @@ def test_a_sweep_trains_each_combination_in_one_pass(tmp_path, assets, source, m
     monkeypatch.setattr(sae, "harvest_activations", lambda cfg, lm, rows, *a, **k: passes.append(len(rows)) or harvest(cfg, lm, rows, *a, **k))
     changes = {"hook": "blocks.0.resid_post,blocks.0.attn_z", "sweep": "sae.architecture=topk,batchtopk sae.k=4", "train.steps": 2}
     assert call(tmp_path, assets, source, **changes) == 0
-    assert passes.count(20) == 1
+    assert passes.count(20) == 1 and passes.count(4) == 2  # of the rows for the metrics once a tap
     summary = json.loads((tmp_path / "summary.json").read_text())
     names = [f"{hook}/{kind}-k4" for hook in changes["hook"].split(",") for kind in ("topk", "batchtopk")]
     assert set(summary) == {*names, "train_rows", "eval_rows"}
