@@ -40,7 +40,7 @@ def get_config(variant: str | None = None) -> ml_collections.ConfigDict:
     config.related = 8  # nearest and co-firing features
     config.batch_rows = 32  # texts the model reads at once
     config.context_size = 256  # longer texts are cut into pieces of so many tokens
-    config.skip_bos = True  # leave the beginning-of-text position out
+    config.skip_first = 1  # leave so many first positions of each piece of a text out, BOS or not: activations are huge there
     config.drop_special = True  # leave the tokenizer's other special tokens out, wherever they stand, as train_sae does
     config.seed = 0  # of what is drawn
 

@@ -36,7 +36,7 @@ def get_config(variant: str | None = None) -> ml_collections.ConfigDict:
 
     config.batch_rows = 16  # rows the model reads at once
     config.context_size = 128  # longer rows are cut into pieces of so many tokens
-    config.skip_bos = True  # leave the beginning-of-text position out
+    config.skip_first = 1  # leave so many first positions of each piece of a text out, BOS or not: activations are huge there
     config.drop_special = True  # leave the tokenizer's other special tokens out, wherever they stand, as train_sae does
     config.model_part = True  # cross-entropy and divergence with the reconstruction in the tap's place
     config.geometry = True  # cosines of the decoder's and the encoder's rows with each other

@@ -45,8 +45,8 @@ class FinetuneConfig:
     fvu_coefficient: float = 1.0  # weight of the fraction of variance unexplained
     sparsity_coefficient: float = 0.0  # weight of the L1 penalty ("relu")
     grad_clip: float = 1.0  # global norm; 0: none
-    skip_bos: bool = True  # leave the tap as it is where a row opens with BOS
-    drop_tokens: tuple[int, ...] = ()  # and at these ids, wherever they stand
+    skip_first: int = 1  # positions at the beginning of each piece of a row at which the tap stays as it is
+    drop_tokens: tuple[int, ...] = ()  # and these ids, wherever they stand
     seed: int = 0  # of the order of rows
 
     def __post_init__(self):
@@ -167,7 +167,7 @@ def _shuffled(rows: Sequence[Sequence[int]], cfg: Any, settings: FinetuneConfig,
     rng = np.random.default_rng(settings.seed)
     while True:
         order = rng.permutation(len(usable))
-        for tokens, lengths, opens in token_batches((usable[i] for i in order), settings.batch_rows, context):
+        for tokens, lengths, _ in token_batches((usable[i] for i in order), settings.batch_rows, context):
             if (lengths < 2).any():
                 continue  # the last, short batch of an epoch, or the one-token end of a cut row
-            yield tokens, lengths, left_out(cfg, tokens, opens, settings.skip_bos, settings.drop_tokens)
+            yield tokens, lengths, left_out(tokens, settings.skip_first, settings.drop_tokens)

@@ -34,7 +34,7 @@ class CollectConfig:
     top: contexts with the strongest activations; sampled: further ones, evenly spread over the quantiles of a random sample of the texts in
     which the latent fires; random: contexts drawn from all texts. A context reaches from `before` tokens before its peak to `after` after it.
     related: nearest and co-firing latents. batch_rows, context_size (None: the model's): how texts are run; longer ones are cut into pieces.
-    skip_bos: leave the beginning-of-text position out, as in training; drop_tokens: and these ids, wherever they stand. seed: of what is drawn.
+    skip_first: leave so many first positions of each piece out, as in training; drop_tokens: and these ids, wherever they stand. seed: of draws.
     """
 
     features: int | tuple[int, ...] = 1000
@@ -47,7 +47,7 @@ class CollectConfig:
     related: int = 8
     batch_rows: int = 32
     context_size: int | None = None
-    skip_bos: bool = True
+    skip_first: int = 1
     drop_tokens: tuple[int, ...] = ()
     seed: int = 0
 
@@ -116,16 +116,15 @@ class _Reader:
 
     def batches(self, name: str, wanted: set[int] | None = None) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
         """(tokens_BT, activations_BTD, which tokens count, numbers of the texts [B], -1 = none) of all texts or of those wanted."""
-        pieces = ((row[i : i + self.context], i == 0) for row in self.rows for i in range(0, len(row), self.context))
-        numbered = [(n, opens) for n, (_, opens) in enumerate(pieces) if wanted is None or n in wanted]
-        again = (row[i : i + self.context] for row in self.rows for i in range(0, len(row), self.context))
-        chosen = (piece for n, piece in enumerate(again) if wanted is None or n in wanted)
+        pieces = (row[i : i + self.context] for row in self.rows for i in range(0, len(row), self.context))
+        numbered = [n for n in range(self.texts) if wanted is None or n in wanted]
+        chosen = (piece for n, piece in enumerate(pieces) if wanted is None or n in wanted)
         batches = token_batches(chosen, self.s.batch_rows, self.context)
         for i, (tokens, lengths, _) in enumerate(self.progress(batches, name)):
             group = numbered[i * self.s.batch_rows : (i + 1) * self.s.batch_rows]
-            numbers, opens = np.full(len(tokens), -1, np.int64), np.zeros(len(tokens), bool)
-            numbers[: len(group)], opens[: len(group)] = [n for n, _ in group], [o for _, o in group]
-            keep = (np.arange(tokens.shape[1]) < lengths[:, None]) & ~left_out(self.cfg, tokens, opens, self.s.skip_bos, self.s.drop_tokens)
+            numbers = np.full(len(tokens), -1, np.int64)
+            numbers[: len(group)] = group
+            keep = (np.arange(tokens.shape[1]) < lengths[:, None]) & ~left_out(tokens, self.s.skip_first, self.s.drop_tokens)
             yield tokens, tap(self.cfg, self.params, tokens, lengths, (self.d.cfg.hook_name,)), keep, numbers
 
 

@@ -74,16 +74,14 @@ def token_batches(
         yield emit(group)
 
 
-def left_out(cfg: Any, tokens_BT: np.ndarray, opens_B: np.ndarray, skip_bos: bool, drop_tokens: Collection[int] = ()) -> np.ndarray:
+def left_out(tokens_BT: np.ndarray, skip_first: int, drop_tokens: Collection[int] = ()) -> np.ndarray:
     """[B, T] bool: the positions that dictionaries are trained without, at which a tap that one is spliced into stays as it is.
 
-    skip_bos: the first one of a row that opens its text, where it holds the BOS token, whose huge norm would dominate a dictionary.
+    skip_first: so many at the beginning of each row of the batch, be it a text's first piece or a later one, with BOS or without: whatever
+    stands first is where attention drains to, with a norm that would dominate a dictionary (Sun et al. 2024, massive activations).
     drop_tokens: ids, wherever they stand.
     """
-    out = np.isin(tokens_BT, np.fromiter(drop_tokens, np.int32))
-    if skip_bos and cfg.bos_token_id is not None:
-        out[:, 0] |= opens_B & (tokens_BT[:, 0] == cfg.bos_token_id)
-    return out
+    return np.isin(tokens_BT, np.fromiter(drop_tokens, np.int32)) | (np.arange(tokens_BT.shape[1]) < skip_first)
 
 
 def harvest_activations(
@@ -93,15 +91,15 @@ def harvest_activations(
     hook_name: str | Sequence[str],
     batch_size: int = 32,
     context_size: int | None = None,
-    skip_bos: bool = True,
+    skip_first: int = 1,
     mesh: jax.sharding.Mesh | None = None,
     drop_tokens: Collection[int] = (),
 ) -> Harvest:
     """Runs the model over rows of token ids: a stream of fp32 arrays [n, D], one a batch, padding left out.
 
     hook_name: a tap, or several whose activations stand one behind the other in each row, in one pass over the model.
-    Rows longer than context_size (default: the model's) are cut into pieces, so no token is lost but those that skip_bos and drop_tokens (such
-    as a chat format's special tokens) leave out, see `left_out`.
+    Rows longer than context_size (default: the model's) are cut into pieces, so no token is lost but those that skip_first, of
+    each piece, and drop_tokens (such as a chat format's special tokens) leave out, see `left_out`.
     mesh: of `models.sharding.make_mesh`, with `params` on it: the rows of a batch, rounded up to a multiple of the
     devices that share them, are spread over its batch axes. Every process calls with the same rows and gets them all.
     Raises SAEError on a token id outside the vocabulary, a tap that is no vector a token, and NaN activations.
@@ -115,11 +113,11 @@ def harvest_activations(
             raise SAEError(f"harvest: {hook} is no vector a token; choose another tap")
     ways = 1 if mesh is None else batch_ways(mesh)
 
-    def run(tokens, lengths, opens) -> np.ndarray:
+    def run(tokens, lengths, _) -> np.ndarray:
         if tokens.min() < 0 or tokens.max() >= cfg.vocab_size:
             bad = int(tokens.max() if tokens.max() >= cfg.vocab_size else tokens.min())
             raise SAEError(f"harvest: token id {bad} is outside the model's vocabulary of {cfg.vocab_size}")
-        keep = (np.arange(tokens.shape[1]) < lengths[:, None]) & ~left_out(cfg, tokens, opens, skip_bos, drop_tokens)
+        keep = (np.arange(tokens.shape[1]) < lengths[:, None]) & ~left_out(tokens, skip_first, drop_tokens)
         rows = fetch(tap(cfg, params, place_rows(tokens, mesh), place_rows(lengths, mesh), hooks), mesh)[keep]
         if not np.isfinite(rows).all():
             raise SAEError(f"harvest: {', '.join(hooks)} gives NaN or infinite activations; check the model's weights and dtype")

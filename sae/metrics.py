@@ -181,11 +181,11 @@ class Documents:
         return np.searchsorted(self.ends, np.arange(start, stop), side="right")
 
 
-def token_counts(token_rows: TokenRows, bos: int | None = None, drop_tokens: Collection[int] = ()) -> list[int]:
-    """The number of activations that `harvest_activations` gives of each row of token ids; `bos`: the id that it skips at the opening;
-    drop_tokens: those that it drops wherever they stand."""
+def token_counts(token_rows: TokenRows, context_size: int, skip_first: int = 1, drop_tokens: Collection[int] = ()) -> list[int]:
+    """The number of activations that `harvest_activations` gives of each row of token ids with these settings (context_size: at most the
+    model's)."""
     dropped = frozenset(drop_tokens)
-    return [sum(token not in dropped and not (i == 0 and token == bos) for i, token in enumerate(row)) for row in token_rows]
+    return [sum(i % context_size >= skip_first and token not in dropped for i, token in enumerate(row)) for row in token_rows]
 
 
 def activation_statistics(d: Dictionary, batches: Iterable[np.ndarray], documents: Sequence[int] | None = None) -> Statistics:
@@ -225,7 +225,12 @@ def activation_statistics(d: Dictionary, batches: Iterable[np.ndarray], document
 
 
 def evaluate(
-    d: Dictionary, batches: Iterable[np.ndarray], *, lm: tuple[Any, Any, TokenRows] | None = None, drop_tokens: Collection[int] = ()
+    d: Dictionary,
+    batches: Iterable[np.ndarray],
+    *,
+    lm: tuple[Any, Any, TokenRows] | None = None,
+    skip_first: int = 1,
+    drop_tokens: Collection[int] = (),
 ) -> dict[str, float]:
     """Metrics over all rows of `batches` (as `activation_statistics` takes them); docs/sae.md has every definition.
 
@@ -234,13 +239,15 @@ def evaluate(
     each about the mean of its block of 4096 tokens. cossim, l2_ratio (|x_hat| / |x|) and relative_reconstruction_bias
     (sum |x_hat|^2 / sum <x, x_hat>) tell shrinkage. dead_share: share of latents that never fire on the set; freq_over_1_percent and
     freq_over_10_percent: that fire on more of it.
-    With lm = (model config, params, token rows), also what `splice_figures` gives, the mean ablation by the set's mean; drop_tokens: ids at
-    which the tap is left as it is, those that the activations were harvested without.
+    With lm = (model config, params, token rows), also what `splice_figures` gives, the mean ablation by the set's mean; skip_first,
+    drop_tokens: where the tap is left as it is, those that the activations were harvested without.
     Raises SAEError for an empty set or NaN activations.
     """
     found = activation_statistics(d, batches)
     result = found.figures()
-    return result if lm is None else result | splice_figures(splice_sums(d, *lm, mean_D=found.mean_D, drop_tokens=drop_tokens))
+    if lm is None:
+        return result
+    return result | splice_figures(splice_sums(d, *lm, mean_D=found.mean_D, skip_first=skip_first, drop_tokens=drop_tokens))
 
 
 GEOMETRY_BLOCK = 2048  # latents whose cosines with all others are held at once

@@ -82,15 +82,15 @@ def splice_sums(
     mean_D: Float[np.ndarray, "D"] | None = None,
     batch_size: int = 16,
     context_size: int | None = None,
-    skip_bos: bool = True,
+    skip_first: int = 1,
     drop_tokens: Collection[int] = (),
     ablations: Mapping[str, Float[np.ndarray, "N"]] | None = None,
 ) -> dict[str, Float[np.ndarray, "N"]]:
     """Sums of `splice_rows` for each document (non-empty row of token ids), float64, and "predictions", their number.
 
     Rows longer than context_size (default: the dictionary's) are cut into pieces. mean_D: the tap's mean, for the mean ablation; without
-    it there is none. skip_bos leaves the tap as it is where a row opens with BOS, and drop_tokens at these ids wherever they stand, for
-    dictionaries trained without them (`harvest_activations`). ablations: what this function gave of another dictionary of the same place,
+    it there is none. skip_first leaves the tap as it is at the first positions of each piece, and drop_tokens at these ids wherever they
+    stand, for dictionaries trained without them (`harvest_activations`). ablations: what this function gave of another dictionary of the same place,
     with the same rows and settings: its zero and mean ablations hang on no dictionary, so that two passes over the model do in place of four.
     Raises SAEError for a dictionary that names no tap, ablations of other rows, and where nothing is predicted.
     """
@@ -105,7 +105,7 @@ def splice_sums(
     wants_mean, wants_zero = mean_D is not None and "ce_mean" not in known, "ce_zero" not in known
     for tokens, lengths, opens in token_batches(token_rows, batch_size, context_size):
         tokens = np.pad(tokens, ((0, 0), (0, 1))) if tokens.shape[1] < 2 else tokens  # single tokens predict nothing, and shapes stay sound
-        keep = left_out(cfg, tokens, opens, skip_bos, drop_tokens)
+        keep = left_out(tokens, skip_first, drop_tokens)
         found = jax.device_get(splice_rows(cfg, params, d, tokens, lengths, keep, mean_D if wants_mean else None, zero=wants_zero))
         for name, values in (found | {"predictions": np.maximum(lengths - 1, 0)}).items():
             parts.setdefault(name, []).append(np.asarray(values, np.float64))
@@ -155,11 +155,11 @@ def ce_recovered(
     *,
     batch_size: int = 16,
     context_size: int | None = None,
-    skip_bos: bool = True,
+    skip_first: int = 1,
     mean_D: Float[np.ndarray, "D"] | None = None,
     drop_tokens: Collection[int] = (),
 ) -> dict[str, float]:
     """Share of the cross-entropy and of the divergence lost by zeroing the SAE's tap that splicing its reconstruction in wins back, and
     the means that it is made of: `splice_figures` of `splice_sums`."""
-    how = {"batch_size": batch_size, "context_size": context_size, "skip_bos": skip_bos, "mean_D": mean_D, "drop_tokens": drop_tokens}
+    how = {"batch_size": batch_size, "context_size": context_size, "skip_first": skip_first, "mean_D": mean_D, "drop_tokens": drop_tokens}
     return splice_figures(splice_sums(d, cfg, params, token_rows, **how))

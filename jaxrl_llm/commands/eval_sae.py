@@ -89,6 +89,7 @@ def check(config: Any) -> None:
     ranges = {
         **dict.fromkeys(ones, (1, inf)),
         "context_size": (2, inf),  # of one token nothing is predicted
+        "skip_first": (0, config.context_size - 1),
         "seed": (0, inf),
         "probe.min_rows": (2, inf),
         "probe.test_share": (1e-6, 1 - 1e-6),
@@ -200,7 +201,8 @@ class Job:
     def _counts(self, rows: list[list[int]]) -> list[int]:
         from sae.metrics import token_counts
 
-        return token_counts(rows, self.cfg.bos_token_id if self.config.skip_bos else None, self.special)
+        context = min(self.config.context_size, self.cfg.max_position)
+        return token_counts(rows, context, self.config.skip_first, self.special)
 
     def _activations(self, rows: list[list[int]], taps: tuple[str, ...], what: str, *, whole: bool = False, context: int | None = None) -> Any:
         """Arrays of the rows' activations; whole: with every position. They are kept where another SAE of the taps is to come and they are
@@ -212,7 +214,7 @@ class Job:
             return self.kept[key]
         stream = sae.harvest_activations(
             self.cfg, self.params, self._bar(rows, what), taps, self.config.batch_rows, context or self.config.context_size,
-            skip_bos=self.config.skip_bos and not whole, drop_tokens=() if whole else self.special,
+            skip_first=0 if whole else self.config.skip_first, drop_tokens=() if whole else self.special,
         )  # fmt: skip
         return self._keeping(key, stream) if self.taps[self.shared] > 1 else stream
 
@@ -257,7 +259,7 @@ class Job:
         if self.config.model_part:
             sums = sae.splice_sums(
                 d, self.cfg, self.params, self._bar(self.rows, "model"), mean_D=found.mean_D, batch_size=self.config.batch_rows,
-                context_size=self.config.context_size, skip_bos=self.config.skip_bos, drop_tokens=self.special, ablations=self.kept.get("sums"),
+                context_size=self.config.context_size, skip_first=self.config.skip_first, drop_tokens=self.special, ablations=self.kept.get("sums"),
             )  # fmt: skip
             self.kept["sums"] = sums
             figures |= sae_figures.model_figures(sums, **how)

@@ -52,7 +52,7 @@ def check(config: Any) -> Any:
         value = config.data.source if field == "data.source" else config[field]
         if not value:
             raise UserError(f"nothing to make a page of: name {what} with --config.{field}=...")
-    check_fields(config, CHOICES, RANGES)
+    check_fields(config, CHOICES, RANGES | {"skip_first": (0, config.context_size - 1)})
     from jaxrl_llm.evals.feature_labels import LabelConfig
 
     labels = config.labels
@@ -76,7 +76,7 @@ def _gather(config: Any) -> dict[str, Any]:
     texts = [row["prompt"] if data.template == "none" else fill_template(data.template, row) for row in rows]
     tokenizer = models.load_tokenizer(config.model)
     token_rows = texts_to_rows(texts, tokenizer)
-    names = ("top", "sampled", "random", "before", "after", "related", "batch_rows", "context_size", "skip_bos", "seed")
+    names = ("top", "sampled", "random", "before", "after", "related", "batch_rows", "context_size", "skip_first", "seed")
     special = tuple(special_tokens(tokenizer)) if config.drop_special else ()
     settings = CollectConfig(features=tuple(config.ids) or config.features, drop_tokens=special, **{name: config[name] for name in names})
     d = sae.load(config.sae)

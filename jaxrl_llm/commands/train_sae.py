@@ -62,7 +62,7 @@ def run(config: Any, workdir: str) -> None:
 
     def activations(rows: list[list[int]], names: Sequence[str] = taps) -> Any:
         return sae.harvest_activations(
-            model_cfg, params, rows, names, harvest.batch_rows, harvest.context_size, skip_bos=harvest.skip_bos, mesh=mesh, drop_tokens=special
+            model_cfg, params, rows, names, harvest.batch_rows, harvest.context_size, skip_first=harvest.skip_first, mesh=mesh, drop_tokens=special
         )
 
     widths = {name: next(iter(activations(eval_rows[:1], (name,)))).shape[1] for name in taps}
@@ -101,7 +101,7 @@ def run(config: Any, workdir: str) -> None:
             if config.sweep and names not in shared:
                 shared = {names: list(activations(eval_rows, names))}
             rows = shared.get(names) or activations(eval_rows, names)
-            metrics = sae.evaluate(dictionary, rows, lm=(model_cfg, params, eval_rows), drop_tokens=special)
+            metrics = sae.evaluate(dictionary, rows, lm=(model_cfg, params, eval_rows), skip_first=harvest.skip_first, drop_tokens=special)
             figures = {"hook": cfg.hook_name, "d_in": cfg.d_in, "d_sae": cfg.d_sae, **metrics}
             if cfg.hook_name_out:
                 figures |= {"hook_out": cfg.hook_name_out, "d_out": cfg.d_out}
@@ -116,7 +116,7 @@ def run(config: Any, workdir: str) -> None:
 def _finetuning(config: Any, special: Sequence[int] = ()) -> Any:
     import sae
 
-    own = {"context_size": config.harvest.context_size, "skip_bos": config.harvest.skip_bos, "seed": config.seed, "drop_tokens": tuple(special)}
+    own = {"context_size": config.harvest.context_size, "skip_first": config.harvest.skip_first, "seed": config.seed, "drop_tokens": tuple(special)}
     return sae.FinetuneConfig(**config.finetune, **own)
 
 
@@ -204,6 +204,7 @@ def check(config: Any) -> None:
         **dict.fromkeys(ones, (1, inf)),
         **dict.fromkeys(zeros, (0, inf)),
         "harvest.context_size": (2, inf),  # of one token nothing is predicted
+        "harvest.skip_first": (0, config.harvest.context_size - 1),
         "harvest.buffer_rows": (2 * config.batch_size, inf),
     }
     each = list(combinations(config).values())

@@ -101,7 +101,7 @@ OTHER = {
     "data.source": ({}, "texts.txt"), "data.fields": ({}, "prompt=hint"), "data.separator": ({"data.source": "texts.txt"}, "--"),
     "data.limit": ({}, "9"), "data.on_bad": ({"data.source": "bad.jsonl"}, "skip"), "data.template": ({}, "{prompt} {hint}"),
     "features": ({}, "5"), "ids": ({}, "3,5"), "top": ({}, "2"), "sampled": ({}, "1"), "random": ({}, "2"), "before": ({}, "1"), "after": ({}, "0"),
-    "related": ({}, "2"), "context_size": ({}, "6"), "skip_bos": ({}, "False"),
+    "related": ({}, "2"), "context_size": ({}, "6"), "skip_first": ({}, "0"),
     "drop_special": ({"data.template": "{prompt} <eos> 1 plus"}, "False"), "seed": ({"features": "5"}, "3"),
 }  # fmt: skip
 

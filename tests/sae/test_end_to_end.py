@@ -112,7 +112,7 @@ def test_the_model_loses_less_afterwards(lm):
 
 
 OTHERS = {"steps": 5, "batch_rows": 3, "context_size": 6, "learning_rate": 1e-3, "kl_coefficient": 0.1, "fvu_coefficient": 0.0,
-          "sparsity_coefficient": 0.5, "grad_clip": 1e-3, "skip_bos": False, "drop_tokens": (5, 6), "seed": 1}  # fmt: skip
+          "sparsity_coefficient": 0.5, "grad_clip": 1e-3, "skip_first": 0, "drop_tokens": (5, 6), "seed": 1}  # fmt: skip
 
 
 def test_every_setting_changes_the_result(lm):

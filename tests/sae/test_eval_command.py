@@ -250,7 +250,7 @@ OTHER = {  # field -> another value
     "hook_out": "blocks.1.mlp_out", "drop_special": "False",
     "model": "{w}/other", "dtype": "bfloat16", "saes": "{w}/two/sae", "hook": "blocks.1.resid_post", "data.source": "{w}/labelled.jsonl",
     "data.fields": "prompt={text} . {text}", "data.separator": "--", "data.split": "test", "data.limit": "5", "data.on_bad": "skip",
-    "data.template": "{prompt} {prompt}", "batch_rows": "3", "context_size": "5", "skip_bos": "False", "model_part": "False", "geometry": "False",
+    "data.template": "{prompt} {prompt}", "batch_rows": "3", "context_size": "5", "skip_first": "0", "model_part": "False", "geometry": "False",
     "bootstrap": "9", "seed": "4", "probe.source": "", "probe.fields": "prompt={text} {text},label=topic", "probe.split": "test",
     "probe.limit": "60", "probe.context_size": "4", "probe.min_rows": "2", "probe.test_share": "0.4", "probe.ks": "2", "probe.perturb": "False",
     "probe.ns": "3", "absorption.enabled": "False", "absorption.words_only": "False", "absorption.occurrences": "2", "absorption.test_share": "0.3",

@@ -414,9 +414,9 @@ def test_attention_and_transcoder_layouts_are_spliced_into_a_model(tmp_path):
         arrays = {"W_enc": rng.normal(size=(width, 24)), "W_dec": rng.normal(size=(24, out)), "b_enc": np.zeros(24), "b_dec": np.zeros(out)}
         np.savez(folder / "params.npz", threshold=np.full(24, 0.5), **arrays)
         d = sae.load(folder)
-        found = np.concatenate(list(sae.harvest_activations(cfg, params, rows, taps, skip_bos=False)))
+        found = np.concatenate(list(sae.harvest_activations(cfg, params, rows, taps, skip_first=0)))
         assert found.shape == (10, d.cfg.d_in + (d.cfg.d_out or 0)) and (d.cfg.hook_name, d.cfg.place) == (taps[0], taps[-1])
-        figures = sae.ce_recovered(d, cfg, params, rows, skip_bos=False)
+        figures = sae.ce_recovered(d, cfg, params, rows, skip_first=0)
         z = np.maximum(found[:, :width] @ arrays["W_enc"], 0)
         written = np.where(z > 0.5, z, 0) @ arrays["W_dec"]
         edit = {d.cfg.place: lambda x, written=written: jnp.stack([jnp.pad(jnp.asarray(written[a:b], x.dtype), ((0, 6 - b + a), (0, 0)))

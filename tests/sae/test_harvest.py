@@ -8,7 +8,7 @@ import pytest
 
 import models
 import sae
-from sae.harvest import blocks_needed, token_batches
+from sae.harvest import blocks_needed, left_out, token_batches
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,7 @@ def plain(lm, row, hook):
 @pytest.mark.parametrize("hook", ["embed", "blocks.0.resid_pre", "blocks.1.resid_post", "blocks.2.mlp_act", "final_norm"])
 def test_equals_the_forward_pass_row_by_row(lm, hook):
     found = np.concatenate(list(sae.harvest_activations(*lm, ROWS, hook, batch_size=2)))
-    expected = np.concatenate([plain(lm, row, hook)[1 if row[0] == 1 else 0 :] for row in ROWS if row])
+    expected = np.concatenate([plain(lm, row, hook)[1:] for row in ROWS if row])
     assert found.dtype == np.float32
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
@@ -41,20 +41,34 @@ def test_batch_size_changes_the_chunks_and_not_the_rows(lm):
     np.testing.assert_allclose(np.concatenate(small), large[0], atol=1e-5)
 
 
-def test_bos_is_kept_on_request(lm):
-    with_bos = np.concatenate(list(sae.harvest_activations(*lm, ROWS, "embed", skip_bos=False)))
-    assert len(with_bos) == sum(map(len, ROWS))
-    np.testing.assert_allclose(with_bos[:4], plain(lm, ROWS[0], "embed"), atol=1e-6)
+@pytest.mark.parametrize("skip_first", [0, 1, 2])
+def test_the_first_positions_of_each_piece_are_kept_on_request(lm, skip_first):
+    found = np.concatenate(list(sae.harvest_activations(*lm, ROWS, "embed", skip_first=skip_first, context_size=5)))
+    pieces = [row[i : i + 5] for row in ROWS for i in range(0, len(row), 5)]
+    np.testing.assert_allclose(found, np.concatenate([plain(lm, piece, "embed")[skip_first:] for piece in pieces]), atol=1e-6)
 
 
-def test_long_rows_are_cut_at_the_context_and_no_token_is_lost(lm):
+def test_no_sink_is_harvested(lm):
+    """A model that writes a huge activation wherever a context begins, BOS or not (token 20 stands for it): no piece gives it away."""
+    cfg, params = lm
+    planted = params | {"embed": {"embedding": params["embed"]["embedding"].at[20].set(1e3)}}
+    rows = [[20, 5, 6, 7, 20, 8, 9, 10, 20, 3], [20, 4, 9], [20]]  # cut at 4: each piece begins with it
+    found = np.concatenate(list(sae.harvest_activations(cfg, planted, rows, "embed", context_size=4)))
+    assert len(found) == 9 == sum(sae.token_counts(rows, 4)) and np.abs(found).max() < 10
+    kept = np.concatenate(list(sae.harvest_activations(cfg, planted, rows, "embed", context_size=4, skip_first=0)))
+    assert len(kept) == 14 and np.abs(kept).max() == 1e3
+    for tokens, _, _ in token_batches(rows, 2, 4):  # what splicing, fine-tuning and pages of features leave as it is
+        assert left_out(tokens, 1)[tokens == 20].all() and left_out(tokens, 1).sum() == len(tokens)
+
+
+def test_long_rows_are_cut_at_the_context_and_each_piece_loses_its_first(lm):
     cfg, params = lm
     row = [1] + [3 + i % 19 for i in range(20)]
     found = np.concatenate(list(sae.harvest_activations(cfg, params, [row], "blocks.0.resid_post", context_size=8)))
     pieces = [row[i : i + 8] for i in (0, 8, 16)]
-    expected = np.concatenate([plain(lm, p, "blocks.0.resid_post")[1 if i == 0 else 0 :] for i, p in enumerate(pieces)])
+    expected = np.concatenate([plain(lm, p, "blocks.0.resid_post")[1:] for p in pieces])
     np.testing.assert_allclose(found, expected, atol=1e-5)
-    assert len(np.concatenate(list(sae.harvest_activations(cfg, params, [row * 3], "embed")))) == 62  # max_position 32
+    assert len(np.concatenate(list(sae.harvest_activations(cfg, params, [row * 3], "embed")))) == 61  # max_position 32
 
 
 def test_few_shapes_are_compiled():

@@ -135,14 +135,12 @@ def test_documents_are_summed_apart():
 
 def test_token_counts_are_those_of_the_harvest(lm):
     rows = [*ROWS, [], [1]]
-    harvested = sum(len(a) for a in sae.harvest_activations(*lm, rows, "embed"))
-    assert sae.token_counts(rows, 1) == [4, 3, 1, 6, 0, 0] and harvested == 14
-    assert sae.token_counts(rows) == [5, 3, 1, 7, 0, 1]
-    for drop in ([3, 4], [1, 8]):  # wherever they stand, BOS among them
-        for bos in (1, None):
-            alone = [[row] for row in rows]
-            found = [sum(map(len, sae.harvest_activations(*lm, one, "embed", skip_bos=bos == 1, drop_tokens=drop))) for one in alone]
-            assert sae.token_counts(rows, bos, drop) == found
+    assert sae.token_counts(rows, 16) == [4, 2, 0, 6, 0, 0] and sae.token_counts(rows, 3, 0) == [5, 3, 1, 7, 0, 1]
+    for drop in ([], [3, 4], [1, 8]):  # wherever they stand, BOS among them
+        for first, context in ((1, 16), (0, 4), (2, 3)):
+            how = {"context_size": context, "skip_first": first, "drop_tokens": drop}
+            found = [sum(map(len, sae.harvest_activations(*lm, [row], "embed", **how))) for row in rows]
+            assert sae.token_counts(rows, **how) == found
 
 
 @pytest.mark.parametrize("block", [3, 7, 100])
@@ -191,8 +189,8 @@ def spliced(d, hook):
 
 
 def log_probabilities(lm, row, hook=None, edit=None, drop=()):
-    """[T, V] of a row whose tap is edited, except where the row opens with BOS and at the tokens in `drop`."""
-    keep = (np.arange(len(row)) < (row[0] == 1)) | np.isin(row, drop)
+    """[T, V] of a row whose tap is edited, except at its first position and at the tokens in `drop`."""
+    keep = (np.arange(len(row)) < 1) | np.isin(row, drop)
     edits = {hook: lambda x: jnp.where(keep[None, :, None], x, edit(x))} if hook else None
     logits = np.asarray(models.apply(*lm, np.array([row], np.int32), interventions=edits)[0][0], np.float64)
     return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
@@ -284,9 +282,9 @@ def test_ce_recovered_ends(lm):
     assert sae.ce_recovered(spliced(identity(0.0), "blocks.0.resid_post"), *lm, ROWS)["ce_recovered"] == pytest.approx(0.0, abs=1e-4)
 
 
-def test_bos_position_counts_on_request(lm):
+def test_first_positions_count_on_request(lm):
     d = spliced(identity(0.5), "blocks.0.resid_post")
-    assert sae.ce_recovered(d, *lm, ROWS)["ce_sae"] != sae.ce_recovered(d, *lm, ROWS, skip_bos=False)["ce_sae"]
+    assert sae.ce_recovered(d, *lm, ROWS)["ce_sae"] != sae.ce_recovered(d, *lm, ROWS, skip_first=0)["ce_sae"]
 
 
 def test_evaluate_adds_the_model_part(lm):
@@ -321,7 +319,7 @@ def test_a_transcoder_is_measured_by_what_it_writes(lm):
     assert found["explained_variance"] == pytest.approx(expected, rel=1e-4, abs=1e-5)
     nll, count = {"clean": 0.0, "sae": 0.0}, 0
     for row in rows:
-        tokens, keep = np.array([row], np.int32), np.array(row) == 1
+        tokens, keep = np.array([row], np.int32), np.arange(len(row)) < 1
         clean, taps = models.apply(cfg, params, tokens, taps=(reads, writes))
         new = np.where(keep[None, :, None], taps[writes], sae.reconstruct(d, taps[reads]))
         edited, _ = models.apply(cfg, params, tokens, interventions={writes: lambda h, new=new: jnp.asarray(new)})

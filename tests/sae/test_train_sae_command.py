@@ -203,7 +203,7 @@ def test_settings_out_of_range_are_named_before_any_work(tmp_path, changes, mess
 OTHER = {  # field -> another value; those of `train`: test_sae_train.py
     "model": "other", "dtype": "bfloat16", "mesh": "data=1", "hook": "blocks.0.mlp_act", "data.source": "other.txt", "data.fields": "prompt=text",
     "data.separator": "--", "data.split": "test", "data.limit": "7", "data.on_bad": "skip", "data.template": "Q: {prompt}", "data.eval_rows": "2",
-    "harvest.batch_rows": "5", "harvest.context_size": "9", "harvest.skip_bos": "False", "harvest.buffer_rows": "5000", "sae.architecture": "relu",
+    "harvest.batch_rows": "5", "harvest.context_size": "9", "harvest.skip_first": "0", "harvest.buffer_rows": "5000", "sae.architecture": "relu",
     "sae.d_sae": "77", "sae.expansion": "5", "sae.k": "3", "sae.normalize_activations": "layer_norm", "sae.apply_b_dec_to_input": "False",
     "sae.dtype": "float16", "sae.layout": "saelens", "sae.prefixes": "3,5", "sae.hook_out": "blocks.2.mlp_out", "sae.skip": "True",
     "harvest.drop_special": "False", "finetune.steps": "3", "batch_size": "100", "checkpoint_every": "9", "seed": "4", "train.steps": "9",
@@ -216,7 +216,7 @@ def test_no_setting_is_forgotten_here():
     fields = field_names(load_config("configs/train_sae.py"))
     known = {name for name in fields if not name.startswith(("train.", "finetune."))}
     assert set(OTHER) - {"train.steps", "finetune.steps"} == known - {"overwrite"}
-    own = {"context_size", "skip_bos", "drop_tokens", "seed"}  # of the whole run
+    own = {"context_size", "skip_first", "drop_tokens", "seed"}  # of the whole run
     assert {f.name for f in dataclasses.fields(sae.FinetuneConfig)} - own == {n.split(".")[1] for n in fields if n.startswith("finetune.")}
 
 
@@ -256,7 +256,7 @@ def test_every_setting_reaches_what_it_is_for(monkeypatch, tmp_path, field):
         monkeypatch.setattr(sae, "cast", lambda dictionary, dtype: dictionary)
         monkeypatch.setattr(sae, "finetune", lambda d, cfg, lm, rows, how, on_log: keep("finetune", (d, []))(rows, how))
         figures = dict.fromkeys(("l0", "explained_variance", "ce_recovered", "dead_share"), 0.0)
-        monkeypatch.setattr(sae, "evaluate", lambda *_, lm, drop_tokens: keep("evaluate", figures)(drop_tokens))
+        monkeypatch.setattr(sae, "evaluate", lambda *_, lm, **how: keep("evaluate", figures)(how))
         monkeypatch.setattr(sae, "save", lambda folder, *how, **named: keep("save")(*how, **named))
         monkeypatch.setattr(checkpoint, "until_done", lambda folder: contextlib.nullcontext())
         monkeypatch.setattr(processes, "on_this_process", lambda dictionary, mesh: dictionary)
@@ -271,7 +271,7 @@ def test_every_setting_reaches_what_it_is_for(monkeypatch, tmp_path, field):
     reached = {name for name in plain | other if plain.get(name) != other.get(name)}
     expected = {
         "model": {"load", "tokenizer", "train"}, "dtype": {"load"}, "mesh": {"load", "harvest", "train"}, "hook": {"harvest", "train"},
-        "data.template": {"harvest"}, "data.eval_rows": {"harvest"}, "harvest.batch_rows": {"harvest"}, "harvest.skip_bos": {"harvest"},
+        "data.template": {"harvest"}, "data.eval_rows": {"harvest"}, "harvest.batch_rows": {"harvest"}, "harvest.skip_first": {"harvest", "evaluate"},
         "harvest.context_size": {"harvest", "train"}, "harvest.buffer_rows": {"buffer"}, "batch_size": {"buffer"}, "seed": {"buffer", "train"},
         "sweep": {"train", "evaluate", "save"},
         "sae.layout": {"save"}, "harvest.drop_special": {"harvest", "evaluate"}, "finetune.steps": {"finetune"}, "sae.hook_out": {"harvest", "train"},
