@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from sae.architectures import ARCHITECTURES
-from sae.base import SKIP_AXES, Architecture, Params, centred, decoded, product_dtype, with_skip
+from sae.base import SKIP_AXES, Architecture, Params, centred, decoded, decoder_norms, product_dtype, with_skip
 from sae.config import ROW_WISE, SAEConfig
 from sae.errors import SAEError
 from sae.select import top_k
@@ -203,16 +203,41 @@ def fold_decoder_norm(d: Dictionary) -> Dictionary:
     For "topk" the choice of latents is then by contribution (activation times row norm), which is what SAELens's
     `rescale_acts_by_decoder_norm` means: use it on load of such an SAE. Rows of norm 0 stay as they are.
     """
-    norms = jnp.linalg.norm(d.params["W_dec"].astype(jnp.float32), axis=1)
-    norms = jnp.where(norms > 0, norms, 1.0).astype(d.params["W_dec"].dtype)
-    folded = {"W_dec": d.params["W_dec"] / norms[:, None], "W_enc": d.params["W_enc"] * norms}
-    folded |= {name: d.params[name] * norms for name in architecture(d.cfg).norm_scaled}
-    return dataclasses.replace(d, params=d.params | folded)
+    scales = norm_scales(d.cfg, jax.jit(decoder_norms)(d.params))
+    return dataclasses.replace(d, params=d.params | {name: _scaled(d.params[name], by) for name, by in scales.items()})
+
+
+def norm_scales(cfg: SAEConfig, norms_F: Float[Any, "F"]) -> dict[str, Any]:
+    """Name -> what `fold_decoder_norm` multiplies a parameter by (broadcast over it), of the norms of the decoder's rows."""
+    norms_F = norms_F + (norms_F == 0)
+    return {"W_dec": 1 / norms_F[:, None], "W_enc": norms_F} | dict.fromkeys(architecture(cfg).norm_scaled, norms_F)
+
+
+@jax.jit
+def _scaled(a: Array, by: Array) -> Array:
+    """a * by rounded once, to a's dtype, without a copy of `a` in fp32."""
+    return (a.astype(jnp.float32) * by).astype(a.dtype)
+
+
+@jax.jit
+def all_finite(a: Array) -> Array:
+    """Whether no entry is NaN or infinite."""
+    return jnp.isfinite(a).all()
 
 
 def cast(d: Dictionary, dtype: str) -> Dictionary:
-    """The dictionary with parameters of `dtype`."""
-    return Dictionary(jax.tree.map(lambda a: a.astype(dtype), d.params), d.cfg.replace(dtype=dtype))
+    """The dictionary with parameters of `dtype`. Raises SAEError for one that is not finite in it (fp16 ends at 65,504)."""
+    out = Dictionary(jax.tree.map(lambda a: a.astype(dtype), d.params), d.cfg.replace(dtype=dtype))
+    check_params(out.params, dtype, "sae.cast")
+    return out
+
+
+def check_params(params: Params, dtype: str, where: Any) -> None:
+    """Raises SAEError naming `where` and the first parameter that holds a NaN or an infinity."""
+    for name in sorted(params):
+        if not all_finite(params[name]):
+            hint = "; it may be too large for float16: give dtype='float32' or 'bfloat16'" if dtype == "float16" else ""
+            raise SAEError(f"{where}: {name} holds a NaN or an infinity{hint}")
 
 
 def reads_and_writes(cfg: SAEConfig, rows: Any) -> tuple[Any, Any]:

@@ -19,7 +19,7 @@ from safetensors.numpy import save_file
 
 from sae.architectures import ARCHITECTURES
 from sae.config import DTYPES, choice
-from sae.dictionary import Dictionary
+from sae.dictionary import Dictionary, check_params
 from sae.errors import SAEError
 from sae.formats.common import Layout, from_transformer_lens, to_transformer_lens
 from sae.formats.gemma_scope import GEMMA_SCOPE
@@ -115,7 +115,8 @@ def hub_files(there: list[str], inside: str, name: str) -> list[str]:
 def save(folder: str | os.PathLike, d: Dictionary, layout: str = "native") -> None:
     """Writes the dictionary to `folder` (made if absent), each file whole or not at all; files of the other layouts there go.
 
-    layout: one of WRITABLE. Raises SAEError for a dictionary that the layout has no form for, or still being trained ("batchtopk").
+    layout: one of WRITABLE. Raises SAEError for a dictionary that the layout has no form for, or still being trained ("batchtopk"), and for a NaN
+    or an infinity, also of an input scale that is folded in for the layout: what lay in the folder stays then.
     """
     if layout not in WRITABLE:
         raise SAEError(f"sae.save: cannot write layout {layout!r}; known: {', '.join(WRITABLE)}")
@@ -124,6 +125,9 @@ def save(folder: str | os.PathLike, d: Dictionary, layout: str = "native") -> No
         raise SAEError(f"sae.save: a {d.cfg.architecture} SAE is one in training; what train_sae returns can be saved as {layout}")
     assert row.write is not None
     files = row.write(d)
+    for name, contents in files.items():
+        if not name.endswith(".json"):
+            check_params(contents, d.cfg.dtype, f"{folder / name} is not written")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, contents in files.items():  # the config last: it is what a folder is told by

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sae.config import DTYPES, SAEConfig
-from sae.dictionary import Dictionary, param_shapes
+from sae.dictionary import Dictionary, check_params, param_shapes
 from sae.errors import SAEError
 from sae.formats.arrays import Arrays
 
@@ -134,25 +134,40 @@ def dtype_of(name: Any, default: str = "float32") -> str:
     return found if found in DTYPES else default
 
 
-def converted(array: Any, dtype: str, transpose: bool = False, scale: float = 1.0) -> jnp.ndarray:
-    """A tensor of a file in `dtype`, turned if asked for, times `scale`, made a block at a time: beside the result at most BLOCK_BYTES are held.
+def converted(array: Any, dtype: str, transpose: bool = False, scale: Any = None) -> jnp.ndarray:
+    """A tensor of a file in `dtype`, turned if asked for, times `scale` (what broadcasts over the result) in fp32, made a block at a time: beside
+    the result a few times BLOCK_BYTES are held.
 
     What is finite in the file and not in `dtype` (fp16 ends at 65,504) is the caller's to notice: see `checked`.
     """
     shape = array.shape[::-1] if transpose else array.shape
     out = aligned(shape, jnp.dtype(dtype))
-    if array.ndim < 2:
-        out[...] = _cast(np.asarray(array), scale, out.dtype)
-        return jax.device_put(out, may_alias=True)
-    rows = max(1, BLOCK_BYTES // max(array[:1].nbytes, 1))
-    for start in range(0, array.shape[0], rows):
-        block = np.asarray(array[start : start + rows])
-        block = _cast(block, scale, out.dtype)
-        if transpose:
-            out[:, start : start + rows] = block.T
-        else:
-            out[start : start + rows] = block
+    scale = None if scale is None else np.broadcast_to(np.asarray(scale, np.float32), shape)  # a view
+    into, by = (out.T, None if scale is None else scale.T) if transpose else (out, scale)
+    rows = block_rows(array)
+    for start in range(0, array.shape[0], rows) if array.ndim > 1 else (None,):
+        part = ... if start is None else slice(start, start + rows)
+        with np.errstate(over="ignore"):  # `checked` names what overflowed
+            block = np.asarray(array[part])
+            into[part] = block.astype(out.dtype) if by is None else block.astype(np.float32) * by[part]
     return jax.device_put(out, may_alias=True)
+
+
+def block_rows(array: Any) -> int:
+    """How many rows of a tensor are cast at a time."""
+    return max(1, BLOCK_BYTES // max(array[:1].nbytes, 1)) if array.ndim > 1 else 1
+
+
+def file_norms(array: Any, turned: bool = False) -> np.ndarray:
+    """[F] fp32 norms of a decoder's rows, of a file's tensor [F, E] (turned: [E, F]), a block at a time."""
+    squares, rows = np.zeros(array.shape[1 if turned else 0], np.float32), block_rows(array)
+    for start in range(0, array.shape[0], rows):
+        block = np.square(np.asarray(array[start : start + rows]).astype(np.float32))
+        if turned:
+            squares += block.sum(axis=0)
+        else:
+            squares[start : start + rows] = block.sum(axis=1)
+    return np.sqrt(squares)
 
 
 def aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
@@ -163,13 +178,11 @@ def aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     return whole[begin : begin + size].view(dtype).reshape(shape)
 
 
-def _cast(block: np.ndarray, scale: float, dtype: Any) -> np.ndarray:
-    with np.errstate(over="ignore"):  # `checked` names what overflowed
-        return block.astype(dtype) if scale == 1.0 else (block.astype(np.float32) * np.float32(scale)).astype(dtype)
-
-
-def parameters(cfg: SAEConfig, arrays: Arrays, names: Mapping[str, Any], dtype: str, where: Path | str) -> dict[str, jnp.ndarray]:
-    """Our parameters from a file's tensors. names: ours -> theirs, or (theirs, "T") for a transposed one, or a number that fills it."""
+def parameters(
+    cfg: SAEConfig, arrays: Arrays, names: Mapping[str, Any], dtype: str, where: Path | str, scales: Mapping[str, Any] | None = None
+) -> dict[str, jnp.ndarray]:
+    """Our parameters from a file's tensors. names: ours -> theirs, or (theirs, "T") for a transposed one, or a number that fills it. scales:
+    ours -> what broadcasts over it and multiplies it."""
     params, shapes = {}, param_shapes(cfg)
     for ours, theirs in names.items():
         if isinstance(theirs, (int, float)):
@@ -181,7 +194,7 @@ def parameters(cfg: SAEConfig, arrays: Arrays, names: Mapping[str, Any], dtype: 
         expected = shapes[ours][::-1] if turned else shapes[ours]
         if tuple(arrays[name].shape) != expected:
             raise SAEError(f"{where}: {name} has shape {tuple(arrays[name].shape)}; the config says {expected}")
-        params[ours] = converted(arrays[name], dtype, bool(turned))
+        params[ours] = converted(arrays[name], dtype, bool(turned), (scales or {}).get(ours))
     return params
 
 
@@ -195,14 +208,5 @@ def checked(cfg: SAEConfig, params: Mapping[str, Any], where: Path | str) -> Dic
             raise SAEError(f"{where}: tensor {name} is missing")
         if tuple(params[name].shape) != shapes[name]:
             raise SAEError(f"{where}: {name} has shape {tuple(params[name].shape)}; the config says {shapes[name]}")
-        if not all_finite(params[name]):
-            hint = "; it may be too large for float16: load it with dtype='float32'" if cfg.dtype == "float16" else ""
-            raise SAEError(f"{where}: {name} holds a NaN or an infinity{hint}")
+    check_params({name: params[name] for name in shapes}, cfg.dtype, where)
     return Dictionary({name: jnp.asarray(params[name], cfg.dtype) for name in shapes}, cfg)
-
-
-def all_finite(x: Any) -> bool:
-    """Whether no entry is NaN or infinite, looked at a block of rows at a time."""
-    rows = max(1, BLOCK_BYTES // max(x[:1].nbytes, 1)) if x.ndim else 1
-    parts = [x] if x.ndim == 0 else (x[start : start + rows] for start in range(0, x.shape[0], rows))
-    return all(bool(jnp.isfinite(part).all()) for part in parts)

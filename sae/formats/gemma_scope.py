@@ -51,12 +51,9 @@ def read(folder: Path, dtype: str | None) -> Dictionary:
         if block:
             fields |= {"hook_name": f"{block}mlp_normalized", "hook_name_out": f"{block}mlp_out"}
     cfg = make_config(fields, where)
-    params = parameters(cfg, found, {name: name for name in ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")}, cfg.dtype, where)
-    d = checked(cfg, params, where)
-    if embeds:
-        root = cfg.d_in**0.5
-        d = d.replace(params=d.params | {"W_enc": d.params["W_enc"] / root, "W_dec": d.params["W_dec"] * root})
-    return d
+    scales = {"W_enc": cfg.d_in**-0.5, "W_dec": cfg.d_in**0.5} if embeds else {}
+    names = {name: name for name in ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")}
+    return checked(cfg, parameters(cfg, found, names, cfg.dtype, where, scales), where)
 
 
 GEMMA_SCOPE = Layout(

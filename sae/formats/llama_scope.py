@@ -12,11 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from sae.base import decoder_norms
-from sae.dictionary import Dictionary, fold_decoder_norm
+from sae.dictionary import Dictionary, norm_scales
 from sae.errors import SAEError
 from sae.formats.arrays import Arrays, safetensors_arrays
-from sae.formats.common import Layout, checked, from_transformer_lens, make_config, maybe_object, needed, parameters, read_object, refuse
+from sae.formats.common import Layout, checked, file_norms, from_transformer_lens, make_config, maybe_object, needed, parameters, read_object, refuse
 
 OLD, NEW = "hyperparams.json", "config.json"
 OLD_WEIGHTS, NEW_WEIGHTS = "checkpoints/final.safetensors", "sae_weights.safetensors"
@@ -73,10 +72,14 @@ def read(folder: Path, dtype: str | None) -> Dictionary:
         names["b_dec"] = 0.0
     if act == "jumprelu":
         names["threshold"] = 0.0
-    params = parameters(cfg, arrays, names, cfg.dtype, where)
-    d = checked(cfg, params, where)
-    if config.get("sparsity_include_decoder_norm", True) and bool((abs(decoder_norms(d.params) - 1) > 1e-3).any()):
-        d = fold_decoder_norm(d)
+    scales = {}
+    if config.get("sparsity_include_decoder_norm", True):
+        name, turned = (names["W_dec"], False) if isinstance(names["W_dec"], str) else (names["W_dec"][0], True)
+        shape = (cfg.out, cfg.d_sae) if turned else (cfg.d_sae, cfg.out)
+        if name in arrays and tuple(arrays[name].shape) == shape:  # else `parameters` names what is wrong
+            norms = file_norms(arrays[name], turned)
+            scales = norm_scales(cfg, norms) if (abs(norms - 1) > 1e-3).any() else {}
+    d = checked(cfg, parameters(cfg, arrays, names, cfg.dtype, where, scales), where)
     if act == "jumprelu":
         d = d.replace(params=d.params | {"threshold": thresholds(config, arrays, cfg, where).astype(d.params["b_enc"].dtype)})
         checked(cfg, d.params, where)

@@ -9,10 +9,21 @@ import jax.numpy as jnp
 import numpy as np
 
 from sae.architectures import ARCHITECTURES
-from sae.dictionary import Dictionary, fold_decoder_norm, fold_input_scale, param_shapes
+from sae.dictionary import Dictionary, fold_input_scale, norm_scales, param_shapes
 from sae.errors import SAEError
 from sae.formats.arrays import safetensors_arrays
-from sae.formats.common import Layout, checked, converted, dtype_of, from_transformer_lens, make_config, needed, read_object, to_transformer_lens
+from sae.formats.common import (
+    Layout,
+    checked,
+    converted,
+    dtype_of,
+    file_norms,
+    from_transformer_lens,
+    make_config,
+    needed,
+    read_object,
+    to_transformer_lens,
+)
 
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 VERSION = "6.0.0"  # the first release that writes this layout of cfg.json
@@ -72,9 +83,14 @@ def read(folder: Path, dtype: str | None) -> Dictionary:
     if scaling is not None and not np.all(np.asarray(scaling, np.float32) == 1.0):
         raise SAEError(f"{where}: a scaling_factor other than 1 is not supported")
     shapes = param_shapes(cfg)
-    params = {n: converted(a, cfg.dtype, transpose=n == "W_skip") if n in shapes else a for n, a in arrays.items()}
-    d = checked(cfg, params, where)
-    return fold_decoder_norm(d) if config.get("rescale_acts_by_decoder_norm") else d
+    sound = {n for n, a in arrays.items() if n in shapes and tuple(a.shape) == shapes[n]}  # `checked` names the others
+    folds = config.get("rescale_acts_by_decoder_norm") and "W_dec" in sound
+    scales = norm_scales(cfg, file_norms(arrays["W_dec"])) if folds else {}
+    params: dict[str, Any] = {}
+    for name, array in arrays.items():
+        scale = scales.get(name) if name in sound else None
+        params[name] = converted(array, cfg.dtype, transpose=name == "W_skip", scale=scale) if name in shapes else array
+    return checked(cfg, params, where)
 
 
 def input_scale(config: dict[str, Any], where: Path) -> float:

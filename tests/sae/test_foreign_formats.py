@@ -357,7 +357,7 @@ def test_torch_tensors_of_all_kinds(tmp_path):
 def test_a_cast_that_overflows_is_named(tmp_path):
     d = sae.Dictionary({**MATRICES, "b_dec": np.full(D, 1e5, np.float32)}, sae.SAEConfig(d_in=D, d_sae=F, k=K))
     sae.save(tmp_path, d)
-    with pytest.raises(sae.SAEError, match="b_dec holds a NaN or an infinity; it may be too large for float16: load it with dtype='float32'"):
+    with pytest.raises(sae.SAEError, match="b_dec holds a NaN or an infinity; it may be too large for float16: give dtype='float32'"):
         sae.load(tmp_path, dtype="float16")
     assert float(sae.load(tmp_path).params["b_dec"][0]) == 1e5
     with pytest.raises(sae.SAEError, match="unknown dtype 'int8'"):

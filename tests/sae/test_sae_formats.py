@@ -152,6 +152,40 @@ def test_rescaled_topk_is_folded_on_load(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, plain.params, d.params)
 
 
+def test_what_overflows_float16_on_its_way_is_refused(tmp_path):
+    """Where norms or scales are folded in on load, where a dictionary is cast, and where it is saved."""
+    large = dictionary(dtype="float16")
+    large = large.replace(params=large.params | {"W_enc": jnp.full((D, F), 6e4, jnp.float16), "W_dec": jnp.full((F, D), 2.0, jnp.float16)})
+    config = {"architecture": "topk", "d_in": D, "d_sae": F, "k": K, "dtype": "float16", "rescale_acts_by_decoder_norm": True, "metadata": {}}
+    folder = write_saelens(tmp_path / "a", config, large)
+    with pytest.raises(sae.SAEError, match="cfg.json: W_enc holds a NaN or an infinity; it may be too large for float16"):
+        sae.load(folder)
+    loaded = sae.load(folder, dtype="float32")
+    np.testing.assert_allclose(loaded.params["W_enc"], np.float32(np.float16(6e4)) * 2 * D**0.5, rtol=1e-6)  # nothing was rounded on the way
+    with pytest.raises(sae.SAEError, match="sae.cast: W_enc holds .* too large for float16"):
+        sae.cast(loaded, "float16")
+    kept = tmp_path / "kept"
+    sae.save(kept, dictionary())
+    scaled = large.replace(cfg=large.cfg.replace(normalize_activations="expected_average_only_in", input_scale=4.0))
+    broken = dictionary().replace(params=dictionary().params | {"b_enc": jnp.full(F, jnp.nan)})
+    for d, layout, name in ((scaled, "saelens", "W_enc"), (scaled, "sparsify", "encoder.weight"), (broken, "native", "b_enc")):
+        with pytest.raises(sae.SAEError, match=f"is not written: {name} holds a NaN or an infinity"):
+            sae.save(kept, d, layout=layout)
+    assert sae.load(kept).cfg == dictionary().cfg  # what was there stays
+
+
+def test_a_bfloat16_dictionary_is_folded_in_fp32(tmp_path):
+    """Each parameter is rounded once: not the norms, and not the parameter before them."""
+    d = dictionary()
+    config = {"architecture": "topk", "d_in": D, "d_sae": F, "k": K, "rescale_acts_by_decoder_norm": True, "metadata": {}}
+    folder = write_saelens(tmp_path / "a", config, d)
+    exact = sae.cast(sae.fold_decoder_norm(d), "bfloat16")
+    jax.tree.map(np.testing.assert_array_equal, sae.load(folder, dtype="bfloat16").params, exact.params)
+    rounded = sae.cast(d, "bfloat16")
+    expected = sae.cast(sae.fold_decoder_norm(sae.cast(rounded, "float32")), "bfloat16")
+    jax.tree.map(np.testing.assert_array_equal, sae.fold_decoder_norm(rounded).params, expected.params)
+
+
 def test_the_input_scale_of_a_saelens_checkpoint_lies_beside_it(tmp_path):
     """Its trainer writes the scale there; the weights are folded, and the setting gone, only when training has ended."""
     config = {"architecture": "topk", "d_in": D, "d_sae": F, "k": K, "normalize_activations": "expected_average_only_in", "metadata": {}}
