@@ -13,6 +13,12 @@ from models.errors import ModelError
 _HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?(@[\w./-]+)?")
 
 
+def split_revision(source: str) -> tuple[str, str | None]:
+    """(what stands before it, the revision or None) of a hub id "org/name[@revision]"; a revision may hold slashes ("refs/pr/1")."""
+    name, _, revision = source.partition("@")
+    return name, revision or None
+
+
 def resolve(source: str | os.PathLike, patterns: Sequence[str]) -> Path:
     """The folder at `source`, or the downloaded snapshot of hub id `source` ("org/name", optionally "@revision").
 
@@ -27,9 +33,9 @@ def resolve(source: str | os.PathLike, patterns: Sequence[str]) -> Path:
         raise ModelError(f"{source}: no such folder")
     import huggingface_hub
 
-    name, _, revision = source.partition("@")
+    name, revision = split_revision(source)
     try:
-        return Path(huggingface_hub.snapshot_download(name, revision=revision or None, allow_patterns=list(patterns)))
+        return Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=list(patterns)))
     except Exception as error:  # many kinds: not found, gated, offline, no route, a full disk
         reason = textwrap.shorten(str(error), 200, placeholder=" ...")
         kind = type(error).__name__

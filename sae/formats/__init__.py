@@ -17,6 +17,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
+from models.hub import split_revision
 from sae.architectures import ARCHITECTURES
 from sae.config import DTYPES, choice
 from sae.dictionary import Dictionary, check_params
@@ -48,7 +49,7 @@ WRITABLE = tuple(name for name, layout in LAYOUTS.items() if layout.write is not
 
 
 def load(folder_or_hub_id: str | os.PathLike, dtype: str | None = None) -> Dictionary:
-    """The dictionary in a local folder or file, or on the Hugging Face hub as "owner/repository[/folder/or/file/in/it]".
+    """The dictionary in a local folder or file, or on the Hugging Face hub as "owner/repository[/folder/or/file/in/it][@revision]".
 
     The layout is told by the files present (see LAYOUTS). dtype: of the parameters, "float32", "bfloat16" or "float16" (default: what the
     files say). Tensors are memory-mapped and cast as they are read, so they are never in memory twice.
@@ -66,24 +67,31 @@ def load(folder_or_hub_id: str | os.PathLike, dtype: str | None = None) -> Dicti
 
 
 def locate(folder_or_hub_id: str | os.PathLike) -> Path:
-    """A local folder or file, downloaded first if the name is a hub id."""
+    """A local folder or file, downloaded first if the name is a hub id; where the hub does not answer, what was downloaded before."""
     folder, name = Path(folder_or_hub_id), str(folder_or_hub_id)
     if folder.exists():
         return folder
-    parts = name.split("/")
-    if len(parts) < 2 or name.startswith((".", "/", "~")) or not all(re.fullmatch(r"[\w.\-]+", p) for p in parts):
-        raise SAEError(f"{name}: no such folder, and not a hub id (owner/repository[/folder])")
+    bare, revision = split_revision(name)
+    parts = bare.split("/")
+    if len(parts) < 2 or name.startswith((".", "/", "~")) or not all(re.fullmatch(r"[\w.\-]+", p) for p in (*parts, *(revision or "-").split("/"))):
+        raise SAEError(f"{name}: no such folder, and not a hub id (owner/repository[/folder][@revision])")
     from huggingface_hub import list_repo_files, snapshot_download  # slow to import, and needed here only
 
     repository, inside = "/".join(parts[:2]), "/".join(parts[2:])
     try:
-        wanted = hub_files(list_repo_files(repository), inside, name)
-        return Path(snapshot_download(repository, allow_patterns=wanted)) / inside
+        wanted = hub_files(list_repo_files(repository, revision=revision), inside, bare)
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=wanted)) / inside
     except SAEError:
         raise
     except Exception as error:  # the hub client raises many kinds: network, authentication, absence
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise SAEError(f"{name}: no such folder here, and the hub answered: {reason}") from None
+        try:
+            snapshot = Path(snapshot_download(repository, revision=revision, local_files_only=True))
+        except Exception:
+            raise SAEError(f"{name}: no such folder here, none downloaded before, and the hub answered: {reason}") from None
+    there = [file.relative_to(snapshot).as_posix() for file in snapshot.rglob("*") if file.is_file()]
+    hub_files(there, inside, f"{bare}, as downloaded before (the hub answered: {reason})")
+    return snapshot / inside
 
 
 def hub_files(there: list[str], inside: str, name: str) -> list[str]:

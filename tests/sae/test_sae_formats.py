@@ -351,14 +351,32 @@ def test_a_hub_id_that_is_not_one_dictionary():
 def test_a_hub_id_is_listed_and_fetched(tmp_path, monkeypatch):
     sae.save(tmp_path / "layers.2", dictionary(), layout="sparsify")
     asked = {}
-    monkeypatch.setattr("huggingface_hub.list_repo_files", lambda repository: asked.setdefault("listed", repository) and REPOSITORY)
-    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda repository, allow_patterns: asked.update(got=allow_patterns) or tmp_path)
-    assert sae.load("owner/name/layers.2").cfg.k == K
-    assert asked == {"listed": "owner/name", "got": ["layers.2/cfg.json", "layers.2/sae.safetensors"]}
+    monkeypatch.setattr("huggingface_hub.list_repo_files", lambda repository, revision: asked.update(listed=(repository, revision)) or REPOSITORY)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *given, **named: asked.update(got=(given, named)) or tmp_path)
+    for name, revision in (("owner/name/layers.2", None), ("owner/name/layers.2@v1.0", "v1.0"), ("owner/name/layers.2@refs/pr/3", "refs/pr/3")):
+        assert sae.load(name).cfg.k == K
+        assert asked["listed"] == ("owner/name", revision)
+        assert asked["got"] == (("owner/name",), {"revision": revision, "allow_patterns": ["layers.2/cfg.json", "layers.2/sae.safetensors"]})
+    with pytest.raises(sae.SAEError, match="not a hub id"):
+        sae.load("owner/name/layers.2@v1@v2")
 
-    def refuses(repository):
-        raise OSError("401 Client Error")
+
+def test_what_was_downloaded_before_is_read_without_the_hub(tmp_path, monkeypatch):
+    def refuses(repository, revision):
+        raise OSError("no route to host")
 
     monkeypatch.setattr("huggingface_hub.list_repo_files", refuses)
-    with pytest.raises(sae.SAEError, match="the hub answered: 401 Client Error"):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(sae.SAEError, match="none downloaded before, and the hub answered: no route to host"):
         sae.load("owner/name/layers.2")
+    cache, commit = tmp_path / "models--owner--name", "0123456789" * 4  # the client's own layout
+    sae.save(cache / "snapshots" / commit / "layers.2", dictionary(), layout="sparsify")
+    (cache / "refs").mkdir()
+    for ref in ("main", "v1"):
+        (cache / "refs" / ref).write_text(commit)
+    for name in ("owner/name/layers.2", "owner/name/layers.2@v1", f"owner/name/layers.2@{commit}"):
+        assert sae.load(name).cfg.k == K
+    with pytest.raises(sae.SAEError, match="as downloaded before .the hub answered: no route to host.: .* folders with some: layers.2"):
+        sae.load("owner/name/layers.3")
+    with pytest.raises(sae.SAEError, match="@v2: no such folder here, none downloaded before"):
+        sae.load("owner/name/layers.2@v2")
