@@ -34,11 +34,12 @@ class Source:
 
 
 def check_saes(config: Any, cfg: Any) -> dict[str, Source]:
-    """Short name -> each SAE that can be read and fits the model. Raises UserError naming the SAE that does not."""
+    """Short name -> each SAE that can be read and fits the model. Raises UserError naming the SAE that does not; one that was trained
+    on another model is told of."""
     import jax
 
     import sae
-    from jaxrl_llm.curation.features import tree_fingerprint
+    from jaxrl_llm.curation.features import tell_transfer, tree_fingerprint
 
     found, widths, held = {}, {}, 0
     for source, name in zip(config.saes, short_names(config.saes), strict=True):
@@ -52,6 +53,7 @@ def check_saes(config: Any, cfg: Any) -> dict[str, Source]:
                 raise UserError(
                     f"SAE {source} {what} {getattr(d.cfg, field)} dimensions ({field}), but {tap} of {config.model} has {widths[tap]}"
                 )
+        tell_transfer([d], config.model)
         held += sum(leaf.nbytes for leaf in jax.tree.leaves(d.params))
         found[name] = Source(source, taps, tree_fingerprint(d.params), d if held <= HELD_BYTES else None)
     return found

@@ -51,15 +51,15 @@ def check_steer(steer: Any) -> None:
         raise UserError("config key 'steer.sae' is empty: name the folder of the dictionary whose latents are meant")
 
 
-def edits_of(steer: Any, cfg: Any) -> dict[str, Any] | None:
-    """{tap: edit} for `models.generate`; None where nothing is to be steered. cfg: of the model.
+def edits_of(steer: Any, cfg: Any, model: str) -> dict[str, Any] | None:
+    """{tap: edit} for `models.generate`; None where nothing is to be steered. cfg, model: of the model, its config and its name.
 
     Raises UserError where the dictionary names no tap, and what reading it, and latents that it has not, raise.
     """
     if not steer.sae:
         return None
     import sae
-    from jaxrl_llm.curation.features import choose_hook, hook_width
+    from jaxrl_llm.curation.features import choose_hook, hook_width, tell_transfer
 
     d = sae.load(steer.sae)
     hook = choose_hook(cfg, {steer.sae: d}, steer.hook or None)
@@ -70,6 +70,7 @@ def edits_of(steer: Any, cfg: Any) -> dict[str, Any] | None:
             told = f"{d.cfg.d_out} dimensions, {d.cfg.place} of this model has {hook_width(cfg, d.cfg.place)}"
             raise UserError(f"{steer.sae} writes {told}: give the model that it was trained on")
         d = d.replace(cfg=d.cfg.replace(hook_name=hook))
+    tell_transfer([d], model)
     makers = {"ablate": sae.ablate, "set": sae.set_to, "add": sae.add, "scale": sae.scale, "clamp": sae.clamp}
     listed = [makers[kind](latent, *numbers) for latent, kind, numbers in parse_features(steer.features)]
     edit = sae.intervene(d, listed, where=steer.where, start=steer.start, passthrough=steer.passthrough)

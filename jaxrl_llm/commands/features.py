@@ -67,7 +67,7 @@ def _gather(config: Any) -> dict[str, Any]:
     """The data of the page, without labels."""
     import models
     import sae
-    from jaxrl_llm.curation.features import choose_hook
+    from jaxrl_llm.curation.features import choose_hook, tell_transfer
     from sae.feature_data import CollectConfig, collect
 
     data = config.data
@@ -83,6 +83,7 @@ def _gather(config: Any) -> dict[str, Any]:
     cfg, params = models.load(config.model, dtype=config.dtype)
     hook = choose_hook(cfg, {config.sae: d}, config.hook or None)
     d = d.replace(cfg=d.cfg.replace(hook_name=hook))
+    tell_transfer([d], config.model)
     batches = -(-sum(-(-len(row) // min(config.context_size, cfg.max_position)) for row in token_rows) // config.batch_rows)
     progress = lambda items, name: tqdm(items, desc=name, unit="batch", total=batches if name != "contexts" else None, mininterval=0.5)  # noqa: E731
     found = collect(cfg, params, d, token_rows, settings, unembed_DV=models.unembed_matrix(cfg, params), progress=progress)

@@ -42,7 +42,7 @@ def run(config: Any, workdir: str | None = None) -> None:
     run_dir = RunDir(workdir, config, kind="generate") if workdir else None
     mesh = parse_mesh(config.mesh)
     cfg, params = models.load(config.model, dtype=config.dtype, mesh=mesh)
-    edits = edits_of(config.steer, cfg)
+    edits = edits_of(config.steer, cfg, config.model)
     if skipped := sum(rows.skipped.values()):
         print(f"bad rows left out: {skipped}", file=sys.stderr)
     room = cfg.max_position - config.max_new_tokens

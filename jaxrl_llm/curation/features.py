@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -82,9 +82,16 @@ def same_model(one: str, other: str) -> bool:
     return a.name.partition("@")[0] == b.name.partition("@")[0]
 
 
+def tell_transfer(dictionaries: Iterable[sae.Dictionary], model: str) -> None:
+    """A line on standard error for each model that dictionaries record and that is another than `model` (of equal width no shape tells)."""
+    if jax.process_index() == 0:
+        for other in sorted({d.cfg.model_name for d in dictionaries if d.cfg.model_name and not same_model(d.cfg.model_name, model)}):
+            _tell_transfer(other, model)
+
+
 @functools.cache  # each pair is told once, however many passes there are
 def _tell_transfer(sae_model: str, model: str) -> None:
-    print(f"warning: the SAE was trained on {sae_model}, the feature model is {model}: its latents are used as they are", file=sys.stderr)
+    print(f"warning: the SAE was trained on {sae_model}, the model here is {model}: its latents are used as they are", file=sys.stderr)
 
 
 @functools.partial(jax.jit, static_argnames=("cfg", "hook", "pooling", "dense", "replicate"))
@@ -219,10 +226,8 @@ def extract_features(
     the model do not fit together.
     """
     hook = choose_hook(cfg, dictionaries, hook)
-    if jax.process_index() == 0:
-        for other in {d.cfg.model_name for d in dictionaries.values() if d.cfg.model_name}:
-            if model_name and not same_model(other, model_name):
-                _tell_transfer(other, model_name)
+    if model_name:
+        tell_transfer(dictionaries.values(), model_name)
     program = FeatureProgram(cfg, params, dict(dictionaries), hook, pooling, tuple(dense), context or 0, cfg.bos_token_id, mesh)
     n = len(tokens) if n is None else n
 

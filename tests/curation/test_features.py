@@ -260,7 +260,7 @@ def test_an_sae_of_another_model_is_used_and_told_once(model, dictionaries, caps
     for _ in range(2):
         extract_features(*model, d, rows, model_name="org/tuned@v2")
     assert capsys.readouterr().err.splitlines() == [
-        "warning: the SAE was trained on org/base, the feature model is org/tuned@v2: its latents are used as they are"
+        "warning: the SAE was trained on org/base, the model here is org/tuned@v2: its latents are used as they are"
     ]
     for same in ("org/base", "copies/base", "org/base@v2", None):
         extract_features(*model, d, rows, model_name=same)

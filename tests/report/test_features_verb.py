@@ -8,10 +8,14 @@ import pytest
 import models
 import sae
 from jaxrl_llm.commands import features
+from jaxrl_llm.commands._saes import check_saes
+from jaxrl_llm.commands._steer import edits_of
 from jaxrl_llm.config import field_names, load_config
+from jaxrl_llm.curation import features as curation_features
 from jaxrl_llm.data.lab_world import build_tokenizer, generate_problems
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.evals import feature_labels
+from models.hf import read_config
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 SMALL = {"top": "3", "sampled": "3", "random": "9", "features": "12", "batch_rows": "8", "before": "4", "after": "3", "context_size": "24"}
@@ -159,3 +163,25 @@ def test_tokens_keep_their_spaces(assets):
     ids = tokenizer("Once upon a time", add_special_tokens=False)["input_ids"]
     texts = features.token_texts(tokenizer, ids)
     assert "".join(texts[str(t)] for t in ids).strip() == "Once upon a time"
+
+
+@pytest.mark.parametrize("verb", ["features", "eval", "generate"])
+def test_a_dictionary_of_another_model_is_told_of(world, capsys, monkeypatch, verb):
+    """Of equal width, no shape tells."""
+    d, folder, model = sae.load(world / "sae"), world / "foreign", str(world / "model")
+    cfg = read_config(world / "model")
+
+    def asked(trained_on):
+        sae.save(folder, d.replace(cfg=d.cfg.replace(model_name=trained_on)))
+        curation_features._tell_transfer.cache_clear()
+        if verb == "features":
+            features._gather(config_of(world, sae="foreign"))
+        elif verb == "eval":
+            check_saes(load_config("configs/sae_eval.py", {"model": model, "saes": str(folder)}), cfg)
+        else:
+            edits_of(load_config("configs/generate.py", {"steer.sae": str(folder), "steer.features": "3=ablate"}).steer, cfg, model)
+        return capsys.readouterr().err
+
+    monkeypatch.setattr("sae.feature_data.collect", lambda *_, **__: {"features": [], "random": []})
+    assert f"warning: the SAE was trained on org/elsewhere, the model here is {model}" in asked("org/elsewhere")
+    assert "warning" not in asked(model) and "warning" not in asked(None)
