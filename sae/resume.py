@@ -48,7 +48,7 @@ class Position:
     """Everything of a run that is not the train states.
 
     ahead: batches that were read ahead of training; there is no checkpoint before they are trained on, since the stream is
-    further on than its state would say.
+    further on than its state would say, unless training is at its end.
     """
 
     members: dict[str, Member]

@@ -55,11 +55,11 @@ class SAETask:
 
 
 class Stopped(Exception):
-    """Training was asked to stop after `step` steps, and did."""
+    """Training was asked to stop after `step` steps, and did. saved: whether a checkpoint was written to go on from."""
 
-    def __init__(self, step: int):
+    def __init__(self, step: int, saved: bool):
         super().__init__(f"stopped after step {step}")
-        self.step = step
+        self.step, self.saved = step, saved
 
 
 def train_sae(
@@ -113,7 +113,8 @@ def train_saes(
     A row of `batches` holds the activations of every tap that the tasks read, one behind the other (`harvest_activations` of several taps
     gives them); a task says at which column its own begin. All take as many steps. Records given to `on_log` say whose they are, under "sae".
     The first task starts from `key`, as `train_sae` does, the i-th from fold_in(key, i).
-    stop: asked after each step; where its answer is true a checkpoint is written, to its end, and Stopped raised.
+    stop: asked after each step; where its answer is true a checkpoint is written, to its end, and Stopped raised. While the rows read ahead
+    are being used up there is none to write: Stopped says so.
     """
     steps = _common_steps(tasks)
     run = described(tasks, key, batches)
@@ -132,15 +133,16 @@ def train_saes(
             loop.update(steps, bar)
             ends = stop is not None and bool(stop()) and at.step < steps
             due = ends or (checkpoint_every and at.step % checkpoint_every == 0)
-            if checkpoints is not None and at.step >= at.ahead and (at.step == steps or due):
+            into = checkpoints if at.step >= at.ahead or at.step == steps else None
+            if into is not None and (at.step == steps or due):
                 for state in loop.states:
                     check_finite(state, at.step)
-                save(checkpoints, at, run, loop.states, batches)
+                save(into, at, run, loop.states, batches)
             bar.update()
             if ends:
-                if checkpoints is not None:
-                    checkpoints.finish()
-                raise Stopped(at.step)
+                if into is not None:
+                    into.finish()
+                raise Stopped(at.step, saved=into is not None)
     if checkpoints is not None:
         checkpoints.finish()
     return {name: (_finished(task, member.cfg, state), member.history) for (name, task), member, state in loop.each()}

@@ -85,7 +85,9 @@ def run(config: Any, workdir: str) -> None:
                     checkpoint_every=config.checkpoint_every, stop=request.agreed,
                 )  # fmt: skip
             except sae.Stopped as stopped:
-                message = f"stopped by signal {request.signum} after step {stopped.step}; the same command goes on from there"
+                message = f"stopped by signal {request.signum} after step {stopped.step}; the same command " + (
+                    "goes on from there" if stopped.saved else "starts over: there is no checkpoint before the rows read ahead are used up"
+                )
                 logging.warning("%s", message)
                 raise Interrupted(request.signum, message) from None
         summary: dict[str, Any] = {"train_rows": len(train_rows), "eval_rows": held_out}

@@ -206,9 +206,10 @@ def test_dictionaries_do_not_change_places(tmp_path):
         tasks = {name: sae.SAETask(cfg, settings, reads) for name, reads in names.items()}
         return sae.train_saes(tasks, sae.array_batches(rows, B), jax.random.key(0), progress=False, checkpoints=checkpoints, stop=stop)
 
-    with pytest.raises(sae.Stopped), until_done(tmp_path) as checkpoints:
-        # The first four batches are read ahead, and nothing is saved before they are used up.
-        run(checkpoints, {"a": 0, "b": D}, stop=iter([False] * 4 + [True]).__next__)
+    for step in (3, 5):  # the first four batches are read ahead, and nothing is saved before they are used up
+        with pytest.raises(sae.Stopped) as stopped, until_done(tmp_path) as checkpoints:
+            run(checkpoints, {"a": 0, "b": D}, stop=iter([False] * (step - 1) + [True]).__next__)
+        assert (stopped.value.step, stopped.value.saved) == (step, step > 4)
     with until_done(tmp_path) as checkpoints, pytest.raises(sae.SAEError, match="another tasks"):
         run(checkpoints, {"b": D, "a": 0})
     with until_done(tmp_path) as checkpoints:

@@ -21,6 +21,7 @@ from jaxrl_llm.curation import processes
 from jaxrl_llm.data.lab_world import build_tokenizer
 from jaxrl_llm.data.sources import Rows
 from jaxrl_llm.errors import UserError
+from jaxrl_llm.train.signals import Interrupted
 
 SMALL = {
     "data.limit": 24,
@@ -320,3 +321,15 @@ def test_several_taps_transcoders_and_fine_tuning(tmp_path, assets, source):
     assert d.cfg.d_out == 64 and d.cfg.skip and d.cfg.hook_name_out == "blocks.0.mlp_out"
     summary = json.loads((tmp_path / "over" / "summary.json").read_text())
     assert summary["hook_out"] == "blocks.0.mlp_out" and np.isfinite(summary["ce_recovered"])
+
+
+def test_a_stop_before_the_first_checkpoint_says_that_it_starts_over(tmp_path, assets, source, monkeypatch):
+    def stops(*_, **__):
+        raise sae.Stopped(3, saved=False)
+
+    monkeypatch.setattr(sae, "train_saes", stops)
+    fields = {key: str(value) for key, value in SMALL.items()} | {"data.fields": "prompt=text", "data.source": str(source)}
+    config = load_config("configs/train_sae.py", fields | {"model": str(assets / "checkpoints" / "stories260k")})
+    with pytest.raises(Interrupted) as stopped:
+        command.run(config, str(tmp_path))
+    assert "after step 3; the same command starts over" in str(stopped.value)
