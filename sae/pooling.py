@@ -79,10 +79,11 @@ def pool(d: Dictionary, batches: Iterable[np.ndarray], lengths: Sequence[int]) -
             numbers = of.of(tokens, tokens + min(size, len(block) - start))
             numbers = numbers[numbers < numbers[0] + MOST_TEXTS]
             rows, first = block[start : start + len(numbers)], int(numbers[0])
-            texts = np.pad(numbers - first, (0, size - len(rows)), constant_values=MOST_TEXTS).astype(np.int32)
+            fits = min(size, max(MOST_TEXTS, 1 << (len(rows) - 1).bit_length()))  # short texts fill little of a piece; few shapes are compiled
+            texts = np.pad(numbers - first, (0, fits - len(rows)), constant_values=MOST_TEXTS).astype(np.int32)
             for into, is_scaled in ((plain, False), (scaled, True)):
                 if into is not None:
-                    sums, x_sums = jax.device_get(_piece_sums(d, padded(rows, size), texts, MOST_TEXTS, is_scaled))
+                    sums, x_sums = jax.device_get(_piece_sums(d, padded(rows, fits), texts, MOST_TEXTS, is_scaled))
                     into.add(first, sums[: numbers[-1] - first + 1])
             activations[first : numbers[-1] + 1] += x_sums[: numbers[-1] - first + 1]
             start, tokens = start + len(rows), tokens + len(rows)

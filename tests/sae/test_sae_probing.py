@@ -58,6 +58,19 @@ def test_pooling_is_a_mean_over_each_texts_tokens(monkeypatch, architecture, nor
     np.testing.assert_allclose(found.contributions.toarray()[:, off] @ np.asarray(d.params["W_dec"])[off], expected, atol=1e-4)
 
 
+def test_pooling_of_single_tokens_encodes_no_more_than_they_are(monkeypatch):
+    """Absorption pools so: a piece holds few texts, and is not filled up to what long texts take."""
+    sizes, padded = [], sae.pooling.padded
+    monkeypatch.setattr(sae.pooling, "padded", lambda rows, size: sizes.append(size) or padded(rows, size))
+    d, x = dictionary(), texts()[0][:150]
+    found = sae.pooling.pool(d, [x], [1] * 150)
+    np.testing.assert_allclose(found.latents.toarray(), np.asarray(sae.encode(d, x)), atol=1e-5)
+    assert sizes == [64, 64, 64]
+    sizes.clear()
+    sae.pooling.pool(d, [np.tile(x, (2, 1))], [300])
+    assert sizes == [512]
+
+
 def test_pooling_mistakes():
     d, (x, lengths) = dictionary(), texts()
     with pytest.raises(sae.SAEError, match="text 1 has no token"):
