@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -29,8 +30,8 @@ from sae.architectures.relu import l1_penalty
 from sae.base import Params
 from sae.dictionary import Dictionary, architecture, decode, decode_topk, encode, encode_topk
 from sae.errors import SAEError
-from sae.harvest import blocks_needed, left_out, token_batches
-from sae.step import unit_rows, without_parallel
+from sae.harvest import blocks_needed, left_out, tap, token_batches
+from sae.step import scale_of, typical_sizes, unit_rows, without_parallel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,17 +103,18 @@ def spliced_loss(
 
 
 @functools.partial(jax.jit, static_argnames=("sae_cfg", "cfg", "unit"), donate_argnames=("params", "moments"))
-def finetune_step(params, moments, sae_cfg, cfg, lm, batch, weights, rate, clip, *, unit: bool):
-    """One update: (parameters, Adam's moments, metrics). Thresholds stay; unit: decoder rows stay at norm 1."""
+def finetune_step(params, moments, sae_cfg, cfg, lm, batch, weights, rate, clip, sizes, *, unit: bool):
+    """One update: (parameters, Adam's moments, metrics). Thresholds stay; sizes: of `typical_sizes`; unit: decoder rows stay at norm 1."""
     objective = functools.partial(spliced_loss, sae_cfg=sae_cfg, cfg=cfg, lm=lm, weights=weights)
     tokens, lengths, keep = batch
     (value, parts), gradient = jax.value_and_grad(lambda p: objective(p, tokens_BT=tokens, lengths_B=lengths, keep_BT=keep), has_aux=True)(params)
     if unit:
         gradient["W_dec"] = without_parallel(gradient["W_dec"], params["W_dec"])
+    gradient = {name: g * sizes[name] for name, g in gradient.items()}
     norm = optax.tree.norm(gradient)
     gradient = jax.tree.map(lambda g: g * jnp.minimum(1.0, clip / jnp.maximum(norm, 1e-30)), gradient)
     updates, moments = optax.scale_by_adam().update(gradient, moments)
-    new = jax.tree.map(lambda p, u: p - rate * u, params, updates)
+    new = {name: p - rate * sizes[name] * updates[name] for name, p in params.items()}
     if unit:
         new["W_dec"] = unit_rows(new["W_dec"])
     return new, moments, {"loss": value, **parts}
@@ -130,7 +132,8 @@ def finetune(
 ) -> tuple[Dictionary, list[dict[str, float]]]:
     """Fine-tunes a trained dictionary on the model (cfg, lm) over `token_rows`: (dictionary, a record of each step).
 
-    Best an fp32 one. What decides whether latents fire and takes no gradient, thresholds and gates' biases, stays.
+    Best an fp32 one. Updates are measured in each parameter's own size, as in training, by the scale of the first batch. What decides
+    whether latents fire and takes no gradient, thresholds and gates' biases, stays.
     Records hold step, loss, kl, fvu and l0. Decoder rows that all have norm 1 keep it. Raises SAEError for a dictionary that names no tap,
     too few tokens, and a loss that is not finite.
     """
@@ -144,12 +147,16 @@ def finetune(
     params = jax.tree.map(lambda a: jnp.array(a, jnp.float32), d.params)
     unit = bool(jnp.all(jnp.abs(jnp.linalg.norm(params["W_dec"], axis=1) - 1) < 1e-3))
     moments, batches, history = optax.scale_by_adam().init(params), _shuffled(token_rows, cfg, settings, context), []
+    first = next(batches)
+    batches = itertools.chain([first], batches)
+    scale = scale_of(d.cfg, _rows(d.cfg, cfg, lm, *first))
+    sizes = typical_sizes(d.cfg, scale.unit, scale.unit_out)
     weights = {"kl": settings.kl_coefficient, "fvu": settings.fvu_coefficient, "sparsity": settings.sparsity_coefficient}
     hidden = None if progress is None else not progress
     for step in tqdm(range(settings.steps), desc="SAE end to end", unit="step", mininterval=0.5, disable=hidden):
         rate = settings.learning_rate * (1 - step / settings.steps)
         clip = settings.grad_clip or math.inf
-        params, moments, metrics = finetune_step(params, moments, d.cfg, cfg, lm, next(batches), weights, rate, clip, unit=unit)
+        params, moments, metrics = finetune_step(params, moments, d.cfg, cfg, lm, next(batches), weights, rate, clip, sizes, unit=unit)
         record = {"step": step + 1} | {name: float(value) for name, value in jax.device_get(metrics).items()}
         if not math.isfinite(record["loss"]):
             raise SAEError(f"SAE fine-tuning: the loss is {record['loss']} at step {step + 1}; a smaller learning_rate may help")
@@ -157,6 +164,13 @@ def finetune(
         if on_log is not None:
             on_log(record)
     return Dictionary(jax.tree.map(lambda a: a.astype(d.cfg.dtype), params), d.cfg), history
+
+
+def _rows(sae_cfg: Any, cfg: Any, lm: Any, tokens: np.ndarray, lengths: np.ndarray, keep: np.ndarray) -> np.ndarray:
+    """[n, d_in] activations ([x | y] of a transcoder) of the batch's tokens that the dictionary is for."""
+    hooks = (sae_cfg.hook_name,) if sae_cfg.d_out is None else (sae_cfg.hook_name, sae_cfg.hook_name_out)
+    real = (np.arange(tokens.shape[1]) < lengths[:, None]) & ~keep
+    return np.asarray(tap(cfg, lm, tokens, lengths, hooks))[real]
 
 
 def _shuffled(rows: Sequence[Sequence[int]], cfg: Any, settings: FinetuneConfig, context: int) -> Iterator[tuple[np.ndarray, ...]]:

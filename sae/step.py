@@ -84,7 +84,7 @@ def train_step(
     (value, parts), gradient = jax.value_and_grad(objective, has_aux=True)(old)
     if form.unit:
         gradient["W_dec"] = without_parallel(gradient["W_dec"], old["W_dec"])
-    sizes = typical_sizes(cfg, numbers)
+    sizes = typical_sizes(cfg, numbers.unit, numbers.unit_out)
     gradient = {name: g * sizes[name] for name, g in gradient.items()}
     norm = optax.tree.norm(gradient)
     gradient = jax.tree.map(lambda g: g * jnp.minimum(1.0, numbers.grad_clip / norm), gradient)
@@ -141,15 +141,15 @@ def resample(
     return state.replace(params=params, moments=moments, idle_F=jnp.where(dead, 0, state.idle_F))
 
 
-def typical_sizes(cfg: SAEConfig, numbers: Numbers) -> dict[str, Array | float]:
-    """By how much each parameter grows with the activations' scale: latents are on the target's, with decoder rows of norm 1.
+def typical_sizes(cfg: SAEConfig, unit: Array | float, unit_out: Array | float) -> dict[str, Array | float]:
+    """By how much each parameter grows with the activations' scale (`Scale`): latents are on the target's, with decoder rows of norm 1.
 
     Adam's updates have one size for all parameters. Measured in these sizes, training is the same at any scale of the activations: what
     it gives for rows times c is what it gives for the rows, times c.
     """
-    latents, arch = numbers.unit_out, architecture(cfg)
+    latents, arch = unit_out, architecture(cfg)
     grow: dict[str, Array | float] = dict.fromkeys((*arch.norm_scaled, "b_dec"), latents)
-    grow |= {"W_enc": latents / numbers.unit, "W_skip": latents / numbers.unit}
+    grow |= {"W_enc": latents / unit, "W_skip": latents / unit}
     return {name: grow.get(name, 1.0) for name in param_axes(cfg)}
 
 
@@ -183,19 +183,26 @@ def start(cfg: SAEConfig, train: SAETrainConfig, sample: np.ndarray, key: Array)
             cfg = cfg.replace(input_scale=scale_to_root(sample[:, : cfg.d_in]))
         if cfg.d_out is not None and cfg.output_scale == 1.0:
             cfg = cfg.replace(output_scale=scale_to_root(sample[:, cfg.d_in :]))
-    x, target = (np.asarray(rows) for rows in training_pair(cfg, jnp.asarray(sample)))
-    variance = float(np.square(target - target.mean(axis=0)).sum(axis=1).mean())
-    unit, unit_out = (float(np.sqrt(np.square(rows - rows.mean(axis=0)).mean())) for rows in (x, target))
-    if min(unit, unit_out) <= 0:
-        raise SAEError("SAE training: the first activations are all equal; there is nothing to learn")
+    scale = scale_of(cfg, sample)
+    target = np.asarray(training_pair(cfg, jnp.asarray(sample))[1])
     d = init(cfg.replace(dtype="float32"), key)
     centres = {"geometric_median": geometric_median, "mean": lambda r: r.mean(axis=0), "zero": lambda r: np.zeros(cfg.out)}
     params = d.params | {"b_dec": jnp.asarray(centres[train.b_dec_init](target), jnp.float32)}
     further = architecture(cfg).start
     if further is not None:
-        params |= further(cfg, unit_out, train.threshold_init)
-    params["W_enc"] = params["W_enc"] * (unit_out / unit)  # latents on the target's scale, which is the input's own in most autoencoders
-    return d.replace(params=params), Scale(variance, unit, unit_out)
+        params |= further(cfg, scale.unit_out, train.threshold_init)
+    params["W_enc"] = params["W_enc"] * (scale.unit_out / scale.unit)  # latents on the target's scale, the input's own in most autoencoders
+    return d.replace(params=params), scale
+
+
+def scale_of(cfg: SAEConfig, sample: np.ndarray) -> Scale:
+    """The scale of a sample of raw rows ([x], or [x | y] for a transcoder). Raises SAEError where they are all equal."""
+    x, target = (np.asarray(rows) for rows in training_pair(cfg, jnp.asarray(sample)))
+    variance = float(np.square(target - target.mean(axis=0)).sum(axis=1).mean())
+    unit, unit_out = (float(np.sqrt(np.square(rows - rows.mean(axis=0)).mean())) for rows in (x, target))
+    if min(unit, unit_out) <= 0:
+        raise SAEError("SAE training: the first activations are all equal; there is nothing to learn")
+    return Scale(variance, unit, unit_out)
 
 
 def scale_to_root(rows: np.ndarray) -> float:

@@ -126,6 +126,19 @@ def test_every_setting_changes_the_result(lm):
         assert np.any(np.asarray(other.params["W_enc"]) != np.asarray(plain.params["W_enc"])), name
 
 
+def test_tuning_is_the_same_at_any_scale_of_the_activations(lm):
+    """Updates are in each parameter's own size: of a model whose stream is 64 times as large, 64 times the dictionary is tuned alike."""
+    cfg, small = dataclasses.replace(lm[0], norm_eps=1e-14), lm[1]
+    blocks = small["blocks"] | {name: 64 * small["blocks"][name] for name in ("o", "down")}
+    large = small | {"embed": {"embedding": 64 * small["embed"]["embedding"]}, "blocks": blocks}
+    d, settings = trained(lm), FinetuneConfig(steps=5, learning_rate=1e-2)
+    raised = d.replace(params=d.params | {name: 64 * d.params[name] for name in ("b_enc", "b_dec")})
+    one, other = (finetune(each, cfg, model, ROWS, settings, progress=False)[0].params for each, model in ((d, small), (raised, large)))
+    assert np.abs(np.asarray(one["b_dec"] - d.params["b_dec"])).max() > 1e-3
+    for name, times in (("W_enc", 1), ("W_dec", 1), ("b_dec", 64), ("b_enc", 64)):
+        np.testing.assert_allclose(other[name], times * np.asarray(one[name]), rtol=1e-3, atol=1e-4 * times, err_msg=name)
+
+
 def test_thresholds_stay(lm):
     d = dictionary("jumprelu")
     d = d.replace(params=d.params | {"threshold": jnp.full(24, 0.05)})
