@@ -42,7 +42,7 @@ def read(folder: Path, dtype: str | None) -> Dictionary:
         "d_in": found["W_enc"].shape[0],
         "d_sae": found["W_enc"].shape[1],
         "hook_name": "embed" if embeds else block + place if block and place else None,
-        "model_name": next((f"google/gemma-2-{size}" for size in ("27b", "9b", "2b") if f"scope-{size}" in path), None),
+        "model_name": f"google/gemma-2-{model[1]}" if (model := re.search(r"scope-((?:27b|9b|2b)(?:-it)?)", path)) else None,
         "apply_b_dec_to_input": False,
         "dtype": dtype or "float32",
     }

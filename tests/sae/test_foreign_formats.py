@@ -197,6 +197,15 @@ def test_gemma_scope_transcoders_and_embeddings(tmp_path):
     assert d.cfg.hook_name == "embed"
 
 
+def test_gemma_scope_names_the_tuned_model_where_it_is_that(tmp_path):
+    models_of = {"gemma-scope-9b-it-res": "google/gemma-2-9b-it", "gemma-scope-27b-pt-res": "google/gemma-2-27b", "gemma-scope-res": None}
+    for name, model in models_of.items():
+        folder = tmp_path / name / "layer_20" / "width_16k"
+        folder.mkdir(parents=True)
+        np.savez(folder / "params.npz", W_enc=W_ENC, W_dec=W_DEC, b_enc=B_ENC, b_dec=B_DEC, threshold=THRESHOLD)
+        assert sae.load(folder).cfg.model_name == model
+
+
 def test_llama_scope(tmp_path):
     norm_in, theta = 3.0, 0.4
     config = {"d_model": D, "d_sae": F, "hook_point_in": "blocks.7.hook_resid_post", "hook_point_out": "blocks.7.hook_resid_post",
