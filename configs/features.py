@@ -41,7 +41,7 @@ def get_config(variant: str | None = None) -> ml_collections.ConfigDict:
     config.batch_rows = 32  # texts the model reads at once
     config.context_size = 256  # longer texts are cut into pieces of so many tokens
     config.skip_first = 1  # leave so many first positions of each piece of a text out, BOS or not: activations are huge there
-    config.drop_special = True  # leave the tokenizer's other special tokens out, wherever they stand, as train_sae does
+    config.drop_special = True  # leave the tokenizer's special tokens out, wherever they stand (BOS only if it is EOS too), as train_sae does
     config.seed = 0  # of what is drawn
 
     config.labels = ml_collections.ConfigDict()

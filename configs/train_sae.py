@@ -43,7 +43,7 @@ def get_config(variant: str | None = None) -> ml_collections.ConfigDict:
     config.harvest.batch_rows = 32  # rows the model reads at once
     config.harvest.context_size = 256  # longer rows are cut into pieces of so many tokens
     config.harvest.skip_first = 1  # leave so many first positions of each piece of a text out, BOS or not: activations are huge there
-    config.harvest.drop_special = True  # leave the tokenizer's other special tokens out, wherever they stand
+    config.harvest.drop_special = True  # leave the tokenizer's special tokens out, wherever they stand (BOS only if it is EOS too)
     config.harvest.buffer_rows = 65536  # activations in the shuffling buffer
 
     config.sae = ml_collections.ConfigDict()

@@ -12,5 +12,7 @@ def token_rows(texts: Sequence[str], tokenizer: Any) -> list[list[int]]:
 
 
 def special_tokens(tokenizer: Any) -> list[int]:
-    """Ids of the tokenizer's special tokens other than BOS, which harvesting treats by its place."""
-    return sorted(set(tokenizer.all_special_ids) - {tokenizer.bos_token_id})
+    """Ids of the tokenizer's special tokens, which harvesting drops wherever they stand: without BOS, which it treats by its place, unless BOS
+    is EOS too (GPT-2, Pythia), which stands between texts."""
+    opens_only = {tokenizer.bos_token_id} - {tokenizer.eos_token_id}
+    return sorted(set(tokenizer.all_special_ids) - opens_only)

@@ -20,3 +20,9 @@ def test_special_tokens_are_those_beside_bos():
     tokenizer = build_tokenizer()
     ids = tokenizer.convert_tokens_to_ids(["<pad>", "<eos>", "<unk>"])
     assert special_tokens(tokenizer) == sorted(ids) and tokenizer.bos_token_id not in special_tokens(tokenizer)
+
+
+def test_bos_that_is_eos_is_special_wherever_it_stands():
+    tokenizer = build_tokenizer()
+    tokenizer.bos_token = tokenizer.eos_token
+    assert tokenizer.eos_token_id in special_tokens(tokenizer)
