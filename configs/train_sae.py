@@ -54,7 +54,7 @@ def get_config(variant: str | None = None) -> ml_collections.ConfigDict:
     config.sae.prefixes = ""  # "matryoshka": numbers of first latents that must do alone, such as "64,256"; empty = d_sae / 16, / 8, / 4, / 2
     config.sae.hook_out = ""  # a transcoder: the tap to reconstruct from `hook`'s; empty = an autoencoder of `hook`
     config.sae.skip = False  # a transcoder with a linear path beside the latents
-    config.sae.normalize_activations = "none"  # "none", "expected_average_only_in", "constant_norm_rescale" or "layer_norm"
+    config.sae.normalize_activations = "none"  # "none", "expected_average_only_in", "constant_norm_rescale", "layer_norm" or "layer_norm_eps"
     config.sae.apply_b_dec_to_input = True  # subtract the decoder's bias before encoding (never in a transcoder)
     config.sae.dtype = "float32"  # of the saved parameters: float32, bfloat16 or float16
     config.sae.layout = "native"  # of the saved folder: "native", "saelens" or "sparsify"

@@ -69,7 +69,7 @@ def train_step(
     state: TrainState, rows_BW: Float[Array, "B W"], numbers: Numbers, *, cfg: SAEConfig, form: StepForm
 ) -> tuple[TrainState, dict[str, Array]]:
     """One update on one batch of raw activations ([x], or [x | y] for a transcoder): (new state, metrics). A batch whose loss or gradient is
-    not finite changes nothing but `bad_step`."""
+    not finite leaves parameters and moments as they were; its number is kept in `bad_step`, and `step` and the counters `idle_F` move on."""
     (x, target), old = training_pair(cfg, rows_BW), state.params
     dead = state.idle_F >= numbers.dead_after
     context = Context(
