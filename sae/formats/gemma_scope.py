@@ -19,8 +19,9 @@ PLACES = (("-res", "resid_post"), ("-mlp", "mlp_out"), ("-att", "attn_z"))  # in
 def read(folder: Path, dtype: str | None) -> Dictionary:
     """The dictionary in `folder` (or the file). Layer and place are read from its path, where it says them ("gemma-scope-2b-pt-res").
 
-    b_dec is not subtracted from the input. Those of embeddings were trained on rows divided by sqrt(d_in); transcoders read what enters the MLP
-    before the norm's scale, which was folded into the MLP for them (Lieberum et al. 2024, appendix B).
+    b_dec is not subtracted from the input. Those of embeddings were trained on rows divided by sqrt(d_in): W_enc and W_dec are scaled for raw
+    rows, b_dec is left as it is in the file, both as SAELens does (strictly it would be scaled with W_dec). Transcoders read what enters the
+    MLP before the norm's scale, which was folded into the MLP for them (Lieberum et al. 2024, appendix B).
     """
     where = folder / WEIGHTS if folder.is_dir() else folder
     arrays = npz_arrays(where)
