@@ -380,3 +380,41 @@ def test_what_was_downloaded_before_is_read_without_the_hub(tmp_path, monkeypatc
         sae.load("owner/name/layers.3")
     with pytest.raises(sae.SAEError, match="@v2: no such folder here, none downloaded before"):
         sae.load("owner/name/layers.2@v2")
+
+
+PEAK = """
+import sys, threading
+import sae
+
+def held():
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith("RssAnon")) / 1024
+
+def watch():
+    while not done.wait(0.002):
+        peaks.append(held())
+
+for path in sys.argv[1:]:
+    folder, _, dtype = path.partition("@")
+    sae.load(folder + "/small", dtype)  # what is imported and compiled once
+    peaks, done, before = [], threading.Event(), held()
+    thread = threading.Thread(target=watch)
+    thread.start()
+    d = sae.load(folder, dtype)
+    done.set()
+    thread.join()
+    print((max(peaks) - before) / (sum(a.nbytes for a in d.params.values()) / 2**20))
+    del d
+"""
+
+
+def test_a_dictionary_is_never_twice_in_memory(tmp_path, run_python):
+    """Not where norms and scales are folded in either: beside the parameters stand some blocks of 8 MiB, and no second copy."""
+    for folder, width, latents in ((tmp_path, 512, 24576), (tmp_path / "small", 4, 8)):
+        folder.mkdir(exist_ok=True)
+        config = {"architecture": "topk", "d_in": width, "d_sae": latents, "k": 2, "rescale_acts_by_decoder_norm": True, "metadata": {}}
+        (folder / "cfg.json").write_text(json.dumps(config))
+        shapes = {"W_enc": (width, latents), "W_dec": (latents, width), "b_enc": (latents,), "b_dec": (width,)}
+        save_file({name: np.full(shape, 0.5, np.float32) for name, shape in shapes.items()}, folder / "sae_weights.safetensors")
+    found = run_python(PEAK, (f"{tmp_path}@float32", f"{tmp_path}@bfloat16")).split()
+    assert len(found) == 2 and max(map(float, found)) < 1.8, found
