@@ -124,7 +124,8 @@ def perturbation_figures(found: Perturbation, test: np.ndarray, *, draws: int, s
 
 
 def absorption_table(letters: Sequence[LetterAbsorption], tokens: np.ndarray, *, draws: int, seed: int) -> dict[str, Any]:
-    """The means over letters, with intervals over each letter's test words (`tokens`: the word of each row), and a row a letter."""
+    """The means over letters, and a row a letter (`tokens`: the word of each row). Intervals of the scores are over each letter's test words,
+    those of the number of main latents and of the probe's F1, of which a letter has one each, over letters."""
     drawn: dict[str, list[np.ndarray]] = {"fraction": [], "full": []}
     words = 0
     for i, letter in enumerate(letters):
@@ -139,6 +140,10 @@ def absorption_table(letters: Sequence[LetterAbsorption], tokens: np.ndarray, *,
     for name, score in (("fraction", "mean_absorption_fraction_score"), ("full", "mean_full_absorption_score")):
         if drawn[name]:
             figures[score] = estimate(percentile_interval(figures[score]["value"], np.mean(drawn[name], axis=0), words))
+    own = {"mean_num_split_features": [len(found.main) for found in letters], "mean_probe_f1": [found.probe_f1 for found in letters]}
+    for name, values in own.items():
+        means = resamples(len(letters), draws, seed) @ np.array(values, float) / len(letters)
+        figures[name] = estimate(percentile_interval(figures[name]["value"], means, len(letters)))
     rows = [
         {
             "letter": found.letter, "main": found.main, "probe_f1": found.probe_f1, "sparse_f1": found.sparse_f1, "rows": len(found.rows),

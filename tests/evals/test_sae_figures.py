@@ -109,6 +109,9 @@ def test_absorption_draws_words_and_leaves_letters_without_rows_out():
     assert figures["mean_full_absorption_score"]["value"] == pytest.approx(0.4) and figures["mean_num_split_features"]["value"] == 1.5
     width = figures["mean_full_absorption_score"]["high"] - figures["mean_full_absorption_score"]["low"]
     assert width == pytest.approx(2 * 2.26 * np.sqrt(0.24 / 10), rel=0.3)  # ten words, not thirty rows
+    main, f1 = figures["mean_num_split_features"], figures["mean_probe_f1"]  # one a letter: of two letters, drawn twice
+    assert (main["low"], main["high"]) == (1, 2) and (f1["value"], f1["low"], f1["high"]) == (0.45, 0.0, 0.9)
+    assert sae_figures.absorption_table([some], tokens, draws=500, seed=0)["figures"]["mean_probe_f1"] == {"value": 0.9, "low": None, "high": None}
     assert found["letters"][0]["absorbers"] == [7] and found["letters"][1]["full"] is None
 
 
