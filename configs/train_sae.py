@@ -73,7 +73,7 @@ def get_config(variant: str | None = None) -> ml_collections.ConfigDict:
     config.train.grad_clip = 1.0  # global norm of the gradient; 0 = off
     config.train.sparsity_coefficient = 0.0  # weight of the sparsity penalty ("relu", "gated": L1; "jumprelu": see penalty)
     config.train.sparsity_warmup_steps = 0  # linear rise of that weight
-    config.train.penalty = "step"  # "jumprelu": "step" counts active latents, "tanh" sums tanh(tanh_scale * activation)
+    config.train.penalty = "step"  # "jumprelu": "step" counts active latents, "tanh" sums tanh(tanh_scale * activation); its recipe: docs/sae.md
     config.train.target_l0 = ml_collections.config_dict.placeholder(float)  # "jumprelu" with "step": active latents to aim at; None = fewer
     config.train.tanh_scale = 4.0  # "jumprelu" with "tanh"
     config.train.bandwidth = 0.05  # "jumprelu": width around a threshold in which it learns, in root mean squares of an activation's coordinate
