@@ -123,19 +123,24 @@ def test_rows_against_numpy_on_a_random_dictionary(monkeypatch, share):
     def remember(*args, **how):
         probe = fit(*args, **how)
         if how.get("per_column") is False:
-            probes.append(probe.weights / np.linalg.norm(probe.weights))
+            probes.append(probe)
         return probe
 
     monkeypatch.setattr(sae.absorption, "fit_probe", remember)
     cfg = AbsorptionConfig(share=share, cosine=0.15)
     found = feature_absorption(d, x, letters, words, cfg=cfg)
-    several = set()
-    for letter, direction in zip(found, probes, strict=True):
-        fractions, full = oracle(d, x, letter, cfg, direction)
+    several, sums = set(), {"mean_absorption_fraction_score": [], "mean_full_absorption_score": []}
+    for letter, probe in zip(found, probes, strict=True):
+        fractions, full = oracle(d, x, letter, cfg, probe.weights / np.linalg.norm(probe.weights))
+        assert {letters[row] for row in letter.rows} == {letter.letter} and (probe.scores(x[letter.rows]) > 0).all()  # the true positives
+        for each, values in zip(sums.values(), (fractions, full), strict=True):
+            each.append(values.sum() / len(letter.rows))
         np.testing.assert_allclose(letter.fraction, fractions, atol=1e-5)
         np.testing.assert_array_equal(letter.full, full)
         several |= set(np.round(fractions, 3).tolist())
     assert 0.0 in several and len(several) > 5
+    figures = absorption_figures(found)  # SAEBench's aggregation: of a letter its sum over the true positives, then the mean over letters
+    assert {name: figures[name] for name in sums} == pytest.approx({name: np.mean(values) for name, values in sums.items()})
 
 
 def test_a_part_that_word_latents_carry_is_a_fraction_and_no_full_absorption():
