@@ -142,7 +142,7 @@ def test_batches_and_other_features_change_nothing(params):
 # Another value of each field, and what it must change.
 CHANGES = {
     "features": 5, "top": 2, "sampled": 1, "random": 2, "before": 1, "after": 0, "bins": 8, "related": 2, "context_size": 8,
-    "skip_bos": False, "seed": 3,
+    "skip_bos": False, "drop_tokens": (5, 6), "seed": 3,
 }  # fmt: skip
 
 
