@@ -140,7 +140,7 @@ def test_other_ids_need_no_new_program(params):
         (lambda d, how: attribute(*how, d.replace(cfg=d.cfg.replace(hook_name=None)), TOKENS, METRIC), "names no hook_name"),
         (lambda d, how: attribute(*how, d, TOKENS, METRIC, steps=-1), "steps is -1"),
         (lambda d, how: attribute(*how, d, TOKENS, lambda logits: logits.sum()), "one number a row"),
-        (lambda d, how: attribute(*how, d.replace(params=d.params | {"W_dec": jnp.zeros((48, 8))}), TOKENS, METRIC), "writes another"),
+        (lambda d, how: attribute(*how, d.replace(cfg=d.cfg.replace(d_out=8, apply_b_dec_to_input=False), params=d.params | {"W_dec": jnp.zeros((48, 8))}), TOKENS, METRIC), "writes another"),
         (lambda d, how: ablation_effects(*how, d, TOKENS[0], METRIC, [48]), "no latent 48"),
     ],
 )
