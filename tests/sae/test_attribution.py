@@ -134,13 +134,18 @@ def test_other_ids_need_no_new_program(params):
     np.testing.assert_allclose(both.metric_B[1], found.metric_B[1], atol=1e-6)
 
 
+def transcoder_of(d):
+    cfg = d.cfg.replace(d_out=8, apply_b_dec_to_input=False)
+    return d.replace(cfg=cfg, params=d.params | {"W_dec": jnp.zeros((48, 8)), "b_dec": jnp.zeros(8)})
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
         (lambda d, how: attribute(*how, d.replace(cfg=d.cfg.replace(hook_name=None)), TOKENS, METRIC), "names no hook_name"),
         (lambda d, how: attribute(*how, d, TOKENS, METRIC, steps=-1), "steps is -1"),
         (lambda d, how: attribute(*how, d, TOKENS, lambda logits: logits.sum()), "one number a row"),
-        (lambda d, how: attribute(*how, d.replace(cfg=d.cfg.replace(d_out=8, apply_b_dec_to_input=False), params=d.params | {"W_dec": jnp.zeros((48, 8))}), TOKENS, METRIC), "writes another"),
+        (lambda d, how: attribute(*how, transcoder_of(d), TOKENS, METRIC), "writes another"),
         (lambda d, how: ablation_effects(*how, d, TOKENS[0], METRIC, [48]), "no latent 48"),
     ],
 )
