@@ -9,6 +9,7 @@ scores does without, the constraint is `unreadable`, and whoever evaluates raise
 from __future__ import annotations
 
 import ast
+import functools
 import hashlib
 import json
 import warnings
@@ -256,19 +257,20 @@ def _broken(steps: Sequence[Step]) -> str:
     """Why no response can satisfy or violate a constraint: its code is no Python, or defines no check; or nothing follows its gate."""
     if steps[-1].kind == GATE:
         return "nothing follows the condition"
-    for step in steps:
-        if step.kind != CODE:
-            continue
-        try:
-            with warnings.catch_warnings():  # of escapes in texts that are not ours
-                warnings.simplefilter("ignore")
-                tree = ast.parse(step.text)
-        except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-            line = f", line {error.lineno}" if isinstance(error, SyntaxError) and error.lineno else ""
-            return f"its code is no Python ({getattr(error, 'msg', None) or error}{line})"
-        if not any(isinstance(node, ast.FunctionDef) and node.name == FUNCTION for node in ast.walk(tree)):
-            return f"its code defines no {FUNCTION}"
-    return ""
+    return next((problem for step in steps if step.kind == CODE and (problem := _code_problem(step.text))), "")
+
+
+@functools.cache
+def _code_problem(code: str) -> str:
+    try:
+        with warnings.catch_warnings():  # of escapes in texts that are not ours
+            warnings.simplefilter("ignore")
+            tree = ast.parse(code)
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        line = f", line {error.lineno}" if isinstance(error, SyntaxError) and error.lineno else ""
+        return f"its code is no Python ({getattr(error, 'msg', None) or error}{line})"
+    defined = any(isinstance(node, ast.FunctionDef) and node.name == FUNCTION for node in tree.body)
+    return "" if defined else f"its code defines no {FUNCTION}"
 
 
 def _problem(where: str, place: str, value: Any, wanted: str, among: Mapping[str, Any] | None = None) -> UserError:
