@@ -30,7 +30,7 @@ def get_config(variant: str | None = None) -> ml_collections.ConfigDict:
     config.make = ml_collections.ConfigDict()
     config.make.rows = 40 if variant == "fresh" else 0  # rows to make, of each seed, in place of data.source; 0 = none
     config.make.seeds = (0,)  # of their content; with several, the rows of each have the same rules and lengths, and other content
-    config.make.words = (300, 1000, 4000, 15000)  # lengths that they take in turn, in words
+    config.make.words = (750, 1500, 4000, 15000)  # lengths that they take in turn, in words; rules and examples alone take some 500
 
     config.scores = "auto"  # "stored" scores of the source, "fresh" ones, or "auto": stored ones where there are any
     config.replay = True  # run the code of stored scores again, in the sandbox, and tell where it disagrees

@@ -14,7 +14,7 @@ import numpy as np
 from jaxrl_llm.data.readers import read_records
 from jaxrl_llm.data.sources import Rows, read_rows
 from jaxrl_llm.errors import UserError
-from jaxrl_llm.evals.statistics import bootstrap_sums, wilson
+from jaxrl_llm.evals.statistics import bootstrap_sums, share_limits, wilson
 from jaxrl_llm.rewards.constraints import check_loose, check_strict, read_constraints
 from jaxrl_llm.rewards.verdict import Status, Verdict
 
@@ -113,6 +113,7 @@ def figures(judged: Sequence[tuple[Mapping[str, Any], Verdicts]], *, draws: int 
         found[f"instruction_{way}"] = _proportion(passed, counted)
         if counted:
             span = bootstrap_sums(sums, lambda total: {"share": total["passed"] / total["counted"]}, draws=draws, seed=seed)["share"]
+            span = share_limits(span, int(np.count_nonzero(sums["counted"])))
             found[f"instruction_{way}"] |= {"low": span.low, "high": span.high}
     return found
 

@@ -134,6 +134,12 @@ def wilson(successes: int, n: int, *, confidence: float = 0.95) -> Interval:
     return Interval(p, float(centre - half), float(centre + half))
 
 
+def share_limits(span: Interval, units: int) -> Interval:
+    """A share with the limits of its bootstrap over units; where all of them are alike, at 0 or 1, so that no draw differs, with Wilson's of so many
+    units: that nothing varied in the sample is no certainty."""
+    return wilson(round(span.estimate * units), units) if units and span.low == span.high and span.estimate in (0.0, 1.0) else span
+
+
 def steps_saved(
     steps: np.ndarray, a_CE: np.ndarray, b_CE: np.ndarray, groups: Sequence[Any] | None = None, *, draws: int = 4000, seed: int = 0
 ) -> Interval | None:

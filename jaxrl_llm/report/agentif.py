@@ -8,11 +8,10 @@ from typing import Any
 from jaxrl_llm.report.ifeval import cell, fact
 from jaxrl_llm.report.svg import number
 
-WAYS = {
-    "published": "published: errors dropped",
-    "crashed": "crashed: what was never scored counts as failed",
-    "strict": "strict: every error counts as failed",
-}
+WAYS_NOTE = (
+    "Published: whatever has no score is dropped, as the public code does. Crashed: what was never scored counts as not satisfied. Strict: every "
+    "error does."
+)
 OUTCOMES = ("passed", "failed", "closed", "broken", "unscored", "error", "timeout", "unreadable", "unanswered", "infrastructure")
 RESULTS_NOTE = (
     "Closed: the condition is not met (in a stored file, any null behind a condition). Broken: no response can be judged by it. Unscored: the file "
@@ -28,7 +27,7 @@ def agentif_page(record: Mapping[str, Any], config: Mapping[str, Any]) -> dict[s
         "subtitle": f"jaxrl-llm eval: {record['answered_by']}",
         "headline": _headline(record),
         "facts": _facts(record),
-        "tables": [_rates(record), *_contamination(record), _outcomes(record), *_lengths(record)],
+        "tables": [*_rates(record), *_contamination(record), _outcomes(record), *_lengths(record)],
         "plots": _length_plot(record),
         "rollouts": [_rollout(shown) for shown in record["shown"]],
         "config": dict(config),
@@ -55,22 +54,29 @@ def _facts(record: Mapping[str, Any]) -> list[dict[str, str]]:
 
 
 def _flat(found: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    return {**found["dimension"], **found["type"], "meta": found["meta"], "ISR": found["ISR"], "CSR": found["CSR"]}
+    return {**found["dimension"], **found["type"], "meta": found["meta"]}
 
 
-def _rates(record: Mapping[str, Any]) -> dict[str, Any]:
-    flat = {way: _flat(found) for way, found in record["ways"].items()}
-    columns = list(dict.fromkeys(name for found in flat.values() for name in found))
-    kinds = {"strict": "ours"}
-    rows = [
-        {"name": WAYS[way], "cells": [cell(found[name]) if name in found else None for name in columns], "kind": kinds.get(way, "baseline")}
-        for way, found in flat.items()
-    ]
-    note = "CSR: constraints satisfied. ISR: instructions of which all are. Intervals: a bootstrap over instructions."
-    return {
-        "title": "Success rates", "metric": "by dimension, by type, of meta constraints, over all", "columns": columns, "rows": rows,
-        "higher_is_better": None, "marks": False, "note": note,
-    }  # fmt: skip
+def _rates(record: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The success rates over all, and those of groups of constraints; a row a way."""
+    ways, kinds = record["ways"], {"strict": "ours"}
+
+    def rows(of_way: Any) -> list[dict[str, Any]]:
+        return [{"name": way, "cells": of_way(found), "kind": kinds.get(way, "baseline")} for way, found in ways.items()]
+
+    columns = list(dict.fromkeys(name for found in ways.values() for name in _flat(found)))
+    note = f"CSR: constraints satisfied. ISR: instructions of which all are. {WAYS_NOTE}"
+    return [
+        {
+            "title": "Success rates", "metric": "with 95% intervals of a bootstrap over instructions", "columns": ["CSR", "ISR"],
+            "rows": rows(lambda found: [cell(found["CSR"]), cell(found["ISR"])]), "higher_is_better": None, "note": note,
+        },
+        {
+            "title": "CSR by dimension and type", "metric": "and of meta constraints", "columns": columns,
+            "rows": rows(lambda found: [cell(_flat(found)[name]) if name in _flat(found) else None for name in columns]),
+            "higher_is_better": None, "marks": False,
+        },
+    ]  # fmt: skip
 
 
 def _outcomes(record: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """AgentIF's figures: constraint success rate (CSR), instruction success rate (ISR), by dimension, by type, meta, and by length.
 
 CSR is micro over constraints; ISR is over the rows with a constraint that counts. Intervals are of a bootstrap over instructions, whose
-constraints stay together; rows with the same input, of which the published file has some, are drawn together.
+constraints stay together; rows with the same input, of which the published file has some, are drawn together. A share of 0 or 1 has Wilson's.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 
 from jaxrl_llm.evals.agentif.outcomes import WAYS, Outcome, Result
 from jaxrl_llm.evals.agentif.rows import DIMENSIONS, TYPES, Constraint, Row
-from jaxrl_llm.evals.statistics import bootstrap_sums, paired_bootstrap
+from jaxrl_llm.evals.statistics import bootstrap_sums, paired_bootstrap, share_limits
 
 # As the published tables name them.
 NAMES = {
@@ -73,7 +73,7 @@ def _of_way(way: str, sums: Mapping[str, np.ndarray], limits: Mapping[str, Any])
         name = f"{way} {group}"
         if name not in limits or not sums[f"{name} counted"].any():
             return {"value": None, "low": None, "high": None, "passed": 0, "counted": 0}
-        found = limits[name]
+        found = share_limits(limits[name], int(np.count_nonzero(sums[f"{name} counted"])))
         totals = {part: int(sums[f"{name} {part}"].sum()) for part in ("passed", "counted")}
         return {"value": found.estimate, "low": found.low, "high": found.high, **totals}
 

@@ -204,7 +204,7 @@ def _constraint(entry: Any, where: str, notes: Counter[str]) -> Constraint:
         raise _problem(where, "llm_output", llm_output, "a text")
     score = entry.get("score", NOTHING)
     if score is not NOTHING and not isinstance(score, (bool, type(None))):
-        notes[f"score that is a {type(score).__name__}"] += 1
+        notes[f"score of another kind: {type(score).__name__}"] += 1
     unreadable = False
     try:
         steps = _steps(entry, where)
