@@ -52,8 +52,8 @@ def dirty():
         # The published code crashed at the second one: it and what follows have no score.
         row(constraint(score=True, kind=[]), constraint("cond-code", dimension="conditional"), constraint("code"), text="A third."),
         row(
-            constraint(score=None, code=broken), constraint("llm", None, kind="semantic", llm_output="Perhaps."), constraint(score=True), text="A fourth.",
-            id=17, output="A <think>hm</think>\nriver.",
+            constraint(score=None, code=broken), constraint("llm", None, kind="semantic", llm_output="Perhaps."), constraint(score=True),
+            text="A fourth.", id=17, output="A <think>hm</think>\nriver.",
         ),
         row(constraint("cond-code", None, "conditional"), constraint("cond", None, "conditional"), text="A fifth."),
         row(constraint("code", 1), misspelt(constraint(score=True), "is meta", True), misspelt(constraint(score=False), "is_meat", True)),

@@ -81,10 +81,8 @@ def test_the_published_way_on_random_files(tmp_path):
     rng = np.random.default_rng(0)
     options = [True, False, None, 1, 0, "YES", ..., True, False]
     for _ in range(20):
-        made = [
-            row(*(constraint(list(SEQUENCES)[rng.integers(8)], options[rng.integers(9)]) for _ in range(rng.integers(0, 6))), text=f"t{rng.integers(9)}")
-            for _ in range(rng.integers(1, 9))
-        ]
+        some = lambda: [constraint(SEQUENCES[rng.integers(8)], options[rng.integers(9)]) for _ in range(rng.integers(0, 6))]  # noqa: E731
+        made = [row(*some(), text=f"t{rng.integers(9)}") for _ in range(rng.integers(1, 9))]
         ways = figures.table(judged(read_agentif(str(write(tmp_path / "r.json", made)))), draws=5)
         found = flat(ways["published"])
         assert (found["CSR"], found["ISR"]) == published_by_the_letter(made)
