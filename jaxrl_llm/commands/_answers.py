@@ -14,6 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from jaxrl_llm.data.prompts import tokenise_prompts
+from jaxrl_llm.data.sources import Rows
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.run_dir import RunDir
 
@@ -51,7 +52,9 @@ def answers(policy: Any, rows: Sequence[Mapping[str, Any]], run_dir: RunDir) -> 
     loading and tokenising raise, and RewardStopped of a server that is gone.
     """
     known = _settled(run_dir)
-    left = [row for row in rows if row["id"] not in known]
+    left = Rows()
+    left.places = getattr(rows, "places", {})  # messages name a row by them
+    left += [row for row in rows if row["id"] not in known]
     if left:
         (_of_server if policy.url else _of_model)(policy, left, run_dir)
         known = _settled(run_dir)
