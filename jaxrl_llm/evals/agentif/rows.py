@@ -189,7 +189,7 @@ def _constraint(entry: Any, where: str, notes: Counter[str]) -> Constraint:
     for right, wrongs in MISSPELT.items():
         spelt[right] = entry.get(right)
         for wrong in wrongs:
-            if wrong in entry:
+            if entry.get(wrong) is not None:
                 notes[f"key {wrong!r} for {right!r}"] += 1
                 spelt[right] = entry[wrong] if spelt[right] is None else spelt[right]
     if not isinstance(spelt["is_meta"], (bool, type(None))):
