@@ -69,12 +69,12 @@ def _rates(record: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [
         {
             "title": "Success rates", "metric": "with 95% intervals of a bootstrap over instructions", "columns": ["CSR", "ISR"],
-            "rows": rows(lambda found: [cell(found["CSR"]), cell(found["ISR"])]), "higher_is_better": None, "note": note,
+            "rows": rows(lambda found: [cell(found["CSR"]), cell(found["ISR"])]), "higher_is_better": None, "percent": True, "note": note,
         },
         {
             "title": "CSR by dimension and type", "metric": "and of meta constraints", "columns": columns,
             "rows": rows(lambda found: [cell(_flat(found)[name]) if name in _flat(found) else None for name in columns]),
-            "higher_is_better": None, "marks": False,
+            "higher_is_better": None, "marks": False, "percent": True,
         },
     ]  # fmt: skip
 
@@ -102,7 +102,10 @@ def _lengths(record: Mapping[str, Any]) -> list[dict[str, Any]]:
     rows = [
         {"name": f"{_span(group)} ({number(group['rows'])} rows)", "cells": [cell(group["CSR"]), cell(group["ISR"])]} for group in record["lengths"]
     ]
-    table = {"title": "By length", "metric": "of the whole input, strict", "columns": ["CSR", "ISR"], "rows": rows, "higher_is_better": None}
+    table = {
+        "title": "By length", "metric": "of the whole input, strict", "columns": ["CSR", "ISR"], "rows": rows, "higher_is_better": None,
+        "percent": True,
+    }  # fmt: skip
     return [table] if rows else []
 
 

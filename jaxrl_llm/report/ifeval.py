@@ -71,7 +71,7 @@ def _accuracy(record: Mapping[str, Any]) -> dict[str, Any]:
     note = "By prompt Wilson’s interval; by instruction a bootstrap over prompts, whose instructions stand or fall together."
     return {
         "title": "Accuracy", "metric": "share, with its 95% interval", "columns": list(LEVELS.values()), "rows": rows, "higher_is_better": None,
-        "note": note,
+        "percent": True, "note": note,
     }  # fmt: skip
 
 
@@ -87,7 +87,7 @@ def _types(record: Mapping[str, Any]) -> list[dict[str, Any]]:
         if rows:
             note = "In brackets: how many instructions. Wilson’s intervals."
             tables.append({"title": title, "metric": "share of instructions followed, least first", "columns": list(WAYS), "rows": rows,
-                           "higher_is_better": None, "note": note})  # fmt: skip
+                           "higher_is_better": None, "percent": True, "note": note})  # fmt: skip
     return tables
 
 
