@@ -49,7 +49,7 @@ def run(config: Any, workdir: str) -> None:
     run_dir = RunDir(workdir, config, kind="eval_agentif", owns=(TOTAL, RESULTS, MADE, REFERENCES, f"{CACHE}*", f"{_answers.CACHE}*"))
     if made and run_dir.is_writer:
         write_made(run_dir, made)
-    outputs = read_outputs(config, found, run_dir)
+    outputs = {row_id(row): row.output for row in found} if stored else read_outputs(config, found, run_dir)
     if not run_dir.is_writer:
         return
     limits = Limits(wall_s=config.sandbox.wall_s)

@@ -57,6 +57,16 @@ def test_the_table_of_a_stored_file_without_a_judge(tmp_path, capsys):
 
 
 @needs_isolation
+def test_scores_whose_outputs_were_taken_out_give_the_same_table(tmp_path):
+    made, expected = dirty()
+    for one in made:
+        del one["output"]
+    assert call(tmp_path / "run", write(tmp_path / "results.json", made)) == 0
+    record = total(tmp_path / "run")
+    assert {way: flat(found) for way, found in record["ways"].items()} == expected and record["replay"]["run"] == 0 and record["shown"] == []
+
+
+@needs_isolation
 def test_rows_that_the_results_lack_count_in_the_strict_way(tmp_path):
     results = write(tmp_path / "results.json", [row(constraint(score=True))])
     whole = write(tmp_path / "eval.json", [row(constraint(), output=None), row(constraint("llm"), constraint("cond-llm"), text="b", output=None)])

@@ -19,7 +19,7 @@ def figure(value, counted=100):
 IFEVAL = {
     "answered_by": "a model", "data": "p.jsonl", "prompts": 12, "instructions": 20, "answered": 10, "unanswered": {"too long": 2}, "undecided": 1,
     "figures": {"prompt_strict": figure(0.5), "instruction_strict": figure(0.6), "prompt_loose": figure(0.55), "instruction_loose": figure(0.65)},
-    "types": {name: dict.fromkeys(("strict", "loose"), figure(value)) for name, value in (("keywords:", 0.4), ("keywords:a", 0.4), ("keywords:b", 0.2))}
+    "types": {name: {"strict": figure(v), "loose": figure(v)} for name, v in (("keywords:", 0.4), ("keywords:a", 0.4), ("keywords:b", 0.2))}
     | {"keywords:c": {"strict": NONE, "loose": NONE}},
     "shown": [{"id": "7", "prompt": "Say <b>.", "response": "b", "followed": False, "instructions": ["keywords:a"], "reasons": ["no <b>"]}],
     "seconds": 3.0, "versions": {"jaxrl_llm": "1"},
@@ -75,7 +75,7 @@ def test_agentifs_page():
     assert [point["x"] for point in plot["series"][0]["points"]] == [120.0, 15000.0] and plot["series"][1]["points"][1]["value"] is None
     assert [item["responses"][0]["status"] for item in page["rollouts"]] == ["FAIL", "UNJUDGED"]
     html = build_report(page)
-    told = ("2014 agree, 1 differ", "dirty spot: key", "rows that the source lacks", "checks that execute text", ">1,000<", ">7<", "not satisfied: this")
+    told = ("1 differ", "dirty spot: key", "rows that the source lacks", "checks that execute text", ">1,000<", ">7<", "not satisfied: this")
     assert all(said in html for said in told)
     waiting = validate(agentif_page(AGENTIF | {"infrastructure": 3, "replay": None}, CONFIG))
     assert waiting["headline"].endswith("3 constraints still wait for a verdict and count in nothing.")

@@ -80,7 +80,7 @@ def stored_outcome(row: Row, constraint: Constraint) -> Outcome:
     """What a result file says of a constraint. A null behind a gate counts as a closed gate, though it may hide an error: the file does not tell
     them apart."""
     score, said = constraint.score, constraint.llm_output
-    if row.output is None and score in (NOTHING, None):
+    if row.output is None and not row.scored:  # of a row with scores the output has been taken out
         return Outcome(Result.UNANSWERED, reason="the file holds no output")
     if score is NOTHING:
         return Outcome(Result.UNSCORED, reason="the file holds no score")
