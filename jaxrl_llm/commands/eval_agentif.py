@@ -52,12 +52,11 @@ def run(config: Any, workdir: str) -> None:
     outputs = {row_id(row): row.output for row in found} if stored else read_outputs(config, found, run_dir)
     if not run_dir.is_writer:
         return
-    limits = Limits(wall_s=config.sandbox.wall_s)
-    with Sandbox(config.sandbox.workers, limits, isolation=config.sandbox.isolation) as sandbox:
-        if stored:
-            judged = [(row, [stored_outcome(row, constraint) for constraint in row.constraints]) for row in found]
-            again = replay(config, judged, sandbox) if config.replay else None
-        else:
+    if stored:
+        judged = [(row, [stored_outcome(row, constraint) for constraint in row.constraints]) for row in found]
+        again = replay(config, judged) if config.replay else None
+    else:
+        with make_sandbox(config) as sandbox:
             judged, again = evaluate(config, found, outputs, run_dir, sandbox), None
     absent = [row for row in whole if row.key not in {one.key for one in found}]
     judged += [(row, [absent_outcome(constraint) for constraint in row.constraints]) for row in absent]
@@ -171,8 +170,14 @@ def evaluate(config: Any, found: Rows, outputs: Mapping[str, str | None], run_di
     return [(row, known[row_id(row)]) for row in found]
 
 
-def replay(config: Any, judged: Sequence[figures.Judged], sandbox: Sandbox) -> dict[str, Any]:
-    """{"run", "agree", "undecided": counts; "differ": places} of stored scores that code alone gave, against that code run again."""
+def make_sandbox(config: Any) -> Sandbox:
+    """The sandbox of a config. Raises UserError where the host cannot isolate code."""
+    return Sandbox(config.sandbox.workers, Limits(wall_s=config.sandbox.wall_s), isolation=config.sandbox.isolation)
+
+
+def replay(config: Any, judged: Sequence[figures.Judged]) -> dict[str, Any]:
+    """{"run", "agree", "undecided": counts; "differ": places} of stored scores that code alone gave, against that code run again. A table of stored
+    scores needs no code: where the host cannot isolate any, "refused" says so."""
     again = [
         (constraint, row.output, outcome) for row, outcomes in judged for constraint, outcome in zip(row.constraints, outcomes, strict=True)
         if constraint.sequence == "code" and not constraint.broken and isinstance(outcome.published, bool) and row.output
@@ -180,16 +185,21 @@ def replay(config: Any, judged: Sequence[figures.Judged], sandbox: Sandbox) -> d
     ]  # fmt: skip
     told: dict[str, Any] = {"run": len(again), "agree": 0, "undecided": 0, "differ": []}
     step = 32 * config.sandbox.workers
-    for i in tqdm(range(0, len(again), step), desc="checking code again", unit=f"{step} checks", disable=None, mininterval=0.5):
-        part = again[i : i + step]
-        ran = sandbox.run([Job(constraint.steps[0].text, FUNCTION, [sequences.spoken(output)]) for constraint, output, _ in part])
-        for (constraint, _, outcome), one in zip(part, ran, strict=True):
-            if not isinstance(one.value, bool):
-                told["undecided"] += 1
-            elif one.value is outcome.published:
-                told["agree"] += 1
-            else:
-                told["differ"].append({"where": constraint.where, "stored": outcome.published, "now": one.value})
+    try:
+        with make_sandbox(config) as sandbox:
+            for i in tqdm(range(0, len(again), step), desc="checking code again", unit=f"{step} checks", disable=None, mininterval=0.5):
+                part = again[i : i + step]
+                ran = sandbox.run([Job(constraint.steps[0].text, FUNCTION, [sequences.spoken(output)]) for constraint, output, _ in part])
+                for (constraint, _, outcome), one in zip(part, ran, strict=True):
+                    if not isinstance(one.value, bool):
+                        told["undecided"] += 1
+                    elif one.value is outcome.published:
+                        told["agree"] += 1
+                    else:
+                        told["differ"].append({"where": constraint.where, "stored": outcome.published, "now": one.value})
+    except UserError as error:
+        print(f"stored scores are told as they are, their code is not run again: {error}", file=sys.stderr)
+        return told | {"run": 0, "refused": str(error)}
     return told
 
 

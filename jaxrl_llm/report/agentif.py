@@ -143,7 +143,9 @@ def _other(record: Mapping[str, Any]) -> dict[str, Any]:
         told["rows that the source lacks"] = record["absent"]
     if record["skipped"]:
         told["rows that could not be read"] = len(record["skipped"])
-    if replay:
+    if replay and replay.get("refused"):
+        told["code run again"] = f"none: {replay['refused']}"
+    elif replay:
         told["code run again"] = f"{replay['run']} checks: {replay['agree']} agree, {len(replay['differ'])} differ, {replay['undecided']} no verdict"
     if record["executing"]:
         told["checks that execute text"] = record["executing"]

@@ -66,6 +66,19 @@ def test_scores_whose_outputs_were_taken_out_give_the_same_table(tmp_path):
     assert {way: flat(found) for way, found in record["ways"].items()} == expected and record["replay"]["run"] == 0 and record["shown"] == []
 
 
+def test_the_table_needs_no_sandbox(tmp_path, monkeypatch, capsys):
+    """Of stored scores; where code must be run, a host that cannot isolate it is refused."""
+    monkeypatch.setattr(layers, "missing", lambda: {"user namespace": "not here"})
+    made, expected = dirty()
+    path = write(tmp_path / "results.json", made)
+    assert call(tmp_path / "run", path) == 0
+    assert "their code is not run again: the sandbox cannot isolate code on this host" in capsys.readouterr().err
+    record = total(tmp_path / "run")
+    assert {way: flat(found) for way, found in record["ways"].items()} == expected and "not here" in record["replay"]["refused"]
+    assert "not here" in (tmp_path / "run" / "report.html").read_text()
+    assert call(tmp_path / "fresh", path, scores="fresh") == 2 and "the sandbox cannot isolate code" in capsys.readouterr().err
+
+
 @needs_isolation
 def test_rows_that_the_results_lack_count_in_the_strict_way(tmp_path):
     results = write(tmp_path / "results.json", [row(constraint(score=True))])
