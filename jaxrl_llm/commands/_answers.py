@@ -52,10 +52,15 @@ def answers(policy: Any, rows: Sequence[Mapping[str, Any]], run_dir: RunDir) -> 
     loading and tokenising raise, and RewardStopped of a server that is gone.
     """
     known = _settled(run_dir)
+    done = [row["id"] in known for row in rows]
+    if not policy.url:  # all processes must sample the same batches
+        from jaxrl_llm.curation.processes import from_first
+
+        done = from_first(done)
     left = Rows()
     left.places = getattr(rows, "places", {})  # messages name a row by them
-    left += [row for row in rows if row["id"] not in known]
-    if left:
+    left += [row for row, there in zip(rows, done, strict=True) if not there]
+    if left and (not policy.url or run_dir.is_writer):
         (_of_server if policy.url else _of_model)(policy, left, run_dir)
         known = _settled(run_dir)
     missing = sum(row["id"] not in known for row in rows)

@@ -27,7 +27,7 @@ def agentif_page(record: Mapping[str, Any], config: Mapping[str, Any]) -> dict[s
         "subtitle": f"jaxrl-llm eval: {record['answered_by']}",
         "headline": _headline(record),
         "facts": _facts(record),
-        "tables": [*_rates(record), *_contamination(record), _outcomes(record), *_lengths(record)],
+        "tables": [*_rates(record), *_contamination(record), _outcomes(record), *_lengths(record), *_places(record)],
         "plots": _length_plot(record),
         "rollouts": [_rollout(shown) for shown in record["shown"]],
         "config": dict(config),
@@ -105,6 +105,15 @@ def _lengths(record: Mapping[str, Any]) -> list[dict[str, Any]]:
     table = {
         "title": "By length", "metric": "of the whole input, strict", "columns": ["CSR", "ISR"], "rows": rows, "higher_is_better": None,
         "percent": True,
+    }  # fmt: skip
+    return [table] if rows else []
+
+
+def _places(record: Mapping[str, Any]) -> list[dict[str, Any]]:
+    rows = [{"name": f"{found['place']} ({number(found['counted'])})", "cells": [cell(found)]} for found in record["places"]]
+    table = {
+        "title": "By place of the rule", "metric": "where its last sentence stands, strict", "columns": ["CSR"], "rows": rows,
+        "higher_is_better": None, "percent": True,
     }  # fmt: skip
     return [table] if rows else []
 

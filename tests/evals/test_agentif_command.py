@@ -172,6 +172,7 @@ def test_made_rows_need_no_judge_and_their_own_responses_score_as_they_must(tmp_
     lost = [1 / len(one.row["constraints"]) for one in made[3:]]
     assert difference["value"] == pytest.approx(sum(lost) / 3) and difference["low"] > 0 and difference["rows"] == 3
     assert [group["rows"] for group in record["lengths"]] == [4, 2] and "Content seen before" in (tmp_path / "report.html").read_text()
+    assert sum(found["counted"] for found in record["places"]) == record["constraints"] and len(record["places"]) >= 3
     rows = json.loads((tmp_path / "rows.json").read_text())
     assert rows == [one.row for one in made] and seen[0]["messages"][0]["role"] == "system"
     kept = [json.loads(line) for line in (tmp_path / "references.jsonl").read_text().splitlines()]

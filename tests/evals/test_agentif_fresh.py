@@ -8,8 +8,9 @@ import pytest
 
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.evals.agentif import fresh_rules
+from jaxrl_llm.evals.agentif.figures import PLACES, by_place, place_of
 from jaxrl_llm.evals.agentif.fresh import make_row, make_rows
-from jaxrl_llm.evals.agentif.outcomes import Result
+from jaxrl_llm.evals.agentif.outcomes import Outcome, Result
 from jaxrl_llm.evals.agentif.rows import parse_row
 from jaxrl_llm.evals.agentif.sequences import evaluate
 from jaxrl_llm.rewards.sandbox import layers
@@ -106,6 +107,20 @@ def test_rules_and_facts_stand_at_any_depth():
     whole = [text_of(make_row(plan, 0, 3000)) for plan in PLANS]
     codes = [(text.index("register code"), len(text)) for text in whole if "register code" in text]
     assert any(place > 0.5 * length for place, length in codes) and any(place < 0.5 * length for place, length in codes)
+
+
+def test_places_of_rules():
+    places = [place_of(info) for info in (
+        {"from": ["list"], "depth": []}, {"from": ["list", "manual"], "depth": [0.1]}, {"from": ["manual", "manual"], "depth": [0.1, 0.5]},
+        {"from": ["manual"], "depth": [1.0]}, {"from": ["manual", "turn"], "depth": [0.4]},
+    )]  # fmt: skip
+    assert places == list(PLACES)
+    made = make_row(1, 0, 3000)
+    row = parse_row(made.row, "made", 0, Counter())
+    outcomes = [Outcome(Result.PASSED if place_of(part["other_info"]) == PLACES[0] else Result.FAILED) for part in made.row["constraints"]]
+    found = {one["place"]: (one["value"], one["counted"]) for one in by_place([(row, outcomes)], draws=5)}
+    assert found[PLACES[0]][0] == 1.0 and {value for place, (value, _) in found.items() if place != PLACES[0]} == {0.0}
+    assert sum(count for _, count in found.values()) == len(outcomes)
 
 
 def test_a_seed_changes_the_content_and_not_the_plan():

@@ -148,7 +148,7 @@ def test_a_policy_answers_here_and_behind_a_server_alike_and_goes_on(files, fold
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:2]) + '{"id": "3", "resp')
     assert call(files, "own", **how) == 0 and samples(files, "own") == own
     assert {**total(files, "own"), "seconds": 0} == {**before, "seconds": 0}
-    with tiny_server.served(folder) as server:
+    with tiny_server.served(folder, places=4, max_tokens=16) as server:
         url = {"policy.url": f"http://127.0.0.1:{server.port}/v1", "policy.name": "policy", "policy.max_new_tokens": 8}
         assert call(files, "served", **url) == 0
     assert samples(files, "served") == own and counts(total(files, "served")) == counts(before)

@@ -38,6 +38,7 @@ AGENTIF = {
     "lengths": [{"low": 0, "high": 250, "words": 120.0, "rows": 3, "CSR": figure(0.8), "ISR": figure(0.3)},
                 {"low": 12000, "high": None, "words": 15000.0, "rows": 4, "CSR": figure(0.4), "ISR": NONE}],
     "outcomes": {"all": {"passed": 7, "failed": 1000, "closed": 11}, "cond-llm-code": {"passed": 7}, "none": {"broken": 1}},
+    "places": [{"place": "manual, middle"} | figure(0.3)],
     "contamination": [{"seed": 0, "other": 1, "rows": 40, "value": 0.1, "low": 0.05, "high": 0.15}], "notes": {"key 'is meta' for 'is_meta'": 150},
     "infrastructure": 0, "waiting": "", "broken": [], "errors": [], "executing": 10,
     "replay": {"run": 2015, "agree": 2014, "undecided": 0, "differ": [{"where": "r.json:1", "stored": True, "now": False}]},
@@ -68,7 +69,7 @@ def test_agentifs_page():
     assert page["headline"].startswith("50.0% of the constraints are satisfied and 25.0% of the instructions as a whole")
     assert [fact["label"] for fact in page["facts"]] == ["CSR, published", "ISR, published", "CSR, strict", "ISR, strict"]
     titles = [table["title"] for table in page["tables"]]
-    assert titles == ["Success rates", "CSR by dimension and type", "Content seen before", "Outcomes", "By length"]
+    assert titles == ["Success rates", "CSR by dimension and type", "Content seen before", "Outcomes", "By length", "By place of the rule"]
     assert [row["name"] for row in page["tables"][3]["rows"]] == ["all", "condition, then llm, then code", "no evaluation"]
     assert [row["name"] for row in page["tables"][4]["rows"]] == ["0 to 250 words (3 rows)", "from 12,000 words (4 rows)"]
     (plot,) = page["plots"]

@@ -112,6 +112,38 @@ def by_length(judged: Sequence[Judged], *, draws: int = 1000, seed: int = 0) -> 
     return found
 
 
+PLACES = ("list of rules", "manual, first third", "manual, middle", "manual, last third", "earlier turn")
+
+
+def by_place(judged: Sequence[Judged], *, draws: int = 1000, seed: int = 0) -> list[dict[str, Any]]:
+    """{"place", "value", "low", "high", "passed", "counted"} of made rows' constraints by where the last sentence of their rule stands, in the strict
+    way; none for other rows."""
+    sums: dict[str, np.ndarray] = {}
+    for i, (row, outcomes) in enumerate(judged):
+        for raw, outcome in zip(row.raw["constraints"] if "made" in row.raw else (), outcomes):
+            satisfied = outcome.counts("strict")
+            if satisfied is not None:
+                place = place_of(raw["other_info"])
+                for part, value in (("passed", satisfied), ("counted", 1)):
+                    sums.setdefault(f"{place} {part}", np.zeros(len(judged)))[i] += value
+    found = []
+    for place in PLACES:
+        if f"{place} counted" in sums:
+            passed, counted = (sums[f"{place} {part}"] for part in ("passed", "counted"))
+            both = {"p": passed, "c": counted}
+            limits = bootstrap_sums(both, lambda total: {"share": _share(total["p"], total["c"])}, draws=draws, seed=seed)
+            span = share_limits(limits["share"], int(np.count_nonzero(counted)))
+            totals = {"passed": int(passed.sum()), "counted": int(counted.sum())}
+            found.append({"place": place, "value": span.estimate, "low": span.low, "high": span.high, **totals})
+    return found
+
+
+def place_of(info: Mapping[str, Any]) -> str:
+    """A place of PLACES, of a made constraint's other_info."""
+    last = info["from"][-1]
+    return PLACES[1 + min(int(3 * info["depth"][-1]), 2)] if last == "manual" else PLACES[0] if last == "list" else PLACES[-1]
+
+
 def success(row: Row, outcomes: Sequence[Outcome]) -> float | None:
     """The share of a row's constraints that are satisfied, in the strict way; None where none counts."""
     counted = [found for outcome in outcomes if (found := outcome.counts("strict")) is not None]
