@@ -46,24 +46,25 @@ def run(config: Any, workdir: str) -> None:
     found = _read(made) if made else rows.read_agentif(config.data.source, limit=config.data.limit, on_bad=config.data.on_bad)
     whole = rows.read_agentif(config.data.whole, on_bad=config.data.on_bad) if config.data.whole else Rows()
     stored = is_stored(config, found)
+    sandbox = None if stored else make_sandbox(config)  # a host that cannot isolate code is refused before anybody answers
     run_dir = RunDir(workdir, config, kind="eval_agentif", owns=(TOTAL, RESULTS, MADE, REFERENCES, f"{CACHE}*", f"{_answers.CACHE}*"))
     if made and run_dir.is_writer:
         write_made(run_dir, made)
     outputs = {row_id(row): row.output for row in found} if stored else read_outputs(config, found, run_dir)
     if not run_dir.is_writer:
         return
-    if stored:
+    if sandbox is None:
         judged = [(row, [stored_outcome(row, constraint) for constraint in row.constraints]) for row in found]
         again = replay(config, judged) if config.replay else None
     else:
-        with make_sandbox(config) as sandbox:
+        with sandbox:
             judged, again = evaluate(config, found, outputs, run_dir, sandbox), None
-    absent = [row for row in whole if row.key not in {one.key for one in found}]
+        write_results(run_dir, judged, outputs, answered_by(config, found))
+    there = {row.key for row in found}
+    absent = [row for row in whole if row.key not in there]
     judged += [(row, [absent_outcome(constraint) for constraint in row.constraints]) for row in absent]
     record = describe(config, found, judged, outputs, stored) | {"absent": len(absent), "replay": again}
     record |= {"seconds": round(time.monotonic() - start, 2), "versions": {"jaxrl_llm": __version__}}
-    if not stored:
-        write_results(run_dir, judged, outputs, record["answered_by"])
     write_json(run_dir.path / TOTAL, record)
     page = run_dir.path / "report.html"
     write_report(page, agentif_page(to_plain(record), config.to_dict()))
@@ -203,17 +204,23 @@ def replay(config: Any, judged: Sequence[figures.Judged]) -> dict[str, Any]:
     return told
 
 
+def answered_by(config: Any, found: Rows) -> str:
+    """Whose responses are judged."""
+    if config.policy.model or config.policy.url:
+        return _answers.named(config.policy)
+    models = {str(output["model_name"]) for row in found if isinstance(output := row.raw.get("output"), Mapping) and output.get("model_name")}
+    return ", ".join(sorted(models)) or "the source's outputs"
+
+
 def describe(config: Any, found: Rows, judged: Sequence[figures.Judged], outputs: Mapping[str, str | None], stored: bool) -> dict[str, Any]:
     """What eval.json tells of the rows and their outcomes."""
     how = {"draws": config.bootstrap, "seed": config.seed}
     counts = figures.tally(judged)
     flat = [(constraint, outcome) for row, outcomes in judged for constraint, outcome in zip(row.constraints, outcomes, strict=True)]
-    models = sorted({str(output["model_name"]) for row in found if isinstance(output := row.raw.get("output"), Mapping) and output.get("model_name")})
-    policy = config.policy.model or config.policy.url
     waiting = sorted({outcome.reason for _, outcome in flat if outcome.result is Result.INFRASTRUCTURE})
     return {
         "kind": "eval_agentif", "source": config.data.source or f"made, seeds {', '.join(map(str, config.make.seeds))}",
-        "answered_by": _answers.named(config.policy) if policy else ", ".join(models) or "the source's outputs",
+        "answered_by": answered_by(config, found),
         "judged_by": "the source's scores" if stored else " and ".join(filter(None, ("code", config.judge.model))),
         "rows": len(found), "instructions": len({row.key for row in found}), "constraints": len(flat), "agents": len({row.agent for row in found}),
         "words": {"mean": sum(row.words for row in found) / len(found), "most": max(row.words for row in found)},

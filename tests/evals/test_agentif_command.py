@@ -77,6 +77,7 @@ def test_the_table_needs_no_sandbox(tmp_path, monkeypatch, capsys):
     assert {way: flat(found) for way, found in record["ways"].items()} == expected and "not here" in record["replay"]["refused"]
     assert "not here" in (tmp_path / "run" / "report.html").read_text()
     assert call(tmp_path / "fresh", path, scores="fresh") == 2 and "the sandbox cannot isolate code" in capsys.readouterr().err
+    assert not (tmp_path / "fresh").exists()  # before anybody answers
 
 
 @needs_isolation
