@@ -113,7 +113,7 @@ def _places(record: Mapping[str, Any]) -> list[dict[str, Any]]:
     rows = [{"name": f"{found['place']} ({number(found['counted'])})", "cells": [cell(found)]} for found in record["places"]]
     table = {
         "title": "By place of the rule", "metric": "where its last sentence stands, strict", "columns": ["CSR"], "rows": rows,
-        "higher_is_better": None, "percent": True,
+        "higher_is_better": None, "percent": True, "note": "Rules are dealt to places at random: some places have harder ones.",
     }  # fmt: skip
     return [table] if rows else []
 
