@@ -32,7 +32,10 @@ VERBS = {
     "story_rules": Verb("experiments.story_rules", "GRPO of a stories model on rule-checked continuations, with a report"),
     "curate": Verb("jaxrl_llm.commands.curate", "filter, cluster and order a prompt set by SAE features"),
     "train_sae": Verb("jaxrl_llm.commands.train_sae", "train a sparse autoencoder on a model's activations"),
-    "eval": Verb("jaxrl_llm.commands.eval", "how good SAEs are, side by side", config="kinds", kinds=(("sae", "configs/sae_eval.py"),)),
+    "eval": Verb(
+        "jaxrl_llm.commands.eval", "how well a model follows instructions (IFEval, AgentIF), or how good SAEs are", config="kinds",
+        kinds=(("sae", "configs/sae_eval.py"), ("ifeval", "configs/ifeval.py"), ("agentif", "configs/agentif.py")),
+    ),
     "features": Verb("jaxrl_llm.commands.features", "a page of what a dictionary's features fire on, with labels if a server is named"),
     "sft": Verb("jaxrl_llm.commands.sft", "fine-tune (or pre-train) on text or on prompts with answers"),
     "grpo": Verb("jaxrl_llm.commands.grpo", "train a policy by GRPO on prompts with a checkable reward"),
