@@ -176,13 +176,17 @@ def _verb_help(name: str, verb: Verb, spec: str | None) -> str:
     given = "--config=configs/NAME.py[:variant]"
     usage += [f"{given if verb.kinds else f'[{given}]'} [--config.key=value ...]"] if verb.config != "none" else []
     usage += {"needed": ["--workdir=DIR"], "optional": ["[--workdir=DIR]"], "none": []}[verb.workdir]
-    lines = [f"usage: {' '.join(usage)}", "", f"{name}: {verb.help}"]
+    lines, told = [f"usage: {' '.join(usage)}", ""], f"{name}: {verb.help}"
     if verb.kinds and not spec:
-        lines += ["", *(f"  --config={path:<24}  kind {kind}; jaxrl-llm {name} --config={path} --help lists its fields" for kind, path in verb.kinds)]
+        lines += [told, ""]
+        lines += [f"  --config={path:<24}  kind {kind}; jaxrl-llm {name} --config={path} --help lists its fields" for kind, path in verb.kinds]
     elif verb.config != "none":
-        from jaxrl_llm.config_help import describe
+        from jaxrl_llm.config_help import about, describe
 
-        lines += ["", describe(spec or f"configs/{name}.py")]
+        spec = spec or f"configs/{name}.py"
+        lines += [about(spec) or told, "", describe(spec)]
+    else:
+        lines += [told]
     return "\n".join(lines)
 
 
