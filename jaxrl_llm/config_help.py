@@ -1,6 +1,5 @@
 """What a config file says of itself: its docstring, and its fields with their values and the comments that stand beside them."""
 
-import inspect
 import re
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ def about(spec: str) -> str:
     """The docstring of a config file; "" where it has none. A command that goes over several lines in the file does so here."""
     text = import_config(config_path(spec)[0]).__doc__ or ""
     # A backslash at the end of a line of a string is gone with its line break; the indentation of the next line is what is left of it.
-    return re.sub(r"(?<=\S) {4,}(?=--)", r" \\\n        ", inspect.cleandoc(text))
+    return re.sub(r"(?<=\S) {4,}(?=--)", r" \\\n        ", text.strip())
 
 
 def describe(spec: str) -> str:
