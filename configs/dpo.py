@@ -9,6 +9,7 @@ Rows hold "prompt", "chosen" and "rejected", or chats under "chosen" and "reject
 "prompt", "completion" and "label" (true or false). Variants: "dpo" (the default), "conservative" and "robust" (10% of the labels taken to
 be flipped), "hinge", "ipo", "simpo", "orpo", "kto". The trained model is written to WORKDIR/policy as a Hugging Face folder. Started again,
 a run goes on where it was. Expected: held-out accuracy (a tie, as at the start with a reference, counts half) and margin rise.
+docs/training.md has the formulas of the variants, explains every metric and says what others call the fields.
 """
 
 import ml_collections

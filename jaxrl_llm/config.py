@@ -24,12 +24,27 @@ PACKAGE_ROOT = Path(__file__).resolve().parent.parent
 # Fields that say how to run, not what: two runs that differ only here are the same run.
 NOT_THE_RUN = ("overwrite",)
 
-# What other libraries call a field of ours.
+# What other libraries call a field of ours; docs/training.md says what a number means there.
 _ALSO_CALLED = {
-    "batch_size": ("batch_rows", "batch_prompts", "prompts_per_step"), "epochs": ("steps",), "num_epochs": ("steps",),
-    "num_generations": ("num_samples",), "max_tokens": ("max_new_tokens",), "max_completion_length": ("max_new_tokens",),
-    "gradient_accumulation_steps": ("micro_batch_rows",), "max_grad_norm": ("clip_norm",), "gradient_checkpointing": ("remat",),
-    "dataset": ("source",), "path": ("source", "model"), "checkpoint": ("model",), "output_dir": ("workdir",), "lora_r": ("rank",),
+    "batch_size": ("batch_rows", "batch_prompts", "prompts_per_step"), "total_batch_size": ("batch_rows", "batch_prompts"),
+    "epochs": ("steps",), "num_epochs": ("steps",), "num_train_epochs": ("steps",), "max_steps": ("steps",), "max_training_steps": ("steps",),
+    "num_generations": ("num_samples",), "num_return_sequences": ("num_samples",), "num_iterations": ("inner_epochs",),
+    "max_tokens": ("max_new_tokens",), "max_completion_length": ("max_new_tokens",), "max_tokens_to_generate": ("max_new_tokens",),
+    "max_prompt_length": ("max_prompt_tokens",), "gradient_accumulation_steps": ("micro_batch_rows",),
+    "per_device_train_batch_size": ("micro_batch_rows",), "train_micro_batch_size": ("micro_batch_rows",),
+    "epsilon": ("clip_low",), "epsilon_high": ("clip_high",), "beta": ("kl_coef",), "loss_type": ("aggregation", "kind"),
+    "scale_rewards": ("advantage_scale",), "importance_sampling_level": ("ratio",), "simpo_gamma": ("gamma",), "lam": ("gae_lambda",),
+    "vf_coef": ("value_coef",), "cliprange_value": ("value_clip",), "clip_range_value": ("value_clip",),
+    "precompute_ref_batch_size": ("forward_rows",), "max_grad_norm": ("clip_norm",), "clip_grad": ("clip_norm",),
+    "lr_scheduler_type": ("schedule",), "warmup_ratio": ("warmup_steps",),
+    "adam_beta1": ("b1",), "adam_beta2": ("b2",), "adam_epsilon": ("eps",),
+    "gradient_checkpointing": ("remat",), "attn_implementation": ("attention",), "packing": ("pack",),
+    "assistant_only_loss": ("loss_on",), "completion_only_loss": ("loss_on",), "router_aux_loss_coef": ("router_balance",),
+    "logging_steps": ("log_every",), "eval_steps": ("eval_every",), "evaluation_steps": ("eval_every",), "eval_every_n_steps": ("eval_every",),
+    "save_steps": ("checkpoint_every",), "save_total_limit": ("keep_checkpoints",), "metric_for_best_model": ("keep_best",),
+    "load_best_model_at_end": ("keep_best",), "dataset": ("source",), "dataset_name": ("source",), "path": ("source", "model"),
+    "checkpoint": ("model",), "model_name_or_path": ("model",), "output_dir": ("workdir",), "save_directory": ("workdir",),
+    "lora_r": ("rank",), "lora_alpha": ("alpha",), "lora_target_modules": ("targets",), "use_rslora": ("rank_stabilised",),
 }  # fmt: skip
 
 
