@@ -33,6 +33,7 @@ from jaxrl_llm.train.preference_step import (
     preference_spec,
     to_host,
 )
+from jaxrl_llm.train.resume import check_steps, not_finite
 from jaxrl_llm.train.signals import Interrupted, StopRequest, stop_on_signal, watchdog
 from jaxrl_llm.train.state import abstract_state, given, init_state, policy_params, start_params, whole
 from jaxrl_llm.train.step import batch_shardings
@@ -159,8 +160,10 @@ def train_dpo(
     frozen = None if spec.lora is None else start_params(model_cfg, params, mesh)
     del params  # the state has a copy
     if run_dir is not None:
+        check_steps(start, config.steps, run_dir)
         run_dir.truncate_after(start if found else -1)
-    history = [] if run_dir is None else run_dir.metrics()
+        run_dir.note_changes(start)
+    history = [] if run_dir is None else [r for r in run_dir.metrics() if r["kind"] in ("dpo", "eval")]
     run = _Run(data, held_out or {}, schedule, config, spec, run_dir, checkpoints, mesh, references, history, frozen)
     with contextlib.nullcontext() if checkpoints is None else checkpoints:
         if not found and config.loss.needs_reference:
@@ -261,12 +264,7 @@ def _record(run: _Run, pending, step: int, since: float) -> dict[str, Any]:
     seconds = time.perf_counter() - since  # with the wait for the device
     for back, found in enumerate(reversed(host)):
         if not found.pop("finite"):
-            steps = [] if run.checkpoints is None else run.checkpoints.steps()
-            kept = f"the last good checkpoint is step {steps[-1]} in {run.checkpoints.path}" if steps else "no checkpoint was saved before"
-            raise UserError(
-                f"step {step - back}: loss {found['loss']:g}, gradient norm {found['grad_norm']:g} is not finite; training stopped and "
-                f"{kept}. Lower the learning rate or set optimizer.clip_norm"
-            )
+            raise not_finite(step - back, found["loss"], found["grad_norm"], run.checkpoints, run.run_dir)
     tokens = sum(count for _, count in pending)
     means = {name: float(np.mean([found[name] for found in host])) for name in host[-1]}
     last = {name: host[-1][name] for name in ("grad_norm", "learning_rate")}
