@@ -167,9 +167,10 @@ class RunDir:
         if self.is_writer:
             write_json(self.path / "summary.json", record)
 
-    def metrics(self) -> list[dict[str, Any]]:
-        """The records of metrics.jsonl so far."""
-        return read_jsonl(self.path / "metrics.jsonl")
+    def metrics(self, until: float = math.inf) -> list[dict[str, Any]]:
+        """The records of metrics.jsonl so far, of steps up to `until`: beside `truncate_after`, since a process that does not write may read
+        the file before it is cut."""
+        return [record for record in read_jsonl(self.path / "metrics.jsonl") if record.get("step", 0) <= until]
 
     def samples(self) -> list[dict[str, Any]]:
         """The records of samples.jsonl so far."""

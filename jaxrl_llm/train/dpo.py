@@ -163,7 +163,7 @@ def train_dpo(
         check_steps(start, config.steps, run_dir)
         run_dir.truncate_after(start if found else -1)
         run_dir.note_changes(start)
-    history = [] if run_dir is None else [r for r in run_dir.metrics() if r["kind"] in ("dpo", "eval")]
+    history = [] if run_dir is None else [r for r in run_dir.metrics(until=start if found else -1) if r["kind"] in ("dpo", "eval")]
     run = _Run(data, held_out or {}, schedule, config, spec, run_dir, checkpoints, mesh, references, history, frozen)
     with contextlib.nullcontext() if checkpoints is None else checkpoints:
         if not found and config.loss.needs_reference:

@@ -232,7 +232,7 @@ def _restore(run: Run, params) -> tuple[dict, int]:
     run.schedule.restore(schedule_state)
     run.run_dir.truncate_after(step)
     run.run_dir.note_changes(step)
-    run.see_best([record for record in run.run_dir.metrics() if record["step"] <= step])
+    run.see_best(run.run_dir.metrics(until=step))
     logging.info("resumed from step %d of %s", step, run.run_dir.path)
     return state, step
 

@@ -185,7 +185,7 @@ def fine_tuner(model_cfg: models.ModelConfig, mesh=None) -> Callable[[Any, list[
 
 def _train(spec, state, frozen, start, batches, config, run_dir, checkpoints, mesh, progress):
     update = _compiled_update(spec, mesh)
-    history = [] if run_dir is None else [r for r in run_dir.metrics() if r["kind"] == "sft"]
+    history = [] if run_dir is None else [r for r in run_dir.metrics(until=start) if r["kind"] == "sft"]
     for _ in range(start):
         _next(batches, 0)
     bar = tqdm(total=config.steps, initial=start, desc="sft", unit="step", mininterval=0.5, disable=None if progress else True, leave=False)

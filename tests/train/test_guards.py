@@ -176,6 +176,29 @@ def test_dpo_keeps_the_checkpoint_of_least_loss(tmp_path, monkeypatch):
     assert [record["loss"] for record in history if record["kind"] == "eval"] == [0.1, 0.6, 0.3, 0.3, 0.5]
 
 
+def test_a_process_that_reads_before_the_metrics_are_cut_knows_the_same_best(tmp_path, monkeypatch):
+    """On several processes one cuts metrics.jsonl back to the checkpoint and the others read it, perhaps before: a best step that is to come
+    again would be known to these alone, and their saves would part."""
+    from jaxrl_llm.train import dpo
+
+    evals = {"held": prefs.pairs(4, seed=2)}
+    config = dataclasses.replace(prefs.QUICK, eval_every=1, checkpoint_every=1, keep_best="held", keep_checkpoints=4)
+    prefs.train(config, folder=tmp_path / "run", held_out=evals)
+    for step in (3, 4):
+        shutil.rmtree(tmp_path / "run" / "checkpoints" / str(step))
+    seen = []
+
+    def train(run, *_):
+        seen.append((run.best, [record["step"] for record in run.history if record["kind"] == "eval"]))
+        raise InterruptedError
+
+    monkeypatch.setattr(dpo, "_train", train)
+    monkeypatch.setattr(dpo.RunDir, "truncate_after", lambda *_: None)  # as a process that does not write has it
+    with pytest.raises(InterruptedError):
+        prefs.train(config, folder=tmp_path / "run", held_out=evals)
+    assert seen[0][0][1] <= 2 and seen[0][1] == [0, 1, 2]
+
+
 def test_a_set_that_is_not_there_is_named(tmp_path):
     with pytest.raises(UserError, match="'keep_best' is 'hold', which is no evaluation set: did you mean held"):
         tiny.run(tmp_path / "run", dataclasses.replace(tiny.TINY, keep_best="hold"), evals={"held": tiny.prompts(4)})
