@@ -5,13 +5,14 @@ directory that the next start can use. Only process 0 of a multi-process run wri
 """
 
 import contextlib
+import hashlib
 import json
 import math
 import os
 import re
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -110,9 +111,27 @@ class RunDir:
         record = to_plain({"kind": "change", "step": step, "changed": self.changes})
         if record not in self.metrics():  # a kill here must not double it
             self.log(record)
-        before = (self._head() or {}).get("changes") or ()
-        self._write_head({"changes": [*before, {"after_step": step, "changed": self.changes}]})
+        head = self._head() or {}
+        changes = [*(head.get("changes") or ()), {"after_step": step, "changed": self.changes}]
+        self._write_head({"rows": head.get("rows", {}), "changes": changes})
         self.changes = {}
+
+    def same_rows(self, rows: Mapping[str, str]) -> None:
+        """Refuses to go on with other rows than the run that is there began with: its checkpoints and its schedule know them by number.
+
+        rows: name of a set -> `fingerprint` of it. Sets that are new, or no longer there, are not compared.
+        Raises UserError naming the set.
+        """
+        head = self._head() or {}
+        if self.checkpoints.is_dir() and any(self.checkpoints.iterdir()):
+            for name, found in rows.items():
+                if head.get("rows", {}).get(name, found) != found:
+                    raise UserError(
+                        f"{self.path}: the rows of '{name}' are not those that this run began with, though its config names the same: give it "
+                        "the data as it was, or choose another --workdir"
+                    )
+        if self.is_writer and head.get("rows", {}) != rows:
+            write_json(self.path / HEAD, head | {"rows": rows})
 
     def way_on(self, group: str) -> str:
         """The end of a message that advises other settings of a group of fields: how this run goes on with them."""
@@ -204,6 +223,18 @@ class RunDir:
             with contextlib.suppress(OSError):
                 os.truncate(path, before)
             raise from_os_error(error, path, "write") from error
+
+
+def fingerprint(parts: Iterable[Any]) -> str:
+    """16 hex digits of arrays and JSON values, in order."""
+    digest = hashlib.sha256()
+    for part in parts:
+        array = isinstance(part, np.ndarray)
+        text = f"{part.dtype}{part.shape}" if array else json.dumps(to_plain(part), sort_keys=True)
+        digest.update(text.encode() + b"\n")
+        if array:
+            digest.update(np.ascontiguousarray(part))
+    return digest.hexdigest()[:16]
 
 
 # Two letters at least, so that a Windows drive is none; one slash, as pathlib leaves of two.

@@ -33,7 +33,7 @@ from jaxrl_llm.train.preference_step import (
     preference_spec,
     to_host,
 )
-from jaxrl_llm.train.resume import check_steps, not_finite
+from jaxrl_llm.train.resume import check_steps, not_finite, tokens_fingerprint
 from jaxrl_llm.train.signals import Interrupted, StopRequest, stop_on_signal, watchdog
 from jaxrl_llm.train.state import abstract_state, given, init_state, policy_params, start_params, whole
 from jaxrl_llm.train.step import batch_shardings
@@ -63,6 +63,11 @@ class Preferences:
         pick = lambda column: [column[i] for i in indices]  # noqa: E731
         labels = None if self.labels_N is None else self.labels_N[np.asarray(indices)]
         return Preferences(pick(self.prompts), pick(self.completions), pick(self.ids), labels)
+
+    def fingerprint(self) -> str:
+        """Of tokens and labels, for `RunDir.same_rows`."""
+        lists = (tokens for prompt, pair in zip(self.prompts, self.completions, strict=True) for tokens in (prompt, *pair))
+        return tokens_fingerprint(lists, [self.labels_N])
 
     def lengths(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
         """int [len(indices), 2]: tokens of both completions of the rows at `indices`."""
@@ -152,6 +157,8 @@ def train_dpo(
         raise UserError("setting 'keep_best' keeps a checkpoint: give a run directory to keep it in")
     for name, rows in {TRAINING: data, **(held_out or {})}.items():
         _check_rows(model_cfg, rows, config, name)
+    if run_dir is not None:
+        run_dir.same_rows({name: rows.fingerprint() for name, rows in {TRAINING: data, **(held_out or {})}.items()})
     spec = preference_spec(model_cfg, config)
     checkpoints = None if run_dir is None else Checkpoints(run_dir.checkpoints, config.keep_checkpoints)
     found = None if checkpoints is None else checkpoints.restore(abstract_state(model_cfg, spec.optimizer, mesh, lora=spec.lora))
@@ -164,6 +171,8 @@ def train_dpo(
         run_dir.truncate_after(start if found else -1)
         run_dir.note_changes(start)
     history = [] if run_dir is None else [r for r in run_dir.metrics(until=start if found else -1) if r["kind"] in ("dpo", "eval")]
+    if found and config.loss.needs_reference and (new := [name for name in held_out or {} if name not in references]):
+        raise UserError(f"{new[0]}: this run began without it, so that its checkpoints hold no figures of the reference for it: leave it out")
     run = _Run(data, held_out or {}, schedule, config, spec, run_dir, checkpoints, mesh, references, history, frozen)
     with contextlib.nullcontext() if checkpoints is None else checkpoints:
         if not found and config.loss.needs_reference:

@@ -31,7 +31,7 @@ from jaxrl_llm.train.metrics import experience_metrics, samples_record, summaris
 from jaxrl_llm.train.overlap import Ahead, check_overlap, restored, step_ahead
 from jaxrl_llm.train.preference_step import PreferenceSpec
 from jaxrl_llm.train.resample import Filled, fill
-from jaxrl_llm.train.resume import check_steps, not_finite
+from jaxrl_llm.train.resume import check_steps, not_finite, prompts_fingerprint
 from jaxrl_llm.train.rollout import Experience, build_batch, collect
 from jaxrl_llm.train.signals import Interrupted, stop_on_signal, watchdog
 from jaxrl_llm.train.state import State, abstract_state, given, init_state, laid_out, policy_params, start_params, trunk, whole
@@ -187,6 +187,7 @@ def train_grpo(
 
 def train(run: Run, params, progress: bool = True):
     """Goes on from the newest checkpoint of `run.run_dir`, or starts from `params`; (parameters, summary), see `train_grpo`."""
+    run.run_dir.same_rows({name: prompts_fingerprint(rows) for name, rows in {"prompts": run.prompts, **run.evals}.items()})
     with run.checkpoints:
         state, start = _restore(run, params)
         state = _train(run, state, start, progress)

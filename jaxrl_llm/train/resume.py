@@ -1,8 +1,24 @@
 """A run that goes on from a checkpoint, and what one that cannot says."""
 
+import itertools
+from collections.abc import Iterable
+
+import numpy as np
+
 from jaxrl_llm.checkpoint import Checkpoints
+from jaxrl_llm.data.prompts import PromptBatch
 from jaxrl_llm.errors import UserError
-from jaxrl_llm.run_dir import RunDir
+from jaxrl_llm.run_dir import RunDir, fingerprint
+
+
+def tokens_fingerprint(rows: Iterable[list[int]], more: Iterable[object] = ()) -> str:
+    """For `RunDir.same_rows`: of lists of token ids and of what else there is of the rows."""
+    return fingerprint(itertools.chain((np.asarray(tokens, np.int32) for tokens in rows), more))
+
+
+def prompts_fingerprint(prompts: PromptBatch) -> str:
+    """Of the tokens and of all columns, by which a reward may judge."""
+    return tokens_fingerprint(prompts.token_lists(), prompts.rows)
 
 
 def check_steps(step: int, steps: int, run_dir: RunDir) -> None:

@@ -89,6 +89,20 @@ def test_a_run_goes_on_with_other_fields_of_how_and_with_those_that_are_named(tm
     assert [change["after_step"] for change in head(tmp_path)["changes"]] == [2, 3]
 
 
+def test_rows_are_those_that_the_run_began_with(tmp_path):
+    run = RunDir(tmp_path, changed(), kind="sft")
+    run.same_rows({"train": "a"})
+    run.same_rows({"train": "b", "held": "c"})  # nothing was learnt from them yet
+    (run.checkpoints / "1").mkdir()
+    run.same_rows({"train": "b", "more": "d"})
+    with pytest.raises(UserError, match="the rows of 'train' are not those that this run began with.*give it the data as it was, or choose another"):
+        run.same_rows({"train": "a"})
+    RunDir(tmp_path, changed(mesh="data=2"), kind="sft").note_changes(1)
+    assert head(tmp_path)["rows"] == {"train": "b", "more": "d"} and "rows" not in head(tmp_path)["config"]
+    parts = ([np.arange(4), {"a": 1}], [np.arange(4).reshape(2, 2), {"a": 1}], [np.arange(4.0), {"a": 1}], [np.arange(4), {"a": 2}], [{"a": 1}])
+    assert len({module.fingerprint(part) for part in parts}) == len(parts) and module.fingerprint(parts[0]) == module.fingerprint(iter(parts[0]))
+
+
 def test_a_kill_while_changes_are_noted_doubles_no_line(tmp_path, monkeypatch):
     RunDir(tmp_path, changed(), kind="sft").log({"step": 2})
     monkeypatch.setattr(module, "write_json", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))

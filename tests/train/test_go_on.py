@@ -1,6 +1,7 @@
 """A run that goes on with other settings than it began with: on another mesh, for longer, with another optimizer."""
 
 import dataclasses
+import importlib
 import json
 
 import numpy as np
@@ -9,7 +10,9 @@ import test_train_sft as sft
 import tiny_folder
 import tiny_grpo as tiny
 import tiny_preferences as prefs
+from test_verbs_killed import VERBS
 
+from jaxrl_llm.config import load_config
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.train.config import OptimizerConfig
 
@@ -60,6 +63,44 @@ def test_a_run_goes_on_with_another_optimizer(tmp_path):
     assert [record["learning_rate"] for record in history] == pytest.approx([1e-2, 1e-2, 1e-3, 1e-3])
     kept, _ = sft.train(dataclasses.replace(first, steps=4))
     assert np.abs(tiny.flat(trained) - tiny.flat(kept)).max() > 1e-4
+
+
+def test_other_rows_under_the_same_name_are_refused(tmp_path):
+    """By every loop that has them; before there is a checkpoint nothing is lost, and the run begins with them."""
+    data, evals = tiny.prompts(), {"held": tiny.prompts(6, seed=5)}
+    config = dataclasses.replace(tiny.TINY, steps=1)
+    tiny.run(tmp_path / "grpo", config, data=data, evals=evals)
+    for change in ({"answer": "other"}, {"level": 7}):  # a column that the reward may read, with the same tokens
+        other = dataclasses.replace(data, rows=[data.rows[0] | change, *data.rows[1:]])
+        with pytest.raises(UserError, match="rows of 'prompts' are not those that this run began with"):
+            tiny.run(tmp_path / "grpo", config, data=other, evals=evals)
+    with pytest.raises(UserError, match="rows of 'held' are not those"):
+        tiny.run(tmp_path / "grpo", config, data=data, evals={"held": tiny.prompts(6, seed=6)})
+    tiny.run(tmp_path / "grpo", config, data=data, evals=evals)
+    one = dataclasses.replace(prefs.QUICK, steps=1)
+    prefs.train(one, folder=tmp_path / "dpo")
+    with pytest.raises(UserError, match="rows of 'training rows' are not those"):
+        prefs.train(one, data=prefs.pairs(12, seed=4), folder=tmp_path / "dpo")
+    with pytest.raises(UserError, match="held: this run began without it, so that its checkpoints hold no figures of the reference"):
+        prefs.train(one, folder=tmp_path / "dpo", held_out={"held": prefs.pairs(4)})
+
+
+@pytest.mark.parametrize(("verb", "stops_at"), [("sft", "jaxrl_llm.train.sft.train_sft"), ("train_sae", "models.load")])
+def test_a_file_that_has_changed_under_its_name_is_noticed(verb, stops_at, tmp_path, monkeypatch):
+    model, rows = tiny_folder.write(tmp_path)
+    fields = VERBS[verb] | {"model": str(model), "data.source": str(rows)}
+    monkeypatch.setattr(stops_at, lambda *_, **__: (_ for _ in ()).throw(InterruptedError))
+
+    def run():
+        importlib.import_module(f"jaxrl_llm.commands.{verb}").run(load_config(f"configs/{verb}.py", fields), str(tmp_path / "run"))
+
+    for _ in range(2):
+        with pytest.raises(InterruptedError):
+            run()
+        (tmp_path / "run" / "checkpoints" / "1").mkdir(exist_ok=True)
+    rows.write_text("".join(reversed(rows.read_text().splitlines(keepends=True))))
+    with pytest.raises(UserError, match="are not those that this run began with"):
+        run()
 
 
 def test_a_checkpoint_past_the_end_is_named(tmp_path):
