@@ -104,9 +104,11 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
 
 
 def apply_gradients(config: OptimizerConfig, state: State, grads) -> tuple[State, dict[str, jax.Array]]:
-    """(the state after one update, {"grad_norm", "learning_rate" and, where spikes are left out, "spike": 1 for an update that was})."""
+    """(the state after one update, {"grad_norm", "learning_rate" and, where spikes are left out, "spike": 1 for an update that was}). The
+    learning rate follows the updates that were made: one that is left out does not move its schedule."""
     updates, opt_state = make_optimizer(config).update(grads, state["opt_state"], state["params"])
-    metrics = {"grad_norm": optax.tree.norm(grads), "learning_rate": learning_rate(config)(state["step"])}
+    made = state["step"] - state["opt_state"].skipped
+    metrics = {"grad_norm": optax.tree.norm(grads), "learning_rate": learning_rate(config)(made)}
     if config.spike_factor:
         metrics["spike"] = (opt_state.skipped - state["opt_state"].skipped).astype(jnp.float32)
     params = optax.apply_updates(state["params"], updates)

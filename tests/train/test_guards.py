@@ -66,18 +66,21 @@ def test_what_is_not_finite_is_left_to_its_own_guard():
 
 def test_an_update_tells_of_a_spike_and_the_state_keeps_its_shape(monkeypatch):
     monkeypatch.setattr(train_state, "SPIKE_WARMUP", 1)
-    config = OptimizerConfig(learning_rate=1e-2, spike_factor=3.0, warmup_steps=2)
+    config = OptimizerConfig(learning_rate=1e-2, spike_factor=3.0, warmup_steps=4)
     params = prefs.params()
     state = train_state.init_state(prefs.CONFIG, config, params)
     assert jax.tree.structure(state) == jax.tree.structure(train_state.abstract_state(prefs.CONFIG, config))
-    grads, spikes = jax.tree.map(jnp.ones_like, params), []
+    grads, spikes, rates = jax.tree.map(jnp.ones_like, params), [], []
     for scale in (1.0, 1.0, 10.0, 1.0):
         before = state["params"]
         state, metrics = train_state.apply_gradients(config, state, jax.tree.map(lambda g, s=scale: s * g, grads))
         spikes.append(float(metrics["spike"]))
+        rates.append(float(metrics["learning_rate"]))
         moved = any(np.any(a != b) for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(state["params"]), strict=True))
         assert moved == (scale == 1.0 and len(spikes) > 1), "the first step of a warm-up moves nothing and is no spike"
     assert spikes == [0, 0, 1, 0] and int(state["step"]) == 4
+    assert rates == pytest.approx([0.0, 0.25e-2, 0.5e-2, 0.5e-2]), "the warm-up waits with the update"
+    assert {int(count) for _, count in optax.tree_utils.tree_get_all_with_path(state["opt_state"].inner, "count")} == {3}
     assert "spike" not in train_state.apply_gradients(OptimizerConfig(), train_state.init_state(prefs.CONFIG, OptimizerConfig(), params), grads)[1]
 
 
