@@ -11,6 +11,7 @@ import optax
 import pytest
 import tiny_grpo as tiny
 import tiny_preferences as prefs
+from tqdm import tqdm
 
 from jaxrl_llm.checkpoint import Checkpoints
 from jaxrl_llm.errors import UserError
@@ -209,6 +210,32 @@ def test_a_set_that_is_not_there_is_named(tmp_path):
         prefs.train(dataclasses.replace(prefs.QUICK, keep_best="hold"), held_out={"held": prefs.pairs(4)})
     with pytest.raises(UserError, match="'keep_best' keeps a checkpoint: give a run directory"):
         prefs.train(dataclasses.replace(prefs.QUICK, keep_best="held"), held_out={"held": prefs.pairs(4)})
+
+
+# ---------------------------------------------------------------------------------------------------- reference figures
+
+
+def test_the_references_figures_are_saved_before_the_first_step(tmp_path, monkeypatch):
+    """Of many pairs they take as long as steps do: a run that dies after them does not compute them anew. It is watched and shows a bar."""
+    from jaxrl_llm.train import dpo
+
+    config, evals = dataclasses.replace(prefs.QUICK, forward_rows=5, watchdog_seconds=1000, steps=2), {"held": prefs.pairs(4, seed=2)}
+    calls, bars, real, beat = [], [], dpo.compiled_sums, dpo.Alive.__call__
+    watched = lambda alive: (calls.append("alive"), beat(alive))  # noqa: E731
+    monkeypatch.setattr(dpo.Alive, "__call__", watched)
+    monkeypatch.setattr(dpo, "tqdm", lambda **how: (bars.append((how["desc"], how["total"])), tqdm(**how))[1])
+    monkeypatch.setattr(dpo, "compiled_update", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        prefs.train(config, folder=tmp_path / "run", held_out=evals)
+    assert bars == [("figures of training rows", 12), ("figures of held", 4)] and calls.count("alive") == 1 + 3 + 1
+    monkeypatch.undo()
+    counts = []
+    monkeypatch.setattr(dpo, "compiled_sums", lambda *how: (counts.append(1), real(*how))[1])
+    trained, _ = prefs.train(config, folder=tmp_path / "run", held_out=evals)
+    assert len(counts) == 2, "those of the evaluations before and after, not those of the reference"
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["kind"], line["step"]) for line in lines] == [("eval", 0), ("dpo", 1), ("dpo", 2), ("eval", 2)]
+    np.testing.assert_array_equal(tiny.flat(trained), tiny.flat(prefs.train(config, held_out=evals)[0]))
 
 
 # ------------------------------------------------------------------------------------------------------------ watchdog
