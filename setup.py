@@ -32,6 +32,7 @@ setup(
         "jaxrl_llm.curation",
         "jaxrl_llm.data",
         "jaxrl_llm.evals",
+        "jaxrl_llm.evals.agentif",
         "jaxrl_llm.losses",
         "jaxrl_llm.report",
         "jaxrl_llm.rewards",

@@ -9,6 +9,7 @@ Rows hold "prompt", "chosen" and "rejected", or chats under "chosen" and "reject
 "prompt", "completion" and "label" (true or false). Variants: "dpo" (the default), "conservative" and "robust" (10% of the labels taken to
 be flipped), "hinge", "ipo", "simpo", "orpo", "kto". The trained model is written to WORKDIR/policy as a Hugging Face folder. Started again,
 a run goes on where it was. Expected: held-out accuracy (a tie, as at the start with a reference, counts half) and margin rise.
+docs/training.md has the formulas of the variants, explains every metric and says what others call the fields.
 """
 
 import ml_collections
@@ -89,6 +90,7 @@ def get_config(variant: str | None = None) -> ml_collections.ConfigDict:
     config.train.optimizer.spike_factor = 0.0  # an update whose gradient norm is so many times its running mean is left out; 0 = none is
 
     config.overwrite = False  # clear a workdir that holds another run
+    config.allow_changes = ()  # fields or groups, such as train.steps,train.optimizer, with other values of which the run in the workdir goes on
 
     loss = config.train.loss
     if variant in ("robust", "hinge", "ipo", "simpo", "orpo", "kto"):

@@ -2,7 +2,8 @@
 
     jaxrl-llm generate --config.model=FOLDER --config.prompt="Once upon a time"
     jaxrl-llm generate --config.model=FOLDER --config.data.source=prompts.jsonl --workdir=runs/samples
-    jaxrl-llm generate --config.model=FOLDER --config.prompt="Once upon a time" --config.steer.sae=FOLDER --config.steer.features="12=add:4.0,90=ablate"
+    jaxrl-llm generate --config.model=FOLDER --config.prompt="Once upon a time" --config.steer.sae=FOLDER \
+        --config.steer.features="12=add:4.0,90=ablate"
 
 Without a workdir the samples are printed; with one they go to its samples.jsonl, and a run that was stopped goes on.
 """

@@ -9,6 +9,7 @@ groups of equal rewards, soft penalty of long completions); "rloo" (arXiv 2402.1
 (arXiv 2507.18071); "cispo" (arXiv 2506.13585); "ppo" (arXiv 1707.06347, with a critic). The trained policy is written to WORKDIR/policy as
 a Hugging Face folder; `jaxrl-llm report --workdir=...` draws the run. Started again, a run goes on where it was.
 Expected: reward and pass_rate rise, zero_spread stays well below 0.9, logp_diff_max stays below 1e-4 in fp32 (bfloat16: about 0.1).
+docs/training.md has the formulas of the variants, explains every metric and says what others call the fields.
 """
 
 import ml_collections
@@ -133,6 +134,7 @@ def get_config(variant: str | None = None) -> ml_collections.ConfigDict:
     config.train.optimizer.spike_factor = 0.0  # an update whose gradient norm is so many times its running mean is left out; 0 = none is
 
     config.overwrite = False  # clear a workdir that holds another run
+    config.allow_changes = ()  # fields or groups, such as train.steps,train.optimizer, with other values of which the run in the workdir goes on
 
     _vary(config.train, variant)
     return config

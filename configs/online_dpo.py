@@ -6,6 +6,7 @@
 Variants: "dpo" (the default), "ipo", "hinge" and "simpo" (no reference model in memory). Groups whose samples all have one reward make no
 pair and are counted ("tied"); samples without a verdict are left out. The trained policy is written to WORKDIR/policy as a Hugging Face
 folder. Started again, a run goes on where it was. Expected: reward and pass_rate rise, logp_diff_max stays below 1e-4 in fp32.
+docs/training.md explains every metric.
 """
 
 import ml_collections
@@ -113,6 +114,7 @@ def get_config(variant: str | None = None) -> ml_collections.ConfigDict:
     config.train.optimizer.spike_factor = 0.0  # an update whose gradient norm is so many times its running mean is left out; 0 = none is
 
     config.overwrite = False  # clear a workdir that holds another run
+    config.allow_changes = ()  # fields or groups, such as train.steps,train.optimizer, with other values of which the run in the workdir goes on
 
     loss = config.train.loss
     if variant in ("ipo", "hinge", "simpo"):

@@ -2,12 +2,12 @@
 
     jaxrl-llm sft --config.model=FOLDER --config.data.source=train.jsonl --config.data.fields="prompt=question,answer=answer" --workdir=runs/sft
     jaxrl-llm sft --config=configs/sft.py:text --config.model=FOLDER --config.data.source=stories.txt --workdir=runs/stories
-
     jaxrl-llm sft --config=configs/sft.py:chats --config.model=FOLDER --config.data.source=chats.jsonl --config.data.fields="prompt=messages" \
         --workdir=runs/chats
 
-Variants: "pairs" (the default: the loss is on the response only), "chats" (on every turn of the assistant) and "text" (on every token). The trained model is written to
-WORKDIR/policy as a Hugging Face folder. Started again, a run goes on where it was. Expected: the loss (nats a token) falls.
+Variants: "pairs" (the default: the loss is on the response only), "chats" (on every turn of the assistant) and "text" (on every token).
+The trained model is written to WORKDIR/policy as a Hugging Face folder. Started again, a run goes on where it was.
+Expected: the loss (nats a token) falls. docs/training.md explains every metric.
 """
 
 import ml_collections
@@ -75,6 +75,7 @@ def get_config(variant: str | None = None) -> ml_collections.ConfigDict:
     config.train.optimizer.spike_factor = 0.0  # an update whose gradient norm is so many times its running mean is left out; 0 = none is
 
     config.overwrite = False  # clear a workdir that holds another run
+    config.allow_changes = ()  # fields or groups, such as train.steps,train.optimizer, with other values of which the run in the workdir goes on
 
     if variant == "chats":
         config.loss_on = "assistant"

@@ -2,7 +2,8 @@
 
 A checkpoint holds the training state (sharded arrays) and a small host part (the schedule's arrays, say). It is written in the background
 while training goes on. Orbax writes to a temporary folder and renames it, and removes an older checkpoint only after that, so a kill
-leaves either the whole checkpoint or none; what cannot be read is passed over for the one before.
+leaves either the whole checkpoint or none. What cannot be read, or is not what was saved (neither Orbax nor the file formats below it check
+the values themselves), is passed over for the one before.
 """
 
 import base64
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
@@ -102,8 +104,9 @@ class Checkpoints:
             return
         self._check_space(state, host)
         args = self._ocp.args
+        host_part = {"arrays": _pack(host), "checksums": checksums(state)}
         # Orbax copies from the devices and copies host arrays. On the CPU it only refers to the buffers; XLA does not give those away then.
-        items = args.Composite(state=args.StandardSave(state), host=args.JsonSave({"arrays": _pack(host)}))
+        items = args.Composite(state=args.StandardSave(state), host=args.JsonSave(host_part))
         try:
             saved = self._manager.save(step, args=items)
         except Exception as error:
@@ -122,7 +125,8 @@ class Checkpoints:
         """(step, state, host) of the newest checkpoint that can be read, or None where there is none. at: of that step and no other.
 
         abstract_state: ShapeDtypeStructs, with the shardings wanted now; they need not be those it was saved with. Newer ones that cannot be
-        read are renamed ("unreadable-STEP"): they neither count among those that are kept nor stand in the way of their step's next save.
+        read, or whose values are not those that were saved, are renamed ("unreadable-STEP"): they neither count among those that are kept
+        nor stand in the way of their step's next save.
         Raises UserError when there are checkpoints and none can be read (their model or optimizer differs, say).
         """
         self.finish()
@@ -132,6 +136,7 @@ class Checkpoints:
             try:
                 items = args.Composite(state=args.StandardRestore(abstract_state), host=args.JsonRestore())
                 restored = self._manager.restore(step, args=items)
+                _check_values(restored.state, restored.host.get("checksums", {}))
                 if at is None and unreadable:
                     self._put_aside(unreadable)
                 return step, restored.state, _unpack(restored.host["arrays"])
@@ -211,6 +216,35 @@ def until_done(path: str | Path, keep: int = 2) -> Iterator[Checkpoints]:
     with Checkpoints(path, keep) as checkpoints:
         yield checkpoints
     checkpoints.remove()
+
+
+def checksums(state: Any) -> dict[str, list[Any]]:
+    """{path of an array: [its dtype, a checksum of its bits]}, on any mesh the same: sums modulo 2**32 are exact in any order.
+
+    Each 32-bit word counts times an odd number of its own, so that one changed word always shows, and words that change places do.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(state)
+    sums = [_checksum(leaf) for _, leaf in leaves]  # all are under way before the first is waited for
+    return {jax.tree_util.keystr(path): [str(leaf.dtype), int(total)] for (path, leaf), total in zip(leaves, sums, strict=True)}
+
+
+@jax.jit
+def _checksum(array: jax.Array) -> jax.Array:
+    if array.dtype == bool:
+        array = array.astype(jnp.uint8)
+    bits = jax.lax.bitcast_convert_type(array, jnp.dtype(f"uint{8 * min(array.dtype.itemsize, 4)}")).astype(jnp.uint32)
+    number, below = jnp.uint32(0), 1  # the place of each word in the whole array: by dimensions, so that nothing has to be moved
+    for axis in reversed(range(bits.ndim)):
+        number += jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis) * jnp.uint32(below % 2**32)
+        below *= bits.shape[axis]
+    return jnp.sum(bits * (2 * number + 1), dtype=jnp.uint32)
+
+
+def _check_values(state: Any, saved: dict[str, list[Any]]) -> None:
+    """Raises ValueError for arrays that are not those that were saved. A checkpoint from before there were checksums is taken as it is."""
+    for name, (dtype, total) in checksums(state).items():
+        if name in saved and saved[name][0] == dtype and saved[name][1] != total:
+            raise ValueError(f"{name} does not hold the values that were saved: the files have changed since")
 
 
 def _pack(arrays: dict[str, np.ndarray]) -> str:

@@ -32,7 +32,10 @@ VERBS = {
     "story_rules": Verb("experiments.story_rules", "GRPO of a stories model on rule-checked continuations, with a report"),
     "curate": Verb("jaxrl_llm.commands.curate", "filter, cluster and order a prompt set by SAE features"),
     "train_sae": Verb("jaxrl_llm.commands.train_sae", "train a sparse autoencoder on a model's activations"),
-    "eval": Verb("jaxrl_llm.commands.eval", "how good SAEs are, side by side", config="kinds", kinds=(("sae", "configs/sae_eval.py"),)),
+    "eval": Verb(
+        "jaxrl_llm.commands.eval", "how well a model follows instructions (IFEval, AgentIF), or how good SAEs are", config="kinds",
+        kinds=(("sae", "configs/sae_eval.py"), ("ifeval", "configs/ifeval.py"), ("agentif", "configs/agentif.py")),
+    ),
     "features": Verb("jaxrl_llm.commands.features", "a page of what a dictionary's features fire on, with labels if a server is named"),
     "sft": Verb("jaxrl_llm.commands.sft", "fine-tune (or pre-train) on text or on prompts with answers"),
     "grpo": Verb("jaxrl_llm.commands.grpo", "train a policy by GRPO on prompts with a checkable reward"),
@@ -173,13 +176,17 @@ def _verb_help(name: str, verb: Verb, spec: str | None) -> str:
     given = "--config=configs/NAME.py[:variant]"
     usage += [f"{given if verb.kinds else f'[{given}]'} [--config.key=value ...]"] if verb.config != "none" else []
     usage += {"needed": ["--workdir=DIR"], "optional": ["[--workdir=DIR]"], "none": []}[verb.workdir]
-    lines = [f"usage: {' '.join(usage)}", "", f"{name}: {verb.help}"]
+    lines, told = [f"usage: {' '.join(usage)}", ""], f"{name}: {verb.help}"
     if verb.kinds and not spec:
-        lines += ["", *(f"  --config={path:<24}  kind {kind}; jaxrl-llm {name} --config={path} --help lists its fields" for kind, path in verb.kinds)]
+        lines += [told, ""]
+        lines += [f"  --config={path:<24}  kind {kind}; jaxrl-llm {name} --config={path} --help lists its fields" for kind, path in verb.kinds]
     elif verb.config != "none":
-        from jaxrl_llm.config_help import describe
+        from jaxrl_llm.config_help import about, describe
 
-        lines += ["", describe(spec or f"configs/{name}.py")]
+        spec = spec or f"configs/{name}.py"
+        lines += [about(spec) or told, "", describe(spec)]
+    else:
+        lines += [told]
     return "\n".join(lines)
 
 

@@ -1,4 +1,4 @@
-"""The fields of a config with their values and the comments that stand beside them in the config file."""
+"""What a config file says of itself: its docstring, and its fields with their values and the comments that stand beside them."""
 
 import re
 from pathlib import Path
@@ -7,6 +7,13 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from jaxrl_llm.config import config_path, field_names, import_config, load_config, tables
+
+
+def about(spec: str) -> str:
+    """The docstring of a config file; "" where it has none. A command that goes over several lines in the file does so here."""
+    text = import_config(config_path(spec)[0]).__doc__ or ""
+    # A backslash at the end of a line of a string is gone with its line break; the indentation of the next line is what is left of it.
+    return re.sub(r"(?<=\S) {4,}(?=--)", r" \\\n        ", text.strip())
 
 
 def describe(spec: str) -> str:

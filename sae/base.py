@@ -127,7 +127,8 @@ class Architecture:
     norm_scaled: parameters that grow with W_enc when norms of decoder rows are moved into it.
     finish(params, cfg) -> (params, cfg) of the trained dictionary, where training and use differ.
     sparse_by: what makes it sparse: "k", or "penalty" (then sparsity_coefficient must be positive, and no AuxK is published).
-    dead_bias: the bias by which AuxK reads dead latents. gathers: `train` can work on the kept latents alone (context.method "sparse").
+    dead_bias: the bias by which AuxK reads dead latents. gathers_from: `train` can work on the kept latents
+    alone (context.method "sparse"), and on a CPU is faster so from so many latents for each kept one; 0: it cannot.
     """
 
     encode: Callable[[Params, Array, SAEConfig], Array]
@@ -140,7 +141,7 @@ class Architecture:
     norm_scaled: tuple[str, ...] = ("b_enc",)
     finish: Callable[[Params, SAEConfig], tuple[Params, SAEConfig]] | None = None
     dead_bias: str = "b_enc"
-    gathers: bool = False
+    gathers_from: int = 0
 
     @property
     def needs_k(self) -> bool:

@@ -18,6 +18,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
+from models.config import BLOCK_NORMS
 from sae.dictionary import Dictionary, architecture, encode, encode_topk
 from sae.errors import SAEError
 from sae.feature_stats import CoFiring, Histogram, Kept, peaks, priorities
@@ -80,8 +81,8 @@ def collect(
     """Plain values (numbers, texts, lists) about the latents of `d` on `token_rows`, lists of token ids that can be read several times.
 
     cfg, params: of the model; d.cfg.hook_name names the tap. unembed_DV: of `models.unembed_matrix`; where the decoder writes into the
-    residual stream, W_dec @ unembed are the logits that a latent raises and lowers directly, that is without the final norm and
-    the layers between. progress: (iterable, name) -> iterable, such as tqdm.
+    residual stream, or before a matrix that does (`readout`), W_dec @ unembed are the logits that a latent raises and lowers directly, that
+    is without the final norm and the layers between. progress: (iterable, name) -> iterable, such as tqdm.
 
     "features": for each latent id, count (tokens at which it fires), density (their share), mean and max (of its activations where it
     fires), histogram ({"width", "counts"}), contexts ({"kind": "top" or "sampled", "text", "first", "tokens": ids, "fires": [place,
@@ -97,10 +98,11 @@ def collect(
     reader = _Reader(cfg, params, d, token_rows, s, progress or (lambda items, name: items))
     ids, alive = _choose(reader, s)
     stats = _statistics(reader, ids, s)
+    relations = _relations(d, ids, s, readout(cfg, params, d, unembed_DV))
     wanted = {text for kept in (stats.top, stats.sample, stats.random) for text in np.unique(kept.texts_NC).tolist() if text >= 0}
     return {
         "hook": d.cfg.hook_name, "architecture": d.cfg.architecture, "d_sae": d.cfg.d_sae, "d_in": d.cfg.d_in, "alive": alive,
-        "tokens": stats.tokens, "texts": reader.texts, **_contexts(reader, ids, stats, wanted, s, _relations(d, ids, s, unembed_DV)),
+        "tokens": stats.tokens, "texts": reader.texts, **_contexts(reader, ids, stats, wanted, s, relations),
     }  # fmt: skip
 
 
@@ -219,14 +221,28 @@ def _statistics(reader: _Reader, ids: np.ndarray, s: CollectConfig) -> _Statisti
     return found
 
 
+def readout(cfg: Any, params: Any, d: Dictionary, unembed_DV: Any) -> Array | None:
+    """[E, V] the logits of what the decoder writes: the unembedding, behind the output projection where that is what comes next ("attn_z",
+    "mlp_act"); None where a norm, an activation or nothing of the kind lies between."""
+    if unembed_DV is None:
+        return None
+    block, _, kind = (d.cfg.place or "").rpartition(".")
+    projections = {"attn_z": ("o", "attn_post_norm"), "mlp_act": ("down", "mlp_post_norm")}
+    if kind in projections:
+        name, norm = projections[kind]
+        if norm in BLOCK_NORMS[cfg.block]:
+            return None
+        projection = params["blocks"][name][int(block.removeprefix("blocks."))].reshape(-1, cfg.d_model)
+        unembed_DV = projection.astype(jnp.float32) @ jnp.asarray(unembed_DV, jnp.float32)
+    elif kind not in ("embed", "resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post", "final_norm"):
+        return None
+    return unembed_DV if unembed_DV.shape[0] == d.cfg.out else None
+
+
 def _relations(d: Dictionary, ids: np.ndarray, s: CollectConfig, unembed_DV: Any) -> list[dict[str, Any]]:
-    """Of each chosen latent: near, and logits where the decoder writes into the residual stream."""
+    """Of each chosen latent: near, and logits where there is a `readout`."""
     writes = d.params["W_dec"].astype(jnp.float32)
     units = writes / jnp.maximum(jnp.linalg.norm(writes, axis=1, keepdims=True), 1e-12)
-    kind = (getattr(d.cfg, "hook_name_out", None) or d.cfg.hook_name or "").rpartition(".")[2]
-    reads_out = kind in ("embed", "resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post", "final_norm")
-    if unembed_DV is None or not reads_out or writes.shape[1] != unembed_DV.shape[0]:
-        unembed_DV = None
     most = min(s.related + 1, d.cfg.d_sae)
     found = []
     for start in range(0, len(ids), 128):

@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 DEPTH = 4  # of the K kept entries, so many may fall into one group before `lax.top_k` must be asked
 GROUPS_PER_KEPT = 6  # groups for each kept entry, which makes more than DEPTH in one group rare
+RESCUED = 8  # rows of a block for which `lax.top_k` is asked alone; with more it does the whole block
 CPU_BLOCK_BYTES = 12 << 20  # of pre-activations at a time: they stay in the cache, and no pages are asked of the system
 BLOCK_BYTES = 256 << 20  # the same on accelerators
 
@@ -47,7 +48,7 @@ def grouped_top_k(x: Float[Array, "... F"], k: int) -> TopK:
 
     The k largest entries lie in the k groups with the largest maxima. Of each such group the DEPTH largest entries are
     candidates, and the k largest candidates are the answer, unless a group may hold more than DEPTH of them, or
-    entries are equal or NaN: then `lax.top_k` decides.
+    entries are equal or NaN: of such rows `lax.top_k` decides.
     """
     width = x.shape[-1]
     size = 1 << max(width // (GROUPS_PER_KEPT * k), 1).bit_length() - 1
@@ -55,13 +56,22 @@ def grouped_top_k(x: Float[Array, "... F"], k: int) -> TopK:
         values, indices = lax.top_k(x, k)
         return values, indices
     rows = x.reshape(-1, width)
-    picked, sure = grouped_positions(lax.stop_gradient(rows), k, size)
-    indices = lax.cond(sure, lambda: picked, lambda: lax.top_k(lax.stop_gradient(rows), k)[1])
+    fixed = lax.stop_gradient(rows)
+    picked, sure = grouped_positions(fixed, k, size)
+    few = min(RESCUED, len(rows))
+
+    def rescue():
+        (at,) = jnp.nonzero(~sure, size=few, fill_value=len(rows))
+        return picked.at[at].set(lax.top_k(fixed.at[at].get(mode="fill", fill_value=0.0), k)[1], mode="drop")
+
+    unsure = jnp.sum(~sure)
+    which = jnp.where(unsure == 0, 0, jnp.where(unsure <= few, 1, 2))
+    indices = lax.switch(which, [lambda: picked, rescue, lambda: lax.top_k(fixed, k)[1]])
     values = jnp.take_along_axis(rows, indices, axis=1)
     return values.reshape(*x.shape[:-1], k), indices.reshape(*x.shape[:-1], k)
 
 
-def grouped_positions(x: Float[Array, "n F"], k: int, size: int) -> tuple[Int[Array, "n K"], Bool[Array, ""]]:
+def grouped_positions(x: Float[Array, "n F"], k: int, size: int) -> tuple[Int[Array, "n K"], Bool[Array, "n"]]:
     """(positions of the k largest entries of each row, whether they are certain)."""
     n, width = x.shape
     x = x.reshape(n, width // size, size)
@@ -75,10 +85,10 @@ def grouped_positions(x: Float[Array, "n F"], k: int, size: int) -> tuple[Int[Ar
     candidates = values[:, :DEPTH].reshape(n, DEPTH * k)
     rank = ranks(candidates)
     least = jnp.min(jnp.where(rank < k, candidates, jnp.inf), axis=1)
-    enough = jnp.all(jnp.max(values[:, DEPTH], axis=1) < least)
+    enough = jnp.max(values[:, DEPTH], axis=1) < least
     distinct = held_once(group_rank, k) & held_once(member_rank, DEPTH + 1) & held_once(rank, k)
     positions = (group_nK[:, None] * size + offsets).reshape(n, DEPTH * k)
-    return by_rank(rank, positions, k), enough & distinct & jnp.all(x == x)  # a maximum may pass over NaN on CPUs
+    return by_rank(rank, positions, k), enough & distinct & jnp.all(x == x, axis=(1, 2))  # a maximum may pass over NaN on CPUs
 
 
 def cut_for(x: Float[Array, "..."], n: int) -> Float[Array, ""]:
@@ -112,12 +122,13 @@ def ranks(x: Float[Array, "n C ..."]) -> Int[Array, "n C ..."]:
     return lax.fori_loop(0, x.shape[1], count, jnp.zeros(x.shape, jnp.int32), unroll=16)
 
 
-def held_once(rank: Int[Array, "n C ..."], k: int) -> Bool[Array, ""]:
-    """Whether ranks 0 to k - 1 are all held by just one entry along axis 1. Equal entries share the lower rank, so they
+def held_once(rank: Int[Array, "n C ..."], k: int) -> Bool[Array, "n"]:
+    """Whether in a row ranks 0 to k - 1 are all held by just one entry along axis 1. Equal entries share the lower rank, so they
     make the kept ones more than k or the sum of their ranks smaller."""
     kept = rank < k
     number, total = jnp.sum(kept, axis=1), jnp.sum(jnp.where(kept, rank, 0), axis=1)
-    return jnp.all((number == k) & (total == k * (k - 1) // 2))
+    once = (number == k) & (total == k * (k - 1) // 2)
+    return once.reshape(len(rank), -1).all(axis=1)
 
 
 def by_rank(rank: Int[Array, "n C ..."], payload: Array, k: int) -> Array:

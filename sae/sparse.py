@@ -3,7 +3,7 @@
 Each row has k of F latents, so all but the encoder's product is k / F of the dense work: decoding sums k decoder rows,
 and the gradients of both matrices are sums over the rows in which a latent was kept. `reconstruct_dense` is the plain
 definition, differentiated by JAX; `reconstruct_sparse` is equal to it with a gradient of its own (the fast form on
-CPUs where k is small beside F, see `sparse_pays`; on accelerators the dense products win). Letters: B rows, D d_in,
+CPUs where k is small beside F, see `GATHERS_FROM`; on accelerators the dense products win). Letters: B rows, D d_in,
 F d_sae, K kept latents, N blocks of C entries.
 """
 
@@ -22,20 +22,13 @@ from sae.select import by_platform, sharded_top_k, top_k
 BLOCK = 8  # entries of one latent that are summed together: see `rows_by_latent`
 UNROLL = 32  # gathers fused into one loop nest
 LOOP_ROWS = 512  # rows that are summed at a time, in one loop nest: see `weighted_rows`
-LATENTS_PER_KEPT = 16  # from so many latents for each kept one the gathers are faster: see `sparse_pays`
+# On a CPU the gathers are faster from 16 latents for each kept one. The decoder and both gradients read d_in numbers for each latent by
+# products, for each kept latent by gathers, and one read through an index costs as much as 8 to 16 read in order; so rows and d_in, in
+# both, do not matter. The rule picks the faster form at all of 42 shapes timed on one core (d_in 16 to 1024, d_sae 64 to 18432, k 4 to
+# 256, 256 to 4096 rows); ms a step, dense / sparse, at (d_in, d_sae, k, rows): 2867 / 862 (768, 6144, 32, 4096), 23 / 12 (96, 1024, 16,
+# 1024), 143 / 123 (768, 1024, 64, 1024), 149 / 198 (768, 1024, 128, 1024), 30 / 43 (256, 512, 64, 1024).
+GATHERS_FROM = 16
 DOT_ROWS = 8  # rows whose decoder rows are gathered at a time: they stay in the cache
-
-
-def sparse_pays(d_sae: int, k: int) -> bool:
-    """Whether a training step on a CPU is faster by gathers: at 16 latents or more for each kept one.
-
-    The decoder and both gradients read d_in numbers for each latent by products, for each kept latent by gathers, and
-    one read through an index costs as much as 8 to 16 read in order. So rows and d_in, in both, do not matter. It picks
-    the faster form at all of 42 shapes timed on one core (d_in 16 to 1024, d_sae 64 to 18432, k 4 to 256, 256 to 4096
-    rows); ms a step, dense / sparse, at (d_in, d_sae, k, rows): 2867 / 862 (768, 6144, 32, 4096), 23 / 12 (96, 1024,
-    16, 1024), 143 / 123 (768, 1024, 64, 1024), 149 / 198 (768, 1024, 128, 1024), 30 / 43 (256, 512, 64, 1024).
-    """
-    return d_sae >= LATENTS_PER_KEPT * k
 
 
 def weighted_rows(

@@ -22,7 +22,6 @@ from sae.config import SAEConfig
 from sae.dictionary import Dictionary, architecture, init, param_axes, training_pair
 from sae.errors import SAEError
 from sae.objective import loss
-from sae.sparse import sparse_pays
 from sae.train_config import Numbers, SAETrainConfig, Scale
 
 MESH_AXES = {"d_sae": "tensor", "d_in": None, "out": None}  # logical axis of a parameter -> mesh axis
@@ -219,15 +218,14 @@ def init_state(d: Dictionary) -> TrainState:
 def step_for(cfg: SAEConfig, train: SAETrainConfig, mesh: Mesh | None = None) -> Callable[..., Any]:
     """`train_step` with its static settings: (state, batch, numbers) -> (state, metrics)."""
     method = train.method
-    if method == "sparse" and not architecture(cfg).gathers:
+    if method == "sparse" and not architecture(cfg).gathers_from:
         raise SAEError(f"SAE training: method is 'sparse', but {cfg.architecture} has dense products only; choose 'auto'")
     if method == "sparse" and train.matmul_dtype != "float32":
         raise SAEError(f"SAE training: method is 'sparse', which is fp32, and matmul_dtype {train.matmul_dtype!r}; choose method 'dense'")
     if method == "auto":
         one_cpu = jax.default_backend() == "cpu" and (mesh is None or mesh.size == 1)
-        # Of BatchTopK the gathers are not measured to be faster: they are there to be asked for.
-        gathers = architecture(cfg).encode_sparse is not None and train.matmul_dtype == "float32"
-        method = "sparse" if one_cpu and gathers and sparse_pays(cfg.d_sae, cfg.k or 0) else "dense"
+        gathers = architecture(cfg).gathers_from if train.matmul_dtype == "float32" else 0
+        method = "sparse" if one_cpu and gathers and cfg.d_sae >= gathers * (cfg.k or 0) else "dense"
     aux = architecture(cfg).aux if train.aux_coefficient is None else train.aux_coefficient
     form = StepForm(
         aux_k=(train.aux_k or max(1, cfg.d_in // 2)) if aux else 0,

@@ -38,7 +38,7 @@ class SAETrainConfig:
     b_dec_init: str = "geometric_median"  # of the first rows; or "mean", "zero"
     init_rows: int = 32_768  # rows read ahead for b_dec, the input scale and the variance (they are trained on too)
     matmul_dtype: str = "float32"  # of the products' operands ("bfloat16" for accelerators); parameters and sums stay float32
-    method: str = "auto"  # "dense" or "sparse" products; auto: the faster one (sae.sparse.sparse_pays)
+    method: str = "auto"  # "dense" or "sparse" products; auto: the faster one (`gathers_from` of its architecture)
     log_every: int = 50  # steps between records of the history
 
     def __post_init__(self):

@@ -3,7 +3,11 @@
 import importlib
 from typing import Any
 
-MODULES = {"sae": "jaxrl_llm.commands.eval_sae"}  # kind -> the module whose run(config, workdir) does it
+MODULES = {  # kind -> the module whose run(config, workdir) does it
+    "sae": "jaxrl_llm.commands.eval_sae",
+    "ifeval": "jaxrl_llm.commands.eval_ifeval",
+    "agentif": "jaxrl_llm.commands.eval_agentif",
+}
 
 
 def run(config: Any, workdir: str) -> Any:

@@ -60,7 +60,7 @@ def run(config: Any, workdir: str | None = None) -> None:
     batches = [range(start, min(start + config.batch_prompts, len(prompts))) for start in range(0, len(prompts), config.batch_prompts)]
     left = [batch for batch in batches if not np.all(whole[list(batch)])]
     for batch in tqdm(left, desc="generate", unit="batch", disable=None if run_dir else True, mininterval=0.5):
-        for record in _samples(models, cfg, params, tokenizer, prompts.take(batch), config, mesh, edits):
+        for record in samples_of(models, cfg, params, tokenizer, prompts.take(batch), config, mesh, edits):
             if (record["id"], record["sample"]) in written:
                 continue
             if run_dir:
@@ -87,7 +87,7 @@ def _rows(config: Any) -> Rows:
     return read_rows(data.source, parse_fields(data.fields), split=data.split, limit=data.limit, on_bad=data.on_bad)
 
 
-def _samples(
+def samples_of(
     models: Any, cfg: Any, params: Any, tokenizer: Any, batch: PromptBatch, config: Any, mesh: Any, edits: Any
 ) -> list[dict[str, Any]]:
     """One record a completion, the completions of a prompt together."""

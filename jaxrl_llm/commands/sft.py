@@ -11,7 +11,7 @@ from jaxrl_llm.data.prompts import pack_rows, pad_rows, tokenise_prompts
 from jaxrl_llm.data.sampler import ShuffledSchedule
 from jaxrl_llm.data.sources import Rows, parse_fields, read_rows
 from jaxrl_llm.errors import UserError, nearest
-from jaxrl_llm.run_dir import RunDir
+from jaxrl_llm.run_dir import RunDir, fingerprint
 from jaxrl_llm.runtime import parse_mesh
 
 
@@ -43,6 +43,7 @@ def run(config: Any, workdir: str) -> None:
     tokens_NT, mask_NT = encode(rows, tokenizer, cfg.eos_token_ids, config)
     if tokens_NT.shape[1] > cfg.max_position:
         raise UserError(f"the longest row has {tokens_NT.shape[1]} tokens, the model's context is {cfg.max_position}: lower max_length to that")
+    run_dir.same_rows({"training rows": fingerprint([tokens_NT, mask_NT])})
     schedule = ShuffledSchedule(len(tokens_NT), min(config.batch_rows, len(tokens_NT)), config.seed)
     batches = _batches(tokens_NT, mask_NT, schedule, config.max_length if config.pack else None)
     start = [params]

@@ -61,6 +61,11 @@ def _file(path: Path, separator: str | None) -> Iterator[Record]:
         raise UserError(f"{path} is not a whole gzip file ({error}): fetch it again") from error
     except OSError as error:
         raise from_os_error(error, path, "read") from error
+    return parse_records(path, data, suffix, separator)
+
+
+def parse_records(path: Path, data: bytes, suffix: str, separator: str | None = None) -> Iterator[Record]:
+    """The records in the bytes of a file (not parquet) that a message calls `path`: of a member of an archive too. Raises as `read_records`."""
     data = data.removeprefix(b"\xef\xbb\xbf")
     if not data.strip():
         raise UserError(f"{path} is empty")

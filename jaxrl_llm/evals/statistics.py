@@ -136,7 +136,13 @@ def wilson(successes: int, n: int, *, confidence: float = 0.95) -> Interval:
     z, p = stats.norm.ppf(0.5 + confidence / 2), successes / n
     centre = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * np.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return Interval(p, float(centre - half), float(centre + half))
+    return Interval(p, float(max(centre - half, 0.0)), float(min(centre + half, 1.0)))  # rounding may step over the ends
+
+
+def share_limits(span: Interval, units: int) -> Interval:
+    """A share with the limits of its bootstrap over units; where all of them are alike, at 0 or 1, so that no draw differs, with Wilson's of so many
+    units: that nothing varied in the sample is no certainty."""
+    return wilson(round(span.estimate * units), units) if units and span.low == span.high and span.estimate in (0.0, 1.0) else span
 
 
 def steps_saved(

@@ -80,8 +80,8 @@ def run_report(run_dir: str | os.PathLike[str], *, title: str = "", samples: int
     """The page data (`schema.ReportData`) of a run directory.
 
     An experiment's own `report.json` is used where there is one; of a curate run its signals and its set (`report.curate`), of an eval run its
-    eval.json (`report.sae_eval`); otherwise curves,
-    panels, samples and config are read from metrics.jsonl, samples.jsonl, config.json and summary.json.
+    eval.json (`report.sae_eval`, `ifeval`, `agentif`); otherwise curves, panels, samples and config are read from metrics.jsonl, samples.jsonl,
+    config.json and summary.json.
 
     Args:
       run_dir: the directory.
@@ -102,19 +102,14 @@ def run_report(run_dir: str | os.PathLike[str], *, title: str = "", samples: int
         from jaxrl_llm.report.curate import curate_page
 
         return dict(validate(curate_page(path, head, title)))
-    if head.get("kind") == "eval_sae":
-        from jaxrl_llm.report.sae_eval import comparison_page
-
-        total = _read_json(path / "eval.json")
-        if not total:
-            raise UserError(f"{path} holds an eval run that did not finish: the same command goes on with it")
-        return dict(validate(comparison_page(total["saes"], head["config"], title or path.resolve().name)))
+    if str(head.get("kind", "")).startswith("eval_"):
+        return dict(validate(_eval_page(path, head, title)))
     metrics, sample_rows = _read_lines(path / "metrics.jsonl"), _read_lines(path / "samples.jsonl")
     if not metrics and not sample_rows:
         raise UserError(f"{path} holds nothing to report: no records in metrics.jsonl or samples.jsonl; give the --workdir of a run")
     kind = str(head.get("kind", "run"))
     sample_rows = _flat_samples(sample_rows)
-    train = [r for r in metrics if r.get("kind", "train") != "eval"]
+    train = [r for r in metrics if r.get("kind", "train") not in ("eval", "change")]
     evals = [r for r in metrics if r.get("kind") == "eval"]
     data: dict[str, Any] = {
         "kind": "run",
@@ -214,6 +209,21 @@ def _panels(train: list[dict[str, Any]]) -> dict[str, Any]:
 def _title(key: str) -> str:
     words = key.replace("_", " ").replace("/", ", ")
     return words[:1].upper() + words[1:]
+
+
+def _eval_page(path: Path, head: dict[str, Any], title: str) -> dict[str, Any]:
+    """The page of a run of `jaxrl-llm eval`, of its eval.json."""
+    from jaxrl_llm.report.agentif import agentif_page
+    from jaxrl_llm.report.ifeval import ifeval_page
+    from jaxrl_llm.report.sae_eval import comparison_page
+
+    total = _read_json(path / "eval.json")
+    if not total:
+        raise UserError(f"{path} holds an eval run that did not finish: the same command goes on with it")
+    if head["kind"] == "eval_sae":
+        return comparison_page(total["saes"], head["config"], title or path.resolve().name)
+    page = {"eval_ifeval": ifeval_page, "eval_agentif": agentif_page}[head["kind"]](total, head["config"])
+    return page | ({"title": title} if title else {})
 
 
 def _eval_charts(evals: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -187,6 +187,7 @@ class SignalTable(TypedDict):
     rows: list[SignalRow]
     higher_is_better: NotRequired[bool | None]  # default True; None: columns of several kinds, none has a best
     marks: NotRequired[bool]  # a dot on a scale beside each figure; default True
+    percent: NotRequired[bool]  # values are fractions, shown as percent; default False
     note: NotRequired[str]
 
 

@@ -140,7 +140,8 @@ def _arms_row(row: dict, arms: Arms, percent: bool, levels: list[str], show: dic
 
 def _estimate_cell(estimate: dict, *, percent: bool = False, signed: bool = False, strong: bool = False, extra: str = "") -> str:
     """The figure, its interval in small under it, and what `extra` adds."""
-    digits = None if percent else 3 if abs(estimate["value"]) < 10 else None
+    count = isinstance(estimate["value"], int)
+    digits = None if percent or count else 3 if abs(estimate["value"]) < 10 else None
     value = number(estimate["value"], percent=percent, signed=signed, digits=digits)
     span = interval(estimate.get("low"), estimate.get("high"), percent=percent, signed=signed, digits=digits)
     body = tag("b" if strong else "span", value, cls="value") + (tag("small", span) if span else "")
@@ -268,7 +269,7 @@ def _signal_table(table: dict) -> str:
     limits = [together if one_kind else mark_limits(cells) for cells in columns]
     best = [_best(table, column) for column in range(len(table["columns"]))]
     head = tag("tr", _th("from") + "".join(_th(column, numeric=True) for column in table["columns"]))
-    body = "".join(_signal_row(row, best, limits, table.get("marks", True)) for row in table["rows"])
+    body = "".join(_signal_row(row, best, limits, table.get("marks", True), table.get("percent", False)) for row in table["rows"])
     html = tag("table", tag("thead", head) + tag("tbody", body), cls="signals")
     title = tag("h3", esc(table["title"]) + tag("small", esc(table["metric"])))
     return tag("div", title + scrolling(html, f"{table['title']}: {table['metric']}") + note(table.get("note")), cls="table-block")
@@ -283,7 +284,7 @@ def _best(table: dict, column: int) -> float | None:
     return round(max(values) if higher else min(values), 3)
 
 
-def _signal_row(row: dict, best: list[float | None], limits: list[tuple[float, float]], marks: bool) -> str:
+def _signal_row(row: dict, best: list[float | None], limits: list[tuple[float, float]], marks: bool, percent: bool) -> str:
     kind = row.get("kind", "baseline")
     colour = {"ours": "var(--main)", "bound": "var(--muted)"}.get(kind, "var(--baseline)")
     cells = [tag("th", esc(row["name"]), scope="row")]
@@ -292,5 +293,6 @@ def _signal_row(row: dict, best: list[float | None], limits: list[tuple[float, f
             cells.append('<td class="num quiet">–</td>')
             continue
         strong = kind != "bound" and top is not None and round(cell["value"], 3) == top
-        cells.append(_estimate_cell(cell, strong=strong, extra=interval_mark(cell, ends, colour=colour, width=96) if marks else ""))
+        mark = interval_mark(cell, ends, colour=colour, width=96) if marks else ""
+        cells.append(_estimate_cell(cell, percent=percent, strong=strong, extra=mark))
     return tag("tr", "".join(cells), cls=f"kind-{kind}")

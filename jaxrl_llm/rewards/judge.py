@@ -171,11 +171,15 @@ def majority(opinions: Sequence[Opinion]) -> tuple[str | None, str]:
 
 def judge_messages(question: Question, mode: str = "line") -> list[dict[str, str]]:
     """The messages of a question: rules, then the task, the marked texts, and how to answer."""
-    texts = {name: CONTROL.sub(lambda found: found[0] + " ", text) for name, text in question.texts.items()}
-    code = marker_code(question.task, texts)
+    return marked_messages(question.task, question.texts, ENDINGS[mode].format(choices=", ".join(question.choices)))
+
+
+def marked_messages(task: str, texts: Mapping[str, str], ending: str) -> list[dict[str, str]]:
+    """The messages of a task about texts that nobody vouches for, which stand between markers that they cannot hold. ending: how to answer."""
+    texts = {name: CONTROL.sub(lambda found: found[0] + " ", text) for name, text in texts.items()}
+    code = marker_code(task, texts)
     parts = [f"<<<BEGIN {name} {code}>>>\n{text}\n<<<END {name} {code}>>>" for name, text in texts.items()]
-    ending = ENDINGS[mode].format(choices=", ".join(question.choices))
-    said = "\n\n".join([question.task, *parts, ending])
+    said = "\n\n".join([task, *parts, ending])
     return [{"role": "system", "content": RULES.format(code=code)}, {"role": "user", "content": said}]
 
 

@@ -22,6 +22,7 @@ from jaxrl_llm.losses.sft import load_balancing_loss, sft_loss
 from jaxrl_llm.run_dir import RunDir
 from jaxrl_llm.train.checks import check_counts, check_lora, check_optimizer, remat_of, trained_as
 from jaxrl_llm.train.config import OptimizerConfig, SFTConfig, from_mapping
+from jaxrl_llm.train.resume import check_steps, not_finite
 from jaxrl_llm.train.signals import Interrupted, StopRequest, stop_on_signal, watchdog
 from jaxrl_llm.train.state import (
     abstract_state,
@@ -163,7 +164,9 @@ def train_sft(
     frozen = None if lora is None else start_params(model_cfg, params, mesh)
     del params  # the state has a copy
     if run_dir is not None:
+        check_steps(start, config.steps, run_dir)
         run_dir.truncate_after(start if found else -1)
+        run_dir.note_changes(start)
     with contextlib.nullcontext() if checkpoints is None else checkpoints:
         state, history = _train(spec, state, frozen, start, iter(batches), config, run_dir, checkpoints, mesh, progress)
     return policy_params(model_cfg, state["params"], lora, frozen), history
@@ -182,7 +185,7 @@ def fine_tuner(model_cfg: models.ModelConfig, mesh=None) -> Callable[[Any, list[
 
 def _train(spec, state, frozen, start, batches, config, run_dir, checkpoints, mesh, progress):
     update = _compiled_update(spec, mesh)
-    history = [] if run_dir is None else [r for r in run_dir.metrics() if r["kind"] == "sft"]
+    history = [] if run_dir is None else [r for r in run_dir.metrics(until=start) if r["kind"] == "sft"]
     for _ in range(start):
         _next(batches, 0)
     bar = tqdm(total=config.steps, initial=start, desc="sft", unit="step", mininterval=0.5, disable=None if progress else True, leave=False)
@@ -201,7 +204,7 @@ def _train(spec, state, frozen, start, batches, config, run_dir, checkpoints, me
                 last or asked or (config.checkpoint_every and done % config.checkpoint_every == 0)
             )
             if save or last or done % config.log_every == 0:
-                record = _record(jax.device_get(pending), done, time.perf_counter() - since, checkpoints)
+                record = _record(jax.device_get(pending), done, time.perf_counter() - since, checkpoints, run_dir)
                 pending, since = [], time.perf_counter()
                 history.append(record)
                 bar.set_postfix(loss=f"{record['loss']:.4f}", refresh=False)
@@ -234,16 +237,11 @@ def _placed(tokens_BT, mask_BT, segments_BT=None, *, config, mesh):
     return jax.tree.map(lambda x: place(x, batch_shardings(mesh)), batch)
 
 
-def _record(pending, step, seconds, checkpoints) -> dict:
+def _record(pending, step, seconds, checkpoints, run_dir) -> dict:
     """The record of the steps since the last one: losses averaged over tokens, the rest from the last step."""
     for back, m in enumerate(reversed(pending)):
         if not (np.isfinite(m["loss"]) and np.isfinite(m["grad_norm"])):
-            steps = [] if checkpoints is None else checkpoints.steps()
-            kept = f"the last good checkpoint is step {steps[-1]} in {checkpoints.path}" if steps else "no checkpoint was saved before"
-            raise UserError(
-                f"step {step - back}: loss {float(m['loss']):g}, gradient norm {float(m['grad_norm']):g} is not finite; training stopped "
-                f"and {kept}. Lower the learning rate or set optimizer.clip_norm"
-            )
+            raise not_finite(step - back, float(m["loss"]), float(m["grad_norm"]), checkpoints, run_dir)
     tokens = sum(float(m["tokens"]) for m in pending)
     return {
         "kind": "sft",

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 from sae.architectures.jumprelu import AXES, encode
 from sae.base import Architecture, Context, Outcome, Params, dense_outcome, nothing_to_penalise, unexplained, with_skip
 from sae.config import SAEConfig
-from sae.sparse_batch import kept_of_batch, reconstruct_batch
+from sae.sparse_batch import GATHERS_FROM, kept_of_batch, reconstruct_batch
 
 
 def least_positive(z: Array) -> Float[Array, ""]:
@@ -57,5 +57,12 @@ def finish(params: Params, cfg: SAEConfig) -> tuple[Params, SAEConfig]:
 
 
 BATCHTOPK = Architecture(
-    encode=encode, train=train, saelens="jumprelu", sparse_by="k", axes=AXES, finish=finish, norm_scaled=("b_enc", "threshold"), gathers=True
+    encode=encode,
+    train=train,
+    saelens="jumprelu",
+    sparse_by="k",
+    axes=AXES,
+    finish=finish,
+    norm_scaled=("b_enc", "threshold"),
+    gathers_from=GATHERS_FROM,
 )

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 from sae.base import Architecture, Context, Outcome, Params, nothing_to_penalise, pre_activations, unexplained, with_skip
 from sae.config import SAEConfig
 from sae.select import by_platform, top_k
-from sae.sparse import reconstruct_dense, reconstruct_sparse, topk_encode_sparse
+from sae.sparse import GATHERS_FROM, reconstruct_dense, reconstruct_sparse, topk_encode_sparse
 
 
 def encode(params: Params, x: Float[Array, "... D"], cfg: SAEConfig) -> Float[Array, "... F"]:
@@ -46,4 +46,4 @@ def train(params: Params, cfg: SAEConfig, x: Array, target: Array, context: Cont
     )
 
 
-TOPK = Architecture(encode=encode, train=train, encode_sparse=topk_encode_sparse, saelens="topk", sparse_by="k", gathers=True)
+TOPK = Architecture(encode=encode, train=train, encode_sparse=topk_encode_sparse, saelens="topk", sparse_by="k", gathers_from=GATHERS_FROM)

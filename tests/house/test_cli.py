@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from jaxrl_llm import cli
+from jaxrl_llm import cli, config
 from jaxrl_llm.errors import UserError
 
 
@@ -123,6 +123,16 @@ def test_exit_code_of_the_verb_is_passed_on(capsys, fake_verb):
 def test_every_verb_has_a_default_config_and_help(capsys, verb):
     code, out, _ = call(capsys, verb, "--help")
     assert code == 0 and f"fields of configs/{verb}.py" in out and "--config." in out
+    says = (config.import_config(config.PACKAGE_ROOT / "configs" / f"{verb}.py").__doc__ or "").strip().splitlines()
+    assert f"\n\n{says[0]}\n" in out and all(len(line) <= 150 for line in out.partition("fields of")[0].splitlines())
+
+
+def test_help_says_what_the_config_file_says_with_commands_as_one_types_them(capsys, tmp_path):
+    out = call(capsys, "grpo", "--help")[1]
+    assert "--config.data.fields=prompt=question \\\n        --config.reward.name=maths" in out and "\nExpected: reward and pass_rate rise" in out
+    own = tmp_path / "own.py"
+    own.write_text("from configs.grpo import get_config\n")
+    assert "\n\ngrpo: train a policy by GRPO" in call(capsys, "grpo", f"--config={own}", "--help")[1]
 
 
 @pytest.mark.parametrize("verb", [name for name, verb in cli.VERBS.items() if verb.kinds])

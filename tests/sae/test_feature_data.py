@@ -1,5 +1,7 @@
 """What latents fire on, against the whole codes held in memory; nothing depends on how texts are cut into batches."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,7 @@ import pytest
 
 import models
 import sae
-from sae.feature_data import CollectConfig, collect
+from sae.feature_data import CollectConfig, collect, readout
 from sae.feature_stats import CoFiring, Histogram, Kept, peaks, priorities
 from sae.harvest import tap
 
@@ -142,7 +144,7 @@ def test_batches_and_other_features_change_nothing(params):
 # Another value of each field, and what it must change.
 CHANGES = {
     "features": 5, "top": 2, "sampled": 1, "random": 2, "before": 1, "after": 0, "bins": 8, "related": 2, "context_size": 8,
-    "skip_first": 0, "drop_tokens": (5, 6, 7), "seed": 3,
+    "skip_first": 0, "drop_tokens": (5, 6), "seed": 3,
 }  # fmt: skip
 
 
@@ -155,8 +157,20 @@ def test_every_field_changes_what_is_found(params, field):
 
 
 def test_no_logits_where_the_decoder_writes_elsewhere(params):
-    d = sae.init(sae.SAEConfig("topk", 24, 30, 4, hook_name="blocks.0.mlp_act"), jax.random.key(1))
+    d = sae.init(sae.SAEConfig("topk", 24, 30, 4, hook_name="blocks.0.mlp_pre"), jax.random.key(1))
     assert gather(params, d)["features"][0]["logits"] is None
+
+
+def test_what_is_written_before_an_output_projection_is_read_behind_it(params):
+    unembed = np.asarray(models.unembed_matrix(CFG, params))
+    for kind, name, width in (("attn_z", "o", CFG.n_heads * CFG.head_dim), ("mlp_act", "down", CFG.d_ff)):
+        d = sae.init(sae.SAEConfig("topk", width, 30, 4, hook_name=f"blocks.0.{kind}"), jax.random.key(1))
+        expected = np.asarray(d.params["W_dec"]) @ np.asarray(params["blocks"][name][0]).reshape(width, -1) @ unembed
+        np.testing.assert_allclose(np.asarray(d.params["W_dec"]) @ readout(CFG, params, d, unembed), expected, atol=1e-5)
+        assert readout(dataclasses.replace(CFG, block="pre_post"), params, d, unembed) is None
+    feature = gather(params, d)["features"][0]
+    token, logit = feature["logits"]["raised"][0]
+    assert token == expected[feature["id"]].argmax() and logit == pytest.approx(expected[feature["id"]].max(), rel=1e-5)
 
 
 def test_progress_is_told_by_name(params):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-from sae.select import DEPTH, grouped_positions, grouped_top_k, in_row_blocks, sharded_top_k
+from sae.select import DEPTH, RESCUED, grouped_positions, grouped_top_k, in_row_blocks, sharded_top_k
 
 F, K, SIZE = 1024, 8, 16
 
@@ -21,7 +21,7 @@ def assert_equal(x, k=K):
 
 
 def sure(x):
-    return bool(grouped_positions(jnp.asarray(x), K, SIZE)[1])
+    return bool(grouped_positions(jnp.asarray(x), K, SIZE)[1].all())
 
 
 def test_distinct_entries_are_found_without_asking():
@@ -38,6 +38,15 @@ def test_a_crowded_group_is_noticed(crowd):
     x = rows()
     x[3, 5 * SIZE : 5 * SIZE + crowd] = 10 + np.arange(crowd)
     assert sure(x) == (crowd <= DEPTH)
+    assert_equal(x)
+
+
+@pytest.mark.parametrize("crowded", [1, RESCUED, RESCUED + 1, 20])
+def test_rows_that_are_not_sure_are_looked_at_alone(crowded):
+    x = rows()
+    chosen = np.random.default_rng(1).permutation(20)[:crowded]
+    x[chosen, 7 * SIZE : 8 * SIZE] = 10 + np.arange(SIZE)
+    np.testing.assert_array_equal(grouped_positions(jnp.asarray(x), K, SIZE)[1], ~np.isin(np.arange(20), chosen))
     assert_equal(x)
 
 

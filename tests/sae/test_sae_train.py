@@ -56,13 +56,18 @@ def test_methods_train_to_the_same_dictionary():
 
 
 @pytest.mark.parametrize(
-    "d_sae,k,method", [(1024, 16, "sparse"), (6144, 32, "sparse"), (256, 16, "sparse"), (512, 64, "dense"), (1024, 128, "dense"), (64, 8, "dense")]
+    ("architecture", "d_sae", "k", "method"),
+    [
+        *(("topk", 1024, 16, "sparse"), ("topk", 6144, 32, "sparse"), ("topk", 256, 16, "sparse")),
+        *(("topk", 512, 64, "dense"), ("topk", 1024, 128, "dense"), ("topk", 64, 8, "dense")),
+        *(("batchtopk", 6144, 32, "sparse"), ("batchtopk", 1024, 32, "dense"), ("matryoshka", 6144, 32, "dense")),
+    ],
 )
-def test_auto_picks_the_faster_products(monkeypatch, d_sae, k, method):
-    """As timed on one CPU (sae.sparse.sparse_pays); dense on accelerators and meshes, and where no latent count is fixed."""
+def test_auto_picks_the_faster_products(monkeypatch, architecture, d_sae, k, method):
+    """As timed on one CPU (GATHERS_FROM); dense on accelerators and meshes, and where no latent count is fixed."""
 
     def picked(mesh=None, **changes):
-        cfg = sae.SAEConfig(**({"d_in": 96, "d_sae": d_sae, "k": k} | changes))
+        cfg = sae.SAEConfig(**({"architecture": architecture, "d_in": 96, "d_sae": d_sae, "k": k} | changes))
         return step_for(cfg, sae.SAETrainConfig(), mesh).keywords["form"].method
 
     monkeypatch.setattr(jax, "default_backend", lambda: "cpu")

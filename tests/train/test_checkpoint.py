@@ -17,7 +17,7 @@ import tiny_grpo as tiny
 import tiny_preferences as prefs
 from orbax.checkpoint._src.path import atomicity
 
-from jaxrl_llm.checkpoint import Checkpoints, until_done
+from jaxrl_llm.checkpoint import Checkpoints, checksums, until_done
 from jaxrl_llm.errors import UserError
 
 HOST = {"used": np.array([True, False]), "weights": np.array([1 / 3, np.nan]), "step": np.array(7)}
@@ -77,6 +77,37 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(checkpoints):
         if file.is_file() and file.parent.name == "d":
             file.write_bytes(b"")
     assert checkpoints.restore(abstract())[0] == 1
+
+
+def test_values_that_changed_on_the_disk_are_noticed(tmp_path, caplog):
+    """Bits that flip inside an array's numbers: whatever is read is what was saved, or the one before is."""
+    weights = {"w": jax.random.normal(jax.random.key(0), (64, 512)), "n": jnp.arange(7)}
+    wanted = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), weights)
+    with Checkpoints(tmp_path) as checkpoints:
+        for step in (1, 2):
+            checkpoints.save(step, weights, {})
+    largest = max((file for file in (tmp_path / "2").rglob("*") if file.parent.name == "d"), key=lambda file: file.stat().st_size)
+    data = bytearray(largest.read_bytes())
+    for place in range(len(data) // 2, len(data) // 2 + 8):
+        data[place] ^= 1
+    largest.write_bytes(data)
+    with Checkpoints(tmp_path) as checkpoints:
+        step, found, _ = checkpoints.restore(wanted)
+    assert step == 1 and "2 cannot be read (['w'] does not hold the values that were saved" in caplog.text
+    np.testing.assert_array_equal(found["w"], weights["w"])
+
+
+def test_checksums_see_one_bit_and_the_order():
+    arrays = [np.arange(12).reshape(3, 4).astype(dtype) for dtype in (np.float32, jnp.bfloat16, np.int32, np.uint32, np.int8, bool)]
+    for array in arrays:
+        ((dtype, total),) = checksums([array]).values()
+        assert dtype == str(array.dtype) and checksums([jnp.asarray(array)]) == {"[0]": [dtype, total]}
+        swapped, changed = array.copy(), array.copy()
+        swapped[0, 0], swapped[2, 3] = array[2, 3], array[0, 0]
+        changed[1, 1] = not array[1, 1] if dtype == "bool" else array[1, 1] + 1
+        assert len({total, *(found[1] for a in (swapped, changed) for found in checksums([a]).values())}) == 3
+    words = np.float32([[1.5, -2.0], [0.0, 3.25]]).view(np.uint32).astype(np.uint64)
+    assert checksums([words.astype(np.uint32).view(np.float32)])["[0]"][1] == int((words * np.uint64([[1, 3], [5, 7]])).sum() % 2**32)
 
 
 def test_what_is_damaged_stands_in_nothings_way(tmp_path):

@@ -15,9 +15,12 @@ def test_every_variant_has_a_curve_of_its_own():
 
 
 @pytest.mark.parametrize("recipe", ["sft", *curves.VARIANTS])
-def test_the_curve_is_the_golden_one(recipe, tmp_path):
-    """Six steps, made by tests/train/tiny_curves.py; the last three see the rows of the first three again."""
+def test_the_curve_is_the_golden_one(recipe, tmp_path, repo):
+    """Six steps, made by tests/train/tiny_curves.py; the last three see the rows of the first three again. What they log is documented."""
     found = curves.curve(recipe, tmp_path / "run")
+    if recipe != "sft":
+        told, lines = (repo / "docs" / "training.md").read_text(), (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+        assert not {name for line in lines for name in json.loads(line) if f"`{name}`" not in told}
     assert set(found) == set(GOLDEN[recipe])
     for name, values in found.items():
         np.testing.assert_allclose(values, GOLDEN[recipe][name], rtol=2e-3, atol=2e-3, err_msg=name)
