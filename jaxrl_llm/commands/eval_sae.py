@@ -171,7 +171,7 @@ class Job:
         from sae.probing import split
 
         rows = [row[: self.config.probe.context_size] for row in self._tokens(texts, keep_empty=True)]
-        kept = [i for i, count in enumerate(self._counts(rows)) if count]
+        kept = [i for i, count in enumerate(self._counts(rows, self.config.probe.context_size)) if count]
         rows, labels = [rows[i] for i in kept], [labels[i] for i in kept]
         parts = split(labels, [tuple(row) for row in rows], test_share=self.config.probe.test_share, seed=self.config.seed)
         return rows, labels, *parts
@@ -198,11 +198,11 @@ class Job:
         rows = token_rows(texts, self.tokenizer)
         return [row for row, text in zip(rows, texts, strict=True) if keep_empty or (row and text)]
 
-    def _counts(self, rows: list[list[int]]) -> list[int]:
+    def _counts(self, rows: list[list[int]], context: int) -> list[int]:
+        """How many activations `_activations` gives of each row, run in pieces of `context` tokens."""
         from sae.metrics import token_counts
 
-        context = min(self.config.context_size, self.cfg.max_position)
-        return token_counts(rows, context, self.config.skip_first, self.special)
+        return token_counts(rows, min(context, self.cfg.max_position), self.config.skip_first, self.special)
 
     def _activations(self, rows: list[list[int]], taps: tuple[str, ...], what: str, *, whole: bool = False, context: int | None = None) -> Any:
         """Arrays of the rows' activations; whole: with every position. They are kept where another SAE of the taps is to come and they are
@@ -251,7 +251,7 @@ class Job:
             nonlocal clock
             seconds[stage], clock = round(time.monotonic() - clock, 2), time.monotonic()
 
-        found = sae.activation_statistics(d, self._activations(self.rows, one.taps, "activations"), self._counts(self.rows))
+        found = sae.activation_statistics(d, self._activations(self.rows, one.taps, "activations"), self._counts(self.rows, self.config.context_size))
         figures, limits = sae_figures.core_figures(found, **how)
         lap("activations")
         record: dict[str, Any] = {"name": name, "source": one.source, "sae": described(d), "figures": figures}
@@ -296,7 +296,8 @@ class Job:
         from sae.probing import one_vs_rest, probe_problem
 
         config, (rows, labels, train, test) = self.config.probe, self.labelled
-        pooled = pool(d, self._activations(rows, (d.cfg.hook_name,), "labelled texts", context=config.context_size), self._counts(rows))
+        stream = self._activations(rows, (d.cfg.hook_name,), "labelled texts", context=config.context_size)
+        pooled = pool(d, stream, self._counts(rows, config.context_size))
         problems = one_vs_rest(labels, train, test, seed=self.config.seed)
         results = [result for problem in self._bar(problems, "probes", "class") for result in probe_problem(pooled, problem, config.ks)]
         out: dict[str, Any] = {
