@@ -149,7 +149,10 @@ def finetune(
     moments, batches, history = optax.scale_by_adam().init(params), _shuffled(token_rows, cfg, settings, context), []
     first = next(batches)
     batches = itertools.chain([first], batches)
-    scale = scale_of(d.cfg, _rows(d.cfg, cfg, lm, *first))
+    rows = _rows(d.cfg, cfg, lm, *first)
+    if not len(rows):
+        raise SAEError("SAE fine-tuning: skip_first and drop_tokens leave no token of the first batch")
+    scale = scale_of(d.cfg, rows)
     sizes = typical_sizes(d.cfg, scale.unit, scale.unit_out)
     weights = {"kl": settings.kl_coefficient, "fvu": settings.fvu_coefficient, "sparsity": settings.sparsity_coefficient}
     hidden = None if progress is None else not progress

@@ -159,6 +159,8 @@ def test_mistakes(lm):
         finetune(last.replace(cfg=last.cfg.replace(hook_name="final_norm")), *lm, ROWS, settings)
     with pytest.raises(sae.SAEError, match="3 rows of two tokens or more are fewer than batch_rows 8"):
         finetune(dictionary(), *lm, [*ROWS[:3], [1]], settings)
+    with pytest.raises(sae.SAEError, match="leave no token of the first batch"):
+        finetune(dictionary(), *lm, ROWS, FinetuneConfig(skip_first=12))
     with pytest.raises(sae.SAEError, match="the loss is nan at step 1"):
         broken = dictionary()
         finetune(broken.replace(params=broken.params | {"b_dec": jnp.full(16, jnp.nan)}), *lm, ROWS, settings, progress=False)
