@@ -1,5 +1,7 @@
 """What every verb that trains a policy leaves in its workdir: the policy as a Hugging Face folder, and its adapter where it trained one."""
 
+import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 from jaxrl_llm.run_dir import RunDir
@@ -27,6 +29,16 @@ def save_policy(run_dir: RunDir, cfg: Any, trained: Any, lora: LoraSettings, sta
         print(f"the adapter is in {run_dir.path / FOLDER} only: {reason}")
     else:
         save_lora(run_dir.path / ADAPTER, cfg, adapter, lora.adapter, start)
+
+
+def stopping_at(cfg: Any, tokenizer: Any, end: Sequence[int]) -> Any:
+    """The model's config with the last token of `end`, which it is taught to end its answers with, among the tokens that it stops at. A base
+    model often does not know the end that its chat template writes, and would write on for ever after it."""
+    if not end or end[-1] in cfg.eos_token_ids:
+        return cfg
+    token = tokenizer.convert_ids_to_tokens(end[-1])
+    print(f"the chat template ends an answer with {token}, where this model does not stop: the model that is written does")
+    return dataclasses.replace(cfg, eos_token_ids=(*cfg.eos_token_ids, end[-1]))
 
 
 def of_step(summary: dict[str, Any]) -> str:

@@ -5,8 +5,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from jaxrl_llm.commands._policy import FOLDER, OWNS, of_step, save_policy
+from jaxrl_llm.commands._policy import FOLDER, OWNS, of_step, save_policy, stopping_at
 from jaxrl_llm.commands.grpo import parse_evals
+from jaxrl_llm.data.chats import answer_end
 from jaxrl_llm.data.prompts import tokenise_prompts
 from jaxrl_llm.data.sampler import ShuffledSchedule
 from jaxrl_llm.data.sources import Rows, parse_fields, read_rows
@@ -55,6 +56,7 @@ def run(config: Any, workdir: str) -> None:
             raise UserError(f"data.held_out is {count} of {len(data)} rows: leave rows to train on, and name no set of evals 'held_out'")
         data, held_out["held_out"] = data.take(np.arange(len(data) - count)), data.take(np.arange(len(data) - count, len(data)))
     schedule = ShuffledSchedule(len(data), min(config.batch_rows, len(data)), config.seed)
+    cfg = stopping_at(cfg, tokenizer, answer_end(tokenizer, cfg.eos_token_ids, config.template))
     start = [params]
     del params  # handed over: training has its own copy
     trained, history = train_dpo(cfg, start.pop, data, schedule, settings, run_dir, held_out, mesh=mesh)
@@ -122,7 +124,7 @@ def _open_chats(row: dict[str, Any], names: Sequence[str], where: str) -> None:
 
 
 def encode(rows: Rows, tokenizer: Any, eos_token_ids: Sequence[int], config: Any, names: Sequence[str]) -> "Preferences":
-    """Tokenised preferences: prompts by the template, completions with the separator before and the end token after them. Prompt and
+    """Tokenised preferences: prompts by the template, completions with the separator before and their end (`answer_end`) after them. Prompt and
     completion are tokenised apart, as they will be in generation.
 
     Raises UserError when a row is too long and overflow is "error", or no row is left.
@@ -130,7 +132,7 @@ def encode(rows: Rows, tokenizer: Any, eos_token_ids: Sequence[int], config: Any
     from jaxrl_llm.train.dpo import Preferences, with_unrelated
 
     prompts = tokenise_prompts(rows, tokenizer, max_length=2**30, template=config.template).token_lists()
-    end, places, limit = list(eos_token_ids[:1]), getattr(rows, "places", {}), config.max_length
+    end, places, limit = answer_end(tokenizer, eos_token_ids, config.template), getattr(rows, "places", {}), config.max_length
     completions = []
     for name in names:
         ids = tokenizer([config.separator + row[name] for row in rows], add_special_tokens=False)["input_ids"]

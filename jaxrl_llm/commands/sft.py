@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from jaxrl_llm.commands._policy import FOLDER, OWNS, save_policy
-from jaxrl_llm.data.chats import assistant_tokens
+from jaxrl_llm.commands._policy import FOLDER, OWNS, save_policy, stopping_at
+from jaxrl_llm.data.chats import answer_end, assistant_tokens
 from jaxrl_llm.data.prompts import pack_rows, pad_rows, tokenise_prompts
 from jaxrl_llm.data.sampler import ShuffledSchedule
 from jaxrl_llm.data.sources import Rows, parse_fields, read_rows
@@ -45,6 +45,8 @@ def run(config: Any, workdir: str) -> None:
         raise UserError(f"the longest row has {tokens_NT.shape[1]} tokens, the model's context is {cfg.max_position}: lower max_length to that")
     schedule = ShuffledSchedule(len(tokens_NT), min(config.batch_rows, len(tokens_NT)), config.seed)
     batches = _batches(tokens_NT, mask_NT, schedule, config.max_length if config.pack else None)
+    template = {"response": config.template, "assistant": "chat", "text": "none"}[config.loss_on]
+    cfg = stopping_at(cfg, tokenizer, answer_end(tokenizer, cfg.eos_token_ids, template))
     start = [params]
     del params  # handed over: training has its own copy
     trained, history = train_sft(cfg, start.pop, batches, settings, run_dir, mesh=mesh)
@@ -71,7 +73,7 @@ def _read(config: Any) -> Rows:
 def encode(rows: Sequence[Mapping[str, Any]], tokenizer: Any, eos_token_ids: tuple[int, ...], config: Any) -> tuple[np.ndarray, np.ndarray]:
     """(tokens [N, T] int32 right-padded, mask [N, T] bool on the tokens that are trained on), by `loss_on`:
 
-    "response": prompt + separator + response + end token, the mask on the response and its end token; prompt and response are tokenised
+    "response": prompt + separator + response + its end (`answer_end`), the mask on the response and its end; prompt and response are tokenised
     apart, as they will be in generation. "text": the prompt and an end token, the mask on all. "assistant": chats under "messages" as the
     tokenizer's chat template writes them, the mask on every turn of the assistant.
 
@@ -97,7 +99,7 @@ def encode(rows: Sequence[Mapping[str, Any]], tokenizer: Any, eos_token_ids: tup
 
 def _texts(rows, tokenizer, eos_token_ids, config) -> Iterator[tuple[list[int], np.ndarray]]:
     prompts = tokenise_prompts(rows, tokenizer, max_length=2**30, template=config.template).token_lists()
-    end = list(eos_token_ids[:1])
+    end = answer_end(tokenizer, eos_token_ids, config.template if config.loss_on == "response" else "none")
     responses = [end] * len(rows)
     if config.loss_on == "response":
         texts = [config.separator + str(row[config.response_field]) for row in rows]
