@@ -34,7 +34,7 @@ def get_config(variant: str | None = None) -> ml_collections.ConfigDict:
     config.evals = ""  # more held-out sets, "NAME=SOURCE" joined by commas; a source may end in "@SPLIT"
     config.eval_limit = placeholder(int)  # at most so many rows a set of evals; None = all
 
-    config.template = "none"  # of the prompt: "none", "chat" or a format such as "Question: {prompt}\nAnswer:"
+    config.template = "none"  # of the prompt: "none", "chat" (which rows of messages want) or a format such as "Question: {prompt}\nAnswer:"
     config.separator = ""  # text between prompt and completion, such as " "
     config.max_length = 512  # tokens that prompt and completion may have, end token included
     config.overflow = "drop"  # a longer row: "drop" (counted), "truncate" (the completion's end is cut) or "error"

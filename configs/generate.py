@@ -27,7 +27,7 @@ def get_config(variant: str | None = None) -> ml_collections.ConfigDict:
     config.data.limit = ml_collections.config_dict.placeholder(int)  # at most so many prompts; None = all
     config.data.on_bad = "error"  # a bad row: "error" stops, "skip" leaves it out
 
-    config.template = "none"  # "none", "chat" or a format such as "Question: {prompt}\nAnswer:"
+    config.template = "none"  # "none", "chat" (which rows of messages want) or a format such as "Question: {prompt}\nAnswer:"
     config.max_prompt_tokens = 512  # room for a prompt; less where the model's context less max_new_tokens is less
     config.overflow = "error"  # a longer prompt: "error", "drop" or "truncate" (its beginning)
     config.num_samples = 1  # completions a prompt

@@ -31,7 +31,7 @@ def get_config(variant: str | None = None) -> ml_collections.ConfigDict:
     config.evals = ""  # held-out sets, "NAME=SOURCE" joined by commas; a source may end in "@SPLIT"
     config.eval_limit = placeholder(int)  # at most so many rows a set; None = all
 
-    config.template = "none"  # "none", "chat" or a format such as "Question: {prompt}\nAnswer:"
+    config.template = "none"  # "none", "chat" (which rows of messages want) or a format such as "Question: {prompt}\nAnswer:"
     config.max_prompt_tokens = 512  # room for a prompt
     config.overflow = "error"  # a longer prompt: "error", "drop" or "truncate"
 

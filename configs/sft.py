@@ -33,7 +33,7 @@ def get_config(variant: str | None = None) -> ml_collections.ConfigDict:
 
     config.loss_on = "response"  # "response": the column `response_field`; "assistant": that role's turns of chats; "text": every token of "prompt"
     config.response_field = "answer"  # the column that holds the response
-    config.template = "none"  # of the prompt: "none", "chat" or a format such as "Question: {prompt}\nAnswer:"
+    config.template = "none"  # of the prompt: "none", "chat" (which rows of messages want) or a format such as "Question: {prompt}\nAnswer:"
     config.separator = ""  # text between prompt and response, such as " "
     config.max_length = 512  # tokens a row may have, end token included
     config.overflow = "drop"  # a longer row: "drop" (counted), "truncate" (its end is cut) or "error"

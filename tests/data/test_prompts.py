@@ -50,6 +50,17 @@ def test_chat_template_has_one_start_and_opens_the_answer():
     assert tokenise_prompts([row], make_tokenizer(), max_length=9, template="chat").token_lists() == [[3, 5, 3, 6, 4]]
 
 
+def test_chats_keep_their_roles_or_it_is_said(caplog):
+    rows = [{"id": name, "prompt": "one", "messages": [{"role": "user", "content": "one"}]} for name in "mn"]
+    with pytest.raises(UserError, match="^prompt 'm' and 1 more: a chat, of which template=none would drop the roles: set the template to 'chat'"):
+        tokenise_prompts(rows, make_tokenizer(), max_length=9)
+    text = tokenise_prompts(rows, make_tokenizer(), max_length=9, template="{prompt}").token_lists()
+    assert not caplog.text and text == tokenise_prompts(rows_of("one", "one"), make_tokenizer(), max_length=9).token_lists()
+    for _ in range(2):
+        assert tokenise_prompts(rows, make_tokenizer(chat=False), max_length=9).token_lists() == text
+    assert caplog.text.count("template=none drops the roles, since this tokenizer has no chat template") == 1
+
+
 def test_no_chat_template_is_one_clear_line():
     with pytest.raises(UserError, match="has no chat template: set the template to 'none'"):
         tokenise_prompts(rows_of("one"), make_tokenizer(chat=False), max_length=9, template="chat")

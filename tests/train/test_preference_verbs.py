@@ -101,7 +101,9 @@ def test_chats_that_share_all_but_their_last_message(model, tmp_path):
     data = encoded(model, write(tmp_path / "a.jsonl", rows), template="chat")
     assert data.prompts == [[3, 12], [6, 12], [9, 12, 10, 12, 11, 12]]
     assert data.completions == [([4, 1], [5, 1]), ([7, 1], [8, 1]), ([2, 1], [3, 1])]
-    assert encoded(model, write(tmp_path / "b.jsonl", rows[:1])).prompts == [[3]]
+    assert encoded(model, write(tmp_path / "b.jsonl", rows[:1]), template="{prompt}").prompts == [[3]]
+    with pytest.raises(UserError, match=r"b.jsonl:1: prompt '.*': a chat, of which template=none would drop the roles: set the template to 'chat'"):
+        encoded(model, tmp_path / "b.jsonl")
 
 
 def test_completions_of_chats_end_as_the_template_has_it_and_the_written_model_stops_there(model, tmp_path, capsys):
