@@ -1,7 +1,7 @@
 """What every verb that trains a policy leaves in its workdir: the policy as a Hugging Face folder, and its adapter where it trained one."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxrl_llm.run_dir import RunDir
@@ -39,6 +39,22 @@ def stopping_at(cfg: Any, tokenizer: Any, end: Sequence[int]) -> Any:
     token = tokenizer.convert_ids_to_tokens(end[-1])
     print(f"the chat template ends an answer with {token}, where this model does not stop: the model that is written does")
     return dataclasses.replace(cfg, eos_token_ids=(*cfg.eos_token_ids, end[-1]))
+
+
+def summary_of(
+    history: Sequence[Mapping[str, Any]], kind: str, steps: int, rows: int, keep_best: str, figures: Sequence[str]
+) -> dict[str, Any]:
+    """What a run on fixed data comes to: its loss, and of each held-out set the first and the last of `figures`. kind: of its training records."""
+    train, evals = ([r for r in history if r["kind"] == wanted] for wanted in (kind, "eval"))
+    found: dict[str, Any] = {"steps": steps, "rows": rows, "loss_first": train[0]["loss"], "loss_last": train[-1]["loss"], "evals": {}}
+    for name in dict.fromkeys(r["set"] for r in evals):
+        of_set = [r for r in evals if r["set"] == name]
+        ends = {key: {"first": of_set[0][key], "last": of_set[-1][key]} for key in figures}
+        found["evals"][name] = {"n": of_set[-1]["n"], **ends}
+        if name == keep_best:
+            best = min((r for r in of_set if r["step"] > 0), key=lambda r: r["loss"])
+            found["best"] = {"set": name, "step": best["step"], "loss": best["loss"]}
+    return found
 
 
 def of_step(summary: dict[str, Any]) -> str:

@@ -1,11 +1,11 @@
 """`jaxrl-llm dpo`: trains a policy on preferences (pairs, or single labelled completions); writes it as a Hugging Face folder."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from jaxrl_llm.commands._policy import FOLDER, OWNS, of_step, save_policy, stopping_at
+from jaxrl_llm.commands._policy import FOLDER, OWNS, of_step, save_policy, stopping_at, summary_of
 from jaxrl_llm.commands.grpo import parse_evals
 from jaxrl_llm.data.chats import answer_end
 from jaxrl_llm.data.prompts import tokenise_prompts
@@ -61,7 +61,7 @@ def run(config: Any, workdir: str) -> None:
     del params  # handed over: training has its own copy
     trained, history = train_dpo(cfg, start.pop, data, schedule, settings, run_dir, held_out, mesh=mesh)
     save_policy(run_dir, cfg, trained, settings.lora, config.model, mesh)
-    summary = _summary(history, settings.steps, len(data), settings.keep_best)
+    summary = summary_of(history, "dpo", settings.steps, len(data), settings.keep_best, ("accuracy", "margin", "loss"))
     run_dir.summary(summary)
     if run_dir.is_writer:
         print(f"loss {summary['loss_first']:.4f} -> {summary['loss_last']:.4f}")
@@ -69,19 +69,6 @@ def run(config: Any, workdir: str) -> None:
             accuracy, margin = ("{first:.3f} -> {last:.3f}".format(**found[key]) for key in ("accuracy", "margin"))
             print(f"{name}: accuracy {accuracy}, margin {margin} of {found['n']}")
         print(f"policy: {run_dir.path / FOLDER}{of_step(summary)}   report: jaxrl-llm report --workdir={run_dir.path}")
-
-
-def _summary(history: Sequence[Mapping[str, Any]], steps: int, rows: int, keep_best: str) -> dict[str, Any]:
-    train, evals = ([r for r in history if r["kind"] == kind] for kind in ("dpo", "eval"))
-    found: dict[str, Any] = {"steps": steps, "rows": rows, "loss_first": train[0]["loss"], "loss_last": train[-1]["loss"], "evals": {}}
-    for name in dict.fromkeys(r["set"] for r in evals):
-        of_set = [r for r in evals if r["set"] == name]
-        ends = {key: {"first": of_set[0][key], "last": of_set[-1][key]} for key in ("accuracy", "margin", "loss")}
-        found["evals"][name] = {"n": of_set[-1]["n"], **ends}
-        if name == keep_best:
-            best = min((r for r in of_set if r["step"] > 0), key=lambda r: r["loss"])
-            found["best"] = {"set": name, "step": best["step"], "loss": best["loss"]}
-    return found
 
 
 def _read(config: Any, source: str, limit: int | None, names: Sequence[str]) -> Rows:

@@ -4,7 +4,7 @@ import dataclasses
 import typing
 from typing import Any
 
-from jaxrl_llm.errors import UserError
+from jaxrl_llm.errors import UserError, nearest
 from jaxrl_llm.train.config import DPOConfig, GRPOConfig, LoraSettings, LossConfig, OnlineDPOConfig, OptimizerConfig, SFTConfig
 
 if typing.TYPE_CHECKING:
@@ -170,6 +170,24 @@ def check_counts(config: GRPOConfig | SFTConfig | DPOConfig | OnlineDPOConfig) -
         least = 1 if field.name in ("keep_checkpoints", "logprob_chunk") else 0
         if field.name != "seed" and type(value) is int and value < least:
             raise UserError(f"setting '{field.name}' must be at least {least}, got {value}")
+
+
+def check_sft(config: SFTConfig) -> None:
+    """Raises UserError for settings that have no meaning; what only some models take is for `train_sft` to say."""
+    check_counts(config)
+    _check_at_least_one(config, ("steps", "log_every", "forward_rows"))
+    check_optimizer(config.optimizer)
+    check_lora(config.lora)
+    if config.router_balance < 0:
+        raise UserError(f"setting 'router_balance' must not be below 0, got {config.router_balance:g}")
+
+
+def check_keep_best(keep_best: str, sets: Any, run_dir: Any) -> None:
+    """Raises UserError where `keep_best` is none of the held-out sets, or there is no run directory that could keep a checkpoint."""
+    if keep_best and keep_best not in sets:
+        raise UserError(f"setting 'keep_best' is {keep_best!r}, which is no held-out set: {nearest(keep_best, sets)}")
+    if keep_best and run_dir is None:
+        raise UserError("setting 'keep_best' keeps a checkpoint: give a run directory to keep it in")
 
 
 def check_dpo(config: DPOConfig) -> None:

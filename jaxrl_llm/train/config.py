@@ -140,8 +140,11 @@ class SFTConfig:
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-5, clip_norm=1.0)
     lora: LoraSettings = LoraSettings()
     log_every: int = 10  # steps between metric lines (and between waits for the device)
+    eval_every: int = 0  # steps between held-out losses; 0 = only at the end; always also before the first step
+    forward_rows: int = 64  # held-out rows forwarded at once
     checkpoint_every: int = 0  # steps; 0 = only at the end and on SIGTERM
     keep_checkpoints: int = 2
+    keep_best: str = ""  # held-out set on which the checkpoint of least loss stays too and is what training returns; empty = the last
     watchdog_seconds: int = 0  # a run whose step takes longer ends, with its stacks on stderr; 0 = it waits
 
 

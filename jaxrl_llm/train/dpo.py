@@ -19,10 +19,11 @@ from tqdm import tqdm
 import models
 from jaxrl_llm.checkpoint import Checkpoints
 from jaxrl_llm.data.sampler import ShuffledSchedule
-from jaxrl_llm.errors import UserError, nearest
+from jaxrl_llm.errors import UserError
 from jaxrl_llm.run_dir import RunDir
-from jaxrl_llm.train.checks import check_dpo
+from jaxrl_llm.train.checks import check_dpo, check_keep_best
 from jaxrl_llm.train.config import DPOConfig, from_mapping
+from jaxrl_llm.train.metrics import Recorded
 from jaxrl_llm.train.preference_step import (
     PreferenceSpec,
     by_length,
@@ -86,7 +87,7 @@ def with_unrelated(prompts: Sequence[list[int]], completions: Sequence[list[int]
 
 
 @dataclasses.dataclass
-class _Run:
+class _Run(Recorded):
     """What every part of the loop needs. references: name of a set -> fp32 [N, 2], for losses that have one."""
 
     data: Preferences
@@ -100,23 +101,7 @@ class _Run:
     references: dict[str, np.ndarray]
     history: list[dict[str, Any]]
     frozen: Any = None  # what an adapter is put into
-    best: tuple[float, int] | None = None  # (loss on the set of `keep_best`, step) of the best trained policy so far
-
-    def log(self, record: dict[str, Any]) -> None:
-        self.history.append(record)
-        if self.run_dir is not None:
-            self.run_dir.log(record)
-
-    def see_best(self) -> bool:
-        """Takes note of the evaluations; whether the newest is the best of a trained policy so far (the first of equals), whose checkpoint
-        then stays."""
-        before = self.best
-        found = [r for r in self.history if r["kind"] == "eval" and r["set"] == self.config.keep_best and r["step"] > 0]
-        if found and self.checkpoints is not None:
-            best = min(found, key=lambda record: record["loss"])
-            self.best = best["loss"], best["step"]
-            self.checkpoints.name_best(best["step"])
-        return self.best != before
+    best: tuple[float, int] | None = None
 
 
 def train_dpo(
@@ -145,10 +130,7 @@ def train_dpo(
     """
     config = from_mapping(DPOConfig, config)
     check_dpo(config)
-    if config.keep_best and config.keep_best not in (held_out or {}):
-        raise UserError(f"setting 'keep_best' is {config.keep_best!r}, which is no held-out set: {nearest(config.keep_best, held_out or {})}")
-    if config.keep_best and run_dir is None:
-        raise UserError("setting 'keep_best' keeps a checkpoint: give a run directory to keep it in")
+    check_keep_best(config.keep_best, held_out or {}, run_dir)
     for name, rows in {TRAINING: data, **(held_out or {})}.items():
         _check_rows(model_cfg, rows, config, name)
     spec = preference_spec(model_cfg, config)
