@@ -68,7 +68,8 @@ def get_config(variant: str | None = None) -> ml_collections.ConfigDict:
     config.train.overlap_rewards = False  # judge a step's completions while the next step's are sampled, by the policy before the update: they are one update old (ratios and KL in the reward are taken against the sampler's log-probabilities), resumes stay exact; for slow rewards, one process, schedules that do not follow the policy, rollout_tries=1
     config.train.inner_epochs = 1  # updates on each rollout
     config.train.rollout_tries = 1  # most rollouts a step: groups of equal rewards are replaced by the schedule's next prompts; 1 = never
-    config.train.overlong_buffer = 0  # last tokens before max_new_tokens over which a penalty of the reward grows; 0 = no penalty
+    config.train.overlong_buffer = 0  # last tokens before max_new_tokens over which a penalty of the reward grows; 0 = by overlong_buffer_share
+    config.train.overlong_buffer_share = 0.0  # of max_new_tokens, such as 0.2: the same as a share; 0 = no penalty
     config.train.overlong_penalty = 1.0  # what a completion that reaches max_new_tokens loses of its reward
     config.train.micro_batch_rows = 0  # completions a micro-batch, gradients accumulated; 0 = all at once
     config.train.length_buckets = 1  # widths that micro-batches are cut to, completions sorted by length: less padding, same gradient; 1 = all as wide as the longest
@@ -146,7 +147,7 @@ def _vary(train: ml_collections.ConfigDict, variant: str | None) -> None:
     elif variant == "dapo":
         loss.aggregation, loss.clip_high = "token_mean", 0.28
         train.rollout_tries = 10  # of the authors' recipe
-        train.overlong_buffer = train.max_new_tokens // 5  # 4,096 of 20,480 tokens there
+        train.overlong_buffer_share = 0.2  # 4,096 of 20,480 tokens there
     elif variant == "rloo":  # the sum over a sequence, as "dr_grpo" takes it up to a constant
         loss.aggregation, loss.baseline, loss.advantage_scale = "dr_grpo", "leave_one_out", "none"
         loss.kl, loss.kl_coef, loss.kl_place = "k1", 0.05, "sequence_reward"

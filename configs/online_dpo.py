@@ -62,7 +62,8 @@ def get_config(variant: str | None = None) -> ml_collections.ConfigDict:
     config.train.rollout_refill = False  # a finished completion gives its place to the next at once: same samples, sooner, more memory
     config.train.rollout_mesh = ""  # how the mesh's devices are used while sampling, such as "fsdp=4,tensor=2": a policy whose parameters are whole, or split by heads, waits for none at each token; empty = as in training
     config.train.overlap_rewards = False  # judge a step's completions while the next step's are sampled, by the policy before the update: the pairs are one update old, resumes stay exact; for slow rewards, one process
-    config.train.overlong_buffer = 0  # last tokens before max_new_tokens over which a penalty of the reward grows; 0 = no penalty
+    config.train.overlong_buffer = 0  # last tokens before max_new_tokens over which a penalty of the reward grows; 0 = by overlong_buffer_share
+    config.train.overlong_buffer_share = 0.0  # of max_new_tokens, such as 0.2: the same as a share; 0 = no penalty
     config.train.overlong_penalty = 1.0  # what a completion that reaches max_new_tokens loses of its reward
     config.train.micro_batch_rows = 0  # pairs a micro-batch, gradients accumulated; 0 = all at once
     config.train.length_buckets = 1  # widths that micro-batches are cut to, pairs sorted by length: less padding, same gradient; 1 = all as wide as the longest

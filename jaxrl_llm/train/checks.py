@@ -84,6 +84,8 @@ def _check_overlong(config: GRPOConfig | OnlineDPOConfig) -> None:
             f"setting 'overlong_buffer' must be from 0 (off) to max_new_tokens={config.max_new_tokens} and 'overlong_penalty' not below 0, "
             f"got {config.overlong_buffer} and {config.overlong_penalty:g}"
         )
+    if not 0 <= config.overlong_buffer_share <= 1:
+        raise UserError(f"setting 'overlong_buffer_share' is a share of max_new_tokens: give 0 (off) to 1, got {config.overlong_buffer_share:g}")
 
 
 def _check_loss(loss: LossConfig) -> None:

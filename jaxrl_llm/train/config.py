@@ -98,7 +98,8 @@ class GRPOConfig:
     overlap_rewards: bool = False  # judge a step's completions while the next step's are sampled, by the policy before the update: one update old
     inner_epochs: int = 1  # updates on each rollout (mu); above 1 the old log-probabilities are kept
     rollout_tries: int = 1  # most rollouts a step: groups of equal rewards are replaced by the schedule's next prompts (DAPO); 1 = never
-    overlong_buffer: int = 0  # last tokens before max_new_tokens over which a soft penalty grows (DAPO eq. 13); 0 = no penalty
+    overlong_buffer: int = 0  # last tokens before max_new_tokens over which a soft penalty grows (DAPO eq. 13); 0 = by overlong_buffer_share
+    overlong_buffer_share: float = 0.0  # of max_new_tokens: the same as a share, 0.2 in DAPO; 0 = no penalty
     overlong_penalty: float = 1.0  # what a completion that reaches max_new_tokens loses of its reward
     micro_batch_rows: int = 0  # completions a micro-batch, gradients accumulated; 0 = all at once
     length_buckets: int = 1  # widths that micro-batches of completions sorted by length are cut to; 1 = all are as wide as the longest
@@ -212,7 +213,8 @@ class OnlineDPOConfig:
     rollout_refill: bool = False  # a finished completion gives its place to the next at once: the same samples, sooner, for more memory
     rollout_mesh: str = ""  # how the mesh's devices are used while sampling, such as "fsdp=4,tensor=2"; empty = as in training
     overlap_rewards: bool = False  # judge a step's completions while the next step's are sampled, by the policy before the update: one update old
-    overlong_buffer: int = 0  # last tokens before max_new_tokens over which a soft penalty grows (DAPO eq. 13); 0 = no penalty
+    overlong_buffer: int = 0  # last tokens before max_new_tokens over which a soft penalty grows (DAPO eq. 13); 0 = by overlong_buffer_share
+    overlong_buffer_share: float = 0.0  # of max_new_tokens: the same as a share, 0.2 in DAPO; 0 = no penalty
     overlong_penalty: float = 1.0  # what a completion that reaches max_new_tokens loses of its reward
     micro_batch_rows: int = 0  # pairs a micro-batch, gradients accumulated; 0 = all at once
     length_buckets: int = 1  # widths that micro-batches of pairs sorted by length are cut to; 1 = all are as wide as the step's longest completion

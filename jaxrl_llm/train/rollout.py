@@ -112,8 +112,8 @@ def judged(sampled: Sampled, verdicts: list[Verdict], seconds: float, config: GR
     """The completions with their verdicts, which took `seconds`, and the rewards that are made of them."""
     rollout, prompts = sampled.rollout, sampled.prompts
     rewards_N, valid_N = reward_values(verdicts)
-    if config.overlong_buffer:
-        penalty_N = np.asarray(overlong_penalty(rollout.completion_lengths_N, config.max_new_tokens, config.overlong_buffer))
+    if buffer := overlong_tokens(config):
+        penalty_N = np.asarray(overlong_penalty(rollout.completion_lengths_N, config.max_new_tokens, buffer))
         rewards_N = np.where(valid_N, rewards_N + config.overlong_penalty * penalty_N, 0.0).astype(np.float32)
     return Experience(
         prompts=prompts,
@@ -126,6 +126,12 @@ def judged(sampled: Sampled, verdicts: list[Verdict], seconds: float, config: GR
         seconds_rollout=sampled.seconds,
         seconds_reward=seconds,
     )
+
+
+def overlong_tokens(config: GRPOConfig | OnlineDPOConfig) -> int:
+    """The last tokens of a completion over which its penalty grows; 0 without one. A share that is not 0 is one token at least."""
+    share = max(round(config.overlong_buffer_share * config.max_new_tokens), 1) if config.overlong_buffer_share else 0
+    return config.overlong_buffer or share
 
 
 def collect(

@@ -12,7 +12,7 @@ from jaxrl_llm.rewards.verdict import Status, Verdict
 from jaxrl_llm.train.checks import check_grpo
 from jaxrl_llm.train.config import GRPOConfig, LossConfig, OptimizerConfig, from_mapping
 from jaxrl_llm.train.metrics import experience_metrics, samples_record
-from jaxrl_llm.train.rollout import build_batch, collect, samples_together
+from jaxrl_llm.train.rollout import Sampled, build_batch, collect, judged, overlong_tokens, samples_together
 from jaxrl_llm.train.state import init_state
 from jaxrl_llm.train.step import compiled_update, loss_and_grads, step_spec
 
@@ -241,6 +241,7 @@ def test_mapping_becomes_the_dataclass():
         (GRPOConfig(rollout_tries=0), "rollout_tries"),
         (GRPOConfig(max_new_tokens=8, overlong_buffer=9), "overlong_buffer.*max_new_tokens=8"),
         (GRPOConfig(overlong_penalty=-1.0), "overlong_penalty"),
+        (GRPOConfig(overlong_buffer_share=1.1), "overlong_buffer_share.*0 .off. to 1, got 1.1"),
     ],
 )
 def test_settings_without_meaning_are_refused(config, message):
@@ -265,6 +266,12 @@ def test_long_completions_lose_reward(experience):
     wider = dataclasses.replace(shy, overlong_buffer=6)
     again = collect(tiny.CONFIG, tiny.params(), tiny.Tokenizer(), batch, sometimes_broken, wider, jax.random.key(1))
     assert again.rewards_N.sum() < made.rewards_N.sum()
+    shares = {0.0: 0, 0.01: 1, 2 / 3: 4, 1.0: 6}  # of six tokens
+    assert {share: overlong_tokens(dataclasses.replace(tiny.TINY, overlong_buffer_share=share)) for share in shares} == shares
+    assert overlong_tokens(dataclasses.replace(shy, overlong_buffer_share=1.0)) == 4
+    by_share = dataclasses.replace(shy, overlong_buffer=0, overlong_buffer_share=0.6)
+    share = judged(Sampled(batch, made.rollout, made.texts, 0.0), made.verdicts, 0.0, by_share)
+    np.testing.assert_array_equal(share.rewards_N, made.rewards_N)
 
 
 def test_broken_reward_verdict_count():

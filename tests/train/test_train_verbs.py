@@ -20,6 +20,7 @@ from jaxrl_llm.data.story_prompts import read_stories
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.train.checks import check_grpo
 from jaxrl_llm.train.config import GRPOConfig, from_mapping
+from jaxrl_llm.train.rollout import overlong_tokens
 
 WORDS = ["<pad>", "</s>", *"0123456789", "+", "="]
 
@@ -100,16 +101,16 @@ def test_variants_are_the_papers():
         assert (loss.ratio, loss.surrogate, loss.aggregation, loss.baseline, loss.advantage_scale) == (ratio, surrogate, aggregation, baseline, scale)
         assert (loss.kl and loss.kl_place) == place and loss.mismatch is None and (place is None) == (loss.kl_coef == 0)
         assert (made.inner_epochs > 1) == (name in ("gspo", "cispo", "ppo"))  # else the ratio is 1
-        assert (made.rollout_tries, made.overlong_buffer) == ((10, 51) if name == "dapo" else (1, 0))
+        assert (made.rollout_tries, made.overlong_buffer_share, made.overlong_buffer) == ((10, 0.2, 0) if name == "dapo" else (1, 0.0, 0))
 
 
-def test_dapo_from_a_file_replaces_groups_and_stops_where_its_buffer_does_not_fit(model, sums, tmp_path):
+def test_dapo_from_a_file_replaces_groups_and_its_buffer_follows_the_limit(model, sums, tmp_path):
     dapo = {**GRPO, "train__steps": 1, "train__rollout_tries": 2}
     fields = {"model": str(model), "data.source": str(sums), "data.fields": "prompt=question,answer=answer"}
     fields |= {key.replace("__", "."): value for key, value in dapo.items()}
-    with pytest.raises(UserError, match="overlong_buffer.*max_new_tokens=4.*got 51"):
-        grpo.run(load_config("configs/grpo.py:dapo", fields), str(tmp_path / "refused"))
-    grpo.run(load_config("configs/grpo.py:dapo", fields | {"train.overlong_buffer": 1}), str(tmp_path / "run"))
+    config = load_config("configs/grpo.py:dapo", fields)
+    assert overlong_tokens(from_mapping(GRPOConfig, config.train)) == 1  # of four
+    grpo.run(config, str(tmp_path / "run"))
     record = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
     assert len(record["rows"]) == 4 and record["rollouts"] in (1, 2) and len(record["rows_rolled"]) == 4 * record["rollouts"]
 
@@ -189,7 +190,8 @@ def test_sft_on_packed_rows_is_sft_on_the_rows(model, sums, tmp_path):
     for plain, packed in zip(records[False], records[True], strict=True):
         assert packed["tokens"] == plain["tokens"] and packed["loss"] == pytest.approx(plain["loss"], rel=1e-5)
     schedule = ShuffledSchedule(20, 12, 0)
-    tokens, mask = sft.encode(sft._read(config_of("sft", model, sums), str(sums), None), models.load_tokenizer(model), (1,), config_of("sft", model, sums))
+    config = config_of("sft", model, sums)
+    tokens, mask = sft.encode(sft._read(config, str(sums), None), models.load_tokenizer(model), (1,), config)
     assert len(next(sft._batches(tokens, mask, schedule, 24))[0]) == 3 < len(next(sft._batches(tokens, mask, schedule))[0])
 
 
