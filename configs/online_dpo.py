@@ -65,6 +65,7 @@ def get_config(variant: str | None = None) -> ml_collections.ConfigDict:
     config.train.overlong_buffer = 0  # last tokens before max_new_tokens over which a penalty of the reward grows; 0 = by overlong_buffer_share
     config.train.overlong_buffer_share = 0.0  # of max_new_tokens, such as 0.2: the same as a share; 0 = no penalty
     config.train.overlong_penalty = 1.0  # what a completion that reaches max_new_tokens loses of its reward
+    config.train.mask_cut_off = False  # learn nothing from completions that reached max_new_tokens: they are in no pair
     config.train.micro_batch_rows = 0  # pairs a micro-batch, gradients accumulated; 0 = all at once
     config.train.length_buckets = 1  # widths that micro-batches are cut to, pairs sorted by length: less padding, same gradient; 1 = all as wide as the longest
     config.train.shared_prefix = True  # forward each prompt once for both completions: same gradient, less work

@@ -101,6 +101,7 @@ class GRPOConfig:
     overlong_buffer: int = 0  # last tokens before max_new_tokens over which a soft penalty grows (DAPO eq. 13); 0 = by overlong_buffer_share
     overlong_buffer_share: float = 0.0  # of max_new_tokens: the same as a share, 0.2 in DAPO; 0 = no penalty
     overlong_penalty: float = 1.0  # what a completion that reaches max_new_tokens loses of its reward
+    mask_cut_off: bool = False  # learn nothing from completions that reached max_new_tokens (DAPO's overlong filtering)
     micro_batch_rows: int = 0  # completions a micro-batch, gradients accumulated; 0 = all at once
     length_buckets: int = 1  # widths that micro-batches of completions sorted by length are cut to; 1 = all are as wide as the longest
     samples_together: int = 0  # most completions of a prompt that share one forward of it (fewer are sorted better); 0 = all that fit
@@ -216,6 +217,7 @@ class OnlineDPOConfig:
     overlong_buffer: int = 0  # last tokens before max_new_tokens over which a soft penalty grows (DAPO eq. 13); 0 = by overlong_buffer_share
     overlong_buffer_share: float = 0.0  # of max_new_tokens: the same as a share, 0.2 in DAPO; 0 = no penalty
     overlong_penalty: float = 1.0  # what a completion that reaches max_new_tokens loses of its reward
+    mask_cut_off: bool = False  # learn nothing from completions that reached max_new_tokens (DAPO's overlong filtering)
     micro_batch_rows: int = 0  # pairs a micro-batch, gradients accumulated; 0 = all at once
     length_buckets: int = 1  # widths that micro-batches of pairs sorted by length are cut to; 1 = all are as wide as the step's longest completion
     shared_prefix: bool = True  # forward each prompt once for both completions (same gradient, less work)

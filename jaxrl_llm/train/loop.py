@@ -293,7 +293,7 @@ def _step(run: Run, state, step: int) -> tuple[dict, dict]:
     }
     if run.tries > 1:
         record |= filled.counts | {"rows_rolled": np.concatenate(rolled).tolist()}
-    groups = np.unique(everything.groups_N[everything.valid_N]).size
+    groups = np.unique(everything.groups_N[everything.learnt_N]).size
     if groups:
         run.spreads.append((groups, record["zero_spread"], record["reward"]))
     _warn(run, record, step)
@@ -387,6 +387,8 @@ def _warn(run: Run, record: dict, step: int) -> None:
         return
     if record["errors"] and np.isnan(record["reward"]):
         logging.warning("step %d: no completion got a verdict (%d errors); nothing was learnt", step + 1, record["errors"])
+    elif np.isnan(record["zero_spread"]):
+        logging.warning("step %d: no completion ended before max_new_tokens, so that mask_cut_off left none to learn from", step + 1)
     elif (share := _zero_spread(run)) > run.config.zero_spread_warning:
         logging.warning(
             "step %d: %.0f%% of the groups of the last %d step(s) have equal rewards (mean %.2f), so they teach nothing: the prompts are "

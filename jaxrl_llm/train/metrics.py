@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from jaxrl_llm.rewards.verdict import Status
-from jaxrl_llm.train.rollout import Experience
+from jaxrl_llm.train.rollout import CUT_OFF, Experience
 
 if typing.TYPE_CHECKING:
     from jaxrl_llm.checkpoint import Checkpoints
@@ -50,16 +50,17 @@ def group_spread_share(rewards_N: np.ndarray, valid_N: np.ndarray, groups_N: np.
 
 
 def experience_metrics(experience: Experience) -> dict[str, float | int]:
-    """Reward, pass rate, spread, lengths and errors of a step's completions, over the rows that have a verdict."""
+    """Reward, pass rate, spread, lengths and errors of a step's completions, over the rows that have a verdict; the spread over those of them
+    that are learnt from."""
     valid, lengths = experience.valid_N, experience.rollout.completion_lengths_N
     passed = np.array([v.status is Status.PASS for v in experience.verdicts])
     statuses = [v.status for v in experience.verdicts]
     return {
         "reward": float(experience.rewards_N[valid].mean()) if valid.any() else float("nan"),
         "pass_rate": float(passed[valid].mean()) if valid.any() else float("nan"),
-        "zero_spread": group_spread_share(experience.rewards_N, valid, experience.groups_N),
+        "zero_spread": group_spread_share(experience.rewards_N, experience.learnt_N, experience.groups_N),
         "completion_length": float(lengths.mean()),
-        "cut_off": float(np.mean(experience.rollout.finish_reason_N == 0)),
+        "cut_off": float(np.mean(experience.rollout.finish_reason_N == CUT_OFF)),
         "errors": int(np.sum(~valid)),
         "timeouts": statuses.count(Status.TIMEOUT),
         "infrastructure": statuses.count(Status.INFRASTRUCTURE),

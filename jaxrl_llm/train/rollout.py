@@ -16,13 +16,16 @@ from jaxrl_llm.train.config import GRPOConfig, OnlineDPOConfig
 from models.decode import bucket
 from models.sharding import rows_of_all
 
+CUT_OFF = 0  # of a rollout's finish reasons: the limit of tokens
+
 
 @dataclasses.dataclass(frozen=True)
 class Experience:
     """One step's judged completions. N rows, several a prompt; `rollout.group_ids_N` says which prompt of `prompts` a row is of.
 
-    rewards_N fp32 and valid_N bool: see `reward_values`; the penalty of long completions, if any, is taken off. groups_N: one integer
-    for each distinct prompt id, which is what advantages are grouped by (a prompt that is in the batch twice is one group).
+    rewards_N fp32 and valid_N bool: see `reward_values`; the penalty of long completions, if any, is taken off. learnt_N: those of valid_N
+    that are learnt from, all or, with `mask_cut_off`, those that ended before max_new_tokens. groups_N: one integer for each
+    distinct prompt id, which is what advantages are grouped by (a prompt that is in the batch twice is one group).
     """
 
     prompts: PromptBatch
@@ -31,6 +34,7 @@ class Experience:
     verdicts: list[Verdict]
     rewards_N: np.ndarray
     valid_N: np.ndarray
+    learnt_N: np.ndarray
     groups_N: np.ndarray
     seconds_rollout: float
     seconds_reward: float
@@ -122,6 +126,7 @@ def judged(sampled: Sampled, verdicts: list[Verdict], seconds: float, config: GR
         verdicts=verdicts,
         rewards_N=rewards_N,
         valid_N=valid_N,
+        learnt_N=valid_N & (rollout.finish_reason_N != CUT_OFF) if config.mask_cut_off else valid_N,
         groups_N=groups_by_id(prompts.ids)[rollout.group_ids_N],
         seconds_rollout=sampled.seconds,
         seconds_reward=seconds,
@@ -207,6 +212,6 @@ def build_batch(experience: Experience, config: GRPOConfig, *, row_multiple: int
         "lengths": blocks(r.completion_lengths_N[order].astype(np.int32), S),
         "sampler_logps": blocks(r.logps_NT[order, span].astype(np.float32), S),
         "rewards": blocks(experience.rewards_N[order].astype(np.float32), S),
-        "valid": blocks(experience.valid_N[order], S, fill=False),
+        "valid": blocks(experience.learnt_N[order], S, fill=False),
         "group_ids": blocks(experience.groups_N[order].astype(np.int32), S),
     }
