@@ -16,6 +16,7 @@ def get_config(variant: str | None = None) -> ml_collections.ConfigDict:
     """The config."""
     config = ml_collections.ConfigDict()
     config.model = ""  # Hugging Face folder or hub id
+    config.adapter = ""  # PEFT folder of a low-rank adapter of that model, such as the WORKDIR/adapter of a training run; empty = none
     config.dtype = "float32"  # of parameters and activations: float32 or bfloat16
     config.mesh = ""  # such as "fsdp=4,tensor=2" over the devices there are, which share parameters and completions; empty = one device
     config.prompt = ""  # one prompt; empty = read data.source

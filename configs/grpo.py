@@ -21,6 +21,7 @@ def get_config(variant: str | None = None) -> ml_collections.ConfigDict:
     placeholder = ml_collections.config_dict.placeholder
     config = ml_collections.ConfigDict()
     config.model = ""  # Hugging Face folder or hub id of the starting policy
+    config.adapter = ""  # PEFT folder of a low-rank adapter to start from: merged, or with train.lora.rank above 0 trained on; empty = none
     config.dtype = "float32"  # the model computes in: float32 or bfloat16 (the trained copy is fp32 in any case)
     config.mesh = ""  # such as "fsdp=4,tensor=2" over the devices there are; empty = one device
 

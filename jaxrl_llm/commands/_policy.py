@@ -1,15 +1,51 @@
-"""What every verb that trains a policy leaves in its workdir: the policy as a Hugging Face folder, and its adapter where it trained one."""
+"""The policy that a verb starts from, and what one that trains leaves in its workdir: a Hugging Face folder, and its adapter if it has one."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
+from jaxrl_llm.errors import UserError
 from jaxrl_llm.run_dir import RunDir
 from jaxrl_llm.train.config import LoraSettings
 
 FOLDER = "policy"  # the whole model, an adapter merged into it
 ADAPTER = "adapter"  # of a run with lora.rank above 0, as PEFT lays it out
 OWNS = (FOLDER, ADAPTER)
+
+
+def load_policy(config: Any, mesh: Any = None, lora: LoraSettings | None = None) -> tuple[Any, Any]:
+    """(model config, parameters) of `config.model` with the PEFT folder `config.adapter`, if one is named, merged into it. lora: of a training
+    run; where it trains an adapter, the one of the folder stays an adapter, to be trained on.
+
+    Raises UserError where the adapter to be trained on is of another rank, scale or other matrices than `lora` says; ModelError for a model
+    or an adapter that cannot be loaded.
+    """
+    import jax
+
+    import models
+    from models.adapted import merged
+    from models.lora import adapt, load_lora, lora_axes, lora_targets
+    from models.sharding import param_shardings, place, shardings_of
+
+    cfg, params = models.load(config.model, dtype=config.dtype, mesh=mesh)
+    if not config.adapter:
+        return cfg, params
+    adapter, found = load_lora(config.adapter, cfg)
+    trained = lora.adapter if lora is not None else None
+    if trained is not None:
+        given, known = ((one.rank, one.scale, sorted(lora_targets(cfg, one))) for one in (trained, found))
+        if given != known:
+            told = f"rank={found.rank}, alpha={found.alpha:g}, rank_stabilised={found.rank_stabilised}, targets={','.join(known[2])}"
+            raise UserError(f"train.lora does not fit the adapter in {config.adapter}: set train.lora's {told}, or rank=0 to merge and train all")
+    if mesh is not None:
+        adapter = jax.tree.map(lambda x, where: place(np.asarray(x), where), adapter, shardings_of(adapter, lora_axes(cfg, found), mesh))
+    params = adapt(params, adapter, found.scale)
+    if trained is not None:
+        return cfg, params
+    params = merged(params)
+    return cfg, params if mesh is None else jax.device_put(params, param_shardings(cfg, mesh))
 
 
 def save_policy(run_dir: RunDir, cfg: Any, trained: Any, lora: LoraSettings, start: str, mesh: Any) -> None:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from jaxrl_llm.commands._policy import FOLDER, OWNS, of_step, save_policy, stopping_at, summary_of
+from jaxrl_llm.commands._policy import FOLDER, OWNS, load_policy, of_step, save_policy, stopping_at, summary_of
 from jaxrl_llm.commands.grpo import parse_evals
 from jaxrl_llm.data.chats import answer_end
 from jaxrl_llm.data.prompts import tokenise_prompts
@@ -48,7 +48,7 @@ def run(config: Any, workdir: str) -> None:
     run_dir = RunDir(workdir, config, kind="dpo", owns=OWNS)
     mesh = parse_mesh(config.mesh)
     tokenizer = models.load_tokenizer(config.model)  # before the weights, which take longer to come
-    cfg, params = models.load(config.model, dtype=config.dtype, mesh=mesh)
+    cfg, params = load_policy(config, mesh, settings.lora)
     data = encode(rows, tokenizer, cfg.eos_token_ids, config, names)
     held_out = {name: encode(rows, tokenizer, cfg.eos_token_ids, config, names) for name, rows in sets.items()}
     if count := config.data.held_out:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxrl_llm.commands._policy import FOLDER, OWNS, of_step, save_policy
+from jaxrl_llm.commands._policy import FOLDER, OWNS, load_policy, of_step, save_policy
 from jaxrl_llm.curation.curated_set import CuratedSet
 from jaxrl_llm.curation.judging import Refilter
 from jaxrl_llm.curation.passes import LanguageModel
@@ -58,7 +58,7 @@ def train_policy(config: Any, workdir: str, kind: str, settings: Any, train: Cal
     run_dir = RunDir(workdir, config, kind=kind, owns=OWNS)
     mesh = parse_mesh(config.mesh)
     tokenizer = models.load_tokenizer(config.model)  # before the weights, which take longer to come
-    cfg, params = models.load(config.model, dtype=config.dtype, mesh=mesh)
+    cfg, params = load_policy(config, mesh, settings.lora)
 
     def tokenised(rows) -> PromptBatch:
         return tokenise_prompts(rows, tokenizer, max_length=config.max_prompt_tokens, template=config.template, overflow=config.overflow)

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxrl_llm.commands._policy import FOLDER, OWNS, of_step, save_policy, stopping_at, summary_of
+from jaxrl_llm.commands._policy import FOLDER, OWNS, load_policy, of_step, save_policy, stopping_at, summary_of
 from jaxrl_llm.commands.grpo import parse_evals
 from jaxrl_llm.data.chats import answer_end, assistant_tokens
 from jaxrl_llm.data.prompts import pack_rows, pad_rows, tokenise_prompts
@@ -42,7 +42,7 @@ def run(config: Any, workdir: str) -> None:
     run_dir = RunDir(workdir, config, kind="sft", owns=OWNS)
     mesh = parse_mesh(config.mesh)
     tokenizer = models.load_tokenizer(config.model)  # before the weights, which take longer to come
-    cfg, params = models.load(config.model, dtype=config.dtype, mesh=mesh)
+    cfg, params = load_policy(config, mesh, settings.lora)
     tokens_NT, mask_NT = encode(rows, tokenizer, cfg.eos_token_ids, config)
     held_out = {name: encode(each, tokenizer, cfg.eos_token_ids, config) for name, each in sets.items()}
     longest = max(tokens.shape[1] for tokens in (tokens_NT, *(tokens for tokens, _ in held_out.values())))

@@ -35,7 +35,7 @@ from jaxrl_llm.train.preference_step import (
     to_host,
 )
 from jaxrl_llm.train.signals import Interrupted, StopRequest, stop_on_signal, watchdog
-from jaxrl_llm.train.state import abstract_state, given, init_state, policy_params, start_params, whole
+from jaxrl_llm.train.state import abstract_state, frozen_params, given, init_state, policy_params, whole
 from jaxrl_llm.train.step import batch_shardings
 from models.sharding import batch_ways, place
 
@@ -118,7 +118,8 @@ def train_dpo(
 ):
     """Trains on preferences and returns (parameters, history).
 
-    params: the starting policy, any float dtype, or a function that gives it; it is also the reference. schedule: which rows of `data` go
+    params: the starting policy, any float dtype, or a function that gives it (with `lora`, maybe with an adapter to go on with); it is also
+    the reference. schedule: which rows of `data` go
     into which step. config: a DPOConfig or a mapping with its fields. run_dir: metrics and checkpoints go there, and a run that is found
     there goes on; None keeps nothing on disk. held_out: name -> rows whose loss, accuracy and margin are logged before the first step,
     every `eval_every` steps and at the end. With `keep_best` the parameters returned are those of least loss on that set. history: the
@@ -138,7 +139,7 @@ def train_dpo(
     found = None if checkpoints is None else checkpoints.restore(abstract_state(model_cfg, spec.optimizer, mesh, lora=spec.lora))
     params = given(params)
     start, state, references = found or (0, init_state(model_cfg, spec.optimizer, params, mesh, lora=spec.lora, seed=config.lora.seed), {})
-    frozen = None if spec.lora is None else start_params(model_cfg, params, mesh)
+    frozen = None if spec.lora is None else frozen_params(model_cfg, params, mesh)
     del params  # the state has a copy
     if run_dir is not None:
         run_dir.truncate_after(start if found else -1)

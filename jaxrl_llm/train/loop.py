@@ -33,8 +33,9 @@ from jaxrl_llm.train.preference_step import PreferenceSpec
 from jaxrl_llm.train.resample import Filled, fill
 from jaxrl_llm.train.rollout import Experience, build_batch, collect
 from jaxrl_llm.train.signals import Interrupted, stop_on_signal, watchdog
-from jaxrl_llm.train.state import State, abstract_state, given, init_state, laid_out, policy_params, start_params, trunk, whole
+from jaxrl_llm.train.state import State, abstract_state, frozen_params, given, init_state, laid_out, policy_params, start_params, trunk, whole
 from jaxrl_llm.train.step import StepSpec, batch_shardings, compiled_kl, compiled_logprobs, compiled_update, compiled_values, step_spec
+from models.lora import adapter_of
 from models.sharding import batch_ways, place, relaid
 
 DRAWN = "loop.batches_drawn"  # among the schedule's arrays in a checkpoint
@@ -150,7 +151,8 @@ def train_grpo(
 ):
     """Trains a policy by GRPO and returns (parameters, summary).
 
-    params: the starting policy, any float dtype (kept unchanged; it is also the reference of the KL term), or a function that gives it and
+    params: the starting policy, any float dtype (kept unchanged; it is also the reference of the KL term; with `lora`, maybe with an adapter in
+    it to go on with), or a function that gives it and
     keeps no hold of it: without KL and adapter it is then out of memory before the first step. prompts: what the schedule's indices point into.
     reward: list[RewardInput] -> list[Verdict]. config: a GRPOConfig or a mapping with its fields. run_dir: metrics, samples, summary and
     checkpoints go there; if it holds checkpoints of this run, training goes on from the newest. evals: name -> held-out prompts, evaluated
@@ -216,8 +218,10 @@ def _restore(run: Run, params) -> tuple[dict, int]:
     """(state, step): the newest checkpoint, or the start."""
     params, optimizer, critic, lora = given(params), run.spec.optimizer, run.critic, run.spec.lora
     if run.compares or lora is not None:
-        start = start_params(run.model, params, run.mesh)
-        run.reference, run.frozen = start if run.compares else None, None if lora is None else start
+        base = frozen_params(run.model, params, run.mesh)
+        run.frozen = None if lora is None else base
+        if run.compares:
+            run.reference = start_params(run.model, params, run.mesh) if adapter_of(params) else base
     found = run.checkpoints.restore(_abstract(run))
     if found is None:
         run.run_dir.truncate_after(-1)

@@ -27,12 +27,12 @@ from jaxrl_llm.train.signals import Interrupted, StopRequest, stop_on_signal, wa
 from jaxrl_llm.train.state import (
     abstract_state,
     apply_gradients,
+    frozen_params,
     frozen_shardings,
     given,
     init_state,
     policy_params,
     resolve_decay,
-    start_params,
     state_shardings,
     trained_shardings,
     whole,
@@ -171,7 +171,8 @@ def train_sft(
     """Trains on batches (tokens [B, T] int, loss_mask [B, T] bool), or (tokens, loss_mask, segments [B, T] int) where several texts are
     packed into each row (see `models.forward` and `data.prompts.pack_rows`), and returns (parameters, history).
 
-    params: the starting model, any float dtype, or a function that gives it. tokens: right-padded rows. loss_mask: True on the tokens to be
+    params: the starting model, any float dtype, or a function that gives it; with `lora`, maybe with an adapter in it to go on with.
+    tokens: right-padded rows. loss_mask: True on the tokens to be
     predicted (the response, or all of them; the first token of a row is never predicted). batches: from the first step on, at least
     `config.steps` of them; a resumed run draws and drops those it has seen. run_dir: where metrics and checkpoints go; None keeps nothing
     on disk, and a run that is found there goes on. held_out: name -> rows (tokens, loss_mask) whose loss is logged before the first step,
@@ -196,7 +197,7 @@ def train_sft(
     start, state = (
         (found[0], found[1]) if found else (0, init_state(model_cfg, spec.optimizer, params, mesh, lora=lora, seed=config.lora.seed))
     )
-    frozen = None if lora is None else start_params(model_cfg, params, mesh)
+    frozen = None if lora is None else frozen_params(model_cfg, params, mesh)
     del params  # the state has a copy
     if run_dir is not None:
         run_dir.truncate_after(start if found else -1)
