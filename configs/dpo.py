@@ -1,4 +1,4 @@
-"""Train a policy on preferences: pairs of a chosen and a rejected completion, or (KTO) single completions with a label.
+r"""Train a policy on preferences: pairs of a chosen and a rejected completion, or (KTO) single completions with a label.
 
     jaxrl-llm dpo --config.model=FOLDER --config.data.source=pairs.jsonl --config.data.held_out=100 --workdir=runs/dpo
     jaxrl-llm dpo --config=configs/dpo.py:simpo --config.model=FOLDER --config.data.source=pairs.jsonl \
@@ -66,8 +66,8 @@ def get_config(variant: str | None = None) -> ml_collections.ConfigDict:
     config.train.loss.label_smoothing = 0.0  # share of labels taken to be flipped: "sigmoid" (conservative DPO), "robust", "simpo"
     config.train.loss.gamma = 1.0  # margin that "simpo" asks for
     config.train.loss.reference = True  # compare with the starting policy; False = reference-free; "simpo" and "orpo" never have one
-    config.train.loss.desirable_weight = 1.0  # of "kto": keep weight x rows of both labels within a factor of 4/3
-    config.train.loss.undesirable_weight = 1.0
+    config.train.loss.desirable_weight = 1.0  # of "kto", for rows whose label is true: keep weight x rows of both labels within a factor of 4/3
+    config.train.loss.undesirable_weight = 1.0  # of "kto": the same for rows whose label is false
 
     config.train.lora = ml_collections.ConfigDict()  # a low-rank adapter is trained in place of the parameters, and written to WORKDIR/adapter for PEFT too
     config.train.lora.rank = 0  # of the adapter, such as 16; 0 = no adapter, all parameters are trained
@@ -82,9 +82,9 @@ def get_config(variant: str | None = None) -> ml_collections.ConfigDict:
     config.train.optimizer.warmup_steps = 10  # linear, from 0
     config.train.optimizer.decay_steps = 0  # updates at which a falling schedule ends; 0 = with the run
     config.train.optimizer.final_share = 0.1  # of the peak, at that end
-    config.train.optimizer.b1 = 0.9
-    config.train.optimizer.b2 = 0.999
-    config.train.optimizer.eps = 1e-8
+    config.train.optimizer.b1 = 0.9  # decay of the running mean of gradients
+    config.train.optimizer.b2 = 0.999  # decay of that of their squares
+    config.train.optimizer.eps = 1e-8  # added to the root of these squares
     config.train.optimizer.weight_decay = 0.0  # on matrices; never on norms and biases
     config.train.optimizer.clip_norm = 1.0  # global gradient norm; 0 = no clip
     config.train.optimizer.spike_factor = 0.0  # an update whose gradient norm is so many times its running mean is left out; 0 = none is

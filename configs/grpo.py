@@ -1,4 +1,4 @@
-"""Train a policy by GRPO on prompts with a checkable reward.
+r"""Train a policy by GRPO on prompts with a checkable reward.
 
     jaxrl-llm grpo --config.model=FOLDER --config.data.source=train.jsonl --config.data.fields=prompt=question \
         --config.reward.name=maths --config.evals=test=test.jsonl --workdir=runs/grpo
@@ -40,7 +40,7 @@ def get_config(variant: str | None = None) -> ml_collections.ConfigDict:
     config.overflow = "error"  # a longer prompt: "error", "drop" or "truncate"
 
     config.reward = ml_collections.ConfigDict()
-    config.reward.name = "maths"  # of jaxrl_llm.rewards.registry: "maths", "exact", "constraints", ...
+    config.reward.name = "maths"  # "constraints", "exact", "judge" or "maths", see jaxrl_llm.rewards.registry
     config.reward.options = "{}"  # its keyword arguments as JSON, such as '{"ignore_case": false}'
 
     config.schedule = ml_collections.ConfigDict()
@@ -65,8 +65,8 @@ def get_config(variant: str | None = None) -> ml_collections.ConfigDict:
     config.train.stop_strings = ()  # a completion ends after any of these
     config.train.rollout_rows = 512  # most completions decoded at once
     config.train.rollout_refill = False  # a finished completion gives its place to the next at once: same samples, sooner, more memory
-    config.train.rollout_mesh = ""  # how the mesh's devices are used while sampling, such as "fsdp=4,tensor=2": a policy whose parameters are whole, or split by heads, waits for none at each token; empty = as in training
-    config.train.overlap_rewards = False  # judge a step's completions while the next step's are sampled, by the policy before the update: they are one update old (ratios and KL in the reward are taken against the sampler's log-probabilities), resumes stay exact; for slow rewards, one process, schedules that do not follow the policy, rollout_tries=1
+    config.train.rollout_mesh = ""  # the mesh's shape while sampling, such as "fsdp=4,tensor=2": parameters that are whole, or split by heads, are waited for at no token; empty = as in training
+    config.train.overlap_rewards = False  # judge a step's completions while the next step's are sampled: these are then of the policy before the update, see jaxrl_llm.train.overlap; for slow rewards, in one process
     config.train.inner_epochs = 1  # updates on each rollout
     config.train.rollout_tries = 1  # most rollouts a step: groups of equal rewards are replaced by the schedule's next prompts; 1 = never
     config.train.overlong_buffer = 0  # last tokens before max_new_tokens over which a penalty of the reward grows; 0 = by overlong_buffer_share
@@ -97,7 +97,7 @@ def get_config(variant: str | None = None) -> ml_collections.ConfigDict:
 
     config.train.loss = ml_collections.ConfigDict()  # see jaxrl_llm.losses.grpo for the formulas
     config.train.loss.clip_low = 0.2  # the ratio is clipped to [1 - clip_low, 1 + clip_high]
-    config.train.loss.clip_high = 0.2
+    config.train.loss.clip_high = 0.2  # the upper side: how much likelier a token of good advantage may become before it stops pulling; DAPO: 0.28
     config.train.loss.ratio = "token"  # of new to old policy, by "token", "sequence" (GSPO) or "sequence_token" (its value, each token's gradient)
     config.train.loss.surrogate = "clip"  # "clip" (clipped tokens have no gradient) or "cispo" (the clipped ratio is a weight)
     config.train.loss.mismatch = placeholder(str)  # weight of trainer over sampler by "token" or "sequence", for bfloat16 or another sampler; None = off
@@ -108,7 +108,7 @@ def get_config(variant: str | None = None) -> ml_collections.ConfigDict:
     config.train.loss.advantage_ddof = 1  # of the std: 1 = n - 1 in the denominator
     config.train.loss.advantage_eps = 1e-4  # added to the std
     config.train.loss.kl = placeholder(str)  # None (no reference model in memory), "k1", "k2" or "k3"
-    config.train.loss.kl_coef = 0.0
+    config.train.loss.kl_coef = 0.0  # weight of KL to the policy that training starts from
     config.train.loss.kl_place = "loss"  # kl_coef x KL goes into the "loss", is taken from a completion's reward ("sequence_reward") or from each token's return ("token_reward")
     config.train.loss.gamma = 1.0  # with baseline "value": discount a token
     config.train.loss.gae_lambda = 0.95  # with baseline "value": 1 = returns less values, 0 = one-step errors
@@ -128,9 +128,9 @@ def get_config(variant: str | None = None) -> ml_collections.ConfigDict:
     config.train.optimizer.warmup_steps = 0  # linear, from 0
     config.train.optimizer.decay_steps = 0  # updates at which a falling schedule ends; 0 = with the run
     config.train.optimizer.final_share = 0.0  # of the peak, at that end
-    config.train.optimizer.b1 = 0.9
-    config.train.optimizer.b2 = 0.999
-    config.train.optimizer.eps = 1e-8
+    config.train.optimizer.b1 = 0.9  # decay of the running mean of gradients
+    config.train.optimizer.b2 = 0.999  # decay of that of their squares
+    config.train.optimizer.eps = 1e-8  # added to the root of these squares
     config.train.optimizer.weight_decay = 0.0  # on matrices; never on norms and biases
     config.train.optimizer.clip_norm = 1.0  # global gradient norm; 0 = no clip
     config.train.optimizer.spike_factor = 0.0  # an update whose gradient norm is so many times its running mean is left out; 0 = none is

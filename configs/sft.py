@@ -1,4 +1,4 @@
-"""Supervised fine-tuning on prompts with answers, or language-model training on texts.
+r"""Supervised fine-tuning on prompts with answers, or language-model training on texts.
 
     jaxrl-llm sft --config.model=FOLDER --config.data.source=train.jsonl --config.data.fields="prompt=question,answer=answer" --workdir=runs/sft
     jaxrl-llm sft --config=configs/sft.py:text --config.model=FOLDER --config.data.source=stories.txt --config.data.held_out=200 \
@@ -75,9 +75,9 @@ def get_config(variant: str | None = None) -> ml_collections.ConfigDict:
     config.train.optimizer.warmup_steps = 10  # linear, from 0
     config.train.optimizer.decay_steps = 0  # updates at which a falling schedule ends; 0 = with the run
     config.train.optimizer.final_share = 0.1  # of the peak, at that end
-    config.train.optimizer.b1 = 0.9
-    config.train.optimizer.b2 = 0.999
-    config.train.optimizer.eps = 1e-8
+    config.train.optimizer.b1 = 0.9  # decay of the running mean of gradients
+    config.train.optimizer.b2 = 0.999  # decay of that of their squares
+    config.train.optimizer.eps = 1e-8  # added to the root of these squares
     config.train.optimizer.weight_decay = 0.0  # on matrices; never on norms and biases
     config.train.optimizer.clip_norm = 1.0  # global gradient norm; 0 = no clip
     config.train.optimizer.spike_factor = 0.0  # an update whose gradient norm is so many times its running mean is left out; 0 = none is

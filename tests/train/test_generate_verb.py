@@ -69,7 +69,8 @@ def test_samples_every_prompt_and_goes_on_after_a_stop(world, tmp_path, capsys):
 LONG = {"max_prompt_tokens": "4", "overflow": "truncate"}
 STEER = {"steer.sae": "sae", "steer.features": "3=add:9"}
 FIELDS = {
-    "model": ({}, "other"), "adapter": ({}, "adapter"), "dtype": ({}, "bfloat16"), "prompt": ({"data.source": "", "prompt": "1 plus 1 ="}, "1 plus 2 ="),
+    "model": ({}, "other"), "adapter": ({}, "adapter"), "dtype": ({}, "bfloat16"),
+    "prompt": ({"data.source": "", "prompt": "1 plus 1 ="}, "1 plus 2 ="),
     "data.source": ({}, "splits"), "data.fields": ({}, "prompt=hint"), "data.split": ({"data.source": "splits"}, "test"),
     "data.limit": ({}, "3"), "data.on_bad": ({"data.source": "bad.jsonl"}, "skip"), "template": ({}, "{prompt} {hint}"),
     "max_prompt_tokens": (LONG, "6"), "overflow": (LONG, "error"), "num_samples": ({}, "3"), "max_new_tokens": ({}, "5"),
