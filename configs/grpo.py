@@ -55,7 +55,7 @@ def get_config(variant: str | None = None) -> ml_collections.ConfigDict:
     config.schedule.band.refilter_every = 0  # training steps after which the policy as it is then judges which rows to keep (needs labels in curate); 0 = never
 
     config.train = ml_collections.ConfigDict()  # see jaxrl_llm.train.config.GRPOConfig
-    config.train.steps = 100  # rollouts; each is followed by inner_epochs updates
+    config.train.steps = 100  # rollouts; each is followed by inner_epochs x updates_per_epoch updates
     config.train.num_samples = 8  # completions a prompt (the group)
     config.train.max_new_tokens = 256  # limit of a completion in tokens
     config.train.temperature = 1.0  # of sampling and of the log-probabilities in the loss
@@ -67,7 +67,8 @@ def get_config(variant: str | None = None) -> ml_collections.ConfigDict:
     config.train.rollout_refill = False  # a finished completion gives its place to the next at once: same samples, sooner, more memory
     config.train.rollout_mesh = ""  # the mesh's shape while sampling, such as "fsdp=4,tensor=2": parameters that are whole, or split by heads, are waited for at no token; empty = as in training
     config.train.overlap_rewards = False  # judge a step's completions while the next step's are sampled: these are then of the policy before the update, see jaxrl_llm.train.overlap; for slow rewards, in one process
-    config.train.inner_epochs = 1  # updates on each rollout
+    config.train.inner_epochs = 1  # times that each rollout is trained on
+    config.train.updates_per_epoch = 1  # equal parts of a rollout's prompts, each of which makes an update (mini-batches); advantages are those of the whole
     config.train.rollout_tries = 1  # most rollouts a step: groups of equal rewards are replaced by the schedule's next prompts; 1 = never
     config.train.overlong_buffer = 0  # last tokens before max_new_tokens over which a penalty of the reward grows; 0 = by overlong_buffer_share
     config.train.overlong_buffer_share = 0.0  # of max_new_tokens, such as 0.2: the same as a share; 0 = no penalty
@@ -147,7 +148,7 @@ def _vary(train: ml_collections.ConfigDict, variant: str | None) -> None:
     if variant == "dr_grpo":
         loss.aggregation, loss.advantage_scale = "dr_grpo", "none"
     elif variant == "dapo":
-        loss.aggregation, loss.clip_high = "token_mean", 0.28
+        loss.aggregation, loss.clip_high = "token_mean", 0.28  # acts with updates_per_epoch, of which the authors make 16 of 512 prompts
         train.rollout_tries = 10  # of the authors' recipe
         train.overlong_buffer_share = 0.2  # 4,096 of 20,480 tokens there
     elif variant == "rloo":  # the sum over a sequence, as "dr_grpo" takes it up to a constant
@@ -156,12 +157,12 @@ def _vary(train: ml_collections.ConfigDict, variant: str | None) -> None:
     elif variant == "reinforce_pp":
         loss.aggregation, loss.baseline, loss.advantage_scale = "token_mean", "batch_mean", "batch_std"
         loss.kl, loss.kl_coef, loss.kl_place = "k1", 0.01, "token_reward"
-    elif variant == "gspo":  # the ratio matters from the second update on; the paper makes four of a rollout, on a quarter of it each
+    elif variant == "gspo":  # the ratio matters from the second update on
         loss.ratio, loss.clip_low, loss.clip_high = "sequence", 3e-4, 4e-4
-        train.inner_epochs = 4
+        train.updates_per_epoch = 4  # as in the paper
     elif variant == "cispo":  # no lower bound; weights up to 5 (ScaleRL, arXiv 2510.13786)
         loss.surrogate, loss.aggregation, loss.clip_low, loss.clip_high = "cispo", "token_mean", 1.0, 4.0
-        train.inner_epochs = 4
+        train.updates_per_epoch = 4  # the paper's 16 need as many prompts
     elif variant == "ppo":
         loss.aggregation, loss.baseline, loss.advantage_scale = "token_mean", "value", "batch_std"
         loss.kl, loss.kl_coef, loss.kl_place = "k1", 0.01, "token_reward"

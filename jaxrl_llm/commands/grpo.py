@@ -32,12 +32,13 @@ def run(config: Any, workdir: str) -> None:
     Raises:
       UserError: no model, no prompts or two sources of them, an unknown reward or schedule; and what reading and training raise.
     """
-    from jaxrl_llm.train.checks import check_grpo
+    from jaxrl_llm.train.checks import check_grpo, check_parts
     from jaxrl_llm.train.config import GRPOConfig, from_mapping
     from jaxrl_llm.train.loop import train_grpo
 
     settings = from_mapping(GRPOConfig, config.train)
     check_grpo(settings)
+    check_parts(settings, config.schedule.batch_prompts)
     train_policy(config, workdir, "grpo", settings, train_grpo)
 
 

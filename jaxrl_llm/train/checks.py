@@ -38,9 +38,8 @@ def check_grpo(config: GRPOConfig) -> None:
     check_optimizer(config.optimizer)
     check_lora(config.lora)
     check_counts(config)
-    for name in ("steps", "num_samples", "max_new_tokens", "inner_epochs", "rollout_rows", "rollout_tries", "eval_batch", "length_buckets"):
-        if getattr(config, name) < 1:
-            raise UserError(f"setting '{name}' must be at least 1, got {getattr(config, name)}")
+    _check_at_least_one(config, ("steps", "num_samples", "max_new_tokens", "inner_epochs", "updates_per_epoch", "rollout_rows", "rollout_tries"))
+    _check_at_least_one(config, ("eval_batch", "length_buckets"))
     if config.num_samples == 1 and (config.rollout_tries > 1 or config.loss.baseline not in TOKEN_BASELINES):
         name = "rollout_tries" if config.rollout_tries > 1 else "loss.baseline"
         raise UserError(
@@ -172,6 +171,15 @@ def check_counts(config: GRPOConfig | SFTConfig | DPOConfig | OnlineDPOConfig) -
         least = 1 if field.name in ("keep_checkpoints", "logprob_chunk") else 0
         if field.name != "seed" and type(value) is int and value < least:
             raise UserError(f"setting '{field.name}' must be at least {least}, got {value}")
+
+
+def check_parts(config: GRPOConfig, prompts: int) -> None:
+    """Raises UserError where a step's prompts cannot be parted into as many equal updates."""
+    if prompts % config.updates_per_epoch:
+        raise UserError(
+            f"setting 'updates_per_epoch' is {config.updates_per_epoch}, and a step has {prompts} prompts, which it does not divide: change it, or "
+            "schedule.batch_prompts"
+        )
 
 
 def check_sft(config: SFTConfig) -> None:

@@ -84,7 +84,7 @@ class LossConfig:
 class GRPOConfig:
     """A GRPO run. Prompts a step come from the schedule; the workdir, model and data are arguments of `train_grpo`."""
 
-    steps: int = 100  # rollouts; each is followed by inner_epochs updates
+    steps: int = 100  # rollouts; each is followed by inner_epochs x updates_per_epoch updates
     num_samples: int = 8  # completions a prompt (the group)
     max_new_tokens: int = 64  # generation limit in tokens
     temperature: float = 1.0  # of sampling and of the log-probabilities in the loss
@@ -96,7 +96,8 @@ class GRPOConfig:
     rollout_refill: bool = False  # a finished completion gives its place to the next at once: the same samples, sooner, for more memory
     rollout_mesh: str = ""  # how the mesh's devices are used while sampling, such as "fsdp=4,tensor=2"; empty = as in training
     overlap_rewards: bool = False  # judge a step's completions while the next step's are sampled, by the policy before the update: one update old
-    inner_epochs: int = 1  # updates on each rollout (mu); above 1 the old log-probabilities are kept
+    inner_epochs: int = 1  # times that each rollout is trained on (mu); above 1 the old log-probabilities are kept
+    updates_per_epoch: int = 1  # parts of a rollout, by prompts, each of which makes an update; above 1 the old log-probabilities come first
     rollout_tries: int = 1  # most rollouts a step: groups of equal rewards are replaced by the schedule's next prompts (DAPO); 1 = never
     overlong_buffer: int = 0  # last tokens before max_new_tokens over which a soft penalty grows (DAPO eq. 13); 0 = by overlong_buffer_share
     overlong_buffer_share: float = 0.0  # of max_new_tokens: the same as a share, 0.2 in DAPO; 0 = no penalty

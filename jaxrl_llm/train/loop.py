@@ -20,7 +20,6 @@ import models
 from jaxrl_llm.checkpoint import Checkpoints
 from jaxrl_llm.data.prompts import PromptBatch
 from jaxrl_llm.errors import UserError, nearest
-from jaxrl_llm.losses.grpo import kl_estimate
 from jaxrl_llm.rewards.verdict import Reward
 from jaxrl_llm.run_dir import RunDir
 from jaxrl_llm.runtime import parse_axes
@@ -31,12 +30,13 @@ from jaxrl_llm.train.metrics import experience_metrics, samples_record, summaris
 from jaxrl_llm.train.overlap import Ahead, check_overlap, restored, step_ahead
 from jaxrl_llm.train.preference_step import PreferenceSpec
 from jaxrl_llm.train.resample import Filled, fill
-from jaxrl_llm.train.rollout import Experience, build_batch, collect
+from jaxrl_llm.train.rollout import Experience, collect
 from jaxrl_llm.train.signals import Interrupted, stop_on_signal, watchdog
-from jaxrl_llm.train.state import State, abstract_state, frozen_params, given, init_state, laid_out, policy_params, start_params, trunk, whole
-from jaxrl_llm.train.step import StepSpec, batch_shardings, compiled_kl, compiled_logprobs, compiled_update, compiled_values, step_spec
+from jaxrl_llm.train.state import State, abstract_state, frozen_params, given, init_state, laid_out, policy_params, start_params
+from jaxrl_llm.train.step import StepSpec, step_spec
+from jaxrl_llm.train.update import update_policy
 from models.lora import adapter_of
-from models.sharding import batch_ways, place, relaid
+from models.sharding import relaid
 
 DRAWN = "loop.batches_drawn"  # among the schedule's arrays in a checkpoint
 RESAMPLED = 2**31  # randomness of a step's further rollouts: above every step number
@@ -174,7 +174,7 @@ def train_grpo(
         schedule,
         config,
         step_spec(model_cfg, config),
-        _update,
+        update_policy,
         run_dir,
         evals or {},
         mesh,
@@ -340,38 +340,6 @@ def _roll_out(run: Run, state: State, policy, step: int, attempt: int) -> tuple[
     run.schedule.observe(run.drawn, indices, experience.pass_rates())
     run.drawn += 1
     return indices, seconds, experience
-
-
-def _update(run: Run, state, experience: Experience) -> tuple[dict, dict[str, float]]:
-    """`inner_epochs` updates on one rollout. The first is on-policy and yields the old log-probabilities of the later ones; with
-    `overlap_rewards` it is not, and they are the sampler's (see `train.overlap`)."""
-    ways = 1 if run.mesh is None else batch_ways(run.mesh)
-    batch = build_batch(experience, run.config, row_multiple=ways)
-    if run.mesh is not None:
-        batch = jax.tree.map(lambda x: place(x, batch_shardings(run.mesh)), batch)
-    if run.reference is not None and run.config.loss.kl_place == "loss":
-        batch["ref_logps"] = compiled_logprobs(run.spec, run.mesh)(run.reference, batch)
-    elif run.reference is not None and run.config.overlap_rewards:
-        reference = compiled_logprobs(run.spec, run.mesh)(run.reference, batch)
-        batch["kl"] = kl_estimate(batch["sampler_logps"], reference, run.config.loss.kl)
-    elif run.reference is not None:
-        batch["kl"] = compiled_kl(run.spec, run.mesh)(trunk(whole(run.spec.lora, state["params"], run.frozen)), run.reference, batch)
-    if run.config.loss.critic:
-        batch["values"] = compiled_values(run.spec, run.mesh)(whole(run.spec.lora, state["params"], run.frozen), batch)
-    if run.config.overlap_rewards:
-        batch["old_logps"] = batch["sampler_logps"]
-    update = compiled_update(run.spec, run.mesh)
-    metrics = []
-    for epoch in range(run.config.inner_epochs):
-        state, measured, logps = update(state, batch, run.frozen)
-        metrics.append(measured)
-        if epoch == 0 and run.config.inner_epochs > 1 and not run.config.overlap_rewards:
-            batch["old_logps"] = logps
-    host = jax.device_get(metrics)  # one wait for the device a step
-    # The sampler is compared with the policy that sampled, and the gradient norm is that of the first update; the clip acts in later ones.
-    combined = host[0] | {name: np.mean([m[name] for m in host]) for name in ("clip_share", "ratio", "loss")}
-    combined["finite"] = all(np.isfinite([m["loss"], m["grad_norm"]]).all() for m in host)
-    return state, {name: bool(x) if name == "finite" else float(x) for name, x in combined.items()}
 
 
 def _check_finite(run: Run, measured: dict, step: int) -> None:

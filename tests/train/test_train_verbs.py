@@ -100,7 +100,7 @@ def test_variants_are_the_papers():
         loss = made.loss
         assert (loss.ratio, loss.surrogate, loss.aggregation, loss.baseline, loss.advantage_scale) == (ratio, surrogate, aggregation, baseline, scale)
         assert (loss.kl and loss.kl_place) == place and loss.mismatch is None and (place is None) == (loss.kl_coef == 0)
-        assert (made.inner_epochs > 1) == (name in ("gspo", "cispo", "ppo"))  # else the ratio is 1
+        assert (made.inner_epochs, made.updates_per_epoch) == {"gspo": (1, 4), "cispo": (1, 4), "ppo": (4, 1)}.get(name, (1, 1))
         assert (made.rollout_tries, made.overlong_buffer_share, made.overlong_buffer) == ((10, 0.2, 0) if name == "dapo" else (1, 0.0, 0))
 
 
@@ -113,6 +113,12 @@ def test_dapo_from_a_file_replaces_groups_and_its_buffer_follows_the_limit(model
     grpo.run(config, str(tmp_path / "run"))
     record = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
     assert len(record["rows"]) == 4 and record["rollouts"] in (1, 2) and len(record["rows_rolled"]) == 4 * record["rollouts"]
+
+
+def test_parts_of_a_rollout_divide_its_prompts(model, sums, tmp_path):
+    with pytest.raises(UserError, match="'updates_per_epoch' is 3, and a step has 4 prompts, which it does not divide: change it, or schedule.batch"):
+        grpo.run(config_of("grpo", model, sums, train__updates_per_epoch=3, **GRPO), str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
 
 
 def test_sft_masks_the_prompt_unless_it_trains_on_text(model, sums):
