@@ -21,8 +21,16 @@ from jaxrl_llm.errors import UserError, nearest
 # Where a config path is looked for after the current folder: beside the package, so that an installed copy finds its own.
 PACKAGE_ROOT = Path(__file__).resolve().parent.parent
 
-# Fields that say how to run, not what: two runs that differ only here are the same run.
-NOT_THE_RUN = ("overwrite",)
+# Fields, by their own name in whatever group, that say how to run, not what: two runs that differ only here are the same run. The policy is the
+# same whatever they are, up to rounding. (Not so the steps between evaluations: `keep_best` chooses among these.)
+HOW = (
+    "overwrite", "allow_changes",
+    "mesh", "rollout_mesh", "attention", "remat", "remat_keep", "logprob_chunk",
+    "micro_batch_rows", "length_buckets", "samples_together", "shared_prefix", "rollout_rows", "rollout_refill", "eval_batch", "forward_rows",
+    "checkpoint_every", "keep_checkpoints", "watchdog_seconds", "log_every", "sample_every", "samples_per_log", "zero_spread_warning",
+)  # fmt: skip
+# This loss is not a sum over rows but a product of means over a micro-batch, whose rows these fields choose.
+_ROUTER_BALANCE, _CHOOSE_MICRO_BATCHES = "train.router_balance", ("mesh", "micro_batch_rows")
 
 # What other libraries call a field of ours.
 _ALSO_CALLED = {
@@ -152,6 +160,14 @@ def field_names(config: ConfigDict, prefix: str = "") -> list[str]:
     return names
 
 
+def flat_fields(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted key -> value; an empty group is a value."""
+    fields: dict[str, Any] = {}
+    for name, value in config.items():
+        fields |= flat_fields(value, f"{prefix}{name}.") if isinstance(value, Mapping) and value else {prefix + name: value}
+    return fields
+
+
 def to_dict(config: Mapping[str, Any] | ConfigDict) -> dict[str, Any]:
     """A config as plain JSON values: tuples become lists, paths strings."""
     return json.loads(to_json(config))
@@ -165,23 +181,29 @@ def to_json(config: Mapping[str, Any] | ConfigDict) -> str:
 
 def config_hash(config: Mapping[str, Any] | ConfigDict) -> str:
     """16 hex digits that two configs share exactly when they describe the same run."""
-    described = {key: value for key, value in to_dict(config).items() if key not in NOT_THE_RUN}
+    fields = flat_fields(to_dict(config))
+    described = {key: value for key, value in fields.items() if says_what(key, fields)}
     return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def first_difference(one: Mapping[str, Any], other: Mapping[str, Any], prefix: str = "") -> tuple[str, Any, Any] | None:
-    """The first dotted key at which two plain configs differ, with both values; None where they agree."""
-    for key in [*one, *(key for key in other if key not in one)]:
-        if not prefix and key in NOT_THE_RUN:
-            continue
-        a, b = one.get(key, "(absent)"), other.get(key, "(absent)")
-        if isinstance(a, Mapping) and isinstance(b, Mapping):
-            inner = first_difference(a, b, f"{prefix}{key}.")
-            if inner:
-                return inner
-        elif a != b:
-            return prefix + key, a, b
-    return None
+def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Dotted key -> both values, wherever two plain configs differ, those of `HOW` too."""
+    a, b = flat_fields(one), flat_fields(other)
+    values = {key: (a.get(key, "(absent)"), b.get(key, "(absent)")) for key in [*a, *(key for key in b if key not in a)]}
+    return {key: pair for key, pair in values.items() if pair[0] != pair[1]}
+
+
+def says_what(key: str, *configs: Mapping[str, Any]) -> bool:
+    """Whether a field counts when two plain configs are compared; see `HOW`."""
+    name = key.rpartition(".")[2]
+    if name in _CHOOSE_MICRO_BATCHES and any(flat_fields(config).get(_ROUTER_BALANCE) for config in configs):
+        return True
+    return name not in HOW
+
+
+def is_named(key: str, names: Sequence[str]) -> bool:
+    """Whether a dotted key, or a group that it is in, is among names."""
+    return any(key == name or key.startswith(f"{name}.") for name in names)
 
 
 def resolve_path(path: str | Path) -> Path:

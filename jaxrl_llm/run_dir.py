@@ -5,24 +5,27 @@ directory that the next start can use. Only process 0 of a multi-process run wri
 """
 
 import contextlib
+import hashlib
 import json
 import math
 import os
 import re
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from absl import logging
 from ml_collections import ConfigDict
 
 from jaxrl_llm import __version__
-from jaxrl_llm.config import config_hash, first_difference, to_dict
-from jaxrl_llm.errors import UserError, from_os_error
+from jaxrl_llm.config import config_hash, differences, flat_fields, is_named, says_what, to_dict
+from jaxrl_llm.errors import UserError, from_os_error, nearest
 
 HEAD = "config.json"
+RUN_CONTROL = ("overwrite", "allow_changes")  # fields about the directory itself: no change of a run
 OWN_FILES = ("metrics.jsonl", "samples.jsonl", "summary.json", "report.html", "report.json", "checkpoints")
 
 
@@ -31,7 +34,8 @@ class RunDir:
 
     Args:
       path: the directory (--workdir), on a file system that every host of the job mounts.
-      config: the run's config; `config.overwrite = True` clears the directory of another run first.
+      config: the run's config; `config.overwrite = True` clears the directory of another run first, and the run that is there goes on with
+        other values of the fields (or groups of them) that `config.allow_changes` names.
       kind: what sort of run this is, such as "grpo".
       owns: names of the files and folders that such a run makes in the directory beside those made here; * stands for anything
         ("pass_rates-*.jsonl"). Overwriting clears them too, since a run takes for its own what it finds there. What neither this
@@ -39,8 +43,8 @@ class RunDir:
 
     Raises:
       UserError: the directory is a URL, holds another run (another kind, or a config that differs: the key is named) that has left more
-        there than its config, holds the config.json of something else, or cannot be written. ValueError: a name in `owns` that is not
-        directly in the directory.
+        there than its config, holds the config.json of something else, or cannot be written; `allow_changes` names no field. ValueError: a
+        name in `owns` that is not directly in the directory.
     """
 
     def __init__(self, path: str | os.PathLike[str], config: ConfigDict | Mapping[str, Any], *, kind: str, owns: tuple[str, ...] = ()):
@@ -53,7 +57,9 @@ class RunDir:
         self.checkpoints = self.path / "checkpoints"
         self.is_writer = _process_index() == 0
         self.resumed = False
-        plain = to_dict(config)
+        self.changes: dict[str, tuple[Any, Any]] = {}  # key -> value in config.json, value now: of a run that goes on
+        self._plain = plain = to_plain(to_dict(config))
+        _check_named(plain)
         found = self._find(plain)
         if not self.is_writer:
             self.resumed = found
@@ -67,8 +73,7 @@ class RunDir:
                 for name in ("metrics.jsonl", "samples.jsonl"):
                     _repair_last_line(self.path / name)
             else:
-                head = {"kind": kind, "hash": config_hash(plain), "version": __version__, "owns": self.owns, "config": plain}
-                write_json(self.path / HEAD, head)
+                self._write_head({})
         except OSError as error:
             raise from_os_error(error, self.path, "write the run directory") from error
         self.resumed = found
@@ -78,15 +83,63 @@ class RunDir:
         head = self._head()
         if head is None:
             return False
-        if head["kind"] == self.kind and head.get("hash") == config_hash(plain):
-            return True
+        changes, refused, named = differences(head["config"], plain), [], plain.get("allow_changes") or ()
+        if head["kind"] == self.kind:
+            refused = [key for key in changes if says_what(key, head["config"], plain) and not is_named(key, named)]
+            if not refused:
+                self.changes = {key: pair for key, pair in changes.items() if key not in RUN_CONTROL}
+                return True
         if plain.get("overwrite") or self._untouched():
             return False
         way_out = "choose another --workdir, or set --config.overwrite=True to clear this one"
         if head["kind"] != self.kind:
             raise UserError(f"{self.path} holds a run of '{head['kind']}', this is '{self.kind}': {way_out}")
-        key, old, new = first_difference(head["config"], plain) or ("(unknown)", "?", "?")
-        raise UserError(f"{self.path} holds another run: config key '{key}' is {_short(old)} there and {_short(new)} here; {way_out}")
+        old, new = changes[refused[0]]
+        told = f"config key '{refused[0]}' is {_short(old)} there and {_short(new)} here"
+        if "allow_changes" in plain and all(is_named(key, ("train",)) for key in refused):
+            way_out = f"to go on with it as it is here add --config.allow_changes={','.join([*named, *refused])}; else {way_out}"
+        raise UserError(f"{self.path} holds another run: {told}; {way_out}")
+
+    def note_changes(self, step: int) -> None:
+        """Records that a run which goes on after `step` does so with other settings than before, if it does: in metrics.jsonl as a line of kind
+        "change", and in config.json, which has the config as it is now and under "changes" what was. Until then the run counts as the old one.
+        """
+        if not (self.is_writer and self.changes):
+            return
+        for key, (old, new) in self.changes.items():
+            logging.warning("%s goes on after step %d with %s %s in place of %s", self.path, step, key, _short(new), _short(old))
+        record = to_plain({"kind": "change", "step": step, "changed": self.changes})
+        if record not in self.metrics():  # a kill here must not double it
+            self.log(record)
+        head = self._head() or {}
+        changes = [*(head.get("changes") or ()), {"after_step": step, "changed": self.changes}]
+        self._write_head({"rows": head.get("rows", {}), "changes": changes})
+        self.changes = {}
+
+    def same_rows(self, rows: Mapping[str, str]) -> None:
+        """Refuses to go on with other rows than the run that is there began with: its checkpoints and its schedule know them by number.
+
+        rows: name of a set -> `fingerprint` of it. Sets that are new, or no longer there, are not compared.
+        Raises UserError naming the set.
+        """
+        head = self._head() or {}
+        if self.checkpoints.is_dir() and any(self.checkpoints.iterdir()):
+            for name, found in rows.items():
+                if head.get("rows", {}).get(name, found) != found:
+                    raise UserError(
+                        f"{self.path}: the rows of '{name}' are not those that this run began with, though its config names the same: give it "
+                        "the data as it was, or choose another --workdir"
+                    )
+        if self.is_writer and head.get("rows", {}) != rows:
+            write_json(self.path / HEAD, head | {"rows": rows})
+
+    def way_on(self, group: str) -> str:
+        """The end of a message that advises other settings of a group of fields: how this run goes on with them."""
+        return f", and go on with --config.allow_changes={group}" if "allow_changes" in self._plain else ""
+
+    def _write_head(self, more: Mapping[str, Any]) -> None:
+        head = {"kind": self.kind, "hash": config_hash(self._plain), "version": __version__, "owns": self.owns, "config": self._plain}
+        write_json(self.path / HEAD, head | more)
 
     def _untouched(self) -> bool:
         """Whether the run that is there has left nothing but its config: it stopped at a mistake that has been mended since."""
@@ -133,9 +186,10 @@ class RunDir:
         if self.is_writer:
             write_json(self.path / "summary.json", record)
 
-    def metrics(self) -> list[dict[str, Any]]:
-        """The records of metrics.jsonl so far."""
-        return read_jsonl(self.path / "metrics.jsonl")
+    def metrics(self, until: float = math.inf) -> list[dict[str, Any]]:
+        """The records of metrics.jsonl so far, of steps up to `until`: beside `truncate_after`, since a process that does not write may read
+        the file before it is cut."""
+        return [record for record in read_jsonl(self.path / "metrics.jsonl") if record.get("step", 0) <= until]
 
     def samples(self) -> list[dict[str, Any]]:
         """The records of samples.jsonl so far."""
@@ -169,6 +223,18 @@ class RunDir:
             with contextlib.suppress(OSError):
                 os.truncate(path, before)
             raise from_os_error(error, path, "write") from error
+
+
+def fingerprint(parts: Iterable[Any]) -> str:
+    """16 hex digits of arrays and JSON values, in order."""
+    digest = hashlib.sha256()
+    for part in parts:
+        array = isinstance(part, np.ndarray)
+        text = f"{part.dtype}{part.shape}" if array else json.dumps(to_plain(part), sort_keys=True)
+        digest.update(text.encode() + b"\n")
+        if array:
+            digest.update(np.ascontiguousarray(part))
+    return digest.hexdigest()[:16]
 
 
 # Two letters at least, so that a Windows drive is none; one slash, as pathlib leaves of two.
@@ -270,6 +336,14 @@ def _process_index() -> int:
     # Without JAX there is one process; a tool that only reads and writes rows must not start a backend for this.
     jax = sys.modules.get("jax")
     return jax.process_index() if jax is not None else 0
+
+
+def _check_named(plain: Mapping[str, Any]) -> None:
+    """Raises UserError where `allow_changes` names what is neither a field nor a group of them."""
+    known = list(flat_fields(plain))
+    for name in plain.get("allow_changes") or ():
+        if not any(is_named(key, (name,)) for key in known):
+            raise UserError(f"config key 'allow_changes' names '{name}', which is no field: {nearest(name, known)}")
 
 
 def _short(value: Any) -> str:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import functools
+import glob
 import json
 import operator
 import os
@@ -30,6 +33,7 @@ from models.transformer import Params, abstract_params
 
 # What a checkpoint folder may hold; any other file in it keeps us from replacing the folder.
 _OURS = ("config.json", "generation_config.json", INDEX, *TOKENIZER_FILES)
+_LOCK, _OLD = "lock", "old"  # beside the contents in the hidden folder of `replacing`
 _DTYPE_NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 
@@ -46,9 +50,8 @@ def save(
 
     folder: made if absent. An existing checkpoint is replaced by renames, its tokenizer kept if no other is given.
     tokenizer_from: a folder, hub id or tokenizer to copy the tokenizer from. max_shard_size: bytes a file; larger
-    models get several files and an index. An interrupted export leaves the target as it was (killed between the two
-    renames of a replacement, it leaves the old and the new one whole in a hidden folder beside it). On several hosts
-    every process must call this; the first one writes.
+    models get several files and an index. An interrupted export leaves the target as it was; what a killed one leaves, see
+    `replacing`. On several hosts every process must call this; the first one writes.
     Raises ModelError when params do not fit cfg or `folder` holds something that is not a checkpoint.
     """
     target = Path(folder).expanduser().absolute()
@@ -56,24 +59,49 @@ def save(
     _check_target(target)
     hf = config_to_hf(cfg)
     writer = jax.process_index() == 0
-    temporary = None
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-        contents = temporary / target.name
-        contents.mkdir()  # inside, because mkdtemp's own folder is closed to other users
-        _write_tensors(contents, cfg, params, max_shard_size, writer)
-        if writer:
-            _write_json(contents / "config.json", hf)
-            ends = {key: hf[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if hf[key] is not None}
-            _write_json(contents / "generation_config.json", ends)
-            _copy_tokenizer(contents, target, tokenizer_from)
-            _replace(contents, target, temporary / "old")
+        with replacing(target) if writer else contextlib.nullcontext(target) as contents:
+            _write_tensors(contents, cfg, params, max_shard_size, writer)
+            if writer:
+                _write_json(contents / "config.json", hf)
+                ends = {key: hf[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if hf[key] is not None}
+                _write_json(contents / "generation_config.json", ends)
+                _copy_tokenizer(contents, target, tokenizer_from)
     except OSError as error:
         raise ModelError(f"{target}: cannot be written: {error.strerror or error}") from error
+
+
+@contextlib.contextmanager
+def replacing(target: Path) -> Iterator[Path]:
+    """An empty folder to be filled, which takes the place of `target` by a rename when the block ends well; else `target` stays as it was.
+
+    It lies in a hidden folder beside `target` (".NAME.XXXXXXXX"), and one that a killed process left there is removed first: its lock has no
+    holder. If that was killed between the two renames of a replacement, the old folder is put back before.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    _clear_left_over(target)
+    hidden = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        with open(hidden / f"{_LOCK}.new", "w") as lock:
+            with contextlib.suppress(OSError):  # a file system without locks: there nobody removes what is left
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            (hidden / f"{_LOCK}.new").rename(hidden / _LOCK)  # who sees the lock sees it held
+            contents = hidden / target.name
+            contents.mkdir()  # inside, because mkdtemp's own folder is closed to other users
+            yield contents
+            _replace(contents, target, hidden / _OLD)
     finally:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(hidden, ignore_errors=True)
+
+
+def _clear_left_over(target: Path) -> None:
+    """Removes the hidden folders of `replacing` whose makers are gone."""
+    for hidden in target.parent.glob(f".{glob.escape(target.name)}.????????"):
+        with contextlib.suppress(OSError), open(hidden / _LOCK, "r+") as lock:  # no lock: not ours
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if (hidden / _OLD).is_dir() and not target.exists():
+                os.replace(hidden / _OLD, target)
+            shutil.rmtree(hidden, ignore_errors=True)
 
 
 def _check_params(cfg: ModelConfig, params: Params) -> None:

@@ -30,6 +30,7 @@ from models.config import ModelConfig
 from models.errors import ModelError
 from models.families import tensor_of
 from models.hf import leaves_of, read_json
+from models.hf_export import replacing
 from models.transformer import Params, abstract_params, logical_axes
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # PEFT's names
@@ -167,11 +168,14 @@ def peft_refuses(cfg: ModelConfig, lora: Params) -> str | None:
 def save_lora(folder: str | os.PathLike, cfg: ModelConfig, lora: Params, config: LoraConfig, base: str = "") -> None:
     """Writes an adapter as PEFT does (adapter_config.json and adapter_model.safetensors). base: the model that it adapts, by name or folder.
 
-    Raises ModelError where the folder cannot be written, and where `peft_refuses`.
+    An adapter that is there is replaced as a whole: whenever the writing stops, the folder is the old one or the new one.
+    Raises ModelError where the folder cannot be written or holds something else, and where `peft_refuses`.
     """
     if reason := peft_refuses(cfg, lora):
         raise ModelError(f"{reason}: merge the adapter and save the model instead")
-    target, tensors, modules = Path(folder), {}, {}
+    target, tensors, modules = Path(folder).expanduser().absolute(), {}, {}
+    if target.exists() and (other := [p for p in ([target] if target.is_file() else target.iterdir()) if p.name not in (CONFIG, WEIGHTS)]):
+        raise ModelError(f"{target}: neither empty nor an adapter (it holds {other[0].name}); give another folder")
     for group, leaves in lora.items():
         for leaf, pair in leaves.items():
             name = f"{group}.{leaf}"
@@ -199,10 +203,9 @@ def save_lora(folder: str | os.PathLike, cfg: ModelConfig, lora: Params, config:
         "target_modules": list(modules),
     }
     try:
-        target.mkdir(parents=True, exist_ok=True)
-        # The config goes last: it says that the folder is whole.
-        save_file(tensors, target / WEIGHTS, metadata={"format": "pt"})
-        (target / CONFIG).write_text(json.dumps(told, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        with replacing(target) as contents:
+            save_file(tensors, contents / WEIGHTS, metadata={"format": "pt"})
+            (contents / CONFIG).write_text(json.dumps(told, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     except OSError as error:
         raise ModelError(f"{target}: cannot be written: {error.strerror or error}") from error
 

@@ -59,11 +59,12 @@ class Position:
 
 
 def described(tasks: Mapping[str, Any], key: Array, batches: Iterable[np.ndarray]) -> dict[str, Any]:
-    """What must be the same when a run goes on, as JSON values. tasks: name -> SAETask."""
+    """What must be the same when a run goes on, as JSON values: all but how often it tells of itself. tasks: name -> SAETask."""
     out: dict[str, Any] = {"tasks": list(tasks), "key": np.asarray(jax.random.key_data(key)).tolist()}
     for name, task in tasks.items():
         fields = dataclasses.asdict(task)
         before = f"{name}." if name else ""
+        fields["train"].pop("log_every")
         out |= {f"{before}sae": fields.pop("cfg"), f"{before}train": fields.pop("train"), f"{before}columns": fields}
     if isinstance(batches, ActivationBuffer):
         out["buffer"] = {"batch_size": batches.batch_size, "buffer_size": batches.buffer_size}
@@ -101,8 +102,10 @@ def restore(
     step, arrays, host = found
     told = json.loads(host["run"].tobytes())
     for part, fields in run.items():
-        if told["run"].get(part) != fields:
-            was = told["run"].get(part)
+        was = told["run"].get(part)
+        if isinstance(fields, dict) and isinstance(was, dict):
+            was = {name: value for name, value in was.items() if name != "log_every"}
+        if was != fields:
             name = next((f"{part}.{n}" for n in fields if was.get(n) != fields[n]), part) if isinstance(fields, dict) and was else part
             raise SAEError(f"SAE training: the checkpoints are of a run with another {name}: train in another folder, or remove them")
     stream = iter(batches)

@@ -12,7 +12,7 @@ from jaxrl_llm.data.prompts import pack_rows, pad_rows, tokenise_prompts
 from jaxrl_llm.data.sampler import ShuffledSchedule
 from jaxrl_llm.data.sources import Rows, parse_fields, read_rows
 from jaxrl_llm.errors import UserError, nearest
-from jaxrl_llm.run_dir import RunDir
+from jaxrl_llm.run_dir import RunDir, fingerprint
 from jaxrl_llm.runtime import parse_mesh
 
 
@@ -53,6 +53,7 @@ def run(config: Any, workdir: str) -> None:
             raise UserError(f"data.held_out is {count} of {len(tokens_NT)} rows: leave rows to train on, and name no set of evals 'held_out'")
         held_out["held_out"] = tokens_NT[-count:], mask_NT[-count:]
         tokens_NT, mask_NT = tokens_NT[:-count], mask_NT[:-count]
+    run_dir.same_rows({"training rows": fingerprint([tokens_NT, mask_NT]), **{name: fingerprint(rows) for name, rows in held_out.items()}})
     schedule = ShuffledSchedule(len(tokens_NT), min(config.batch_rows, len(tokens_NT)), config.seed)
     batches = _batches(tokens_NT, mask_NT, schedule, config.max_length if config.pack else None)
     template = {"response": config.template, "assistant": "chat", "text": "none"}[config.loss_on]

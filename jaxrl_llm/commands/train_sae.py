@@ -6,6 +6,7 @@ from math import inf
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from absl import logging
 
 from jaxrl_llm.config import check_fields
@@ -14,7 +15,7 @@ from jaxrl_llm.data.sources import parse_fields, read_rows
 from jaxrl_llm.data.texts import special_tokens
 from jaxrl_llm.data.texts import token_rows as texts_to_rows
 from jaxrl_llm.errors import UserError
-from jaxrl_llm.run_dir import RunDir
+from jaxrl_llm.run_dir import RunDir, fingerprint
 from jaxrl_llm.runtime import parse_mesh
 
 FOLDER = "sae"  # of the dictionary, inside the workdir
@@ -48,6 +49,7 @@ def run(config: Any, workdir: str) -> None:
     mesh = parse_mesh(config.mesh)
     tokenizer = models.load_tokenizer(config.model)  # before the weights, which take longer to come
     token_rows = texts_to_rows(texts, tokenizer)
+    run_dir.same_rows({"text": fingerprint(np.asarray(row, np.int32) for row in token_rows)})
     special = special_tokens(tokenizer) if config.harvest.drop_special else []
     model_cfg, params = models.load(config.model, dtype=config.dtype, mesh=mesh)
     held_out = min(config.data.eval_rows, max(1, len(token_rows) // 5))

@@ -114,7 +114,7 @@ def run_report(run_dir: str | os.PathLike[str], *, title: str = "", samples: int
         raise UserError(f"{path} holds nothing to report: no records in metrics.jsonl or samples.jsonl; give the --workdir of a run")
     kind = str(head.get("kind", "run"))
     sample_rows = _flat_samples(sample_rows)
-    train = [r for r in metrics if r.get("kind", "train") != "eval"]
+    train = [r for r in metrics if r.get("kind", "train") not in ("eval", "change")]
     evals = [r for r in metrics if r.get("kind") == "eval"]
     data: dict[str, Any] = {
         "kind": "run",

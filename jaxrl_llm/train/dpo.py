@@ -1,7 +1,8 @@
 """Training on a fixed set of preferences: DPO and its relatives on pairs, KTO on single labelled completions.
 
 The reference's log-probabilities are a sum a completion. They are computed once, before the first step, by the parameters that training
-starts from, and kept in every checkpoint: no reference model is in memory afterwards, and a run that goes on needs none.
+starts from, and kept in every checkpoint, of which the first is written then: no reference model is in memory afterwards, and a run that goes
+on needs none.
 """
 
 import contextlib
@@ -34,7 +35,8 @@ from jaxrl_llm.train.preference_step import (
     preference_spec,
     to_host,
 )
-from jaxrl_llm.train.signals import Interrupted, StopRequest, stop_on_signal, watchdog
+from jaxrl_llm.train.resume import check_steps, not_finite, tokens_fingerprint
+from jaxrl_llm.train.signals import Alive, Interrupted, StopRequest, stop_on_signal, watchdog
 from jaxrl_llm.train.state import abstract_state, frozen_params, given, init_state, policy_params, whole
 from jaxrl_llm.train.step import batch_shardings
 from models.sharding import batch_ways, place
@@ -63,6 +65,11 @@ class Preferences:
         pick = lambda column: [column[i] for i in indices]  # noqa: E731
         labels = None if self.labels_N is None else self.labels_N[np.asarray(indices)]
         return Preferences(pick(self.prompts), pick(self.completions), pick(self.ids), labels)
+
+    def fingerprint(self) -> str:
+        """Of tokens and labels, for `RunDir.same_rows`."""
+        lists = (tokens for prompt, pair in zip(self.prompts, self.completions, strict=True) for tokens in (prompt, *pair))
+        return tokens_fingerprint(lists, [self.labels_N])
 
     def lengths(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
         """int [len(indices), 2]: tokens of both completions of the rows at `indices`."""
@@ -101,6 +108,7 @@ class _Run(Recorded):
     references: dict[str, np.ndarray]
     history: list[dict[str, Any]]
     frozen: Any = None  # what an adapter is put into
+    progress: bool = True
     best: tuple[float, int] | None = None
 
 
@@ -134,6 +142,8 @@ def train_dpo(
     check_keep_best(config.keep_best, held_out or {}, run_dir)
     for name, rows in {TRAINING: data, **(held_out or {})}.items():
         _check_rows(model_cfg, rows, config, name)
+    if run_dir is not None:
+        run_dir.same_rows({name: rows.fingerprint() for name, rows in {TRAINING: data, **(held_out or {})}.items()})
     spec = preference_spec(model_cfg, config)
     checkpoints = None if run_dir is None else Checkpoints(run_dir.checkpoints, config.keep_checkpoints)
     found = None if checkpoints is None else checkpoints.restore(abstract_state(model_cfg, spec.optimizer, mesh, lora=spec.lora))
@@ -142,14 +152,21 @@ def train_dpo(
     frozen = None if spec.lora is None else frozen_params(model_cfg, params, mesh)
     del params  # the state has a copy
     if run_dir is not None:
-        run_dir.truncate_after(start if found else -1)
-    history = [] if run_dir is None else run_dir.metrics()
-    run = _Run(data, held_out or {}, schedule, config, spec, run_dir, checkpoints, mesh, references, history, frozen)
+        check_steps(start, config.steps, run_dir)
+        run_dir.truncate_after(start or -1)  # at a checkpoint of step 0 nothing had been logged
+        run_dir.note_changes(start)
+    history = [] if run_dir is None else [r for r in run_dir.metrics(until=start or -1) if r["kind"] in ("dpo", "eval")]
+    if found and config.loss.needs_reference and (new := [name for name in held_out or {} if name not in references]):
+        raise UserError(f"{new[0]}: this run began without it, so that its checkpoints hold no figures of the reference for it: leave it out")
+    run = _Run(data, held_out or {}, schedule, config, spec, run_dir, checkpoints, mesh, references, history, frozen, progress)
     with contextlib.nullcontext() if checkpoints is None else checkpoints:
         if not found and config.loss.needs_reference:
-            run.references = {name: _sums(run, state, rows, name) for name, rows in {TRAINING: data, **run.held_out}.items()}
+            with watchdog(config.watchdog_seconds) as alive:
+                run.references = {name: _sums(run, state, rows, name, alive) for name, rows in {TRAINING: data, **run.held_out}.items()}
+            if checkpoints is not None:
+                checkpoints.save(0, state, run.references)
         run.see_best()
-        state = _train(run, state, start, progress)
+        state = _train(run, state, start)
         if run.best is not None and run.best[1] < config.steps:
             del state
             state = checkpoints.restore(abstract_state(model_cfg, spec.optimizer, mesh, lora=spec.lora), at=run.best[1])[1]
@@ -171,7 +188,7 @@ def _placed(run: _Run, batch):
     return batch if run.mesh is None else jax.tree.map(lambda x: place(x, batch_shardings(run.mesh)), batch)
 
 
-def _sums(run: _Run, state, rows: Preferences, name: str) -> np.ndarray:
+def _sums(run: _Run, state, rows: Preferences, name: str, alive: Alive) -> np.ndarray:
     """fp32 [N, 2]: the summed log-probability of every completion of a set, `forward_rows` prompts at a time, all of one shape a chunk
     size; sorted by length, so that short rows are not padded to the longest."""
     ways = 1 if run.mesh is None else batch_ways(run.mesh)
@@ -180,25 +197,30 @@ def _sums(run: _Run, state, rows: Preferences, name: str) -> np.ndarray:
     spec = dataclasses.replace(run.spec, length_buckets=1)  # each chunk is a batch, of a width of its own
     sums, forward = np.zeros((len(rows), 2), np.float32), compiled_sums(spec, run.mesh)
     params = whole(run.spec.lora, state["params"], run.frozen)
-    for begin in range(0, len(rows), size):
-        chosen = order[begin : begin + size]
-        batch = rows.batch(chosen, multiple=-(-size // ways) * ways)  # a last chunk of fewer rows is padded to the same shape
-        found = np.asarray(jax.device_get(forward(params, _placed(run, batch))))
-        sums[chosen] = found.reshape(-1, 2)[: len(chosen)]
+    bar = tqdm(total=len(rows), desc=f"figures of {name}", unit="row", mininterval=0.5, disable=None if run.progress else True, leave=False)
+    with bar:
+        for begin in range(0, len(rows), size):
+            alive()
+            chosen = order[begin : begin + size]
+            batch = rows.batch(chosen, multiple=-(-size // ways) * ways)  # a last chunk of fewer rows is padded to the same shape
+            found = np.asarray(jax.device_get(forward(params, _placed(run, batch))))
+            sums[chosen] = found.reshape(-1, 2)[: len(chosen)]
+            bar.update(len(chosen))
     if not np.isfinite(sums).all():
         raise UserError(f"{name}: the log-probability of row '{rows.ids[int(np.argmin(np.isfinite(sums).all(-1)))]}' is not finite")
     return sums
 
 
-def _train(run: _Run, state, start: int, progress: bool):
+def _train(run: _Run, state, start: int):
     """The loop. Step numbers in records and checkpoints count finished steps."""
     config, checkpoints = run.config, run.checkpoints
     ways = 1 if run.mesh is None else batch_ways(run.mesh)
     update = compiled_update(run.spec, run.mesh)
     columns = {"ref_sums": run.references[TRAINING]} if config.loss.needs_reference else {}
     if start == 0:
-        _evaluate(run, state, 0)
-    bar = tqdm(total=config.steps, initial=start, desc="dpo", unit="step", mininterval=0.5, disable=None if progress else True, leave=False)
+        with watchdog(config.watchdog_seconds) as alive:
+            _evaluate(run, state, 0, alive)
+    bar = tqdm(total=config.steps, initial=start, desc="dpo", unit="step", mininterval=0.5, disable=None if run.progress else True, leave=False)
     pending, since = [], time.perf_counter()
     # Without a run directory there is nothing to save: a signal is the caller's affair.
     stopping = contextlib.nullcontext(StopRequest()) if run.run_dir is None else stop_on_signal()
@@ -222,8 +244,7 @@ def _train(run: _Run, state, start: int, progress: bool):
                 run.log(record)
                 bar.set_postfix(loss=f"{record['loss']:.4f}", accuracy=f"{record['accuracy']:.3f}", refresh=False)
                 if evaluate:
-                    alive()
-                    _evaluate(run, state, done)
+                    _evaluate(run, state, done, alive)
                     save = run.see_best() or save
                 pending, since = [], time.perf_counter()
             if save and checkpoints is not None:
@@ -244,12 +265,7 @@ def _record(run: _Run, pending, step: int, since: float) -> dict[str, Any]:
     seconds = time.perf_counter() - since  # with the wait for the device
     for back, found in enumerate(reversed(host)):
         if not found.pop("finite"):
-            steps = [] if run.checkpoints is None else run.checkpoints.steps()
-            kept = f"the last good checkpoint is step {steps[-1]} in {run.checkpoints.path}" if steps else "no checkpoint was saved before"
-            raise UserError(
-                f"step {step - back}: loss {found['loss']:g}, gradient norm {found['grad_norm']:g} is not finite; training stopped and "
-                f"{kept}. Lower the learning rate or set optimizer.clip_norm"
-            )
+            raise not_finite(step - back, found["loss"], found["grad_norm"], run.checkpoints, run.run_dir)
     tokens = sum(count for _, count in pending)
     means = {name: float(np.mean([found[name] for found in host])) for name in host[-1]}
     last = {name: host[-1][name] for name in ("grad_norm", "learning_rate")}
@@ -257,11 +273,11 @@ def _record(run: _Run, pending, step: int, since: float) -> dict[str, Any]:
     return {"kind": "dpo", "step": step, **means, **last, **rates}
 
 
-def _evaluate(run: _Run, state, step: int) -> None:
+def _evaluate(run: _Run, state, step: int, alive: Alive) -> None:
     """Logs loss, accuracy, margin and log-probabilities of each held-out set: the training loss on all of it at once."""
     for name, rows in run.held_out.items():
         began = time.perf_counter()
-        sums = _sums(run, state, rows, name)
+        sums = _sums(run, state, rows, name, alive)
         lengths = rows.lengths(range(len(rows)))
         loss, metrics = preference_loss(run.config.loss, jnp.asarray(sums), jnp.asarray(lengths), run.references.get(name), rows.labels_N)
         figures = {key: float(value) for key, value in {"loss": loss, **metrics}.items()}

@@ -30,6 +30,7 @@ from jaxrl_llm.train.metrics import experience_metrics, samples_record, summaris
 from jaxrl_llm.train.overlap import Ahead, check_overlap, restored, step_ahead
 from jaxrl_llm.train.preference_step import PreferenceSpec
 from jaxrl_llm.train.resample import Filled, fill
+from jaxrl_llm.train.resume import check_steps, not_finite, prompts_fingerprint
 from jaxrl_llm.train.rollout import Experience, collect
 from jaxrl_llm.train.signals import Interrupted, stop_on_signal, watchdog
 from jaxrl_llm.train.state import State, abstract_state, frozen_params, given, init_state, laid_out, policy_params, start_params
@@ -188,6 +189,7 @@ def train_grpo(
 
 def train(run: Run, params, progress: bool = True):
     """Goes on from the newest checkpoint of `run.run_dir`, or starts from `params`; (parameters, summary), see `train_grpo`."""
+    run.run_dir.same_rows({name: prompts_fingerprint(rows) for name, rows in {"prompts": run.prompts, **run.evals}.items()})
     with run.checkpoints:
         state, start = _restore(run, params)
         state = _train(run, state, start, progress)
@@ -225,14 +227,17 @@ def _restore(run: Run, params) -> tuple[dict, int]:
     found = run.checkpoints.restore(_abstract(run))
     if found is None:
         run.run_dir.truncate_after(-1)
+        run.run_dir.note_changes(0)
         return init_state(run.model, optimizer, params, run.mesh, critic, lora, run.config.lora.seed), 0
     step, state, schedule_state = found
+    check_steps(step, run.config.steps, run.run_dir)
     run.drawn = int(schedule_state.pop(DRAWN, step))
     ahead = restored(run, schedule_state)
     run.ahead = ahead if run.config.overlap_rewards else None
     run.schedule.restore(schedule_state)
     run.run_dir.truncate_after(step)
-    run.see_best([record for record in run.run_dir.metrics() if record["step"] <= step])
+    run.run_dir.note_changes(step)
+    run.see_best(run.run_dir.metrics(until=step))
     logging.info("resumed from step %d of %s", step, run.run_dir.path)
     return state, step
 
@@ -345,12 +350,8 @@ def _roll_out(run: Run, state: State, policy, step: int, attempt: int) -> tuple[
 def _check_finite(run: Run, measured: dict, step: int) -> None:
     if measured.pop("finite"):
         return
-    steps = run.checkpoints.steps()
-    kept = f"the last good checkpoint is step {steps[-1]} in {run.checkpoints.path}" if steps else "no checkpoint was saved before"
-    raise UserError(
-        f"step {step + 1}: loss {measured['loss']:g}, gradient norm {measured['grad_norm']:g} is not finite; training stopped and {kept}. "
-        "Lower the learning rate, set optimizer.clip_norm, or look at samples.jsonl of the steps before"
-    )
+    more = " (samples.jsonl shows the steps before)"
+    raise not_finite(step + 1, measured["loss"], measured["grad_norm"], run.checkpoints, run.run_dir, more)
 
 
 def _warn(run: Run, record: dict, step: int) -> None:

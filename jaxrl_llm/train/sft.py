@@ -23,6 +23,7 @@ from jaxrl_llm.run_dir import RunDir
 from jaxrl_llm.train.checks import check_keep_best, check_sft, remat_of, trained_as
 from jaxrl_llm.train.config import OptimizerConfig, SFTConfig, from_mapping
 from jaxrl_llm.train.metrics import Recorded
+from jaxrl_llm.train.resume import check_steps, not_finite
 from jaxrl_llm.train.signals import Interrupted, StopRequest, stop_on_signal, watchdog
 from jaxrl_llm.train.state import (
     abstract_state,
@@ -200,9 +201,10 @@ def train_sft(
     frozen = None if lora is None else frozen_params(model_cfg, params, mesh)
     del params  # the state has a copy
     if run_dir is not None:
+        check_steps(start, config.steps, run_dir)
         run_dir.truncate_after(start if found else -1)
-    # A process that does not write may read the lines of later steps before the writer has dropped them.
-    history = [] if run_dir is None else [record for record in run_dir.metrics() if record["step"] <= start]
+        run_dir.note_changes(start)
+    history = [] if run_dir is None else [r for r in run_dir.metrics(until=start if found else -1) if r["kind"] in ("sft", "eval")]
     run = _Run(spec, config, held_out or {}, run_dir, checkpoints, mesh, history, frozen)
     with contextlib.nullcontext() if checkpoints is None else checkpoints:
         run.see_best()
@@ -249,7 +251,7 @@ def _train(run: _Run, state, start: int, batches, progress: bool):
                 last or asked or (config.checkpoint_every and done % config.checkpoint_every == 0)
             )
             if save or (evaluate and run.held_out) or last or done % config.log_every == 0:
-                record = _record(jax.device_get(pending), done, time.perf_counter() - since, checkpoints)
+                record = _record(jax.device_get(pending), done, time.perf_counter() - since, checkpoints, run.run_dir)
                 run.log(record)
                 bar.set_postfix(loss=f"{record['loss']:.4f}", refresh=False)
                 if evaluate:
@@ -318,16 +320,11 @@ def _placed(tokens_BT, mask_BT, segments_BT=None, *, config, mesh):
     return jax.tree.map(lambda x: place(x, batch_shardings(mesh)), batch)
 
 
-def _record(pending, step, seconds, checkpoints) -> dict:
+def _record(pending, step, seconds, checkpoints, run_dir) -> dict:
     """The record of the steps since the last one: losses averaged over tokens, the rest from the last step."""
     for back, m in enumerate(reversed(pending)):
         if not (np.isfinite(m["loss"]) and np.isfinite(m["grad_norm"])):
-            steps = [] if checkpoints is None else checkpoints.steps()
-            kept = f"the last good checkpoint is step {steps[-1]} in {checkpoints.path}" if steps else "no checkpoint was saved before"
-            raise UserError(
-                f"step {step - back}: loss {float(m['loss']):g}, gradient norm {float(m['grad_norm']):g} is not finite; training stopped "
-                f"and {kept}. Lower the learning rate or set optimizer.clip_norm"
-            )
+            raise not_finite(step - back, float(m["loss"]), float(m["grad_norm"]), checkpoints, run_dir)
     tokens = sum(float(m["tokens"]) for m in pending)
     return {
         "kind": "sft",

@@ -71,12 +71,16 @@ class SpikeState(NamedTuple):
 def without_spikes(inner: optax.GradientTransformation, factor: float) -> optax.GradientTransformation:
     """`inner`, but an update whose gradient norm is above `factor` times its running mean is left out: parameters and moments stay as they
     are. The first SPIKE_WARMUP updates are all taken. A spike enters the mean as `factor` times it, so that norms which stay high are
-    believed in time. A norm that is not finite is let through, for the guard against those to see."""
+    believed in time. A norm that is not finite is let through, for the guard against those to see. factor: 0 = none is left out, and the
+    state is there all the same, so that a run can go on with another factor."""
 
     def init(params):
         return SpikeState(inner.init(params), jnp.zeros((), jnp.float32), jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
 
     def update(grads, state, params=None):
+        if not factor:
+            updates, moved = inner.update(grads, state.inner, params)
+            return updates, state._replace(inner=moved)
         norm = optax.tree.norm(grads).astype(jnp.float32)
         limit = factor * state.mean / jnp.maximum(1 - SPIKE_DECAY ** state.count.astype(jnp.float32), 1e-6)
         spike = (state.count >= SPIKE_WARMUP) & (norm > limit)
@@ -91,18 +95,21 @@ def without_spikes(inner: optax.GradientTransformation, factor: float) -> optax.
 
 @functools.lru_cache(maxsize=64)
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
-    """AdamW after a global-norm clip (if any), without the updates of spikes where those are left out."""
+    """AdamW after a global-norm clip (if any), without the updates of spikes where those are left out. The state has one structure whatever
+    the settings, so that a run can go on with others."""
     adamw = optax.adamw(
         learning_rate(config), b1=config.b1, b2=config.b2, eps=config.eps, weight_decay=config.weight_decay, mask=_decays
     )
-    chain = optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw) if config.clip_norm else optax.chain(adamw)
-    return without_spikes(chain, config.spike_factor) if config.spike_factor else chain
+    clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
+    return without_spikes(optax.chain(clip, adamw), config.spike_factor)
 
 
 def apply_gradients(config: OptimizerConfig, state: State, grads) -> tuple[State, dict[str, jax.Array]]:
-    """(the state after one update, {"grad_norm", "learning_rate" and, where spikes are left out, "spike": 1 for an update that was})."""
+    """(the state after one update, {"grad_norm", "learning_rate" and, where spikes are left out, "spike": 1 for an update that was}). The
+    learning rate follows the updates that were made: one that is left out does not move its schedule."""
     updates, opt_state = make_optimizer(config).update(grads, state["opt_state"], state["params"])
-    metrics = {"grad_norm": optax.tree.norm(grads), "learning_rate": learning_rate(config)(state["step"])}
+    made = state["step"] - state["opt_state"].skipped
+    metrics = {"grad_norm": optax.tree.norm(grads), "learning_rate": learning_rate(config)(made)}
     if config.spike_factor:
         metrics["spike"] = (opt_state.skipped - state["opt_state"].skipped).astype(jnp.float32)
     params = optax.apply_updates(state["params"], updates)

@@ -7,7 +7,20 @@ import ml_collections
 import pytest
 
 import jaxrl_llm.config as config_module
-from jaxrl_llm.config import check_shape, config_hash, field_names, first_difference, import_config, load_config, resolve_path, to_dict, to_json
+from jaxrl_llm.config import (
+    HOW,
+    check_shape,
+    config_hash,
+    differences,
+    field_names,
+    import_config,
+    is_named,
+    load_config,
+    resolve_path,
+    says_what,
+    to_dict,
+    to_json,
+)
 from jaxrl_llm.config_help import describe, field_comments
 from jaxrl_llm.errors import UserError, nearest
 
@@ -204,11 +217,23 @@ def test_paths_are_found_from_here_then_beside_the_package(repo, tmp_path, monke
 def test_hash_and_difference(spec):
     one, other = load_config(spec), load_config(spec, {"train.steps": "11"})
     assert config_hash(one) == config_hash(load_config(spec)) != config_hash(other)
-    assert first_difference(to_dict(one), to_dict(other)) == ("train.steps", 10, 11)
-    assert first_difference(to_dict(one), to_dict(one)) is None
-    assert first_difference({"a": 1}, {"a": 1, "b": 2}) == ("b", "(absent)", 2)
+    assert differences(to_dict(one), to_dict(other)) == {"train.steps": (10, 11)}
+    assert differences(to_dict(one), to_dict(one)) == {}
+    assert differences({"a": 1, "d": {"x": 1}}, {"a": 1, "b": 2, "d": {}}) == {"d.x": (1, "(absent)"), "b": ("(absent)", 2), "d": ("(absent)", {})}
     assert config_hash({"a": 1, "overwrite": True}) == config_hash({"a": 1, "overwrite": False})
     assert '"sizes": [\n    1,' in to_json(one)
+
+
+def test_fields_that_say_how_and_not_what(repo):
+    """Each is a field of some config; all others count, and so do those that choose micro-batches where a loss depends on these."""
+    fields = {key for path in (repo / "configs").glob("[!_]*.py") for key in field_names(load_config(str(path)))}
+    assert set(HOW) == {key.rpartition(".")[2] for key in fields if not says_what(key)}
+    one = {"mesh": "fsdp=8", "train": {"micro_batch_rows": 4, "remat": False, "router_balance": 0.0}}
+    other = {"mesh": "fsdp=4", "train": {"micro_batch_rows": 8, "remat": True, "router_balance": 0.0}}
+    assert config_hash(one) == config_hash(other) and set(differences(one, other)) == {"mesh", "train.micro_batch_rows", "train.remat"}
+    one["train"]["router_balance"] = other["train"]["router_balance"] = 0.1
+    assert config_hash(one) != config_hash(other) == config_hash(other | {"train": other["train"] | {"remat": False}})
+    assert [is_named(key, ("a.b", "c")) for key in ("a.b", "a.b.x", "a.bx", "c", "a")] == [True, True, False, True, False]
 
 
 def test_help_shows_values_and_comments_in_the_order_of_the_file(spec):

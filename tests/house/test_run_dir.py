@@ -41,6 +41,79 @@ def test_refuses_another_run_and_names_the_key(tmp_path):
     assert RunDir(tmp_path, CONFIG, kind="grpo").metrics() == [{"step": 1}]
 
 
+TRAINING = {"mesh": "", "train": {"steps": 3, "remat": False, "optimizer": {"clip_norm": 1.0}}, "allow_changes": (), "overwrite": False}
+
+
+def changed(allow=(), **values):
+    """TRAINING with other values of some fields."""
+    config = json.loads(json.dumps(TRAINING)) | {"allow_changes": allow}
+    for key, value in values.items():
+        *groups, name = key.split("__")
+        group = config
+        for each in groups:
+            group = group[each]
+        group[name] = value
+    return config
+
+
+def head(folder):
+    return json.loads((folder / "config.json").read_text())
+
+
+def test_a_run_goes_on_with_other_fields_of_how_and_with_those_that_are_named(tmp_path):
+    RunDir(tmp_path, changed(), kind="sft").log({"step": 2})
+    with pytest.raises(UserError, match="'train.steps' is 3 there and 4 here; to go on with it as it is here add --config.allow_changes=train.steps,"
+                       "train.optimizer.clip_norm; else choose another --workdir, or set --config.overwrite=True"):  # fmt: skip
+        RunDir(tmp_path, changed(train__steps=4, train__optimizer__clip_norm=0.5), kind="sft")
+    with pytest.raises(UserError, match="clip_norm' is 1.0 there.*add --config.allow_changes=train.steps,train.optimizer.clip_norm;"):
+        RunDir(tmp_path, changed(("train.steps",), train__steps=4, train__optimizer__clip_norm=0.5), kind="sft")
+    with pytest.raises(UserError, match="names 'train.stepz', which is no field: did you mean train.steps"):
+        RunDir(tmp_path, changed(("train.stepz",)), kind="sft")
+    how = RunDir(tmp_path, changed(mesh="fsdp=4", train__remat=True), kind="sft")
+    assert how.way_on("train.optimizer") == ", and go on with --config.allow_changes=train.optimizer"
+    assert RunDir(tmp_path / "other", CONFIG, kind="lab").way_on("train.optimizer") == "", "where there is no such field"
+    assert how.resumed and how.changes == {"mesh": ("", "fsdp=4"), "train.remat": (False, True)}
+    what = changed(("train.steps", "train.optimizer"), mesh="fsdp=4", train__steps=4, train__optimizer__clip_norm=0.5)
+    assert RunDir(tmp_path, what, kind="sft").resumed and head(tmp_path)["config"] == TRAINING | {"allow_changes": []}, "not before it has gone on"
+    RunDir(tmp_path, what, kind="sft").note_changes(2)
+    wanted = {"mesh": ["", "fsdp=4"], "train.steps": [3, 4], "train.optimizer.clip_norm": [1.0, 0.5]}
+    assert head(tmp_path)["changes"] == [{"after_step": 2, "changed": wanted}]
+    # From now on it is that run: the same command goes on as it is, the one before is another's.
+    again = RunDir(tmp_path, what, kind="sft")
+    again.note_changes(2)
+    assert again.resumed and again.metrics() == [{"step": 2}, {"kind": "change", "step": 2, "changed": wanted}]
+    assert RunDir(tmp_path, what | {"allow_changes": ()}, kind="sft").changes == {}
+    with pytest.raises(UserError, match="'train.steps' is 4 there and 3 here"):
+        RunDir(tmp_path, changed(), kind="sft")
+    RunDir(tmp_path, changed(("train",)), kind="sft").note_changes(3)
+    assert [change["after_step"] for change in head(tmp_path)["changes"]] == [2, 3]
+
+
+def test_rows_are_those_that_the_run_began_with(tmp_path):
+    run = RunDir(tmp_path, changed(), kind="sft")
+    run.same_rows({"train": "a"})
+    run.same_rows({"train": "b", "held": "c"})  # nothing was learnt from them yet
+    (run.checkpoints / "1").mkdir()
+    run.same_rows({"train": "b", "more": "d"})
+    with pytest.raises(UserError, match="the rows of 'train' are not those that this run began with.*give it the data as it was, or choose another"):
+        run.same_rows({"train": "a"})
+    RunDir(tmp_path, changed(mesh="data=2"), kind="sft").note_changes(1)
+    assert head(tmp_path)["rows"] == {"train": "b", "more": "d"} and "rows" not in head(tmp_path)["config"]
+    parts = ([np.arange(4), {"a": 1}], [np.arange(4).reshape(2, 2), {"a": 1}], [np.arange(4.0), {"a": 1}], [np.arange(4), {"a": 2}], [{"a": 1}])
+    assert len({module.fingerprint(part) for part in parts}) == len(parts) and module.fingerprint(parts[0]) == module.fingerprint(iter(parts[0]))
+
+
+def test_a_kill_while_changes_are_noted_doubles_no_line(tmp_path, monkeypatch):
+    RunDir(tmp_path, changed(), kind="sft").log({"step": 2})
+    monkeypatch.setattr(module, "write_json", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        RunDir(tmp_path, changed(train__remat=True), kind="sft").note_changes(2)
+    monkeypatch.undo()
+    run = RunDir(tmp_path, changed(train__remat=True), kind="sft")
+    run.note_changes(2)
+    assert [record.get("kind") for record in run.metrics()] == [None, "change"] and len(head(tmp_path)["changes"]) == 1
+
+
 def test_overwrite_clears_our_files_only_and_never_its_own_run(tmp_path):
     run = RunDir(tmp_path, CONFIG, kind="grpo")
     run.log({"step": 1})
@@ -249,4 +322,5 @@ def test_only_process_zero_writes(tmp_path, monkeypatch):
     run.sample({"step": 1})
     run.summary({})
     run.truncate_after(0)
+    run.note_changes(0)
     assert not (tmp_path / "run").exists()

@@ -347,6 +347,40 @@ def test_interrupted_export_leaves_nothing(tiny, tmp_path, monkeypatch):
     assert_same_tensors(stored(tmp_path / "kept"), before)
 
 
+def killed_between(folder, name, *contents):
+    """What a process that was killed in `replacing` leaves: its hidden folder, with a lock that nobody holds."""
+    hidden = folder / f".{name}.abcdefgh"
+    for path in (hidden / "lock", *(hidden / content / "config.json" for content in contents)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("")
+
+
+def test_what_a_killed_export_left_is_removed_and_what_a_living_one_makes_is_not(tiny, tmp_path):
+    cfg, params = tiny
+    killed_between(tmp_path, "out", "out")
+    (tmp_path / ".out.no_lock_").mkdir()  # somebody else's
+    (tmp_path / ".other.abcdefgh").mkdir()
+    with hf_export.replacing(tmp_path / "out") as contents:
+        models.save(tmp_path / "out", cfg, params)
+        assert contents.is_dir()
+        (contents / "mine").write_text("")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".other.abcdefgh", ".out.no_lock_", "out"]
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine"], "it came last"
+
+
+def test_a_kill_between_the_two_renames_loses_nothing(tiny, tmp_path, monkeypatch):
+    cfg, params = tiny
+    models.save(tmp_path / "out", cfg, params)
+    before = stored(tmp_path / "out")
+    killed_between(tmp_path, "out", "out")
+    (tmp_path / "out").rename(tmp_path / ".out.abcdefgh" / "old")
+    monkeypatch.setattr(hf_export, "_write_json", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        models.save(tmp_path / "out", cfg, jax.tree.map(lambda a: a + 1, params))
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert_same_tensors(stored(tmp_path / "out"), before)
+
+
 def test_failed_swap_puts_the_old_checkpoint_back(tiny, tmp_path, monkeypatch):
     cfg, params = tiny
     models.save(tmp_path / "kept", cfg, params)

@@ -161,6 +161,22 @@ def test_folders_round_trip_bit_for_bit(name, tmp_path):
     assert set(found.targets) == set(lora.lora_targets(cfg, config)) and (found.rank, found.scale) == (2, config.scale)
 
 
+def test_a_save_that_stops_leaves_the_adapter_that_was_there(tmp_path, monkeypatch):
+    """Between the two files, say: new weights beside an old config would be another adapter."""
+    cfg = models.ModelConfig.from_hf(cases.CASES["qwen2"])
+    folder, before = tmp_path / "adapter", drawn(cfg)
+    lora.save_lora(folder, cfg, before, CONFIG)
+    monkeypatch.setattr(lora.json, "dumps", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        lora.save_lora(folder, cfg, jax.tree.map(lambda x: x + 1, before), CONFIG)
+    monkeypatch.undo()
+    jax.tree.map(np.testing.assert_array_equal, lora.load_lora(folder, cfg)[0], before)
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+    (folder / "notes.txt").write_text("mine")
+    with pytest.raises(ModelError, match=r"neither empty nor an adapter \(it holds notes.txt\); give another folder"):
+        lora.save_lora(folder, cfg, before, CONFIG)
+
+
 def test_matrices_that_share_a_tensor_are_merged_but_not_saved_apart(tmp_path):
     cfg = models.ModelConfig.from_hf(cases.CASES["phi3"])
     params, adapter = cases.random_params(cfg), drawn(cfg)

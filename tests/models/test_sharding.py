@@ -157,7 +157,7 @@ import jax, jax.numpy as jnp, numpy as np
 import models, parity_cases as cases
 from models import sharding
 
-# Eight heads, so that tensor=8 splits them; one layer, but for Gemma's two kinds, since sixteen programs are compiled. Untied where random
+# Eight heads, so that tensor=8 splits them; one layer, but for Gemma's two kinds, since twenty programs are compiled. Untied where random
 # tied ones would repeat their last token.
 wide = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 8, "num_hidden_layers": 1}
 CLASSES = {
@@ -165,6 +165,7 @@ CLASSES = {
     "gemma2": wide | {"num_key_value_heads": 8, "num_hidden_layers": 2, "sliding_window": 5, "tie_word_embeddings": False},  # norms, caps, windows
     "gpt2": {"n_embd": 64, "n_head": 8, "n_layer": 1, "tie_word_embeddings": False},  # fused, biased, learned positions
     "gpt_neox": wide,  # attention and MLP side by side, fused by head
+    "olmo2": wide | {"num_key_value_heads": 8, "tie_word_embeddings": False},  # norms behind, of queries and keys over all heads, which are split
 }
 MESHES = ((8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2))
 rng = np.random.default_rng(0)

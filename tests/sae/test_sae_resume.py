@@ -110,6 +110,8 @@ def test_checkpoints_of_another_run_are_refused(changes, named, lm, tmp_path):
         train(stream("array", lm), checkpoints, stop_after=9)
     with until_done(tmp_path) as checkpoints, pytest.raises(sae.SAEError, match=f"another {named}"):
         train(stream("array", lm), checkpoints, **changes)
+    with until_done(tmp_path) as checkpoints:  # how often it tells of itself is its own affair
+        train(stream("array", lm), checkpoints, log_every=2)
 
 
 def test_a_source_that_has_become_shorter_is_refused(lm, tmp_path):

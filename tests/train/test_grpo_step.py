@@ -225,12 +225,12 @@ mesh = models.sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
 one, many = run(None), run(mesh)
 kernel = many[0]["params"]["blocks"]["gate"]
 assert not kernel.sharding.is_fully_replicated
-assert many[0]["opt_state"][1][0].mu["blocks"]["gate"].sharding == kernel.sharding
+assert many[0]["opt_state"].inner[1][0].mu["blocks"]["gate"].sharding == kernel.sharding
 np.testing.assert_allclose(tiny.flat(many[0]["params"]), tiny.flat(one[0]["params"]), rtol=1e-4, atol=1e-5)
 for a, b in zip(jax.tree.leaves(many[1:]), jax.tree.leaves(one[1:])):
     np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 spec = t.spec(dtype="bfloat16")
-t.assert_near_in_bf16(run(mesh)[0]["opt_state"][1][0].mu, one[0]["opt_state"][1][0].mu)
+t.assert_near_in_bf16(run(mesh)[0]["opt_state"].inner[1][0].mu, one[0]["opt_state"].inner[1][0].mu)
 print("equal")
 """
 

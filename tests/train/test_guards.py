@@ -11,6 +11,7 @@ import optax
 import pytest
 import tiny_grpo as tiny
 import tiny_preferences as prefs
+from tqdm import tqdm
 
 from jaxrl_llm.checkpoint import Checkpoints
 from jaxrl_llm.errors import UserError
@@ -66,18 +67,21 @@ def test_what_is_not_finite_is_left_to_its_own_guard():
 
 def test_an_update_tells_of_a_spike_and_the_state_keeps_its_shape(monkeypatch):
     monkeypatch.setattr(train_state, "SPIKE_WARMUP", 1)
-    config = OptimizerConfig(learning_rate=1e-2, spike_factor=3.0, warmup_steps=2)
+    config = OptimizerConfig(learning_rate=1e-2, spike_factor=3.0, warmup_steps=4)
     params = prefs.params()
     state = train_state.init_state(prefs.CONFIG, config, params)
     assert jax.tree.structure(state) == jax.tree.structure(train_state.abstract_state(prefs.CONFIG, config))
-    grads, spikes = jax.tree.map(jnp.ones_like, params), []
+    grads, spikes, rates = jax.tree.map(jnp.ones_like, params), [], []
     for scale in (1.0, 1.0, 10.0, 1.0):
         before = state["params"]
         state, metrics = train_state.apply_gradients(config, state, jax.tree.map(lambda g, s=scale: s * g, grads))
         spikes.append(float(metrics["spike"]))
+        rates.append(float(metrics["learning_rate"]))
         moved = any(np.any(a != b) for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(state["params"]), strict=True))
         assert moved == (scale == 1.0 and len(spikes) > 1), "the first step of a warm-up moves nothing and is no spike"
     assert spikes == [0, 0, 1, 0] and int(state["step"]) == 4
+    assert rates == pytest.approx([0.0, 0.25e-2, 0.5e-2, 0.5e-2]), "the warm-up waits with the update"
+    assert {int(count) for _, count in optax.tree_utils.tree_get_all_with_path(state["opt_state"].inner, "count")} == {3}
     assert "spike" not in train_state.apply_gradients(OptimizerConfig(), train_state.init_state(prefs.CONFIG, OptimizerConfig(), params), grads)[1]
 
 
@@ -176,6 +180,29 @@ def test_dpo_keeps_the_checkpoint_of_least_loss(tmp_path, monkeypatch):
     assert [record["loss"] for record in history if record["kind"] == "eval"] == [0.1, 0.6, 0.3, 0.3, 0.5]
 
 
+def test_a_process_that_reads_before_the_metrics_are_cut_knows_the_same_best(tmp_path, monkeypatch):
+    """On several processes one cuts metrics.jsonl back to the checkpoint and the others read it, perhaps before: a best step that is to come
+    again would be known to these alone, and their saves would part."""
+    from jaxrl_llm.train import dpo
+
+    evals = {"held": prefs.pairs(4, seed=2)}
+    config = dataclasses.replace(prefs.QUICK, eval_every=1, checkpoint_every=1, keep_best="held", keep_checkpoints=4)
+    prefs.train(config, folder=tmp_path / "run", held_out=evals)
+    for step in (3, 4):
+        shutil.rmtree(tmp_path / "run" / "checkpoints" / str(step))
+    seen = []
+
+    def train(run, *_):
+        seen.append((run.best, [record["step"] for record in run.history if record["kind"] == "eval"]))
+        raise InterruptedError
+
+    monkeypatch.setattr(dpo, "_train", train)
+    monkeypatch.setattr(dpo.RunDir, "truncate_after", lambda *_: None)  # as a process that does not write has it
+    with pytest.raises(InterruptedError):
+        prefs.train(config, folder=tmp_path / "run", held_out=evals)
+    assert seen[0][0][1] <= 2 and seen[0][1] == [0, 1, 2]
+
+
 def test_a_set_that_is_not_there_is_named(tmp_path):
     with pytest.raises(UserError, match="'keep_best' is 'hold', which is no evaluation set: did you mean held"):
         tiny.run(tmp_path / "run", dataclasses.replace(tiny.TINY, keep_best="hold"), evals={"held": tiny.prompts(4)})
@@ -183,6 +210,32 @@ def test_a_set_that_is_not_there_is_named(tmp_path):
         prefs.train(dataclasses.replace(prefs.QUICK, keep_best="hold"), held_out={"held": prefs.pairs(4)})
     with pytest.raises(UserError, match="'keep_best' keeps a checkpoint: give a run directory"):
         prefs.train(dataclasses.replace(prefs.QUICK, keep_best="held"), held_out={"held": prefs.pairs(4)})
+
+
+# ---------------------------------------------------------------------------------------------------- reference figures
+
+
+def test_the_references_figures_are_saved_before_the_first_step(tmp_path, monkeypatch):
+    """Of many pairs they take as long as steps do: a run that dies after them does not compute them anew. It is watched and shows a bar."""
+    from jaxrl_llm.train import dpo
+
+    config, evals = dataclasses.replace(prefs.QUICK, forward_rows=5, watchdog_seconds=1000, steps=2), {"held": prefs.pairs(4, seed=2)}
+    calls, bars, real, beat = [], [], dpo.compiled_sums, dpo.Alive.__call__
+    watched = lambda alive: (calls.append("alive"), beat(alive))  # noqa: E731
+    monkeypatch.setattr(dpo.Alive, "__call__", watched)
+    monkeypatch.setattr(dpo, "tqdm", lambda **how: (bars.append((how["desc"], how["total"])), tqdm(**how))[1])
+    monkeypatch.setattr(dpo, "compiled_update", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        prefs.train(config, folder=tmp_path / "run", held_out=evals)
+    assert bars == [("figures of training rows", 12), ("figures of held", 4)] and calls.count("alive") == 1 + 3 + 1
+    monkeypatch.undo()
+    counts = []
+    monkeypatch.setattr(dpo, "compiled_sums", lambda *how: (counts.append(1), real(*how))[1])
+    trained, _ = prefs.train(config, folder=tmp_path / "run", held_out=evals)
+    assert len(counts) == 2, "those of the evaluations before and after, not those of the reference"
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["kind"], line["step"]) for line in lines] == [("eval", 0), ("dpo", 1), ("dpo", 2), ("eval", 2)]
+    np.testing.assert_array_equal(tiny.flat(trained), tiny.flat(prefs.train(config, held_out=evals)[0]))
 
 
 # ------------------------------------------------------------------------------------------------------------ watchdog

@@ -14,6 +14,7 @@ import pytest
 import tiny_folder
 import tiny_grpo as tiny
 import tiny_preferences as prefs
+from test_verbs_killed import TIMES, VERBS
 
 START = """
 import sys; sys.path.insert(0, "tests/train")
@@ -101,27 +102,25 @@ def test_two_processes_train_one_policy(repo, tmp_path, verb):
     if verb == "dpo":  # the same policy as one process trains at one go
         config = dataclasses.replace(prefs.QUICK, steps=2, loss=prefs.LOSSES["kto"], micro_batch_rows=4, forward_rows=5)
         np.testing.assert_allclose(one, tiny.flat(prefs.train(config)[0]), rtol=1e-4, atol=1e-5)
-    if verb in ("grpo", "sft"):  # and as one process that has both devices
-        (alone,) = run(repo, tmp_path / "alone", middle, 1)
-        assert np.abs(one - alone).max() <= 1e-5 and np.abs(alone - tiny.flat(tiny.params())).max() > 1e-3
+    else:  # and as one process that has both devices
+        (alone,), start = run(repo, tmp_path / "alone", middle, 1), prefs.params() if verb == "online_dpo" else tiny.params()
+        assert np.abs(one - alone).max() <= 1e-5 and np.abs(alone - tiny.flat(start)).max() > 1e-3
 
 
 # ------------------------------------------------------------------------------------------------------ one of them dies
 
-STEPS, HEARTBEAT = 40, 10
-FIELDS = {
-    "data.fields": "prompt=question,answer=good", "batch_rows": 4, "max_length": 16, "mesh": "fsdp=2", "train.steps": STEPS,
-    "train.log_every": 1, "train.checkpoint_every": 3, "train.optimizer.learning_rate": 0.01,
-}  # fmt: skip
+STEPS, HEARTBEAT = 20, 10
+COMMON = {"mesh": "fsdp=2", "train.steps": STEPS, "train.checkpoint_every": 3}
 
 
-def start_verb(repo, model, folder):
-    """The two processes of an `sft` job."""
+def start_verb(verb, repo, model, folder):
+    """The two processes of a job."""
     env = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(repo), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "XLA_FLAGS": ""}
     env |= {"JAX_COMPILATION_CACHE_DIR": str(folder.parent / "cache"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     env |= {"JAX_COORDINATOR_ADDRESS": address(), "JAX_NUM_PROCESSES": "2", "JAXRL_LLM_HEARTBEAT_S": str(HEARTBEAT)}
-    fields = FIELDS | {"model": model[0], "data.source": model[1]}
-    command = [sys.executable, "-m", "jaxrl_llm", "sft", *(f"--config.{name}={value}" for name, value in fields.items()), f"--workdir={folder}"]
+    fields = {name: value for name, value in VERBS[verb].items() if name != "train.overlap_rewards"}  # which is for one process
+    fields |= COMMON | {"model": model[0], "data.source": model[1]}
+    command = [sys.executable, "-m", "jaxrl_llm", verb, *(f"--config.{name}={value}" for name, value in fields.items()), f"--workdir={folder}"]
     pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
     return [subprocess.Popen(command, env=env | {"JAX_PROCESS_ID": str(i)}, cwd=repo, **pipes) for i in range(2)]
 
@@ -141,29 +140,29 @@ def lines(folder):
 def left(folder):
     """(metrics without times, bytes of the weights)."""
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    records = [{name: value for name, value in record.items() if name not in ("seconds", "tokens_per_s")} for record in records]
+    records = [{name: value for name, value in record.items() if name not in TIMES} for record in records]
     return records, {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*.safetensors")}
 
 
-def test_a_process_that_dies_ends_the_other_and_both_go_on(repo, tmp_path):
-    """First the one that only trains is killed, then the one that writes and holds the job together."""
+@pytest.mark.parametrize(("verb", "victim"), [("sft", 1), ("grpo", 0)])
+def test_a_process_that_dies_ends_the_other_and_both_go_on(verb, victim, repo, tmp_path):
+    """The one that only trains, or the one that writes and holds the job together."""
     model, peace, killed = tiny_folder.write(tmp_path), tmp_path / "peace", tmp_path / "killed"
-    for error in finish(start_verb(repo, model, peace)):
+    for error in finish(start_verb(verb, repo, model, peace)):
         assert "is gone" not in error, "one that ends well says nothing of the kind"
     wanted = left(peace)
     assert [record["step"] for record in wanted[0]] == list(range(1, STEPS + 1)) and len(wanted[1]) == 1
-    for victim, step in ((1, 8), (0, 17)):
-        job = start_verb(repo, model, killed)
-        while lines(killed) < step and all(process.poll() is None for process in job):
-            time.sleep(0.002)
-        job[victim].send_signal(signal.SIGKILL)
-        assert job[victim].wait() == -signal.SIGKILL, job[victim].communicate()[1][-3000:]
-        # Far beyond the heartbeat, within which it must end where the machine is idle, but not for ever.
-        error = job[1 - victim].communicate(timeout=10 * HEARTBEAT)[1]
-        job[victim].communicate()
-        assert job[1 - victim].returncode != 0
-        assert f"another process of the job is gone (unheard for {HEARTBEAT} s" in error, error[-3000:]
-        assert "The same command on every host goes on from the newest checkpoint" in error
-        assert step <= lines(killed) < STEPS
-    finish(start_verb(repo, model, killed))
+    job, step = start_verb(verb, repo, model, killed), 8
+    while lines(killed) < step and all(process.poll() is None for process in job):
+        time.sleep(0.002)
+    job[victim].send_signal(signal.SIGKILL)
+    assert job[victim].wait() == -signal.SIGKILL, job[victim].communicate()[1][-3000:]
+    # Far beyond the heartbeat, within which it must end where the machine is idle, but not for ever.
+    error = job[1 - victim].communicate(timeout=10 * HEARTBEAT)[1]
+    job[victim].communicate()
+    assert job[1 - victim].returncode != 0
+    assert f"another process of the job is gone (unheard for {HEARTBEAT} s" in error, error[-3000:]
+    assert "The same command on every host goes on from the newest checkpoint" in error
+    assert step <= lines(killed) < STEPS
+    finish(start_verb(verb, repo, model, killed))
     assert left(killed) == wanted
