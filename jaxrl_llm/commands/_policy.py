@@ -51,19 +51,14 @@ def load_policy(config: Any, mesh: Any = None, lora: LoraSettings | None = None)
 def save_policy(run_dir: RunDir, cfg: Any, trained: Any, lora: LoraSettings, start: str, mesh: Any) -> None:
     """Writes FOLDER and, of parameters with an adapter, ADAPTER. start: folder or hub id of the model that training started from."""
     import models
-    from models.lora import adapter_of, peft_refuses, save_lora
+    from models.lora import adapter_of, save_lora
     from models.sharding import fetch
 
     models.save(run_dir.path / FOLDER, cfg, trained, tokenizer_from=start)
     if lora.adapter is None:
         return
-    reason = peft_refuses(cfg, adapter_of(trained))
     adapter = fetch(adapter_of(trained), mesh)
-    if not run_dir.is_writer:
-        return
-    if reason:
-        print(f"the adapter is in {run_dir.path / FOLDER} only: {reason}")
-    else:
+    if run_dir.is_writer:
         save_lora(run_dir.path / ADAPTER, cfg, adapter, lora.adapter, start)
 
 

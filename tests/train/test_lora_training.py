@@ -429,18 +429,6 @@ def test_sampling_and_serving_take_an_adapter(start_folder, adapter_folder, monk
         np.testing.assert_array_equal(tiny.flat(params), tiny.flat(wanted))
 
 
-def test_an_adapter_that_peft_cannot_hold_is_told_and_the_policy_kept(start_folder, tmp_path, capsys, monkeypatch):
-    from jaxrl_llm.commands import _policy
-
-    folder, _ = start_folder
-    cfg = dataclasses.replace(CONFIG, family="phi3")
-    monkeypatch.setattr(models, "save", lambda path, *_, **__: path.mkdir())
-    trained = lora.adapt(prefs.params(), drawn(), SCALE)
-    _policy.save_policy(RunDir(tmp_path / "run", {}, kind="sft"), cfg, trained, LORA, str(folder), None)
-    assert "policy only: LoRA target 'blocks.q' lies with others in" in capsys.readouterr().out
-    assert not (tmp_path / "run" / "adapter").exists()
-
-
 def test_pair_losses_without_a_reference_need_no_base(tmp_path):
     """SimPO has none: the adapter is all that there is beside the frozen parameters."""
     trained, _ = prefs.train(dataclasses.replace(prefs.QUICK, steps=1, loss=prefs.LOSSES["simpo"], lora=LORA))
