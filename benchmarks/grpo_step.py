@@ -107,7 +107,7 @@ def updates(buckets: int, repeats: int, longest: int = 256) -> tuple[float, floa
     rollout = models.Rollout(draw(N, PROMPT), np.full(N, PROMPT, np.int32), *sampled)
     prompts = PromptBatch(draw(PROMPTS, PROMPT), np.full(PROMPTS, PROMPT, np.int32), [str(i) for i in range(PROMPTS)], [{}] * PROMPTS)
     rewards = rng.random(N).astype(np.float32)
-    judged = Experience(prompts, rollout, [""] * N, [Verdict(Status.PASS)] * N, rewards, np.ones(N, bool), rows, 0.0, 0.0)
+    judged = Experience(prompts, rollout, [""] * N, [Verdict(Status.PASS)] * N, rewards, np.ones(N, bool), np.ones(N, bool), rows, 0.0, 0.0)
     optimizer = OptimizerConfig(learning_rate=1e-6)
     config = GRPOConfig(num_samples=SAMPLES, max_new_tokens=longest, micro_batch_rows=8, length_buckets=buckets, optimizer=optimizer)
     config = dataclasses.replace(config, samples_together=2 if buckets > 1 else 0)

@@ -1,4 +1,4 @@
-"""Train a policy on preferences: pairs of a chosen and a rejected completion, or (KTO) single completions with a label.
+r"""Train a policy on preferences: pairs of a chosen and a rejected completion, or (KTO) single completions with a label.
 
     jaxrl-llm dpo --config.model=FOLDER --config.data.source=pairs.jsonl --config.data.held_out=100 --workdir=runs/dpo
     jaxrl-llm dpo --config=configs/dpo.py:simpo --config.model=FOLDER --config.data.source=pairs.jsonl \
@@ -22,6 +22,7 @@ def get_config(variant: str | None = None) -> ml_collections.ConfigDict:
     placeholder = ml_collections.config_dict.placeholder
     config = ml_collections.ConfigDict()
     config.model = ""  # Hugging Face folder or hub id of the starting policy, which is the reference too
+    config.adapter = ""  # PEFT folder of a low-rank adapter to start from: merged, or with train.lora.rank above 0 trained on; empty = none
     config.dtype = "float32"  # the model computes in: float32 or bfloat16 (the trained copy is fp32 in any case)
     config.mesh = ""  # such as "fsdp=4,tensor=2" over the devices there are; empty = one device
 
@@ -35,7 +36,7 @@ def get_config(variant: str | None = None) -> ml_collections.ConfigDict:
     config.evals = ""  # more held-out sets, "NAME=SOURCE" joined by commas; a source may end in "@SPLIT"
     config.eval_limit = placeholder(int)  # at most so many rows a set of evals; None = all
 
-    config.template = "none"  # of the prompt: "none", "chat" or a format such as "Question: {prompt}\nAnswer:"
+    config.template = "none"  # of the prompt: "none", "chat" (which rows of messages want) or a format such as "Question: {prompt}\nAnswer:"
     config.separator = ""  # text between prompt and completion, such as " "
     config.max_length = 512  # tokens that prompt and completion may have, end token included
     config.overflow = "drop"  # a longer row: "drop" (counted), "truncate" (the completion's end is cut) or "error"
@@ -66,8 +67,8 @@ def get_config(variant: str | None = None) -> ml_collections.ConfigDict:
     config.train.loss.label_smoothing = 0.0  # share of labels taken to be flipped: "sigmoid" (conservative DPO), "robust", "simpo"
     config.train.loss.gamma = 1.0  # margin that "simpo" asks for
     config.train.loss.reference = True  # compare with the starting policy; False = reference-free; "simpo" and "orpo" never have one
-    config.train.loss.desirable_weight = 1.0  # of "kto": keep weight x rows of both labels within a factor of 4/3
-    config.train.loss.undesirable_weight = 1.0
+    config.train.loss.desirable_weight = 1.0  # of "kto", for rows whose label is true: keep weight x rows of both labels within a factor of 4/3
+    config.train.loss.undesirable_weight = 1.0  # of "kto": the same for rows whose label is false
 
     config.train.lora = ml_collections.ConfigDict()  # a low-rank adapter is trained in place of the parameters, and written to WORKDIR/adapter for PEFT too
     config.train.lora.rank = 0  # of the adapter, such as 16; 0 = no adapter, all parameters are trained
@@ -82,9 +83,9 @@ def get_config(variant: str | None = None) -> ml_collections.ConfigDict:
     config.train.optimizer.warmup_steps = 10  # linear, from 0
     config.train.optimizer.decay_steps = 0  # updates at which a falling schedule ends; 0 = with the run
     config.train.optimizer.final_share = 0.1  # of the peak, at that end
-    config.train.optimizer.b1 = 0.9
-    config.train.optimizer.b2 = 0.999
-    config.train.optimizer.eps = 1e-8
+    config.train.optimizer.b1 = 0.9  # decay of the running mean of gradients
+    config.train.optimizer.b2 = 0.999  # decay of that of their squares
+    config.train.optimizer.eps = 1e-8  # added to the root of these squares
     config.train.optimizer.weight_decay = 0.0  # on matrices; never on norms and biases
     config.train.optimizer.clip_norm = 1.0  # global gradient norm; 0 = no clip
     config.train.optimizer.spike_factor = 0.0  # an update whose gradient norm is so many times its running mean is left out; 0 = none is

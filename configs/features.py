@@ -1,4 +1,4 @@
-"""Make a page of the features of a sparse autoencoder: contexts, histograms, logits, neighbours, and labels if a server is named.
+r"""Make a page of the features of a sparse autoencoder: contexts, histograms, logits, neighbours, and labels if a server is named.
 
     jaxrl-llm features --config.model=FOLDER --config.sae=runs/sae/sae --config.data.source=stories.txt --workdir=runs/features
     jaxrl-llm features --config.model=FOLDER --config.sae=runs/sae/sae --config.data.source=stories.txt --workdir=runs/features \

@@ -17,6 +17,7 @@ def get_config(variant: str | None = None) -> ml_collections.ConfigDict:
     """The config."""
     config = ml_collections.ConfigDict()
     config.model = ""  # Hugging Face folder or hub id
+    config.adapter = ""  # PEFT folder of a low-rank adapter of that model, such as the WORKDIR/adapter of a training run; empty = none
     config.dtype = "float32"  # of parameters and activations: float32 or bfloat16
     config.mesh = ""  # such as "fsdp=4,tensor=2" over the devices there are, which share parameters and completions; empty = one device
     config.prompt = ""  # one prompt; empty = read data.source
@@ -28,7 +29,7 @@ def get_config(variant: str | None = None) -> ml_collections.ConfigDict:
     config.data.limit = ml_collections.config_dict.placeholder(int)  # at most so many prompts; None = all
     config.data.on_bad = "error"  # a bad row: "error" stops, "skip" leaves it out
 
-    config.template = "none"  # "none", "chat" or a format such as "Question: {prompt}\nAnswer:"
+    config.template = "none"  # "none", "chat" (which rows of messages want) or a format such as "Question: {prompt}\nAnswer:"
     config.max_prompt_tokens = 512  # room for a prompt; less where the model's context less max_new_tokens is less
     config.overflow = "error"  # a longer prompt: "error", "drop" or "truncate" (its beginning)
     config.num_samples = 1  # completions a prompt

@@ -1,4 +1,4 @@
-"""Train a policy by GRPO on prompts with a checkable reward.
+r"""Train a policy by GRPO on prompts with a checkable reward.
 
     jaxrl-llm grpo --config.model=FOLDER --config.data.source=train.jsonl --config.data.fields=prompt=question \
         --config.reward.name=maths --config.evals=test=test.jsonl --workdir=runs/grpo
@@ -22,6 +22,7 @@ def get_config(variant: str | None = None) -> ml_collections.ConfigDict:
     placeholder = ml_collections.config_dict.placeholder
     config = ml_collections.ConfigDict()
     config.model = ""  # Hugging Face folder or hub id of the starting policy
+    config.adapter = ""  # PEFT folder of a low-rank adapter to start from: merged, or with train.lora.rank above 0 trained on; empty = none
     config.dtype = "float32"  # the model computes in: float32 or bfloat16 (the trained copy is fp32 in any case)
     config.mesh = ""  # such as "fsdp=4,tensor=2" over the devices there are; empty = one device
 
@@ -35,12 +36,12 @@ def get_config(variant: str | None = None) -> ml_collections.ConfigDict:
     config.evals = ""  # held-out sets, "NAME=SOURCE" joined by commas; a source may end in "@SPLIT"
     config.eval_limit = placeholder(int)  # at most so many rows a set; None = all
 
-    config.template = "none"  # "none", "chat" or a format such as "Question: {prompt}\nAnswer:"
+    config.template = "none"  # "none", "chat" (which rows of messages want) or a format such as "Question: {prompt}\nAnswer:"
     config.max_prompt_tokens = 512  # room for a prompt
     config.overflow = "error"  # a longer prompt: "error", "drop" or "truncate"
 
     config.reward = ml_collections.ConfigDict()
-    config.reward.name = "maths"  # of jaxrl_llm.rewards.registry: "maths", "exact", "constraints", ...
+    config.reward.name = "maths"  # "constraints", "exact", "judge" or "maths", see jaxrl_llm.rewards.registry
     config.reward.options = "{}"  # its keyword arguments as JSON, such as '{"ignore_case": false}'
 
     config.schedule = ml_collections.ConfigDict()
@@ -55,7 +56,7 @@ def get_config(variant: str | None = None) -> ml_collections.ConfigDict:
     config.schedule.band.refilter_every = 0  # training steps after which the policy as it is then judges which rows to keep (needs labels in curate); 0 = never
 
     config.train = ml_collections.ConfigDict()  # see jaxrl_llm.train.config.GRPOConfig
-    config.train.steps = 100  # rollouts; each is followed by inner_epochs updates
+    config.train.steps = 100  # rollouts; each is followed by inner_epochs x updates_per_epoch updates
     config.train.num_samples = 8  # completions a prompt (the group)
     config.train.max_new_tokens = 256  # limit of a completion in tokens
     config.train.temperature = 1.0  # of sampling and of the log-probabilities in the loss
@@ -65,12 +66,15 @@ def get_config(variant: str | None = None) -> ml_collections.ConfigDict:
     config.train.stop_strings = ()  # a completion ends after any of these
     config.train.rollout_rows = 512  # most completions decoded at once
     config.train.rollout_refill = False  # a finished completion gives its place to the next at once: same samples, sooner, more memory
-    config.train.rollout_mesh = ""  # how the mesh's devices are used while sampling, such as "fsdp=4,tensor=2": a policy whose parameters are whole, or split by heads, waits for none at each token; empty = as in training
-    config.train.overlap_rewards = False  # judge a step's completions while the next step's are sampled, by the policy before the update: they are one update old (ratios and KL in the reward are taken against the sampler's log-probabilities), resumes stay exact; for slow rewards, one process, schedules that do not follow the policy, rollout_tries=1
-    config.train.inner_epochs = 1  # updates on each rollout
+    config.train.rollout_mesh = ""  # the mesh's shape while sampling, such as "fsdp=4,tensor=2": parameters that are whole, or split by heads, are waited for at no token; empty = as in training
+    config.train.overlap_rewards = False  # judge a step's completions while the next step's are sampled: these are then of the policy before the update, see jaxrl_llm.train.overlap; for slow rewards, in one process
+    config.train.inner_epochs = 1  # times that each rollout is trained on
+    config.train.updates_per_epoch = 1  # equal parts of a rollout's prompts, each of which makes an update (mini-batches); advantages are those of the whole
     config.train.rollout_tries = 1  # most rollouts a step: groups of equal rewards are replaced by the schedule's next prompts; 1 = never
-    config.train.overlong_buffer = 0  # last tokens before max_new_tokens over which a penalty of the reward grows; 0 = no penalty
+    config.train.overlong_buffer = 0  # last tokens before max_new_tokens over which a penalty of the reward grows; 0 = by overlong_buffer_share
+    config.train.overlong_buffer_share = 0.0  # of max_new_tokens, such as 0.2: the same as a share; 0 = no penalty
     config.train.overlong_penalty = 1.0  # what a completion that reaches max_new_tokens loses of its reward
+    config.train.mask_cut_off = False  # learn nothing from completions that reached max_new_tokens: they are neither in the loss nor in the baseline of their group
     config.train.micro_batch_rows = 0  # completions a micro-batch, gradients accumulated; 0 = all at once
     config.train.length_buckets = 1  # widths that micro-batches are cut to, completions sorted by length: less padding, same gradient; 1 = all as wide as the longest
     config.train.samples_together = 0  # most completions of a prompt that share one forward of it: fewer can be sorted better by length, for more work on prompts; 0 = all that fit
@@ -95,7 +99,7 @@ def get_config(variant: str | None = None) -> ml_collections.ConfigDict:
 
     config.train.loss = ml_collections.ConfigDict()  # see jaxrl_llm.losses.grpo for the formulas
     config.train.loss.clip_low = 0.2  # the ratio is clipped to [1 - clip_low, 1 + clip_high]
-    config.train.loss.clip_high = 0.2
+    config.train.loss.clip_high = 0.2  # the upper side: how much likelier a token of good advantage may become before it stops pulling; DAPO: 0.28
     config.train.loss.ratio = "token"  # of new to old policy, by "token", "sequence" (GSPO) or "sequence_token" (its value, each token's gradient)
     config.train.loss.surrogate = "clip"  # "clip" (clipped tokens have no gradient) or "cispo" (the clipped ratio is a weight)
     config.train.loss.mismatch = placeholder(str)  # weight of trainer over sampler by "token" or "sequence", for bfloat16 or another sampler; None = off
@@ -106,7 +110,7 @@ def get_config(variant: str | None = None) -> ml_collections.ConfigDict:
     config.train.loss.advantage_ddof = 1  # of the std: 1 = n - 1 in the denominator
     config.train.loss.advantage_eps = 1e-4  # added to the std
     config.train.loss.kl = placeholder(str)  # None (no reference model in memory), "k1", "k2" or "k3"
-    config.train.loss.kl_coef = 0.0
+    config.train.loss.kl_coef = 0.0  # weight of KL to the policy that training starts from
     config.train.loss.kl_place = "loss"  # kl_coef x KL goes into the "loss", is taken from a completion's reward ("sequence_reward") or from each token's return ("token_reward")
     config.train.loss.gamma = 1.0  # with baseline "value": discount a token
     config.train.loss.gae_lambda = 0.95  # with baseline "value": 1 = returns less values, 0 = one-step errors
@@ -126,9 +130,9 @@ def get_config(variant: str | None = None) -> ml_collections.ConfigDict:
     config.train.optimizer.warmup_steps = 0  # linear, from 0
     config.train.optimizer.decay_steps = 0  # updates at which a falling schedule ends; 0 = with the run
     config.train.optimizer.final_share = 0.0  # of the peak, at that end
-    config.train.optimizer.b1 = 0.9
-    config.train.optimizer.b2 = 0.999
-    config.train.optimizer.eps = 1e-8
+    config.train.optimizer.b1 = 0.9  # decay of the running mean of gradients
+    config.train.optimizer.b2 = 0.999  # decay of that of their squares
+    config.train.optimizer.eps = 1e-8  # added to the root of these squares
     config.train.optimizer.weight_decay = 0.0  # on matrices; never on norms and biases
     config.train.optimizer.clip_norm = 1.0  # global gradient norm; 0 = no clip
     config.train.optimizer.spike_factor = 0.0  # an update whose gradient norm is so many times its running mean is left out; 0 = none is
@@ -146,21 +150,21 @@ def _vary(train: ml_collections.ConfigDict, variant: str | None) -> None:
     if variant == "dr_grpo":
         loss.aggregation, loss.advantage_scale = "dr_grpo", "none"
     elif variant == "dapo":
-        loss.aggregation, loss.clip_high = "token_mean", 0.28
+        loss.aggregation, loss.clip_high = "token_mean", 0.28  # acts with updates_per_epoch, of which the authors make 16 of 512 prompts
         train.rollout_tries = 10  # of the authors' recipe
-        train.overlong_buffer = train.max_new_tokens // 5  # 4,096 of 20,480 tokens there
+        train.overlong_buffer_share = 0.2  # 4,096 of 20,480 tokens there
     elif variant == "rloo":  # the sum over a sequence, as "dr_grpo" takes it up to a constant
         loss.aggregation, loss.baseline, loss.advantage_scale = "dr_grpo", "leave_one_out", "none"
         loss.kl, loss.kl_coef, loss.kl_place = "k1", 0.05, "sequence_reward"
     elif variant == "reinforce_pp":
         loss.aggregation, loss.baseline, loss.advantage_scale = "token_mean", "batch_mean", "batch_std"
         loss.kl, loss.kl_coef, loss.kl_place = "k1", 0.01, "token_reward"
-    elif variant == "gspo":  # the ratio matters from the second update on; the paper makes four of a rollout, on a quarter of it each
+    elif variant == "gspo":  # the ratio matters from the second update on
         loss.ratio, loss.clip_low, loss.clip_high = "sequence", 3e-4, 4e-4
-        train.inner_epochs = 4
+        train.updates_per_epoch = 4  # as in the paper
     elif variant == "cispo":  # no lower bound; weights up to 5 (ScaleRL, arXiv 2510.13786)
         loss.surrogate, loss.aggregation, loss.clip_low, loss.clip_high = "cispo", "token_mean", 1.0, 4.0
-        train.inner_epochs = 4
+        train.updates_per_epoch = 4  # the paper's 16 need as many prompts
     elif variant == "ppo":
         loss.aggregation, loss.baseline, loss.advantage_scale = "token_mean", "value", "batch_std"
         loss.kl, loss.kl_coef, loss.kl_place = "k1", 0.01, "token_reward"

@@ -1,4 +1,4 @@
-"""Train a policy by DPO on pairs of its own samples: the best and the worst of each prompt by a checkable reward.
+r"""Train a policy by DPO on pairs of its own samples: the best and the worst of each prompt by a checkable reward.
 
     jaxrl-llm online_dpo --config.model=FOLDER --config.data.source=prompts.jsonl --config.reward.name=constraints \
         --config.reward.options='{"reduce": "mean"}' --config.evals=test=test.jsonl --workdir=runs/online_dpo
@@ -19,6 +19,7 @@ def get_config(variant: str | None = None) -> ml_collections.ConfigDict:
     placeholder = ml_collections.config_dict.placeholder
     config = ml_collections.ConfigDict()
     config.model = ""  # Hugging Face folder or hub id of the starting policy, which is the reference too
+    config.adapter = ""  # PEFT folder of a low-rank adapter to start from: merged, or with train.lora.rank above 0 trained on; empty = none
     config.dtype = "float32"  # the model computes in: float32 or bfloat16 (the trained copy is fp32 in any case)
     config.mesh = ""  # such as "fsdp=4,tensor=2" over the devices there are; empty = one device
 
@@ -32,12 +33,12 @@ def get_config(variant: str | None = None) -> ml_collections.ConfigDict:
     config.evals = ""  # held-out sets, "NAME=SOURCE" joined by commas; a source may end in "@SPLIT"
     config.eval_limit = placeholder(int)  # at most so many rows a set; None = all
 
-    config.template = "none"  # "none", "chat" or a format such as "Question: {prompt}\nAnswer:"
+    config.template = "none"  # "none", "chat" (which rows of messages want) or a format such as "Question: {prompt}\nAnswer:"
     config.max_prompt_tokens = 512  # room for a prompt
     config.overflow = "error"  # a longer prompt: "error", "drop" or "truncate"
 
     config.reward = ml_collections.ConfigDict()
-    config.reward.name = "constraints"  # of jaxrl_llm.rewards.registry: "maths", "exact", "constraints", ...
+    config.reward.name = "constraints"  # "constraints", "exact", "judge" or "maths", see jaxrl_llm.rewards.registry
     config.reward.options = "{}"  # its keyword arguments as JSON, such as '{"reduce": "mean"}'
 
     config.schedule = ml_collections.ConfigDict()
@@ -61,10 +62,12 @@ def get_config(variant: str | None = None) -> ml_collections.ConfigDict:
     config.train.stop_strings = ()  # a completion ends after any of these
     config.train.rollout_rows = 512  # most completions decoded at once
     config.train.rollout_refill = False  # a finished completion gives its place to the next at once: same samples, sooner, more memory
-    config.train.rollout_mesh = ""  # how the mesh's devices are used while sampling, such as "fsdp=4,tensor=2": a policy whose parameters are whole, or split by heads, waits for none at each token; empty = as in training
-    config.train.overlap_rewards = False  # judge a step's completions while the next step's are sampled, by the policy before the update: the pairs are one update old, resumes stay exact; for slow rewards, one process
-    config.train.overlong_buffer = 0  # last tokens before max_new_tokens over which a penalty of the reward grows; 0 = no penalty
+    config.train.rollout_mesh = ""  # the mesh's shape while sampling, such as "fsdp=4,tensor=2": parameters that are whole, or split by heads, are waited for at no token; empty = as in training
+    config.train.overlap_rewards = False  # judge a step's completions while the next step's are sampled: these are then of the policy before the update, see jaxrl_llm.train.overlap; for slow rewards, in one process
+    config.train.overlong_buffer = 0  # last tokens before max_new_tokens over which a penalty of the reward grows; 0 = by overlong_buffer_share
+    config.train.overlong_buffer_share = 0.0  # of max_new_tokens, such as 0.2: the same as a share; 0 = no penalty
     config.train.overlong_penalty = 1.0  # what a completion that reaches max_new_tokens loses of its reward
+    config.train.mask_cut_off = False  # learn nothing from completions that reached max_new_tokens: they are in no pair
     config.train.micro_batch_rows = 0  # pairs a micro-batch, gradients accumulated; 0 = all at once
     config.train.length_buckets = 1  # widths that micro-batches are cut to, pairs sorted by length: less padding, same gradient; 1 = all as wide as the longest
     config.train.shared_prefix = True  # forward each prompt once for both completions: same gradient, less work
@@ -106,9 +109,9 @@ def get_config(variant: str | None = None) -> ml_collections.ConfigDict:
     config.train.optimizer.warmup_steps = 0  # linear, from 0
     config.train.optimizer.decay_steps = 0  # updates at which a falling schedule ends; 0 = with the run
     config.train.optimizer.final_share = 0.0  # of the peak, at that end
-    config.train.optimizer.b1 = 0.9
-    config.train.optimizer.b2 = 0.999
-    config.train.optimizer.eps = 1e-8
+    config.train.optimizer.b1 = 0.9  # decay of the running mean of gradients
+    config.train.optimizer.b2 = 0.999  # decay of that of their squares
+    config.train.optimizer.eps = 1e-8  # added to the root of these squares
     config.train.optimizer.weight_decay = 0.0  # on matrices; never on norms and biases
     config.train.optimizer.clip_norm = 1.0  # global gradient norm; 0 = no clip
     config.train.optimizer.spike_factor = 0.0  # an update whose gradient norm is so many times its running mean is left out; 0 = none is

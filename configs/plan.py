@@ -31,7 +31,8 @@ def get_config(variant: str | None = None) -> ml_collections.ConfigDict:
     config.rollout_refill = placeholder(bool)  # each completion then has its own copy of its prompt's keys and values; None = the target's, or False
     config.micro_batch_rows = placeholder(int)  # completions (of dpo and online_dpo: pairs) a micro-batch of the update, 0 = all at once; None = the target's, or 0
     config.samples_together = placeholder(int)  # most completions of a prompt that share one forward of it in the update, 0 = all that fit; None = the target's, or 0
-    config.inner_epochs = placeholder(int)  # of GRPO: updates on each rollout; None = the target's, or 1
+    config.inner_epochs = placeholder(int)  # of GRPO: times that each rollout is trained on; None = the target's, or 1
+    config.updates_per_epoch = placeholder(int)  # of GRPO: parts of a rollout's prompts, each of which makes an update; None = the target's, or 1
     config.lora_rank = placeholder(int)  # of an adapter that is trained in place of the parameters, on the target's matrices; None = the target's, or 0 (none)
     config.remat = placeholder(bool)  # recompute each layer in the backward pass; None = the target's, or True
     config.remat_keep = placeholder(str)  # with remat, what is not recomputed: "nothing", or "products", what the weight matrices give; None = the target's, or "nothing"

@@ -1,4 +1,4 @@
-"""How good sparse autoencoders are: figures with intervals, one page an SAE and one that compares them.
+r"""How good sparse autoencoders are: figures with intervals, one page an SAE and one that compares them.
 
     jaxrl-llm eval --config=configs/sae_eval.py --workdir=runs/eval --config.model=FOLDER --config.saes=runs/sae/sae,FOLDER_OR_HUB_ID \
         --config.data.source=stories.txt

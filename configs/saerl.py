@@ -1,4 +1,4 @@
-"""SAERL: the same policy trained by GRPO on plain and on SAE-curated data, arm beside arm.
+r"""SAERL: the same policy trained by GRPO on plain and on SAE-curated data, arm beside arm.
 
     jaxrl-llm saerl --config=configs/saerl.py:demo --workdir=runs/demo      two arms, one seed, under ten minutes on two cores
     jaxrl-llm saerl --config=configs/saerl.py:lab --workdir=runs/lab        the matrix behind docs/saerl.md

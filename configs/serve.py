@@ -13,6 +13,7 @@ def get_config(variant: str | None = None) -> ml_collections.ConfigDict:
     """The config."""
     config = ml_collections.ConfigDict()
     config.model = ""  # Hugging Face folder or hub id
+    config.adapter = ""  # PEFT folder of a low-rank adapter of that model, such as the WORKDIR/adapter of a training run; empty = none
     config.dtype = "float32"  # of parameters and activations: float32 or bfloat16
     config.name = "policy"  # of the model, as requests call it
     config.host = "127.0.0.1"  # address to listen at; one that others reach needs a key

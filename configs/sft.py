@@ -1,13 +1,15 @@
-"""Supervised fine-tuning on prompts with answers, or language-model training on texts.
+r"""Supervised fine-tuning on prompts with answers, or language-model training on texts.
 
     jaxrl-llm sft --config.model=FOLDER --config.data.source=train.jsonl --config.data.fields="prompt=question,answer=answer" --workdir=runs/sft
-    jaxrl-llm sft --config=configs/sft.py:text --config.model=FOLDER --config.data.source=stories.txt --workdir=runs/stories
+    jaxrl-llm sft --config=configs/sft.py:text --config.model=FOLDER --config.data.source=stories.txt --config.data.held_out=200 \
+        --config.train.keep_best=held_out --workdir=runs/stories
     jaxrl-llm sft --config=configs/sft.py:chats --config.model=FOLDER --config.data.source=chats.jsonl --config.data.fields="prompt=messages" \
         --workdir=runs/chats
 
-Variants: "pairs" (the default: the loss is on the response only), "chats" (on every turn of the assistant) and "text" (on every token).
-The trained model is written to WORKDIR/policy as a Hugging Face folder. Started again, a run goes on where it was.
-Expected: the loss (nats a token) falls. docs/training.md explains every metric.
+Variants: "pairs" (the default: the loss is on the response only), "chats" (on every turn of the assistant) and "text" (on every
+token). The trained model is written to WORKDIR/policy as a Hugging Face folder. Started again, a run goes on where it was. Expected: the loss
+(nats a token) falls, on held-out rows too; where that rises again the model learns its rows by heart, and keep_best keeps it from before.
+docs/training.md explains every metric.
 """
 
 import ml_collections
@@ -20,6 +22,7 @@ def get_config(variant: str | None = None) -> ml_collections.ConfigDict:
     placeholder = ml_collections.config_dict.placeholder
     config = ml_collections.ConfigDict()
     config.model = ""  # Hugging Face folder or hub id of the starting model
+    config.adapter = ""  # PEFT folder of a low-rank adapter to start from: merged, or with train.lora.rank above 0 trained on; empty = none
     config.dtype = "float32"  # the model computes in: float32 or bfloat16 (the trained copy is fp32 in any case)
     config.mesh = ""  # such as "fsdp=4,tensor=2" over the devices there are; empty = one device
 
@@ -30,10 +33,13 @@ def get_config(variant: str | None = None) -> ml_collections.ConfigDict:
     config.data.limit = placeholder(int)  # at most so many rows; None = all
     config.data.on_bad = "error"  # a bad row: "error" stops, "skip" leaves it out
     config.data.separator = placeholder(str)  # the line between two texts of a txt file; None = a blank line
+    config.data.held_out = 0  # the last so many rows are not trained on but are the evaluation set "held_out"
+    config.evals = ""  # more held-out sets, "NAME=SOURCE" joined by commas; a source may end in "@SPLIT"
+    config.eval_limit = placeholder(int)  # at most so many rows a set of evals; None = all
 
     config.loss_on = "response"  # "response": the column `response_field`; "assistant": that role's turns of chats; "text": every token of "prompt"
     config.response_field = "answer"  # the column that holds the response
-    config.template = "none"  # of the prompt: "none", "chat" or a format such as "Question: {prompt}\nAnswer:"
+    config.template = "none"  # of the prompt: "none", "chat" (which rows of messages want) or a format such as "Question: {prompt}\nAnswer:"
     config.separator = ""  # text between prompt and response, such as " "
     config.max_length = 512  # tokens a row may have, end token included
     config.overflow = "drop"  # a longer row: "drop" (counted), "truncate" (its end is cut) or "error"
@@ -49,8 +55,11 @@ def get_config(variant: str | None = None) -> ml_collections.ConfigDict:
     config.train.logprob_chunk = placeholder(int)  # tokens a chunk of the unembedding, on each device; None picks by vocabulary
     config.train.router_balance = 0.0  # of a mixture of experts: weight of the loss that spreads tokens evenly over them, such as 0.001; 0 = none
     config.train.log_every = 10  # steps between lines of metrics.jsonl
+    config.train.eval_every = 20  # steps between held-out losses; 0 = only before and after
+    config.train.forward_rows = 64  # held-out rows forwarded at once
     config.train.checkpoint_every = 100  # steps; 0 = only at the end and on SIGTERM
     config.train.keep_checkpoints = 2  # the newest so many stay
+    config.train.keep_best = ""  # held-out set on which the checkpoint of least loss stays too, and is the model that is written; empty = the last one is
     config.train.watchdog_seconds = 0  # a run whose step (the first with its compilation) takes longer ends and says where it stood; 0 = it waits
     config.seed = 0  # of the shuffling
 
@@ -67,9 +76,9 @@ def get_config(variant: str | None = None) -> ml_collections.ConfigDict:
     config.train.optimizer.warmup_steps = 10  # linear, from 0
     config.train.optimizer.decay_steps = 0  # updates at which a falling schedule ends; 0 = with the run
     config.train.optimizer.final_share = 0.1  # of the peak, at that end
-    config.train.optimizer.b1 = 0.9
-    config.train.optimizer.b2 = 0.999
-    config.train.optimizer.eps = 1e-8
+    config.train.optimizer.b1 = 0.9  # decay of the running mean of gradients
+    config.train.optimizer.b2 = 0.999  # decay of that of their squares
+    config.train.optimizer.eps = 1e-8  # added to the root of these squares
     config.train.optimizer.weight_decay = 0.0  # on matrices; never on norms and biases
     config.train.optimizer.clip_norm = 1.0  # global gradient norm; 0 = no clip
     config.train.optimizer.spike_factor = 0.0  # an update whose gradient norm is so many times its running mean is left out; 0 = none is

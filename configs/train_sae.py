@@ -1,4 +1,4 @@
-"""Train a sparse autoencoder on the activations of one tap of a model.
+r"""Train a sparse autoencoder on the activations of one tap of a model.
 
     jaxrl-llm train_sae --config.model=FOLDER --config.data.source=stories.txt --workdir=runs/sae
     jaxrl-llm train_sae --config.model=FOLDER --config.data.source=prompts.jsonl --config.data.fields=prompt=question \

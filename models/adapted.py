@@ -72,6 +72,11 @@ def base_of(kernel: Array | Adapted) -> Array:
     return kernel.base if isinstance(kernel, Adapted) else kernel
 
 
+def bases(tree: Any) -> Any:
+    """The tree with the matrix without its adapter for each adapted one."""
+    return jax.tree.map(base_of, tree, is_leaf=_is_adapted)
+
+
 def side_by_side(kernels: Sequence[Array | Adapted]) -> Array | Adapted:
     """Kernels [in, heads, ...] of one input as one kernel with all their heads. The adapters' ranks add up: B has blocks, zero elsewhere."""
     base = jnp.concatenate([base_of(kernel) for kernel in kernels], axis=1)

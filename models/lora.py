@@ -22,8 +22,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
 from models.adapted import Adapted, merged
 from models.config import ModelConfig
@@ -31,9 +31,11 @@ from models.errors import ModelError
 from models.families import tensor_of
 from models.hf import leaves_of, read_json
 from models.hf_export import replacing
+from models.tensors import Tensor
 from models.transformer import Params, abstract_params, logical_axes
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # PEFT's names
+PARTS = "parts"  # in the weights' metadata: module -> our matrices that lie in its tensor, in the order of their columns, as JSON
 _PREFIX = "base_model.model."
 
 
@@ -154,60 +156,83 @@ def merge(params: Params, lora: Params, scale: float) -> Params:
     return merged(adapt(params, lora, scale))
 
 
-def peft_refuses(cfg: ModelConfig, lora: Params) -> str | None:
-    """Why PEFT's layout has no place for an adapter; None where it has one. It has none for a matrix that a checkpoint keeps in one tensor
-    with others (Phi-3's queries, keys and values): PEFT adapts that tensor as a whole, by one A."""
-    for group, leaves in lora.items():
-        for leaf in leaves:
-            if (tensor := tensor_of(cfg, f"{group}.{leaf}")).beside:
-                told = f"LoRA target '{group}.{leaf}' lies with others in {tensor.name} of a {cfg.family} checkpoint"
-                return f"{told}, which PEFT adapts as a whole"
-    return None
-
-
 def save_lora(folder: str | os.PathLike, cfg: ModelConfig, lora: Params, config: LoraConfig, base: str = "") -> None:
     """Writes an adapter as PEFT does (adapter_config.json and adapter_model.safetensors). base: the model that it adapts, by name or folder.
 
+    PEFT adapts a tensor as a whole. Where a checkpoint keeps several of our matrices in one (Phi-3's queries, keys and values), theirs has all
+    the columns of ours: A's one behind the other, each B's in its own rows, rank and alpha by pattern so that the scale stays. The metadata of
+    the safetensors file says under PARTS whose columns they are, so that `load_lora` gives the same adapter back.
+
     An adapter that is there is replaced as a whole: whenever the writing stops, the folder is the old one or the new one.
-    Raises ModelError where the folder cannot be written or holds something else, and where `peft_refuses`.
+    Raises ModelError where the folder cannot be written or holds something else.
     """
-    if reason := peft_refuses(cfg, lora):
-        raise ModelError(f"{reason}: merge the adapter and save the model instead")
-    target, tensors, modules = Path(folder).expanduser().absolute(), {}, {}
+    target, tensors, parts = Path(folder).expanduser().absolute(), {}, {}
     if target.exists() and (other := [p for p in ([target] if target.is_file() else target.iterdir()) if p.name not in (CONFIG, WEIGHTS)]):
         raise ModelError(f"{target}: neither empty nor an adapter (it holds {other[0].name}); give another folder")
-    for group, leaves in lora.items():
-        for leaf, pair in leaves.items():
-            name = f"{group}.{leaf}"
-            inputs, stacked = _sides(cfg, name)
-            a, b = (np.asarray(pair[side], np.float32) for side in "ab")
-            for layer, stored in enumerate(tensor_of(cfg, name).names(cfg).flat):
-                module = stored.removesuffix(".weight")
-                modules[module.rpartition(".")[2]] = None
-                one = (lambda x, i=layer: x[i]) if stacked else (lambda x: x)
-                tensors[f"{_PREFIX}{module}.lora_A.weight"] = np.ascontiguousarray(one(a).reshape(-1, config.rank).T)
-                tensors[f"{_PREFIX}{module}.lora_B.weight"] = np.ascontiguousarray(one(b).reshape(config.rank, -1).T)
-    first = next(tensor_of(cfg, f"{group}.{leaf}") for group, leaves in lora.items() for leaf in leaves)
-    transposed = first.ours.startswith(first.stored.split()[0])
+    for name in (f"{group}.{leaf}" for group, leaves in lora.items() for leaf in leaves):
+        parts.setdefault(tensor_of(cfg, name).name, []).append(name)
+    for names in parts.values():
+        tensor = tensor_of(cfg, names[0])
+        for layer, stored in enumerate(tensor.names(cfg).flat):
+            sides = [_stored_sides(cfg, name, lora, layer) for name in names]
+            module = stored.removesuffix(".weight")
+            tensors[f"{_PREFIX}{module}.lora_A.weight"] = np.concatenate([a for a, _ in sides])
+            tensors[f"{_PREFIX}{module}.lora_B.weight"] = np.ascontiguousarray(np.concatenate([b for _, b in sides], axis=1))
+    first = tensor_of(cfg, next(iter(parts.values()))[0])
+    by_module = {_module(name): names for name, names in parts.items()}
+    ranks, alphas = _patterns(by_module, config.rank, config.alpha, config.rank_stabilised)
     told = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
         "r": config.rank,
         "lora_alpha": config.alpha,
+        "rank_pattern": ranks,
+        "alpha_pattern": alphas,
         "use_rslora": config.rank_stabilised,
         "lora_dropout": 0.0,
         "bias": "none",
-        "fan_in_fan_out": transposed,  # of the checkpoint's own matrices; A and B lie the same way in any case
+        "fan_in_fan_out": _transposed(first),  # of the checkpoint's own matrices; A and B lie the same way in any case
         "inference_mode": True,
-        "target_modules": list(modules),
+        "target_modules": list(by_module),
     }
+    shared = {_module(name): names for name, names in parts.items() if tensor_of(cfg, names[0]).beside}
+    metadata = {"format": "pt"} | ({PARTS: json.dumps(shared)} if shared else {})
     try:
         with replacing(target) as contents:
-            save_file(tensors, contents / WEIGHTS, metadata={"format": "pt"})
+            save_file(tensors, contents / WEIGHTS, metadata=metadata)
             (contents / CONFIG).write_text(json.dumps(told, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     except OSError as error:
         raise ModelError(f"{target}: cannot be written: {error.strerror or error}") from error
+
+
+def _module(tensor: str) -> str:
+    """What PEFT calls the module of a tensor, in whatever layer: "qkv_proj"."""
+    return tensor.removesuffix(".weight").rpartition(".")[2]
+
+
+def _transposed(tensor: Tensor) -> bool:
+    """Whether a checkpoint's matrix lies [in, out]."""
+    return tensor.ours.startswith(tensor.stored.split()[0])
+
+
+def _patterns(modules: Mapping[str, Sequence[str]], rank: int, alpha: float, stabilised: bool) -> tuple[dict[str, int], dict[str, float]]:
+    """PEFT's rank_pattern and alpha_pattern of modules that hold several of our matrices: as many ranks, at the scale of one."""
+    several = {module: len(names) for module, names in modules.items() if len(names) > 1}
+    return {m: n * rank for m, n in several.items()}, {m: alpha * (math.sqrt(n) if stabilised else n) for m, n in several.items()}
+
+
+def _stored_sides(cfg: ModelConfig, name: str, lora: Params, layer: int) -> tuple[np.ndarray, np.ndarray]:
+    """A [rank, in] and B [out of the whole tensor, rank] of one layer of a matrix, as PEFT has them."""
+    tensor, (group, _, leaf) = tensor_of(cfg, name), name.partition(".")
+    a, b = (np.asarray(lora[group][leaf][side], np.float32) for side in "ab")
+    a, b = (a[layer], b[layer]) if _sides(cfg, name)[1] else (a, b)
+    rank = b.shape[0]
+    if tensor.beside:
+        whole = np.zeros(tensor.stored_shape(b.shape), np.float32)
+        tensor.write(whole, b)
+        return np.ascontiguousarray(a.reshape(-1, rank).T), whole.T if _transposed(tensor) else whole
+    return np.ascontiguousarray(a.reshape(-1, rank).T), b.reshape(rank, -1).T
 
 
 _NEUTRAL: Mapping[str, Any] = {  # fields of a PEFT config that change the result, and the values of them that we have
@@ -224,38 +249,54 @@ def load_lora(folder: str | os.PathLike, cfg: ModelConfig) -> tuple[Params, Lora
     """
     target = Path(folder)
     told = read_json(target / CONFIG)
-    for field, neutral in _NEUTRAL.items():
-        if told.get(field, neutral) not in (neutral, None):
-            raise ModelError(f"{target / CONFIG}: {field}={told[field]!r} is not supported; known: {neutral!r}")
     rank, alpha = told.get("r"), told.get("lora_alpha")
     if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1 or not isinstance(alpha, (int, float)) or not alpha > 0:
         raise ModelError(f"{target / CONFIG}: r must be a whole number of at least 1 and lora_alpha above 0, not {rank!r} and {alpha!r}")
     try:
-        tensors = load_file(target / WEIGHTS)
-    except (SafetensorError, OSError) as error:
+        with safe_open(target / WEIGHTS, "np") as file:
+            metadata, tensors = file.metadata() or {}, {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        modules = dict(json.loads(metadata.get(PARTS, "{}")))
+    except (SafetensorError, OSError, ValueError, TypeError) as error:
         raise ModelError(f"{target / WEIGHTS}: not a complete safetensors file ({error})") from error
+    ranks, alphas = _patterns(modules, rank, float(alpha), bool(told.get("use_rslora", False)))
+    for field, neutral in (_NEUTRAL | {"rank_pattern": ranks, "alpha_pattern": alphas}).items():
+        if told.get(field, neutral) not in (neutral, None):
+            raise ModelError(f"{target / CONFIG}: {field}={told[field]!r} is not supported; known: {neutral!r}")
     lora, shapes = {}, dict(leaves_of(abstract_params(cfg)))
+    used: set[str] = set()
     for name, abstract in shapes.items():
-        if not _is_matrix(cfg, name) or tensor_of(cfg, name).beside:
+        if not _is_matrix(cfg, name):
             continue
-        modules = [stored.removesuffix(".weight") for stored in tensor_of(cfg, name).names(cfg).flat]
-        keys = {side: [f"{_PREFIX}{module}.lora_{side.upper()}.weight" for module in modules] for side in "ab"}
+        tensor = tensor_of(cfg, name)
+        beside = modules.get(_module(tensor.name), [name]) if tensor.beside else [name]  # PEFT's own has one A for all that lie there
+        stored = [each.removesuffix(".weight") for each in tensor.names(cfg).flat]
+        keys = {side: [f"{_PREFIX}{module}.lora_{side.upper()}.weight" for module in stored] for side in "ab"}
         missing = [key for both in keys.values() for key in both if key not in tensors]
-        if len(missing) == 2 * len(modules):
+        if name not in beside or len(missing) == 2 * len(stored):
             continue
         if missing:
             raise ModelError(f"{target / WEIGHTS}: missing tensor {missing[0]}: a matrix is adapted in every layer or in none")
         group, _, leaf = name.partition(".")
-        both = {}
+        both, columns = {}, slice(beside.index(name) * rank, (beside.index(name) + 1) * rank)
         for side, shape in zip("ab", _shapes(cfg, name, abstract.shape, rank), strict=True):
-            parts = [tensors.pop(key) for key in keys[side]]
-            one = shape[_sides(cfg, name)[1] :]
-            flat = (rank, math.prod(one[:-1])) if side == "a" else (math.prod(one[1:]), rank)
-            for key, part in zip(keys[side], parts, strict=True):
-                if part.shape != flat:
-                    raise ModelError(f"{target / WEIGHTS}: {key}: expected shape {list(flat)}, found {list(part.shape)}")
-            both[side] = jnp.asarray(np.stack([part.astype(np.float32).T.reshape(one) for part in parts]).reshape(shape))
+            one, found = shape[_sides(cfg, name)[1] :], []
+            whole = tensor.stored_shape(one) if side == "b" and tensor.beside else (math.prod(one[1:]), rank)
+            out = whole[_transposed(tensor)] if side == "b" and tensor.beside else whole[0]
+            flat = (rank * len(beside), math.prod(one[:-1])) if side == "a" else (out, rank * len(beside))
+            for key in keys[side]:
+                used.add(key)
+                if tensors[key].shape != flat:
+                    raise ModelError(f"{target / WEIGHTS}: {key}: expected shape {list(flat)}, found {list(tensors[key].shape)}")
+                part = tensors[key].astype(np.float32)
+                part = part[columns] if side == "a" else part[:, columns]
+                if side == "b" and tensor.beside:
+                    laid = part.T if _transposed(tensor) else part
+                    found.append(tensor.read(laid.__getitem__, one, [slice(None)] * len(one)))
+                else:
+                    found.append(part.T.reshape(one))
+            both[side] = jnp.asarray(np.stack(found).reshape(shape))
         lora.setdefault(group, {})[leaf] = both
+    tensors = {key: value for key, value in tensors.items() if key not in used}
     if tensors:
         raise ModelError(f"{target / WEIGHTS}: unexpected tensor {min(tensors)}: no matrix of this {cfg.family} model")
     if not lora:

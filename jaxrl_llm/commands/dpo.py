@@ -1,12 +1,13 @@
 """`jaxrl-llm dpo`: trains a policy on preferences (pairs, or single labelled completions); writes it as a Hugging Face folder."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from jaxrl_llm.commands._policy import FOLDER, OWNS, of_step, save_policy
+from jaxrl_llm.commands._policy import FOLDER, OWNS, load_policy, of_step, save_policy, stopping_at, summary_of
 from jaxrl_llm.commands.grpo import parse_evals
+from jaxrl_llm.data.chats import answer_end
 from jaxrl_llm.data.prompts import tokenise_prompts
 from jaxrl_llm.data.sampler import ShuffledSchedule
 from jaxrl_llm.data.sources import Rows, parse_fields, read_rows
@@ -47,7 +48,7 @@ def run(config: Any, workdir: str) -> None:
     run_dir = RunDir(workdir, config, kind="dpo", owns=OWNS)
     mesh = parse_mesh(config.mesh)
     tokenizer = models.load_tokenizer(config.model)  # before the weights, which take longer to come
-    cfg, params = models.load(config.model, dtype=config.dtype, mesh=mesh)
+    cfg, params = load_policy(config, mesh, settings.lora)
     data = encode(rows, tokenizer, cfg.eos_token_ids, config, names)
     held_out = {name: encode(rows, tokenizer, cfg.eos_token_ids, config, names) for name, rows in sets.items()}
     if count := config.data.held_out:
@@ -55,11 +56,12 @@ def run(config: Any, workdir: str) -> None:
             raise UserError(f"data.held_out is {count} of {len(data)} rows: leave rows to train on, and name no set of evals 'held_out'")
         data, held_out["held_out"] = data.take(np.arange(len(data) - count)), data.take(np.arange(len(data) - count, len(data)))
     schedule = ShuffledSchedule(len(data), min(config.batch_rows, len(data)), config.seed)
+    cfg = stopping_at(cfg, tokenizer, answer_end(tokenizer, cfg.eos_token_ids, config.template))
     start = [params]
     del params  # handed over: training has its own copy
     trained, history = train_dpo(cfg, start.pop, data, schedule, settings, run_dir, held_out, mesh=mesh)
     save_policy(run_dir, cfg, trained, settings.lora, config.model, mesh)
-    summary = _summary(history, settings.steps, len(data), settings.keep_best)
+    summary = summary_of(history, "dpo", settings.steps, len(data), settings.keep_best, ("accuracy", "margin", "loss"))
     run_dir.summary(summary)
     if run_dir.is_writer:
         print(f"loss {summary['loss_first']:.4f} -> {summary['loss_last']:.4f}")
@@ -67,19 +69,6 @@ def run(config: Any, workdir: str) -> None:
             accuracy, margin = ("{first:.3f} -> {last:.3f}".format(**found[key]) for key in ("accuracy", "margin"))
             print(f"{name}: accuracy {accuracy}, margin {margin} of {found['n']}")
         print(f"policy: {run_dir.path / FOLDER}{of_step(summary)}   report: jaxrl-llm report --workdir={run_dir.path}")
-
-
-def _summary(history: Sequence[Mapping[str, Any]], steps: int, rows: int, keep_best: str) -> dict[str, Any]:
-    train, evals = ([r for r in history if r["kind"] == kind] for kind in ("dpo", "eval"))
-    found: dict[str, Any] = {"steps": steps, "rows": rows, "loss_first": train[0]["loss"], "loss_last": train[-1]["loss"], "evals": {}}
-    for name in dict.fromkeys(r["set"] for r in evals):
-        of_set = [r for r in evals if r["set"] == name]
-        ends = {key: {"first": of_set[0][key], "last": of_set[-1][key]} for key in ("accuracy", "margin", "loss")}
-        found["evals"][name] = {"n": of_set[-1]["n"], **ends}
-        if name == keep_best:
-            best = min((r for r in of_set if r["step"] > 0), key=lambda r: r["loss"])
-            found["best"] = {"set": name, "step": best["step"], "loss": best["loss"]}
-    return found
 
 
 def _read(config: Any, source: str, limit: int | None, names: Sequence[str]) -> Rows:
@@ -122,7 +111,7 @@ def _open_chats(row: dict[str, Any], names: Sequence[str], where: str) -> None:
 
 
 def encode(rows: Rows, tokenizer: Any, eos_token_ids: Sequence[int], config: Any, names: Sequence[str]) -> "Preferences":
-    """Tokenised preferences: prompts by the template, completions with the separator before and the end token after them. Prompt and
+    """Tokenised preferences: prompts by the template, completions with the separator before and their end (`answer_end`) after them. Prompt and
     completion are tokenised apart, as they will be in generation.
 
     Raises UserError when a row is too long and overflow is "error", or no row is left.
@@ -130,7 +119,7 @@ def encode(rows: Rows, tokenizer: Any, eos_token_ids: Sequence[int], config: Any
     from jaxrl_llm.train.dpo import Preferences, with_unrelated
 
     prompts = tokenise_prompts(rows, tokenizer, max_length=2**30, template=config.template).token_lists()
-    end, places, limit = list(eos_token_ids[:1]), getattr(rows, "places", {}), config.max_length
+    end, places, limit = answer_end(tokenizer, eos_token_ids, config.template), getattr(rows, "places", {}), config.max_length
     completions = []
     for name in names:
         ids = tokenizer([config.separator + row[name] for row in rows], add_special_tokens=False)["input_ids"]

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from jaxrl_llm.commands._policy import load_policy
 from jaxrl_llm.commands._steer import check_steer, edits_of
 from jaxrl_llm.config import check_fields
 from jaxrl_llm.data.prompts import PromptBatch, tokenise_prompts
@@ -41,7 +42,7 @@ def run(config: Any, workdir: str | None = None) -> None:
     tokenizer = models.load_tokenizer(config.model)  # before the weights, which may take minutes
     run_dir = RunDir(workdir, config, kind="generate") if workdir else None
     mesh = parse_mesh(config.mesh)
-    cfg, params = models.load(config.model, dtype=config.dtype, mesh=mesh)
+    cfg, params = load_policy(config, mesh)
     edits = edits_of(config.steer, cfg, config.model)
     if skipped := sum(rows.skipped.values()):
         print(f"bad rows left out: {skipped}", file=sys.stderr)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxrl_llm.commands._policy import FOLDER, OWNS, of_step, save_policy
+from jaxrl_llm.commands._policy import FOLDER, OWNS, load_policy, of_step, save_policy
 from jaxrl_llm.curation.curated_set import CuratedSet
 from jaxrl_llm.curation.judging import Refilter
 from jaxrl_llm.curation.passes import LanguageModel
@@ -32,12 +32,13 @@ def run(config: Any, workdir: str) -> None:
     Raises:
       UserError: no model, no prompts or two sources of them, an unknown reward or schedule; and what reading and training raise.
     """
-    from jaxrl_llm.train.checks import check_grpo
+    from jaxrl_llm.train.checks import check_grpo, check_parts
     from jaxrl_llm.train.config import GRPOConfig, from_mapping
     from jaxrl_llm.train.loop import train_grpo
 
     settings = from_mapping(GRPOConfig, config.train)
     check_grpo(settings)
+    check_parts(settings, config.schedule.batch_prompts)
     train_policy(config, workdir, "grpo", settings, train_grpo)
 
 
@@ -58,7 +59,7 @@ def train_policy(config: Any, workdir: str, kind: str, settings: Any, train: Cal
     run_dir = RunDir(workdir, config, kind=kind, owns=OWNS)
     mesh = parse_mesh(config.mesh)
     tokenizer = models.load_tokenizer(config.model)  # before the weights, which take longer to come
-    cfg, params = models.load(config.model, dtype=config.dtype, mesh=mesh)
+    cfg, params = load_policy(config, mesh, settings.lora)
 
     def tokenised(rows) -> PromptBatch:
         return tokenise_prompts(rows, tokenizer, max_length=config.max_prompt_tokens, template=config.template, overflow=config.overflow)

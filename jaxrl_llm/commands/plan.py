@@ -190,7 +190,8 @@ def _plan_on_cpu() -> None:
 
 def _need(sizes: Mapping[str, Any]) -> None:
     endless = float("inf")
-    ranges = dict.fromkeys(("prompts", "num_samples", "prompt_tokens", "max_new_tokens", "rollout_rows", "inner_epochs"), (1, endless))
+    counts = ("prompts", "num_samples", "prompt_tokens", "max_new_tokens", "rollout_rows", "inner_epochs", "updates_per_epoch")
+    ranges = dict.fromkeys(counts, (1, endless))
     ranges |= dict.fromkeys(("micro_batch_rows", "samples_together", "lora_rank"), (0, endless))
     check_fields(sizes, {"dtype": ("float32", "bfloat16"), "remat_keep": ("nothing", "products"), "attention": ("plain", "splash", "cudnn")}, ranges)
 
@@ -228,7 +229,7 @@ def table(found: Mapping[str, Any]) -> str:
     lines.append("")
     for name in names:
         program, what = found[name], "micro_batches" if name == "train_step" else "batches"
-        split = f"{program[what]} x {program['rows']} rows" + (f", {epochs} times" if (epochs := program.get("epochs", 1)) > 1 else "")
+        split = f"{program[what]} x {program['rows']} rows" + (f", {updates} times" if (updates := program.get("updates", 1)) > 1 else "")
         lines.append(f"{name:<16}{program['flops'] / 1e12:.1f} TFLOP a step in {split}; compiled in {program['compile_seconds']:.0f} s")
         if (least := program["roofline"]) is not None:
             parts = f"arithmetic {least['compute']:.2f}, memory {least['memory']:.2f}, links {least['links']:.2f}"

@@ -184,13 +184,16 @@ def _one_stage(new: int):
 
 
 def update(model: Any, sizes: Mapping[str, Any], mesh: Any) -> dict[str, Any]:
-    """The GRPO update on the whole step's completions, `inner_epochs` times: gradients by micro-batches, AdamW, the target's loss.
+    """The GRPO update on the step's completions, or on each of its parts, `inner_epochs` times: gradients by micro-batches, AdamW, the target's
+    loss.
 
-    A reference's log-probabilities and a critic's values come from passes before it, without gradients, that take less.
+    A reference's log-probabilities, a critic's values and, of parts, the old log-probabilities come from passes before it, without gradients,
+    that take less.
     """
     import jax
     import jax.numpy as jnp
 
+    from jaxrl_llm.train.checks import TOKEN_BASELINES
     from jaxrl_llm.train.rollout import samples_together
     from jaxrl_llm.train.state import abstract_state
     from jaxrl_llm.train.step import batch_shardings, compiled_update
@@ -200,10 +203,11 @@ def update(model: Any, sizes: Mapping[str, Any], mesh: Any) -> dict[str, Any]:
     micro_rows = sizes["micro_batch_rows"]
     spec, ways = _train_settings(model, sizes), batch_ways(mesh)
     together = samples_together(samples, micro_rows, ways, sizes["samples_together"])
-    blocks = sizes["prompts"] * samples // together  # a prompt is forwarded once for each
-    per_device = math.ceil(blocks / ways)
+    blocks, parts = sizes["prompts"] * samples // together, sizes["updates_per_epoch"]  # a prompt is forwarded once for each block
+    of_part = math.ceil(blocks / parts)
+    per_device = math.ceil(of_part / ways)
     prompts = ways * (min(per_device, max(micro_rows // together // ways, 1)) if micro_rows else per_device)
-    micros, rows = math.ceil(blocks / prompts), prompts * together
+    micros, rows = math.ceil(of_part / prompts), prompts * together
     place = batch_shardings(mesh)
 
     def array(shape: tuple[int, ...], dtype: Any) -> Any:
@@ -223,17 +227,21 @@ def update(model: Any, sizes: Mapping[str, Any], mesh: Any) -> dict[str, Any]:
         batch["ref_logps" if spec.loss.kl_place == "loss" else "kl"] = batch["sampler_logps"]
     if spec.loss.critic:
         batch["values"] = batch["sampler_logps"]
-    if (epochs := sizes["inner_epochs"]) > 1:
-        batch["old_logps"] = batch["sampler_logps"]  # which the first epoch gives the others
+    if (epochs := sizes["inner_epochs"]) * parts > 1:
+        batch["old_logps"] = batch["sampler_logps"]  # which the first epoch gives the others, or a pass before it the parts
+    if parts > 1:
+        by_token = spec.loss.baseline in TOKEN_BASELINES
+        batch |= {"advantages": batch["sampler_logps" if by_token else "rewards"]} | ({"returns": batch["values"]} if spec.loss.critic else {})
     state = abstract_state(model, spec.optimizer, mesh, spec.loss.critic, spec.lora)
     found = compiled(compiled_update(spec, mesh), state, batch, _frozen(model, sizes, mesh))
     forward = blocks * width * model.flops_per_token(width // 2)
     forward += sizes["prompts"] * samples * new * model.flops_per_token(width + new // 2)
-    passes = epochs * _passes(sizes) + _passes_before(spec.loss)
-    read = micros * passes * _weight_bytes(model, mesh, rows // ways * (width // together + new))
+    passes = epochs * _passes(sizes) + _passes_before(spec.loss) + (parts > 1)
+    read = micros * parts * passes * _weight_bytes(model, mesh, rows // ways * (width // together + new))
     if found["collectives"] is not None:
-        found["collectives"] = {kind: size * epochs for kind, size in found["collectives"].items()}
-    return {"rows": rows, "micro_batches": micros, "epochs": epochs, "flops": forward * passes, "read_bytes": read, **found}
+        found["collectives"] = {kind: size * epochs * parts for kind, size in found["collectives"].items()}
+    updates = {"epochs": epochs, "updates": epochs * parts}
+    return {"rows": rows, "micro_batches": micros, **updates, "flops": forward * passes, "read_bytes": read, **found}
 
 
 def _passes(sizes: Mapping[str, Any]) -> int:

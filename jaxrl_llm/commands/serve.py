@@ -7,6 +7,7 @@ import threading
 import time
 from typing import Any
 
+from jaxrl_llm.commands._policy import load_policy
 from jaxrl_llm.config import check_fields
 from jaxrl_llm.errors import UserError
 
@@ -67,7 +68,7 @@ def make_server(config: Any) -> Any:
     if not key and not _is_loopback(config.host):
         raise UserError(f"config key 'host' is {config.host}, which others reach: name the environment variable of a token with key_variable")
     tokenizer = models.load_tokenizer(config.model)  # before the weights, which may take minutes
-    cfg, params = models.load(config.model, dtype=config.dtype)
+    cfg, params = load_policy(config)
     engine = Engine(
         cfg, params, places=config.places, prompt_tokens=config.max_prompt_tokens, new_tokens=config.max_tokens, chunk=config.chunk,
         window=config.window_ms / 1000, waiting=config.queue,

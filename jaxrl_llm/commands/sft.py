@@ -5,8 +5,9 @@ from typing import Any
 
 import numpy as np
 
-from jaxrl_llm.commands._policy import FOLDER, OWNS, save_policy
-from jaxrl_llm.data.chats import assistant_tokens
+from jaxrl_llm.commands._policy import FOLDER, OWNS, load_policy, of_step, save_policy, stopping_at, summary_of
+from jaxrl_llm.commands.grpo import parse_evals
+from jaxrl_llm.data.chats import answer_end, assistant_tokens
 from jaxrl_llm.data.prompts import pack_rows, pad_rows, tokenise_prompts
 from jaxrl_llm.data.sampler import ShuffledSchedule
 from jaxrl_llm.data.sources import Rows, parse_fields, read_rows
@@ -22,7 +23,7 @@ def run(config: Any, workdir: str) -> None:
       UserError: no model or data named, a missing response, no row short enough, a row past the model's context; and what reading and training raise.
     """
     import models
-    from jaxrl_llm.train.checks import check_dtype
+    from jaxrl_llm.train.checks import check_dtype, check_sft
     from jaxrl_llm.train.config import SFTConfig, from_mapping
     from jaxrl_llm.train.sft import train_sft
 
@@ -35,34 +36,50 @@ def run(config: Any, workdir: str) -> None:
             raise UserError(f"config key '{name}' is '{config[name]}': {nearest(config[name], known)}")
     check_dtype(config.dtype)
     settings = from_mapping(SFTConfig, config.train)
-    rows = _read(config)
+    check_sft(settings)
+    rows = _read(config, config.data.source, config.data.limit)
+    sets = {name: _read(config, source, config.eval_limit) for name, source in parse_evals(config.evals).items()}
     run_dir = RunDir(workdir, config, kind="sft", owns=OWNS)
     mesh = parse_mesh(config.mesh)
     tokenizer = models.load_tokenizer(config.model)  # before the weights, which take longer to come
-    cfg, params = models.load(config.model, dtype=config.dtype, mesh=mesh)
+    cfg, params = load_policy(config, mesh, settings.lora)
     tokens_NT, mask_NT = encode(rows, tokenizer, cfg.eos_token_ids, config)
-    if tokens_NT.shape[1] > cfg.max_position:
-        raise UserError(f"the longest row has {tokens_NT.shape[1]} tokens, the model's context is {cfg.max_position}: lower max_length to that")
-    run_dir.same_rows({"training rows": fingerprint([tokens_NT, mask_NT])})
+    held_out = {name: encode(each, tokenizer, cfg.eos_token_ids, config) for name, each in sets.items()}
+    longest = max(tokens.shape[1] for tokens in (tokens_NT, *(tokens for tokens, _ in held_out.values())))
+    if longest > cfg.max_position:
+        raise UserError(f"the longest row has {longest} tokens, the model's context is {cfg.max_position}: lower max_length to that")
+    if count := config.data.held_out:
+        if not 0 < count < len(tokens_NT) or "held_out" in held_out:
+            raise UserError(f"data.held_out is {count} of {len(tokens_NT)} rows: leave rows to train on, and name no set of evals 'held_out'")
+        held_out["held_out"] = tokens_NT[-count:], mask_NT[-count:]
+        tokens_NT, mask_NT = tokens_NT[:-count], mask_NT[:-count]
+    run_dir.same_rows({"training rows": fingerprint([tokens_NT, mask_NT]), **{name: fingerprint(rows) for name, rows in held_out.items()}})
     schedule = ShuffledSchedule(len(tokens_NT), min(config.batch_rows, len(tokens_NT)), config.seed)
     batches = _batches(tokens_NT, mask_NT, schedule, config.max_length if config.pack else None)
+    template = {"response": config.template, "assistant": "chat", "text": "none"}[config.loss_on]
+    cfg = stopping_at(cfg, tokenizer, answer_end(tokenizer, cfg.eos_token_ids, template))
     start = [params]
     del params  # handed over: training has its own copy
-    trained, history = train_sft(cfg, start.pop, batches, settings, run_dir, mesh=mesh)
+    trained, history = train_sft(cfg, start.pop, batches, settings, run_dir, held_out, mesh=mesh)
     save_policy(run_dir, cfg, trained, settings.lora, config.model, mesh)
-    run_dir.summary({"steps": settings.steps, "rows": len(tokens_NT), "loss_first": history[0]["loss"], "loss_last": history[-1]["loss"]})
+    summary = summary_of(history, "sft", settings.steps, len(tokens_NT), settings.keep_best, ("loss",))
+    run_dir.summary(summary)
     if run_dir.is_writer:
-        print(f"loss {history[0]['loss']:.4f} -> {history[-1]['loss']:.4f} nats a token; model: {run_dir.path / FOLDER}")
+        print(f"loss {summary['loss_first']:.4f} -> {summary['loss_last']:.4f} nats a token")
+        for name, found in summary["evals"].items():
+            print("{name}: loss {first:.4f} -> {last:.4f} nats a token of {n} rows".format(name=name, n=found["n"], **found["loss"]))
+        print(f"model: {run_dir.path / FOLDER}{of_step(summary)}   report: jaxrl-llm report --workdir={run_dir.path}")
 
 
-def _read(config: Any) -> Rows:
+def _read(config: Any, source: str, limit: int | None) -> Rows:
     data = config.data
+    source, _, split = source.rpartition("@") if "@" in source else (source, "", data.split)
     required = ("prompt", config.response_field) if config.loss_on == "response" else ("prompt",)
     return read_rows(
-        data.source,
+        source,
         parse_fields(data.fields),
-        split=data.split,
-        limit=data.limit,
+        split=split,
+        limit=limit,
         required=required,
         on_bad=data.on_bad,
         separator=data.separator,
@@ -72,7 +89,7 @@ def _read(config: Any) -> Rows:
 def encode(rows: Sequence[Mapping[str, Any]], tokenizer: Any, eos_token_ids: tuple[int, ...], config: Any) -> tuple[np.ndarray, np.ndarray]:
     """(tokens [N, T] int32 right-padded, mask [N, T] bool on the tokens that are trained on), by `loss_on`:
 
-    "response": prompt + separator + response + end token, the mask on the response and its end token; prompt and response are tokenised
+    "response": prompt + separator + response + its end (`answer_end`), the mask on the response and its end; prompt and response are tokenised
     apart, as they will be in generation. "text": the prompt and an end token, the mask on all. "assistant": chats under "messages" as the
     tokenizer's chat template writes them, the mask on every turn of the assistant.
 
@@ -98,7 +115,7 @@ def encode(rows: Sequence[Mapping[str, Any]], tokenizer: Any, eos_token_ids: tup
 
 def _texts(rows, tokenizer, eos_token_ids, config) -> Iterator[tuple[list[int], np.ndarray]]:
     prompts = tokenise_prompts(rows, tokenizer, max_length=2**30, template=config.template).token_lists()
-    end = list(eos_token_ids[:1])
+    end = answer_end(tokenizer, eos_token_ids, config.template if config.loss_on == "response" else "none")
     responses = [end] * len(rows)
     if config.loss_on == "response":
         texts = [config.separator + str(row[config.response_field]) for row in rows]
@@ -120,9 +137,10 @@ def _chats(rows, tokenizer) -> Iterator[tuple[list[int], np.ndarray]]:
 def _batches(tokens_NT: np.ndarray, mask_NT: np.ndarray, schedule: ShuffledSchedule, pack: int | None = None) -> Iterator[tuple[np.ndarray, ...]]:
     """Shuffled epochs without end. Each batch is cut to a few widths, or packed into a few numbers of rows of `pack` tokens, so that short
     rows cost little and programs are shared."""
+    from jaxrl_llm.train.sft import reach
     from models.decode import bucket
 
-    reach_N = tokens_NT.shape[1] - np.argmax(mask_NT[:, ::-1], axis=1)  # up to the last counted token
+    reach_N = reach(mask_NT)
     step = 0
     while True:
         chosen = schedule.batch(step)

@@ -50,6 +50,25 @@ def assistant_tokens(messages: Sequence[Mapping[str, str]], tokenizer: Any, wher
     return encoded["input_ids"], counts
 
 
+def answer_end(tokenizer: Any, stops: Sequence[int], template: str) -> list[int]:
+    """The tokens that end an answer behind a prompt of `template` (see `data.prompts.tokenise_prompts`). stops: where the model stops.
+
+    With "chat" they are what the chat template writes behind an answer, up to the first stop or special token: where a model stops at
+    several, as an instructed one does, its template uses one of them. A template that writes no such token, and any other `template`, has
+    the first of `stops`; none where there is none.
+
+    Raises UserError for a chat template that cannot write a question with an answer.
+    """
+    if template != "chat":
+        return list(stops[:1])
+    chat = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
+    text = _applied(tokenizer, chat, "a question with an answer", tokenize=False)
+    tokens = tokenizer(text.rpartition("answer")[2], add_special_tokens=False)["input_ids"]
+    special = {*stops, *tokenizer.all_special_ids, *(i for i, token in tokenizer.added_tokens_decoder.items() if token.special)}
+    at = next((i for i, token in enumerate(tokens) if token in special), None)
+    return list(stops[:1]) if at is None else tokens[: at + 1]
+
+
 def _applied(tokenizer: Any, messages: Sequence[Mapping[str, str]], where: str, **options: Any) -> Any:
     try:
         return tokenizer.apply_chat_template(list(messages), **options)

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from absl import logging
 
 from jaxrl_llm.errors import UserError, nearest
 
@@ -60,7 +61,8 @@ def tokenise_prompts(
       rows: from `read_rows`: each has "id" and "prompt" (and "messages" where the source held chat messages).
       tokenizer: a transformers fast tokenizer.
       max_length: tokens that a prompt may have.
-      template: "none" takes the prompt as it is; "chat" applies the tokenizer's chat template with the opening of the
+      template: "none" takes the prompt as it is, which is refused for chats under a tokenizer that has a chat template ("{prompt}" takes
+        the text of their messages, a line each, even then); "chat" applies the tokenizer's chat template with the opening of the
         assistant's turn; anything else is a format such as "Question: {prompt}\\nAnswer:" over the row's columns, in which
         {{ and }} stand for braces and an empty {} (as in \\boxed{}) for itself.
       overflow: what to do with a longer prompt: "error", "drop", or "truncate", which keeps the beginning-of-text token and the
@@ -68,7 +70,7 @@ def tokenise_prompts(
       pad_to: padded width; the longest prompt where it is None.
 
     Raises:
-      UserError: no chat template, an unknown {column}, a prompt longer than the context, or no prompt left.
+      UserError: no chat template, or one that is passed over, an unknown {column}, a prompt longer than the context, or no prompt left.
     """
     if overflow not in ("error", "drop", "truncate"):
         raise UserError(f"overflow '{overflow}': {nearest(overflow, ['error', 'drop', 'truncate'])}")
@@ -118,6 +120,11 @@ def _tokenise(rows: Sequence[Mapping[str, Any]], tokenizer: Any, template: str) 
         texts = [tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) for chat in chats]
         # The template writes the special tokens itself; a second beginning-of-text token would be a different prompt.
         return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
+    if template == "none" and (chats := [row for row in rows if row.get("messages")]):
+        told = f"{_name(chats[0], getattr(rows, 'places', {}))}{f' and {len(chats) - 1} more' if chats[1:] else ''}: a chat, of which template=none"
+        if getattr(tokenizer, "chat_template", None):
+            raise UserError(f"{told} would drop the roles: set the template to 'chat', or to '{{prompt}}' for the text of its messages alone")
+        logging.log_first_n(logging.WARNING, "%s drops the roles, since this tokenizer has no chat template; '{prompt}' means the same", 1, told)
     texts = [row["prompt"] if template == "none" else fill_template(template, row) for row in rows]
     # Not verbose: of long texts it would say that the model fails on them, before we say what to do.
     token_lists = tokenizer(texts, verbose=False)["input_ids"] if texts else []

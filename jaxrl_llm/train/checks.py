@@ -4,7 +4,7 @@ import dataclasses
 import typing
 from typing import Any
 
-from jaxrl_llm.errors import UserError
+from jaxrl_llm.errors import UserError, nearest
 from jaxrl_llm.train.config import DPOConfig, GRPOConfig, LoraSettings, LossConfig, OnlineDPOConfig, OptimizerConfig, SFTConfig
 
 if typing.TYPE_CHECKING:
@@ -38,9 +38,8 @@ def check_grpo(config: GRPOConfig) -> None:
     check_optimizer(config.optimizer)
     check_lora(config.lora)
     check_counts(config)
-    for name in ("steps", "num_samples", "max_new_tokens", "inner_epochs", "rollout_rows", "rollout_tries", "eval_batch", "length_buckets"):
-        if getattr(config, name) < 1:
-            raise UserError(f"setting '{name}' must be at least 1, got {getattr(config, name)}")
+    _check_at_least_one(config, ("steps", "num_samples", "max_new_tokens", "inner_epochs", "updates_per_epoch", "rollout_rows", "rollout_tries"))
+    _check_at_least_one(config, ("eval_batch", "length_buckets"))
     if config.num_samples == 1 and (config.rollout_tries > 1 or config.loss.baseline not in TOKEN_BASELINES):
         name = "rollout_tries" if config.rollout_tries > 1 else "loss.baseline"
         raise UserError(
@@ -84,6 +83,8 @@ def _check_overlong(config: GRPOConfig | OnlineDPOConfig) -> None:
             f"setting 'overlong_buffer' must be from 0 (off) to max_new_tokens={config.max_new_tokens} and 'overlong_penalty' not below 0, "
             f"got {config.overlong_buffer} and {config.overlong_penalty:g}"
         )
+    if not 0 <= config.overlong_buffer_share <= 1:
+        raise UserError(f"setting 'overlong_buffer_share' is a share of max_new_tokens: give 0 (off) to 1, got {config.overlong_buffer_share:g}")
 
 
 def _check_loss(loss: LossConfig) -> None:
@@ -170,6 +171,33 @@ def check_counts(config: GRPOConfig | SFTConfig | DPOConfig | OnlineDPOConfig) -
         least = 1 if field.name in ("keep_checkpoints", "logprob_chunk") else 0
         if field.name != "seed" and type(value) is int and value < least:
             raise UserError(f"setting '{field.name}' must be at least {least}, got {value}")
+
+
+def check_parts(config: GRPOConfig, prompts: int) -> None:
+    """Raises UserError where a step's prompts cannot be parted into as many equal updates."""
+    if prompts % config.updates_per_epoch:
+        raise UserError(
+            f"setting 'updates_per_epoch' is {config.updates_per_epoch}, and a step has {prompts} prompts, which it does not divide: change it, or "
+            "schedule.batch_prompts"
+        )
+
+
+def check_sft(config: SFTConfig) -> None:
+    """Raises UserError for settings that have no meaning; what only some models take is for `train_sft` to say."""
+    check_counts(config)
+    _check_at_least_one(config, ("steps", "log_every", "forward_rows"))
+    check_optimizer(config.optimizer)
+    check_lora(config.lora)
+    if config.router_balance < 0:
+        raise UserError(f"setting 'router_balance' must not be below 0, got {config.router_balance:g}")
+
+
+def check_keep_best(keep_best: str, sets: Any, run_dir: Any) -> None:
+    """Raises UserError where `keep_best` is none of the held-out sets, or there is no run directory that could keep a checkpoint."""
+    if keep_best and keep_best not in sets:
+        raise UserError(f"setting 'keep_best' is {keep_best!r}, which is no held-out set: {nearest(keep_best, sets)}")
+    if keep_best and run_dir is None:
+        raise UserError("setting 'keep_best' keeps a checkpoint: give a run directory to keep it in")
 
 
 def check_dpo(config: DPOConfig) -> None:

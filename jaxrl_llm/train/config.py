@@ -84,7 +84,7 @@ class LossConfig:
 class GRPOConfig:
     """A GRPO run. Prompts a step come from the schedule; the workdir, model and data are arguments of `train_grpo`."""
 
-    steps: int = 100  # rollouts; each is followed by inner_epochs updates
+    steps: int = 100  # rollouts; each is followed by inner_epochs x updates_per_epoch updates
     num_samples: int = 8  # completions a prompt (the group)
     max_new_tokens: int = 64  # generation limit in tokens
     temperature: float = 1.0  # of sampling and of the log-probabilities in the loss
@@ -96,10 +96,13 @@ class GRPOConfig:
     rollout_refill: bool = False  # a finished completion gives its place to the next at once: the same samples, sooner, for more memory
     rollout_mesh: str = ""  # how the mesh's devices are used while sampling, such as "fsdp=4,tensor=2"; empty = as in training
     overlap_rewards: bool = False  # judge a step's completions while the next step's are sampled, by the policy before the update: one update old
-    inner_epochs: int = 1  # updates on each rollout (mu); above 1 the old log-probabilities are kept
+    inner_epochs: int = 1  # times that each rollout is trained on (mu); above 1 the old log-probabilities are kept
+    updates_per_epoch: int = 1  # parts of a rollout, by prompts, each of which makes an update; above 1 the old log-probabilities come first
     rollout_tries: int = 1  # most rollouts a step: groups of equal rewards are replaced by the schedule's next prompts (DAPO); 1 = never
-    overlong_buffer: int = 0  # last tokens before max_new_tokens over which a soft penalty grows (DAPO eq. 13); 0 = no penalty
+    overlong_buffer: int = 0  # last tokens before max_new_tokens over which a soft penalty grows (DAPO eq. 13); 0 = by overlong_buffer_share
+    overlong_buffer_share: float = 0.0  # of max_new_tokens: the same as a share, 0.2 in DAPO; 0 = no penalty
     overlong_penalty: float = 1.0  # what a completion that reaches max_new_tokens loses of its reward
+    mask_cut_off: bool = False  # learn nothing from completions that reached max_new_tokens (DAPO's overlong filtering)
     micro_batch_rows: int = 0  # completions a micro-batch, gradients accumulated; 0 = all at once
     length_buckets: int = 1  # widths that micro-batches of completions sorted by length are cut to; 1 = all are as wide as the longest
     samples_together: int = 0  # most completions of a prompt that share one forward of it (fewer are sorted better); 0 = all that fit
@@ -140,8 +143,11 @@ class SFTConfig:
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-5, clip_norm=1.0)
     lora: LoraSettings = LoraSettings()
     log_every: int = 10  # steps between metric lines (and between waits for the device)
+    eval_every: int = 0  # steps between held-out losses; 0 = only at the end; always also before the first step
+    forward_rows: int = 64  # held-out rows forwarded at once
     checkpoint_every: int = 0  # steps; 0 = only at the end and on SIGTERM
     keep_checkpoints: int = 2
+    keep_best: str = ""  # held-out set on which the checkpoint of least loss stays too and is what training returns; empty = the last
     watchdog_seconds: int = 0  # a run whose step takes longer ends, with its stacks on stderr; 0 = it waits
 
 
@@ -209,8 +215,10 @@ class OnlineDPOConfig:
     rollout_refill: bool = False  # a finished completion gives its place to the next at once: the same samples, sooner, for more memory
     rollout_mesh: str = ""  # how the mesh's devices are used while sampling, such as "fsdp=4,tensor=2"; empty = as in training
     overlap_rewards: bool = False  # judge a step's completions while the next step's are sampled, by the policy before the update: one update old
-    overlong_buffer: int = 0  # last tokens before max_new_tokens over which a soft penalty grows (DAPO eq. 13); 0 = no penalty
+    overlong_buffer: int = 0  # last tokens before max_new_tokens over which a soft penalty grows (DAPO eq. 13); 0 = by overlong_buffer_share
+    overlong_buffer_share: float = 0.0  # of max_new_tokens: the same as a share, 0.2 in DAPO; 0 = no penalty
     overlong_penalty: float = 1.0  # what a completion that reaches max_new_tokens loses of its reward
+    mask_cut_off: bool = False  # learn nothing from completions that reached max_new_tokens (DAPO's overlong filtering)
     micro_batch_rows: int = 0  # pairs a micro-batch, gradients accumulated; 0 = all at once
     length_buckets: int = 1  # widths that micro-batches of pairs sorted by length are cut to; 1 = all are as wide as the step's longest completion
     shared_prefix: bool = True  # forward each prompt once for both completions (same gradient, less work)

@@ -20,10 +20,11 @@ from tqdm import tqdm
 import models
 from jaxrl_llm.checkpoint import Checkpoints
 from jaxrl_llm.data.sampler import ShuffledSchedule
-from jaxrl_llm.errors import UserError, nearest
+from jaxrl_llm.errors import UserError
 from jaxrl_llm.run_dir import RunDir
-from jaxrl_llm.train.checks import check_dpo
+from jaxrl_llm.train.checks import check_dpo, check_keep_best
 from jaxrl_llm.train.config import DPOConfig, from_mapping
+from jaxrl_llm.train.metrics import Recorded
 from jaxrl_llm.train.preference_step import (
     PreferenceSpec,
     by_length,
@@ -36,7 +37,7 @@ from jaxrl_llm.train.preference_step import (
 )
 from jaxrl_llm.train.resume import check_steps, not_finite, tokens_fingerprint
 from jaxrl_llm.train.signals import Alive, Interrupted, StopRequest, stop_on_signal, watchdog
-from jaxrl_llm.train.state import abstract_state, given, init_state, policy_params, start_params, whole
+from jaxrl_llm.train.state import abstract_state, frozen_params, given, init_state, policy_params, whole
 from jaxrl_llm.train.step import batch_shardings
 from models.sharding import batch_ways, place
 
@@ -93,7 +94,7 @@ def with_unrelated(prompts: Sequence[list[int]], completions: Sequence[list[int]
 
 
 @dataclasses.dataclass
-class _Run:
+class _Run(Recorded):
     """What every part of the loop needs. references: name of a set -> fp32 [N, 2], for losses that have one."""
 
     data: Preferences
@@ -108,23 +109,7 @@ class _Run:
     history: list[dict[str, Any]]
     frozen: Any = None  # what an adapter is put into
     progress: bool = True
-    best: tuple[float, int] | None = None  # (loss on the set of `keep_best`, step) of the best trained policy so far
-
-    def log(self, record: dict[str, Any]) -> None:
-        self.history.append(record)
-        if self.run_dir is not None:
-            self.run_dir.log(record)
-
-    def see_best(self) -> bool:
-        """Takes note of the evaluations; whether the newest is the best of a trained policy so far (the first of equals), whose checkpoint
-        then stays."""
-        before = self.best
-        found = [r for r in self.history if r["kind"] == "eval" and r["set"] == self.config.keep_best and r["step"] > 0]
-        if found and self.checkpoints is not None:
-            best = min(found, key=lambda record: record["loss"])
-            self.best = best["loss"], best["step"]
-            self.checkpoints.name_best(best["step"])
-        return self.best != before
+    best: tuple[float, int] | None = None
 
 
 def train_dpo(
@@ -141,7 +126,8 @@ def train_dpo(
 ):
     """Trains on preferences and returns (parameters, history).
 
-    params: the starting policy, any float dtype, or a function that gives it; it is also the reference. schedule: which rows of `data` go
+    params: the starting policy, any float dtype, or a function that gives it (with `lora`, maybe with an adapter to go on with); it is also
+    the reference. schedule: which rows of `data` go
     into which step. config: a DPOConfig or a mapping with its fields. run_dir: metrics and checkpoints go there, and a run that is found
     there goes on; None keeps nothing on disk. held_out: name -> rows whose loss, accuracy and margin are logged before the first step,
     every `eval_every` steps and at the end. With `keep_best` the parameters returned are those of least loss on that set. history: the
@@ -153,10 +139,7 @@ def train_dpo(
     """
     config = from_mapping(DPOConfig, config)
     check_dpo(config)
-    if config.keep_best and config.keep_best not in (held_out or {}):
-        raise UserError(f"setting 'keep_best' is {config.keep_best!r}, which is no held-out set: {nearest(config.keep_best, held_out or {})}")
-    if config.keep_best and run_dir is None:
-        raise UserError("setting 'keep_best' keeps a checkpoint: give a run directory to keep it in")
+    check_keep_best(config.keep_best, held_out or {}, run_dir)
     for name, rows in {TRAINING: data, **(held_out or {})}.items():
         _check_rows(model_cfg, rows, config, name)
     if run_dir is not None:
@@ -166,7 +149,7 @@ def train_dpo(
     found = None if checkpoints is None else checkpoints.restore(abstract_state(model_cfg, spec.optimizer, mesh, lora=spec.lora))
     params = given(params)
     start, state, references = found or (0, init_state(model_cfg, spec.optimizer, params, mesh, lora=spec.lora, seed=config.lora.seed), {})
-    frozen = None if spec.lora is None else start_params(model_cfg, params, mesh)
+    frozen = None if spec.lora is None else frozen_params(model_cfg, params, mesh)
     del params  # the state has a copy
     if run_dir is not None:
         check_steps(start, config.steps, run_dir)

@@ -20,7 +20,6 @@ import models
 from jaxrl_llm.checkpoint import Checkpoints
 from jaxrl_llm.data.prompts import PromptBatch
 from jaxrl_llm.errors import UserError, nearest
-from jaxrl_llm.losses.grpo import kl_estimate
 from jaxrl_llm.rewards.verdict import Reward
 from jaxrl_llm.run_dir import RunDir
 from jaxrl_llm.runtime import parse_axes
@@ -32,11 +31,13 @@ from jaxrl_llm.train.overlap import Ahead, check_overlap, restored, step_ahead
 from jaxrl_llm.train.preference_step import PreferenceSpec
 from jaxrl_llm.train.resample import Filled, fill
 from jaxrl_llm.train.resume import check_steps, not_finite, prompts_fingerprint
-from jaxrl_llm.train.rollout import Experience, build_batch, collect
+from jaxrl_llm.train.rollout import Experience, collect
 from jaxrl_llm.train.signals import Interrupted, stop_on_signal, watchdog
-from jaxrl_llm.train.state import State, abstract_state, given, init_state, laid_out, policy_params, start_params, trunk, whole
-from jaxrl_llm.train.step import StepSpec, batch_shardings, compiled_kl, compiled_logprobs, compiled_update, compiled_values, step_spec
-from models.sharding import batch_ways, place, relaid
+from jaxrl_llm.train.state import State, abstract_state, frozen_params, given, init_state, laid_out, policy_params, start_params
+from jaxrl_llm.train.step import StepSpec, step_spec
+from jaxrl_llm.train.update import update_policy
+from models.lora import adapter_of
+from models.sharding import relaid
 
 DRAWN = "loop.batches_drawn"  # among the schedule's arrays in a checkpoint
 RESAMPLED = 2**31  # randomness of a step's further rollouts: above every step number
@@ -151,7 +152,8 @@ def train_grpo(
 ):
     """Trains a policy by GRPO and returns (parameters, summary).
 
-    params: the starting policy, any float dtype (kept unchanged; it is also the reference of the KL term), or a function that gives it and
+    params: the starting policy, any float dtype (kept unchanged; it is also the reference of the KL term; with `lora`, maybe with an adapter in
+    it to go on with), or a function that gives it and
     keeps no hold of it: without KL and adapter it is then out of memory before the first step. prompts: what the schedule's indices point into.
     reward: list[RewardInput] -> list[Verdict]. config: a GRPOConfig or a mapping with its fields. run_dir: metrics, samples, summary and
     checkpoints go there; if it holds checkpoints of this run, training goes on from the newest. evals: name -> held-out prompts, evaluated
@@ -173,7 +175,7 @@ def train_grpo(
         schedule,
         config,
         step_spec(model_cfg, config),
-        _update,
+        update_policy,
         run_dir,
         evals or {},
         mesh,
@@ -218,8 +220,10 @@ def _restore(run: Run, params) -> tuple[dict, int]:
     """(state, step): the newest checkpoint, or the start."""
     params, optimizer, critic, lora = given(params), run.spec.optimizer, run.critic, run.spec.lora
     if run.compares or lora is not None:
-        start = start_params(run.model, params, run.mesh)
-        run.reference, run.frozen = start if run.compares else None, None if lora is None else start
+        base = frozen_params(run.model, params, run.mesh)
+        run.frozen = None if lora is None else base
+        if run.compares:
+            run.reference = start_params(run.model, params, run.mesh) if adapter_of(params) else base
     found = run.checkpoints.restore(_abstract(run))
     if found is None:
         run.run_dir.truncate_after(-1)
@@ -298,7 +302,7 @@ def _step(run: Run, state, step: int) -> tuple[dict, dict]:
     }
     if run.tries > 1:
         record |= filled.counts | {"rows_rolled": np.concatenate(rolled).tolist()}
-    groups = np.unique(everything.groups_N[everything.valid_N]).size
+    groups = np.unique(everything.groups_N[everything.learnt_N]).size
     if groups:
         run.spreads.append((groups, record["zero_spread"], record["reward"]))
     _warn(run, record, step)
@@ -343,38 +347,6 @@ def _roll_out(run: Run, state: State, policy, step: int, attempt: int) -> tuple[
     return indices, seconds, experience
 
 
-def _update(run: Run, state, experience: Experience) -> tuple[dict, dict[str, float]]:
-    """`inner_epochs` updates on one rollout. The first is on-policy and yields the old log-probabilities of the later ones; with
-    `overlap_rewards` it is not, and they are the sampler's (see `train.overlap`)."""
-    ways = 1 if run.mesh is None else batch_ways(run.mesh)
-    batch = build_batch(experience, run.config, row_multiple=ways)
-    if run.mesh is not None:
-        batch = jax.tree.map(lambda x: place(x, batch_shardings(run.mesh)), batch)
-    if run.reference is not None and run.config.loss.kl_place == "loss":
-        batch["ref_logps"] = compiled_logprobs(run.spec, run.mesh)(run.reference, batch)
-    elif run.reference is not None and run.config.overlap_rewards:
-        reference = compiled_logprobs(run.spec, run.mesh)(run.reference, batch)
-        batch["kl"] = kl_estimate(batch["sampler_logps"], reference, run.config.loss.kl)
-    elif run.reference is not None:
-        batch["kl"] = compiled_kl(run.spec, run.mesh)(trunk(whole(run.spec.lora, state["params"], run.frozen)), run.reference, batch)
-    if run.config.loss.critic:
-        batch["values"] = compiled_values(run.spec, run.mesh)(whole(run.spec.lora, state["params"], run.frozen), batch)
-    if run.config.overlap_rewards:
-        batch["old_logps"] = batch["sampler_logps"]
-    update = compiled_update(run.spec, run.mesh)
-    metrics = []
-    for epoch in range(run.config.inner_epochs):
-        state, measured, logps = update(state, batch, run.frozen)
-        metrics.append(measured)
-        if epoch == 0 and run.config.inner_epochs > 1 and not run.config.overlap_rewards:
-            batch["old_logps"] = logps
-    host = jax.device_get(metrics)  # one wait for the device a step
-    # The sampler is compared with the policy that sampled, and the gradient norm is that of the first update; the clip acts in later ones.
-    combined = host[0] | {name: np.mean([m[name] for m in host]) for name in ("clip_share", "ratio", "loss")}
-    combined["finite"] = all(np.isfinite([m["loss"], m["grad_norm"]]).all() for m in host)
-    return state, {name: bool(x) if name == "finite" else float(x) for name, x in combined.items()}
-
-
 def _check_finite(run: Run, measured: dict, step: int) -> None:
     if measured.pop("finite"):
         return
@@ -388,6 +360,8 @@ def _warn(run: Run, record: dict, step: int) -> None:
         return
     if record["errors"] and np.isnan(record["reward"]):
         logging.warning("step %d: no completion got a verdict (%d errors); nothing was learnt", step + 1, record["errors"])
+    elif np.isnan(record["zero_spread"]):
+        logging.warning("step %d: no completion ended before max_new_tokens, so that mask_cut_off left none to learn from", step + 1)
     elif (share := _zero_spread(run)) > run.config.zero_spread_warning:
         logging.warning(
             "step %d: %.0f%% of the groups of the last %d step(s) have equal rewards (mean %.2f), so they teach nothing: the prompts are "

@@ -1,11 +1,45 @@
 """What a GRPO step reports, and a run at its end."""
 
+import typing
 from typing import Any
 
 import numpy as np
 
 from jaxrl_llm.rewards.verdict import Status
-from jaxrl_llm.train.rollout import Experience
+from jaxrl_llm.train.rollout import CUT_OFF, Experience
+
+if typing.TYPE_CHECKING:
+    from jaxrl_llm.checkpoint import Checkpoints
+    from jaxrl_llm.run_dir import RunDir
+    from jaxrl_llm.train.config import DPOConfig, SFTConfig
+
+
+class Recorded:
+    """A run on fixed data that keeps its records (`history`), and the checkpoint of least loss on the held-out set `config.keep_best`. best:
+    (that loss, its step) of the best trained policy so far."""
+
+    config: "DPOConfig | SFTConfig"
+    run_dir: "RunDir | None"
+    checkpoints: "Checkpoints | None"
+    history: list[dict[str, Any]]
+    best: tuple[float, int] | None
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Adds a record to the history, and to the run directory's if there is one."""
+        self.history.append(record)
+        if self.run_dir is not None:
+            self.run_dir.log(record)
+
+    def see_best(self) -> bool:
+        """Takes note of the evaluations; whether the newest is the best of a trained policy so far (the first of equals), whose checkpoint
+        then stays."""
+        before = self.best
+        found = [r for r in self.history if r["kind"] == "eval" and r["set"] == self.config.keep_best and r["step"] > 0]
+        if found and self.checkpoints is not None:
+            best = min(found, key=lambda record: record["loss"])
+            self.best = best["loss"], best["step"]
+            self.checkpoints.name_best(best["step"])
+        return self.best != before
 
 
 def group_spread_share(rewards_N: np.ndarray, valid_N: np.ndarray, groups_N: np.ndarray) -> float:
@@ -16,16 +50,17 @@ def group_spread_share(rewards_N: np.ndarray, valid_N: np.ndarray, groups_N: np.
 
 
 def experience_metrics(experience: Experience) -> dict[str, float | int]:
-    """Reward, pass rate, spread, lengths and errors of a step's completions, over the rows that have a verdict."""
+    """Reward, pass rate, spread, lengths and errors of a step's completions, over the rows that have a verdict; the spread over those of them
+    that are learnt from."""
     valid, lengths = experience.valid_N, experience.rollout.completion_lengths_N
     passed = np.array([v.status is Status.PASS for v in experience.verdicts])
     statuses = [v.status for v in experience.verdicts]
     return {
         "reward": float(experience.rewards_N[valid].mean()) if valid.any() else float("nan"),
         "pass_rate": float(passed[valid].mean()) if valid.any() else float("nan"),
-        "zero_spread": group_spread_share(experience.rewards_N, valid, experience.groups_N),
+        "zero_spread": group_spread_share(experience.rewards_N, experience.learnt_N, experience.groups_N),
         "completion_length": float(lengths.mean()),
-        "cut_off": float(np.mean(experience.rollout.finish_reason_N == 0)),
+        "cut_off": float(np.mean(experience.rollout.finish_reason_N == CUT_OFF)),
         "errors": int(np.sum(~valid)),
         "timeouts": statuses.count(Status.TIMEOUT),
         "infrastructure": statuses.count(Status.INFRASTRUCTURE),

@@ -96,7 +96,7 @@ def train_online_dpo(
 
 
 def _update(run: Run, state: State, experience: Experience) -> tuple[State, dict[str, Any]]:
-    pairs_K2, tied = pick_pairs(experience.rewards_N, experience.valid_N, experience.groups_N)
+    pairs_K2, tied = pick_pairs(experience.rewards_N, experience.learnt_N, experience.groups_N)
     batch = pair_batch(experience, pairs_K2, run.config, 1 if run.mesh is None else batch_ways(run.mesh))
     if run.mesh is not None:
         batch = jax.tree.map(lambda x: place(x, batch_shardings(run.mesh)), batch)

@@ -39,12 +39,13 @@ class Filled(NamedTuple):
 
 
 def mixed_groups(experience: Experience) -> np.ndarray:
-    """bool [prompts]: whether the verdicts on a prompt's completions differ; those that say nothing (errors, timeouts) do not count."""
-    values_N, valid_N = reward_values(experience.verdicts)
-    rows, count = experience.rollout.group_ids_N[valid_N], len(experience.prompts)
+    """bool [prompts]: whether the verdicts on a prompt's completions differ; those that say nothing (errors, timeouts) do not count, nor do
+    completions that nothing is learnt from."""
+    values_N, chosen_N = reward_values(experience.verdicts)[0], experience.learnt_N
+    rows, count = experience.rollout.group_ids_N[chosen_N], len(experience.prompts)
     top, low = np.full(count, -np.inf), np.full(count, np.inf)
-    np.maximum.at(top, rows, values_N[valid_N])
-    np.minimum.at(low, rows, values_N[valid_N])
+    np.maximum.at(top, rows, values_N[chosen_N])
+    np.minimum.at(low, rows, values_N[chosen_N])
     return top > low
 
 
@@ -112,6 +113,7 @@ def joined(parts: Sequence[tuple[Experience, np.ndarray]]) -> Experience:
         verdicts=[e.verdicts[i] for (e, _), chosen in zip(parts, rows, strict=True) for i in chosen],
         rewards_N=column(lambda e: e.rewards_N),
         valid_N=column(lambda e: e.valid_N),
+        learnt_N=column(lambda e: e.learnt_N),
         groups_N=groups_by_id(prompts.ids)[group_ids_N],
         seconds_rollout=sum(e.seconds_rollout for e, _ in parts),
         seconds_reward=sum(e.seconds_reward for e, _ in parts),

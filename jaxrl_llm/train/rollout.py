@@ -16,13 +16,16 @@ from jaxrl_llm.train.config import GRPOConfig, OnlineDPOConfig
 from models.decode import bucket
 from models.sharding import rows_of_all
 
+CUT_OFF = 0  # of a rollout's finish reasons: the limit of tokens
+
 
 @dataclasses.dataclass(frozen=True)
 class Experience:
     """One step's judged completions. N rows, several a prompt; `rollout.group_ids_N` says which prompt of `prompts` a row is of.
 
-    rewards_N fp32 and valid_N bool: see `reward_values`; the penalty of long completions, if any, is taken off. groups_N: one integer
-    for each distinct prompt id, which is what advantages are grouped by (a prompt that is in the batch twice is one group).
+    rewards_N fp32 and valid_N bool: see `reward_values`; the penalty of long completions, if any, is taken off. learnt_N: those of valid_N
+    that are learnt from, all or, with `mask_cut_off`, those that ended before max_new_tokens. groups_N: one integer for each
+    distinct prompt id, which is what advantages are grouped by (a prompt that is in the batch twice is one group).
     """
 
     prompts: PromptBatch
@@ -31,6 +34,7 @@ class Experience:
     verdicts: list[Verdict]
     rewards_N: np.ndarray
     valid_N: np.ndarray
+    learnt_N: np.ndarray
     groups_N: np.ndarray
     seconds_rollout: float
     seconds_reward: float
@@ -112,8 +116,8 @@ def judged(sampled: Sampled, verdicts: list[Verdict], seconds: float, config: GR
     """The completions with their verdicts, which took `seconds`, and the rewards that are made of them."""
     rollout, prompts = sampled.rollout, sampled.prompts
     rewards_N, valid_N = reward_values(verdicts)
-    if config.overlong_buffer:
-        penalty_N = np.asarray(overlong_penalty(rollout.completion_lengths_N, config.max_new_tokens, config.overlong_buffer))
+    if buffer := overlong_tokens(config):
+        penalty_N = np.asarray(overlong_penalty(rollout.completion_lengths_N, config.max_new_tokens, buffer))
         rewards_N = np.where(valid_N, rewards_N + config.overlong_penalty * penalty_N, 0.0).astype(np.float32)
     return Experience(
         prompts=prompts,
@@ -122,10 +126,17 @@ def judged(sampled: Sampled, verdicts: list[Verdict], seconds: float, config: GR
         verdicts=verdicts,
         rewards_N=rewards_N,
         valid_N=valid_N,
+        learnt_N=valid_N & (rollout.finish_reason_N != CUT_OFF) if config.mask_cut_off else valid_N,
         groups_N=groups_by_id(prompts.ids)[rollout.group_ids_N],
         seconds_rollout=sampled.seconds,
         seconds_reward=seconds,
     )
+
+
+def overlong_tokens(config: GRPOConfig | OnlineDPOConfig) -> int:
+    """The last tokens of a completion over which its penalty grows; 0 without one. A share that is not 0 is one token at least."""
+    share = max(round(config.overlong_buffer_share * config.max_new_tokens), 1) if config.overlong_buffer_share else 0
+    return config.overlong_buffer or share
 
 
 def collect(
@@ -158,7 +169,8 @@ def samples_together(num_samples: int, micro_batch_rows: int, ways: int, most: i
 
 
 def build_batch(experience: Experience, config: GRPOConfig, *, row_multiple: int = 1) -> dict[str, np.ndarray]:
-    """The update's batch (see `jaxrl_llm.train.step`) in micro-batches, padded with empty rows.
+    """The batch of a rollout's update (see `jaxrl_llm.train.step`) in micro-batches, padded with empty rows; with `updates_per_epoch` those of
+    its parts, the same number of micro-batches each, one part after the other, each of as many prompts (which it must divide).
 
     Completions of one prompt stay together when every prompt has the same number of them, so that its prefix is forwarded once; else
     each row carries its own copy of the prompt. A micro-batch with less room than that holds part of a prompt's completions (see
@@ -167,40 +179,48 @@ def build_batch(experience: Experience, config: GRPOConfig, *, row_multiple: int
     sorted by length, so that a micro-batch has completions of similar lengths (see `step.cut_to_length`).
     """
     r, rows = experience.rollout, experience.rollout.group_ids_N
-    order = np.argsort(rows, kind="stable")
-    if config.length_buckets > 1:  # within a prompt
-        order = np.lexsort((r.completion_lengths_N, rows))
     present, counts = np.unique(rows, return_counts=True)
     complete = len(counts) > 0 and np.all(counts == counts[0])
     S = samples_together(int(counts[0]), config.micro_batch_rows, row_multiple, config.samples_together) if complete else 1
-    of_prompt = np.repeat(present, counts // S) if complete else rows[order]  # the prompt of each block of S rows
-    G = len(of_prompt)
-    if config.length_buckets > 1:
-        by_longest = np.argsort(r.completion_lengths_N[order].reshape(G, S).max(axis=1), kind="stable")
-        of_prompt, order = of_prompt[by_longest], order.reshape(G, S)[by_longest].ravel()
+    per_update = len(experience.prompts) // config.updates_per_epoch
+    parts = [_ordered(r, np.flatnonzero(rows // per_update == part), S, config) for part in range(config.updates_per_epoch)]
+    G = max(len(order) // S for order in parts)
     per_device = -(-G // row_multiple)
     if config.micro_batch_rows:
         per_device = min(per_device, max(config.micro_batch_rows // S // row_multiple, 1))
     per_micro = per_device * row_multiple
     M = -(-G // per_micro)
 
-    def blocks(array, size, fill=0):
-        """[G * size, ...] -> [M, per_micro * size, ...], empty rows at the end."""
-        pad = [(0, M * per_micro * size - len(array))] + [(0, 0)] * (array.ndim - 1)
-        return np.pad(array, pad, constant_values=fill).reshape(M, per_micro * size, *array.shape[1:])
+    def blocks(of_parts, size, fill=0):
+        """An array [at most G * size, ...] a part -> [parts * M, per_micro * size, ...], empty rows at the end of each part."""
+        pad = lambda part: [(0, M * per_micro * size - len(part))] + [(0, 0)] * (part.ndim - 1)  # noqa: E731
+        padded = np.concatenate([np.pad(part, pad(part), constant_values=fill) for part in of_parts])
+        return padded.reshape(len(parts) * M, per_micro * size, *padded.shape[1:])
 
+    by_row = lambda array: blocks([array[order] for order in parts], S)  # noqa: E731
+    by_prompt = lambda array, fill=0: blocks([array[rows[order[::S]]] for order in parts], 1, fill)  # noqa: E731
     tokens_PT, lengths_P = experience.prompts.tokens_NT, experience.prompts.lengths_N
     width = min(bucket(int(lengths_P.max()), 32), tokens_PT.shape[1])
     longest = bucket(int(r.completion_lengths_N.max()), 16)
     span = slice(0, min(longest, r.completion_tokens_NT.shape[1]))
     return {
-        "prompts": blocks(tokens_PT[of_prompt, :width].astype(np.int32), 1),
+        "prompts": by_prompt(tokens_PT[:, :width].astype(np.int32)),
         # A padding prompt has one token, so that there is a state to read.
-        "prompt_lengths": blocks(lengths_P[of_prompt].astype(np.int32), 1, fill=1),
-        "completions": blocks(r.completion_tokens_NT[order, span].astype(np.int32), S),
-        "lengths": blocks(r.completion_lengths_N[order].astype(np.int32), S),
-        "sampler_logps": blocks(r.logps_NT[order, span].astype(np.float32), S),
-        "rewards": blocks(experience.rewards_N[order].astype(np.float32), S),
-        "valid": blocks(experience.valid_N[order], S, fill=False),
-        "group_ids": blocks(experience.groups_N[order].astype(np.int32), S),
+        "prompt_lengths": by_prompt(lengths_P.astype(np.int32), fill=1),
+        "completions": by_row(r.completion_tokens_NT[:, span].astype(np.int32)),
+        "lengths": by_row(r.completion_lengths_N.astype(np.int32)),
+        "sampler_logps": by_row(r.logps_NT[:, span].astype(np.float32)),
+        "rewards": by_row(experience.rewards_N.astype(np.float32)),
+        "valid": by_row(experience.learnt_N),
+        "group_ids": by_row(experience.groups_N.astype(np.int32)),
     }
+
+
+def _ordered(rollout: models.Rollout, chosen: np.ndarray, together: int, config: GRPOConfig) -> np.ndarray:
+    """The rows `chosen` by prompt, blocks of `together` rows of one prompt; with `length_buckets` by length within a prompt, and the blocks by
+    their longest."""
+    rows, lengths = rollout.group_ids_N[chosen], rollout.completion_lengths_N[chosen]
+    if config.length_buckets == 1:
+        return chosen[np.argsort(rows, kind="stable")]
+    blocks = chosen[np.lexsort((lengths, rows))].reshape(-1, together)
+    return blocks[np.argsort(rollout.completion_lengths_N[blocks].max(axis=1), kind="stable")].ravel()

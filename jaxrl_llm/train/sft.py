@@ -20,24 +20,27 @@ from jaxrl_llm.errors import UserError
 from jaxrl_llm.losses.logprobs import token_logprobs
 from jaxrl_llm.losses.sft import load_balancing_loss, sft_loss
 from jaxrl_llm.run_dir import RunDir
-from jaxrl_llm.train.checks import check_counts, check_lora, check_optimizer, remat_of, trained_as
+from jaxrl_llm.train.checks import check_keep_best, check_sft, remat_of, trained_as
 from jaxrl_llm.train.config import OptimizerConfig, SFTConfig, from_mapping
+from jaxrl_llm.train.metrics import Recorded
 from jaxrl_llm.train.resume import check_steps, not_finite
 from jaxrl_llm.train.signals import Interrupted, StopRequest, stop_on_signal, watchdog
 from jaxrl_llm.train.state import (
     abstract_state,
     apply_gradients,
+    frozen_params,
     frozen_shardings,
     given,
     init_state,
     policy_params,
     resolve_decay,
-    start_params,
     state_shardings,
+    trained_shardings,
     whole,
 )
 from jaxrl_llm.train.step import batch_shardings, chunk_on
 from models.adapted import merged
+from models.decode import bucket
 from models.lora import LoraConfig
 from models.sharding import batch_ways, place
 
@@ -105,6 +108,20 @@ def _compiled_update(spec: SFTSpec, mesh=None):
     )
 
 
+@functools.lru_cache(maxsize=64)
+def _compiled_nats(spec: SFTSpec, mesh=None):
+    """jitted (what is trained, batch of one micro-batch, frozen parameters or None) -> nats of its counted tokens, summed, without gradients."""
+    spec = chunk_on(dataclasses.replace(spec, router_balance=0.0), mesh)
+
+    def nats(trained, batch, frozen=None):
+        return _micro_loss(trained, spec, frozen, batch["tokens"][0], batch["mask"][0], 1.0)[0]
+
+    if mesh is None:
+        return jax.jit(nats)
+    shardings = trained_shardings(spec.model, mesh, lora=spec.lora), batch_shardings(mesh), frozen_shardings(spec.model, mesh, spec.lora)
+    return jax.jit(nats, in_shardings=shardings, out_shardings=NamedSharding(mesh, PartitionSpec()))
+
+
 def micro_batches(
     tokens_BT: np.ndarray, mask_BT: np.ndarray, rows: int, multiple: int = 1, segments_BT: np.ndarray | None = None
 ) -> dict[str, np.ndarray]:
@@ -123,12 +140,31 @@ def micro_batches(
     return batch
 
 
+Rows = tuple[np.ndarray, np.ndarray]  # tokens [N, T] int, loss mask [N, T] bool
+
+
+@dataclasses.dataclass
+class _Run(Recorded):
+    """What every part of the loop needs. frozen: what an adapter is put into."""
+
+    spec: SFTSpec
+    config: SFTConfig
+    held_out: Mapping[str, Rows]
+    run_dir: RunDir | None
+    checkpoints: Checkpoints | None
+    mesh: Any
+    history: list[dict[str, Any]]
+    frozen: Any
+    best: tuple[float, int] | None = None
+
+
 def train_sft(
     model_cfg: models.ModelConfig,
     params,
     batches: Iterable[tuple[np.ndarray, ...]],
     config: SFTConfig | Mapping[str, Any],
     run_dir: RunDir | None = None,
+    held_out: Mapping[str, Rows] | None = None,
     *,
     mesh=None,
     progress: bool = True,
@@ -136,21 +172,22 @@ def train_sft(
     """Trains on batches (tokens [B, T] int, loss_mask [B, T] bool), or (tokens, loss_mask, segments [B, T] int) where several texts are
     packed into each row (see `models.forward` and `data.prompts.pack_rows`), and returns (parameters, history).
 
-    params: the starting model, any float dtype, or a function that gives it. tokens: right-padded rows. loss_mask: True on the tokens to be
+    params: the starting model, any float dtype, or a function that gives it; with `lora`, maybe with an adapter in it to go on with.
+    tokens: right-padded rows. loss_mask: True on the tokens to be
     predicted (the response, or all of them; the first token of a row is never predicted). batches: from the first step on, at least
     `config.steps` of them; a resumed run draws and drops those it has seen. run_dir: where metrics and checkpoints go; None keeps nothing
-    on disk. history: the logged records (step, loss in nats a token, grad_norm, tokens, tokens_per_s, learning_rate, seconds).
+    on disk, and a run that is found there goes on. held_out: name -> rows (tokens, loss_mask) whose loss is logged before the first step,
+    every `eval_every` steps and at the end. With `keep_best` the parameters returned are those of least loss on that set. history: the logged
+    records, of kind "sft" (step, loss in nats a token, grad_norm, tokens, tokens_per_s, learning_rate, seconds) and of kind "eval" (step, set,
+    loss, n rows, tokens, seconds).
 
     Raises UserError when the batches run out, the loss is not finite (step named, last checkpoint kept) or the disk refuses;
     Interrupted after SIGTERM, state saved.
     """
     config = from_mapping(SFTConfig, config)
-    check_optimizer(config.optimizer)
-    check_counts(config)
-    check_lora(config.lora)
+    check_sft(config)
+    check_keep_best(config.keep_best, held_out or {}, run_dir)
     lora = config.lora.adapter
-    if config.router_balance < 0:
-        raise UserError(f"setting 'router_balance' must not be below 0, got {config.router_balance:g}")
     if config.router_balance and model_cfg.mlp != "experts":
         raise UserError(f"train.router_balance={config.router_balance:g} is for mixtures of experts; this {model_cfg.family} has none: set it to 0")
     optimizer = resolve_decay(config.optimizer, config.steps)
@@ -161,15 +198,21 @@ def train_sft(
     start, state = (
         (found[0], found[1]) if found else (0, init_state(model_cfg, spec.optimizer, params, mesh, lora=lora, seed=config.lora.seed))
     )
-    frozen = None if lora is None else start_params(model_cfg, params, mesh)
+    frozen = None if lora is None else frozen_params(model_cfg, params, mesh)
     del params  # the state has a copy
     if run_dir is not None:
         check_steps(start, config.steps, run_dir)
         run_dir.truncate_after(start if found else -1)
         run_dir.note_changes(start)
+    history = [] if run_dir is None else [r for r in run_dir.metrics(until=start if found else -1) if r["kind"] in ("sft", "eval")]
+    run = _Run(spec, config, held_out or {}, run_dir, checkpoints, mesh, history, frozen)
     with contextlib.nullcontext() if checkpoints is None else checkpoints:
-        state, history = _train(spec, state, frozen, start, iter(batches), config, run_dir, checkpoints, mesh, progress)
-    return policy_params(model_cfg, state["params"], lora, frozen), history
+        run.see_best()
+        state = _train(run, state, start, iter(batches), progress)
+        if run.best is not None and run.best[1] < config.steps:
+            del state
+            state = checkpoints.restore(abstract_state(model_cfg, spec.optimizer, mesh, lora=lora), at=run.best[1])[1]
+    return policy_params(model_cfg, state["params"], lora, frozen), run.history
 
 
 def fine_tuner(model_cfg: models.ModelConfig, mesh=None) -> Callable[[Any, list[tuple[np.ndarray, np.ndarray]], float], Any]:
@@ -183,34 +226,40 @@ def fine_tuner(model_cfg: models.ModelConfig, mesh=None) -> Callable[[Any, list[
     return tune
 
 
-def _train(spec, state, frozen, start, batches, config, run_dir, checkpoints, mesh, progress):
-    update = _compiled_update(spec, mesh)
-    history = [] if run_dir is None else [r for r in run_dir.metrics(until=start) if r["kind"] == "sft"]
+def _train(run: _Run, state, start: int, batches, progress: bool):
+    """The loop. Step numbers in records and checkpoints count finished steps."""
+    config, checkpoints = run.config, run.checkpoints
+    update = _compiled_update(run.spec, run.mesh)
+    if start == 0:
+        _evaluate(run, state, 0)
     for _ in range(start):
         _next(batches, 0)
     bar = tqdm(total=config.steps, initial=start, desc="sft", unit="step", mininterval=0.5, disable=None if progress else True, leave=False)
     pending, since = [], time.perf_counter()
     # Without a run directory there is nothing to save: a signal is the caller's affair.
-    stopping = contextlib.nullcontext(StopRequest()) if run_dir is None else stop_on_signal()
+    stopping = contextlib.nullcontext(StopRequest()) if run.run_dir is None else stop_on_signal()
     with bar, stopping as stop, watchdog(config.watchdog_seconds) as alive:
         for step in range(start, config.steps):
             alive()
-            state, metrics = update(state, _placed(*_next(batches, step), config=config, mesh=mesh), frozen)
+            state, metrics = update(state, _placed(*_next(batches, step), config=config, mesh=run.mesh), run.frozen)
             pending.append(metrics)
             bar.update()
             done, last = step + 1, step + 1 == config.steps
+            evaluate = last or (config.eval_every and done % config.eval_every == 0)
             asked = stop.agreed(waits=done % config.log_every == 0)
             save = checkpoints is not None and (
                 last or asked or (config.checkpoint_every and done % config.checkpoint_every == 0)
             )
-            if save or last or done % config.log_every == 0:
-                record = _record(jax.device_get(pending), done, time.perf_counter() - since, checkpoints, run_dir)
-                pending, since = [], time.perf_counter()
-                history.append(record)
+            if save or (evaluate and run.held_out) or last or done % config.log_every == 0:
+                record = _record(jax.device_get(pending), done, time.perf_counter() - since, checkpoints, run.run_dir)
+                run.log(record)
                 bar.set_postfix(loss=f"{record['loss']:.4f}", refresh=False)
-                if run_dir is not None:
-                    run_dir.log(record)
-            if save:
+                if evaluate:
+                    alive()
+                    _evaluate(run, state, done)
+                    save = run.see_best() or save
+                pending, since = [], time.perf_counter()
+            if save and checkpoints is not None:
                 alive.rest()
                 checkpoints.save(done, state, {})
                 if last or asked:
@@ -219,7 +268,41 @@ def _train(spec, state, frozen, start, batches, config, run_dir, checkpoints, me
                 saved = "the same command goes on from there"
                 logging.warning("stopped by signal %d after step %d; %s", asked, done, saved)
                 raise Interrupted(asked, f"stopped by signal {asked} after step {done}; {saved}")
-    return state, history
+    return state
+
+
+def _evaluate(run: _Run, state, step: int) -> None:
+    """Logs the loss of each held-out set, in nats a token over all its counted tokens."""
+    for name, (tokens_NT, mask_NT) in run.held_out.items():
+        began = time.perf_counter()
+        tokens = int(np.sum(mask_NT[:, 1:]))
+        loss = _nats(run, state, tokens_NT, mask_NT) / max(tokens, 1)
+        if not np.isfinite(loss):
+            raise UserError(f"the loss of held-out set '{name}' after step {step} is {loss:g}: lower the learning rate, or look at its rows")
+        record = {"kind": "eval", "step": step, "set": name, "loss": loss, "n": len(tokens_NT), "tokens": tokens}
+        run.log(record | {"seconds": time.perf_counter() - began})
+
+
+def _nats(run: _Run, state, tokens_NT: np.ndarray, mask_NT: np.ndarray) -> float:
+    """The summed nats of the counted tokens, `forward_rows` rows at a time, by length, so that short rows are not padded to the longest."""
+    ways = 1 if run.mesh is None else batch_ways(run.mesh)
+    size = -(-min(run.config.forward_rows, len(tokens_NT)) // ways) * ways
+    reach_N = reach(mask_NT)
+    order, forward, total = np.argsort(reach_N, kind="stable"), _compiled_nats(run.spec, run.mesh), 0.0
+    for begin in range(0, len(order), size):
+        chosen = order[begin : begin + size]
+        width = min(bucket(int(reach_N[chosen].max()), 32), tokens_NT.shape[1])
+        # A last chunk of fewer rows is padded to the same shape.
+        batch = micro_batches(tokens_NT[chosen, :width], mask_NT[chosen, :width], 0, size)
+        if run.mesh is not None:
+            batch = jax.tree.map(lambda x: place(x, batch_shardings(run.mesh)), batch)
+        total += float(jax.device_get(forward(state["params"], batch, run.frozen)))
+    return total
+
+
+def reach(mask_NT: np.ndarray) -> np.ndarray:
+    """int [N]: tokens of each row up to the last that counts."""
+    return mask_NT.shape[1] - np.argmax(mask_NT[:, ::-1], axis=1)
 
 
 def _next(batches, step):

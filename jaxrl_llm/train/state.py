@@ -15,7 +15,8 @@ import optax
 
 from jaxrl_llm.train.config import OptimizerConfig
 from models import ModelConfig, abstract_params
-from models.lora import LoraConfig, adapt, init_lora, lora_axes
+from models.adapted import bases, merged
+from models.lora import LoraConfig, adapt, adapter_of, init_lora, lora_axes
 
 State = dict[str, Any]
 
@@ -202,10 +203,10 @@ def _make_state(optimizer: OptimizerConfig, width: int, params) -> State:
 
 
 @functools.lru_cache(maxsize=16)
-def _compiled_init(model: ModelConfig, optimizer: OptimizerConfig, mesh, critic, lora):
+def _compiled_init(model: ModelConfig, optimizer: OptimizerConfig, mesh, critic, lora, fresh: bool):
     shardings = None if mesh is None else state_shardings(model, optimizer, mesh, critic, lora)
     make = functools.partial(_make_state, optimizer, critic * model.d_model)
-    if lora is None:
+    if not fresh:
         return jax.jit(make, out_shardings=shardings)
     return jax.jit(lambda key: make(init_lora(model, lora, key)), out_shardings=shardings)
 
@@ -219,9 +220,11 @@ def given(params):
 def init_state(
     model: ModelConfig, optimizer: OptimizerConfig, params, mesh=None, critic: bool = False, lora: LoraConfig | None = None, seed: int = 0
 ) -> State:
-    """The state at step 0, sharded over `mesh` if there is one: an fp32 copy of `params` (any float dtype) or, with `lora`, a fresh adapter
-    by `seed`, for which params are not read; critic: with a value head of zeros among what is trained."""
-    return _compiled_init(model, optimizer, mesh, critic, lora)(params if lora is None else jax.random.key(seed))
+    """The state at step 0, sharded over `mesh` if there is one: an fp32 copy of `params` (any float dtype) or, with `lora`, of the adapter in
+    them; where there is none (or no params), a fresh one by `seed`. critic: with a value head of zeros among what is trained."""
+    adapter = adapter_of(params) if lora is not None and params is not None else {}
+    start = params if lora is None else adapter or jax.random.key(seed)
+    return _compiled_init(model, optimizer, mesh, critic, lora, fresh=lora is not None and not adapter)(start)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -230,11 +233,16 @@ def _cast(dtype: str, params):
 
 
 def start_params(model: ModelConfig, params, mesh=None):
-    """The policy that training starts from as the model computes with it, on the mesh: a frozen base, or a reference."""
+    """The policy that training starts from as the model computes with it, on the mesh: a reference. An adapter is merged into it."""
     from models import sharding
 
-    params = policy_params(model, params)
+    params = policy_params(model, merged(params))
     return params if mesh is None else jax.device_put(params, sharding.param_shardings(model, mesh))
+
+
+def frozen_params(model: ModelConfig, params, mesh=None):
+    """The same without the adapter, if they have one: what one is put into."""
+    return start_params(model, bases(params), mesh)
 
 
 def policy_params(model: ModelConfig, params, lora: LoraConfig | None = None, frozen=None):

@@ -4,7 +4,8 @@ A batch is a dict of host or device arrays with a leading micro-batch axis M; g 
   prompts [M, g, P] int32, prompt_lengths [M, g]; completions [M, r, C] int32, lengths [M, r] (0 = padding row);
   sampler_logps [M, r, C] fp32; rewards [M, r] fp32, valid [M, r] bool, group_ids [M, r] int32 (one value a prompt id, below M x r);
   and, where used, old_logps and ref_logps [M, r, C] fp32, or kl [M, r, C] fp32, the estimates that the rewards pay for;
-  with a critic values [M, r, C] fp32, by the policy that sampled.
+  with a critic values [M, r, C] fp32, by the policy that sampled. Of a part of a rollout, which makes an update of its own, also what only
+  the whole tells (`compiled_targets`): advantages [M, r] or [M, r, C] and, with a critic, returns [M, r, C].
 """
 
 import dataclasses
@@ -62,7 +63,7 @@ def step_spec(model: ModelConfig, config: GRPOConfig) -> StepSpec:
     return StepSpec(
         model=trained_as(model, config),
         loss=config.loss,
-        optimizer=resolve_decay(config.optimizer, config.steps * config.inner_epochs),
+        optimizer=resolve_decay(config.optimizer, config.steps * config.inner_epochs * config.updates_per_epoch),
         temperature=config.temperature,
         max_new_tokens=config.max_new_tokens,
         shared_prefix=config.shared_prefix,
@@ -108,6 +109,10 @@ def critic_targets(spec: StepSpec, batch: Batch) -> Batch:
     raw = gae(rows(rewards), rows(batch["values"]), rows(mask), gamma=loss.gamma, lam=loss.gae_lambda)
     scaled = batch_advantages(raw, rows(mask), scale=loss.advantage_scale, ddof=loss.advantage_ddof, eps=loss.advantage_eps)
     return {"advantages": scaled.reshape(mask.shape), "returns": raw.reshape(mask.shape) + batch["values"]}
+
+
+def _targets(spec: StepSpec, batch: Batch) -> Batch:
+    return critic_targets(spec, batch) if spec.loss.critic else {"advantages": advantages(spec, batch)}
 
 
 def _values(spec: StepSpec, params, micro: Batch):
@@ -202,7 +207,7 @@ def loss_and_grads(spec: StepSpec, params, batch: Batch, frozen=None):
     """(loss, metrics, gradients, log-probabilities [M, r, C]) of the whole batch, one micro-batch in memory at a time. params: what is
     trained; frozen: what an adapter is put into (see `train.state`)."""
     totals = batch_totals(completion_mask(batch).reshape(-1, batch["completions"].shape[-1]))
-    micros = batch | (critic_targets(spec, batch) if spec.loss.critic else {"advantages": advantages(spec, batch)})
+    micros = batch if "advantages" in batch else batch | _targets(spec, batch)
     grad_fn = jax.value_and_grad(functools.partial(micro_loss, spec=spec, totals=totals, frozen=frozen), has_aux=True)
 
     def run(micro):
@@ -270,8 +275,26 @@ def _each(spec: StepSpec, per_token: Callable[[Batch], jax.Array], batch: Batch)
 
 
 @functools.lru_cache(maxsize=64)
-def compiled_logprobs(spec: StepSpec, mesh=None):
-    """jitted (params, batch) -> log-probabilities [M, r, C] without gradients: for the reference model, which has no adapter."""
+def compiled_targets(spec: StepSpec, mesh=None):
+    """jitted batch of a whole rollout -> (its advantages and, with a critic, returns; {"logp_diff_mean", "logp_diff_max"} of its old
+    log-probabilities against the sampler's)."""
+
+    def run(batch):
+        mask = completion_mask(batch)
+        difference = jnp.where(mask, jnp.abs(batch["old_logps"] - batch["sampler_logps"]), 0.0)
+        mean = jnp.sum(difference) / jnp.maximum(jnp.sum(mask, dtype=jnp.float32), 1.0)
+        return _targets(spec, batch), {"logp_diff_mean": mean, "logp_diff_max": jnp.max(difference)}
+
+    if mesh is None:
+        return jax.jit(run)
+    rows = batch_shardings(mesh)
+    return jax.jit(run, in_shardings=rows, out_shardings=(rows, NamedSharding(mesh, PartitionSpec())))
+
+
+@functools.lru_cache(maxsize=64)
+def compiled_logprobs(spec: StepSpec, mesh=None, adapted: bool = False):
+    """jitted (params, batch) -> log-probabilities [M, r, C] without gradients. adapted: the params are whole ones, with the adapter of `spec`
+    if it has one; else those of a reference, which has none."""
     spec = chunk_on(spec, mesh)
 
     def run(params, batch):
@@ -279,8 +302,8 @@ def compiled_logprobs(spec: StepSpec, mesh=None):
 
     if mesh is None:
         return jax.jit(run)
-    rows = batch_shardings(mesh)
-    return jax.jit(run, in_shardings=(param_shardings(spec.model, mesh), rows), out_shardings=rows)
+    rows, params = batch_shardings(mesh), whole_shardings(spec.model, mesh, lora=spec.lora) if adapted else param_shardings(spec.model, mesh)
+    return jax.jit(run, in_shardings=(params, rows), out_shardings=rows)
 
 
 @functools.lru_cache(maxsize=64)

@@ -5,7 +5,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from jaxrl_llm.data.chats import assistant_tokens
+from jaxrl_llm.data.chats import answer_end, assistant_tokens
 from jaxrl_llm.data.prompts import fill_template, pack_rows, tokenise_prompts
 from jaxrl_llm.errors import UserError
 
@@ -48,6 +48,17 @@ def test_chat_template_has_one_start_and_opens_the_answer():
     assert batch.token_lists() == [[3, 5, 6, 4]]
     row = {"id": "m", "prompt": "x", "messages": [{"role": "user", "content": "one"}, {"role": "user", "content": "two"}]}
     assert tokenise_prompts([row], make_tokenizer(), max_length=9, template="chat").token_lists() == [[3, 5, 3, 6, 4]]
+
+
+def test_chats_keep_their_roles_or_it_is_said(caplog):
+    rows = [{"id": name, "prompt": "one", "messages": [{"role": "user", "content": "one"}]} for name in "mn"]
+    with pytest.raises(UserError, match="^prompt 'm' and 1 more: a chat, of which template=none would drop the roles: set the template to 'chat'"):
+        tokenise_prompts(rows, make_tokenizer(), max_length=9)
+    text = tokenise_prompts(rows, make_tokenizer(), max_length=9, template="{prompt}").token_lists()
+    assert not caplog.text and text == tokenise_prompts(rows_of("one", "one"), make_tokenizer(), max_length=9).token_lists()
+    for _ in range(2):
+        assert tokenise_prompts(rows, make_tokenizer(chat=False), max_length=9).token_lists() == text
+    assert caplog.text.count("template=none drops the roles, since this tokenizer has no chat template") == 1
 
 
 def test_no_chat_template_is_one_clear_line():
@@ -194,3 +205,19 @@ def test_the_assistants_tokens_of_a_chat(template):
 def test_chats_that_cannot_be_masked_are_named(template, turns, message):
     with pytest.raises(UserError, match=message):
         assistant_tokens(chat(*turns), chat_tokenizer(template), "rows.jsonl:3")
+
+
+def test_an_answer_ends_as_its_template_writes_it():
+    """Of several tokens that a model stops at, that of the template; of a base model, one at which it does not stop."""
+    tokenizer = chat_tokenizer(CHATML)
+    a, end = tokenizer.convert_tokens_to_ids(["a", "<|im_end|>"])
+    assert answer_end(tokenizer, (a, end), "chat") == [end]
+    assert answer_end(tokenizer, (a, end), "none") == answer_end(tokenizer, (a, end), "{prompt} =") == [a]
+    assert answer_end(tokenizer, (a,), "chat") == [a]  # as nothing says that <|im_end|> is more than a word
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
+    assert answer_end(tokenizer, (a,), "chat") == answer_end(tokenizer, (), "chat") == [end]
+    two = chat_tokenizer("{% for m in messages %}{{ m.role }} {{ m.content }} b <|im_end|> a {% endfor %}")
+    assert two.convert_ids_to_tokens(answer_end(two, (end,), "chat")) == ["b", "<|im_end|>"]
+    assert answer_end(chat_tokenizer("{% for m in messages %}{{ m.content }} {% endfor %}"), (), "chat") == []
+    with pytest.raises(UserError, match="a question with an answer: the chat template refuses it: no"):
+        answer_end(chat_tokenizer("{{ raise_exception('no') }}"), (a,), "chat")

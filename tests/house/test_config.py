@@ -288,6 +288,27 @@ def test_every_field_of_every_config_has_a_comment(repo):
     assert not any(bare.values()), bare
 
 
+@pytest.mark.parametrize("name", ["dpo", "grpo", "online_dpo", "sft"])
+def test_every_field_of_training_has_a_comment_of_its_own_that_one_reads_at_a_glance(repo, name):
+    path = repo / "configs" / f"{name}.py"
+    comments = field_comments(path, load_config(str(path)))
+    assert len(set(comments.values())) == len(comments), "two fields have one comment: that of their group"
+    head = path.read_text().partition("config.overwrite")[0]
+    assert not re.findall(r"^    config\.[\w.]+ = (?!ml_collections)[^#\n]*$", head, re.MULTILINE)
+    assert not {key: len(comment) for key, comment in comments.items() if len(comment) > 200}
+
+
+def test_help_says_what_a_config_says_of_itself_and_names_every_reward(repo):
+    from jaxrl_llm.rewards.registry import reward_names
+
+    for name in ("grpo", "online_dpo"):
+        path = repo / "configs" / f"{name}.py"
+        text = describe(str(path))
+        assert text.startswith("Train a policy by ") and f"    jaxrl-llm {name} --config.model=FOLDER" in text and "Expected: reward" in text
+        told = field_comments(path, load_config(str(path)))["reward.name"]
+        assert set(re.findall(r'"(\w+)"', told)) == set(reward_names())
+
+
 @pytest.mark.parametrize(
     ("key", "end"),
     [

@@ -26,7 +26,7 @@ def commands(repo):
         found += [(document.name, " ".join(span.split())) for span in re.findall(r"`(jaxrl-llm \w[^`]*--[^`]*)`", text) if " VERB" not in span]
         found += [(document.name, line.partition(" #")[0]) for line in text.splitlines() if line.startswith("jaxrl-llm ")]
     for file in (*sorted((repo / "configs").glob("*.py")), *sorted((repo / "experiments").glob("*.py"))):
-        lines = (ast.get_docstring(ast.parse(file.read_text())) or "").splitlines()
+        lines = (ast.get_docstring(ast.parse(file.read_text())) or "").replace("\\\n", " ").splitlines()
         # What stands two spaces after a command says what it is for.
         found += [(file.name, re.split(r" {2,}(?=[^ -])", line.strip())[0]) for line in lines if line.strip().startswith("jaxrl-llm ")]
     return found

@@ -113,7 +113,7 @@ def test_batches_and_length_change_the_plan(plans):
 SIZES = {"mesh": "cpu:1", "dtype": "float32", "prompts": 4, "num_samples": 2, "prompt_tokens": 16, "max_new_tokens": 8}
 OTHERS = {"dtype": "bfloat16", "prompts": 6, "num_samples": 4, "prompt_tokens": 24, "max_new_tokens": 12, "rollout_rows": 4}
 OTHERS |= {"micro_batch_rows": 2, "remat": False, "remat_keep": "products", "rollout_refill": True, "lora_rank": 2}
-OTHERS |= {"samples_together": 1, "inner_epochs": 2, "attention": "splash"}
+OTHERS |= {"samples_together": 1, "inner_epochs": 2, "updates_per_epoch": 2, "attention": "splash"}
 
 
 @pytest.fixture
@@ -218,6 +218,20 @@ def test_every_inner_epoch_is_counted(planned, tiny, monkeypatch):
     assert planned(inner_epochs=3)["train_step"]["collectives"] is None
     sizes = lambda target: target_sizes(load_config("configs/plan.py", {"model": tiny, "target": target}))["inner_epochs"]  # noqa: E731
     assert [sizes(f"configs/{name}") for name in ("grpo.py", "grpo.py:ppo", "saerl.py", "online_dpo.py")] == [1, 4, 1, 1]
+
+
+def test_parts_of_a_rollout_are_updates_of_their_own(planned, monkeypatch, tiny):
+    """... each with half the rows and all the weights; the old log-probabilities are one pass more, and an argument as the advantages are."""
+    once, halves = planned(num_samples=4)["train_step"], planned(num_samples=4, updates_per_epoch=2)["train_step"]
+    assert (once["rows"], halves["rows"], once["updates"], halves["updates"]) == (16, 8, 1, 2)
+    assert halves["flops"] == once["flops"] * 5 // 4 and halves["read_bytes"] > 2 * once["read_bytes"]
+    of_row = {"completions": 4 * 8, "lengths": 4, "sampler_logps": 4 * 8, "rewards": 4, "valid": 1, "group_ids": 4}
+    batch = 4 * 16 * 4 + 4 * 4 + 16 * sum(of_row.values())
+    assert halves["argument_bytes"] == once["argument_bytes"] - batch // 2 + 8 * (4 * 8 + 4)
+    found = {"argument_bytes": 0, "output_bytes": 0, "temporary_bytes": 0, "total_bytes": 0, "refused": ""}
+    monkeypatch.setattr(plan_programs, "compiled", lambda *given, **how: found | {"collectives": {"all-gather": 5.0}})
+    assert planned(updates_per_epoch=2, inner_epochs=3)["train_step"]["collectives"] == {"all-gather": 30.0}
+    assert target_sizes(load_config("configs/plan.py", {"model": tiny, "target": "configs/grpo.py:gspo"}))["updates_per_epoch"] == 4
 
 
 def test_the_loss_is_the_targets(tiny):

@@ -177,15 +177,59 @@ def test_a_save_that_stops_leaves_the_adapter_that_was_there(tmp_path, monkeypat
         lora.save_lora(folder, cfg, before, CONFIG)
 
 
-def test_matrices_that_share_a_tensor_are_merged_but_not_saved_apart(tmp_path):
-    cfg = models.ModelConfig.from_hf(cases.CASES["phi3"])
-    params, adapter = cases.random_params(cfg), drawn(cfg)
-    assert np.abs(np.asarray(lora.merge(params, adapter, 2.0)["blocks"]["k"] - params["blocks"]["k"])).max() > 0.1
-    with pytest.raises(ModelError, match="'blocks.q' lies with others in .*qkv_proj.*merge the adapter"):
-        lora.save_lora(tmp_path, cfg, {"blocks": {"q": adapter["blocks"]["q"]}}, CONFIG)
-    config = dataclasses.replace(CONFIG, targets=("blocks.o", "blocks.down"))
-    lora.save_lora(tmp_path, cfg, drawn(cfg, config), config)
-    jax.tree.map(np.testing.assert_array_equal, lora.load_lora(tmp_path, cfg)[0], drawn(cfg, config))
+FUSED = {"phi3": ("blocks.*",), "gpt2": ("blocks.q", "blocks.v"), "gpt_neox": ("blocks.q", "blocks.k", "blocks.v")}
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_matrices_that_share_a_tensor_round_trip(name, tmp_path):
+    """In one module of as many ranks, the others' rows of B zero; some of them, or one alone, too."""
+    cfg = models.ModelConfig.from_hf(cases.CASES[name])
+    for targets in (FUSED[name], ("blocks.v",)):
+        config = dataclasses.replace(CONFIG, targets=targets, rank_stabilised=name == "gpt2")
+        adapter = drawn(cfg, config)
+        lora.save_lora(tmp_path, cfg, adapter, config)
+        again, found = lora.load_lora(tmp_path, cfg)
+        jax.tree.map(np.testing.assert_array_equal, again, adapter)
+        assert set(found.targets) == set(lora.lora_targets(cfg, config)) and (found.rank, found.scale) == (config.rank, config.scale)
+    damaged(tmp_path, rank_pattern={"qkv_proj": 5})
+    with pytest.raises(ModelError, match="rank_pattern={'qkv_proj': 5} is not supported"):
+        lora.load_lora(tmp_path, cfg)
+
+
+@needs_peft
+@pytest.mark.parametrize("name", FUSED)
+def test_peft_reads_matrices_that_share_a_tensor_and_we_read_peft_s(name, tmp_path):
+    import peft
+    import torch
+    import transformers
+
+    cfg = models.ModelConfig.from_hf(cases.CASES[name])
+    params, config = cases.random_params(cfg), dataclasses.replace(CONFIG, targets=FUSED[name], rank_stabilised=name == "gpt2")
+    adapter, given = drawn(cfg, config), tokens(cfg)
+    models.save(tmp_path / "base", cfg, params)
+    lora.save_lora(tmp_path / "ours", cfg, adapter, config, base=str(tmp_path / "base"))
+    fresh = lambda: transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32, attn_implementation="eager")  # noqa: E731
+
+    def by_peft(model):
+        with torch.no_grad():
+            return model(torch.tensor(given, dtype=torch.long)).logits.numpy()
+
+    theirs = by_peft(peft.PeftModel.from_pretrained(fresh(), tmp_path / "ours"))
+    ours, plain = (np.asarray(models.apply(cfg, p, given)[0]) for p in (lora.merge(params, adapter, config.scale), params))
+    assert cases.relative_error(ours, theirs) < 2e-5 < cases.relative_error(plain, theirs)
+
+    module = {"phi3": "qkv_proj", "gpt2": "c_attn", "gpt_neox": "query_key_value"}[name]
+    torch.manual_seed(0)
+    settings = peft.LoraConfig(r=2, lora_alpha=5, target_modules=[module], fan_in_fan_out=name == "gpt2", task_type="CAUSAL_LM")
+    made = peft.get_peft_model(fresh(), settings)
+    for key, weight in made.named_parameters():
+        if "lora_B" in key:
+            torch.nn.init.normal_(weight, std=0.3)
+    made.save_pretrained(tmp_path / "theirs")
+    read, found = lora.load_lora(tmp_path / "theirs", cfg)
+    assert set(found.targets) == {"blocks.q", "blocks.k", "blocks.v"}
+    ours = np.asarray(models.apply(cfg, lora.merge(params, read, found.scale), given)[0])
+    assert cases.relative_error(ours, by_peft(made)) < 2e-5 < cases.relative_error(plain, by_peft(made))
 
 
 @needs_peft

@@ -435,7 +435,7 @@ def test_every_field_reaches_what_it_is_for(folder, monkeypatch):
 
     load = models.load
 
-    def fake_load(source, dtype):
+    def fake_load(source, dtype, mesh):
         seen.update(model=source, dtype=dtype)
         return load(source, dtype=dtype)
 
@@ -452,7 +452,8 @@ def test_every_field_reaches_what_it_is_for(folder, monkeypatch):
     values |= {"chunk": 6, "window_ms": 7.0, "queue": 8, "connections": 9, "body_bytes": 10, "timeout": 11.0, "model": str(folder)}
     config = load_config("configs/serve.py", {name: str(value) for name, value in values.items()})
     serve.make_server(config)
-    assert set(values) | {"drain"} == set(field_names(config))  # drain: of the verb's end, above
+    # drain: of the verb's end, above; adapter: tests/train/test_lora_training.py
+    assert set(values) | {"drain", "adapter"} == set(field_names(config))
     assert (seen["places"], seen["prompt_tokens"], seen["new_tokens"], seen["chunk"], seen["window"], seen["waiting"]) == (3, 4, 5, 6, 0.007, 8)
     assert seen["limits"] == server_module.Limits(10, 11.0, 9, "k") and (seen["host"], seen["port"], seen["name"]) == ("::1", 1, "n")
     assert (seen["model"], seen["dtype"]) == (str(folder), "bfloat16")

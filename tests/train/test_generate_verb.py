@@ -13,6 +13,7 @@ from jaxrl_llm.commands._steer import parse_features
 from jaxrl_llm.config import field_names, load_config
 from jaxrl_llm.data.lab_world import build_tokenizer, generate_problems
 from jaxrl_llm.errors import UserError
+from models.lora import LoraConfig, init_lora, save_lora
 
 
 @pytest.fixture(scope="module")
@@ -25,6 +26,9 @@ def world(tmp_path_factory):
     )  # fmt: skip
     for name, seed in (("model", 0), ("other", 1)):
         models.save(folder / name, cfg, models.init(cfg, jax.random.key(seed)), tokenizer_from=tokenizer)
+    lora = LoraConfig(rank=2)
+    adapter = jax.tree.map(lambda x: x + 0.3, init_lora(cfg, lora, jax.random.key(3)))
+    save_lora(folder / "adapter", cfg, adapter, lora)
     for name, hook in (("sae", "blocks.0.resid_pre"), ("sae2", "blocks.0.resid_post")):
         d = sae.init(sae.SAEConfig("topk", 16, 24, 3, hook_name=hook), jax.random.key(2))
         sae.save(folder / name, d)
@@ -68,7 +72,8 @@ def test_samples_every_prompt_and_goes_on_after_a_stop(world, tmp_path, capsys):
 LONG = {"max_prompt_tokens": "4", "overflow": "truncate"}
 STEER = {"steer.sae": "sae", "steer.features": "3=add:9"}
 FIELDS = {
-    "model": ({}, "other"), "dtype": ({}, "bfloat16"), "prompt": ({"data.source": "", "prompt": "1 plus 1 ="}, "1 plus 2 ="),
+    "model": ({}, "other"), "adapter": ({}, "adapter"), "dtype": ({}, "bfloat16"),
+    "prompt": ({"data.source": "", "prompt": "1 plus 1 ="}, "1 plus 2 ="),
     "data.source": ({}, "splits"), "data.fields": ({}, "prompt=hint"), "data.split": ({"data.source": "splits"}, "test"),
     "data.limit": ({}, "3"), "data.on_bad": ({"data.source": "bad.jsonl"}, "skip"), "template": ({}, "{prompt} {hint}"),
     "max_prompt_tokens": (LONG, "6"), "overflow": (LONG, "error"), "num_samples": ({}, "3"), "max_new_tokens": ({}, "5"),
@@ -81,7 +86,7 @@ FIELDS = {
 
 def outcome(world, folder, changes):
     """The samples without their ids' names, or the message."""
-    paths = ("model", "data.source", "steer.sae")
+    paths = ("model", "adapter", "data.source", "steer.sae")
     changes = {key: str(world / value) if key in paths and value else value for key, value in changes.items()}
     try:
         generate.run(config_of(world, **changes), str(folder))

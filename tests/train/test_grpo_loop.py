@@ -5,6 +5,7 @@ import json
 import os
 import signal
 
+import jax
 import numpy as np
 import pytest
 import tiny_grpo as tiny
@@ -14,7 +15,11 @@ from jaxrl_llm.errors import UserError
 from jaxrl_llm.rewards.verdict import Status, Verdict
 from jaxrl_llm.run_dir import RunDir
 from jaxrl_llm.train.config import LossConfig, OptimizerConfig
+from jaxrl_llm.train.resample import joined
+from jaxrl_llm.train.rollout import build_batch, collect
 from jaxrl_llm.train.signals import Interrupted
+from jaxrl_llm.train.state import init_state, trunk
+from jaxrl_llm.train.step import compiled_logprobs, compiled_targets, compiled_update, compiled_values, critic_targets, step_spec
 
 TIMES = ("seconds_schedule", "seconds_rollout", "seconds_reward", "seconds_update", "tokens_per_s", "seconds")
 ISSUE_METRICS = (
@@ -208,6 +213,56 @@ def test_inner_epochs_and_kl_are_used(tmp_path):
     assert first["clip_share"] > 0 and abs(first["ratio"] - 1) > 1e-4 and first["logp_diff_max"] < 1e-5
 
 
+CRITIC = LossConfig(aggregation="token_mean", baseline="value", advantage_scale="none", kl="k1", kl_coef=0.1, kl_place="token_reward")
+PARTED = {"plain": {}, "reference": {"loss": LossConfig(kl="k3", kl_coef=0.1)}, "critic": {"loss": CRITIC}}
+
+
+@pytest.mark.parametrize("case", PARTED)
+def test_parts_of_a_rollout_are_updates_by_their_own_prompts(tmp_path, case):
+    """Two steps and two epochs, against the loop written out: for each half of a rollout the batch of its prompts alone, old log-probabilities,
+    values and KL by the policy that sampled."""
+    config = dataclasses.replace(tiny.TINY, steps=2, inner_epochs=2, updates_per_epoch=2, checkpoint_every=0, **PARTED[case])
+    trained, _ = tiny.run(tmp_path / "run", config)
+    spec, one = step_spec(tiny.CONFIG, config), dataclasses.replace(config, updates_per_epoch=1)
+    data, schedule, first = tiny.prompts(), ShuffledSchedule(12, 4, seed=3), tiny.params()
+    state, logprobs, update = init_state(tiny.CONFIG, spec.optimizer, first, None, config.loss.critic), compiled_logprobs(spec), compiled_update(spec)
+    for step in range(2):
+        key, policy = jax.random.fold_in(jax.random.key(config.seed), step), trunk(state["params"])
+        experience = collect(tiny.CONFIG, policy, tiny.Tokenizer(), data.take(schedule.batch(step)), tiny.reward, config, key)
+        halves = [build_batch(joined([(experience, np.array(at))]), one) for at in ([0, 1], [2, 3])]
+        for half in halves:
+            half["old_logps"] = logprobs(policy, half)
+            if case == "reference":
+                half["ref_logps"] = logprobs(first, half)
+            if case == "critic":
+                half["kl"] = np.asarray(half["old_logps"]) - np.asarray(logprobs(first, half))
+                half["values"] = compiled_values(spec)(state["params"], half)
+        if case == "critic":  # advantages are centred over all tokens
+            both = critic_targets(spec, jax.tree.map(lambda *parts: np.concatenate(parts), *halves))
+            halves = [half | {name: x[i : i + 1] for name, x in both.items()} for i, half in enumerate(halves)]
+        for half in halves * 2:
+            state, _, _ = update(state, half, None)
+    np.testing.assert_allclose(tiny.flat(trained), tiny.flat(trunk(state["params"])), rtol=1e-4, atol=1e-5)
+    whole, _ = tiny.run(tmp_path / "whole", dataclasses.replace(one, inner_epochs=4))
+    assert np.abs(tiny.flat(whole) - tiny.flat(trained)).max() > 1e-3
+    record = records(tmp_path / "run")[0]
+    assert record["logp_diff_max"] < 1e-5 and record["clip_share"] > 0 and abs(record["ratio"] - 1) > 1e-4
+
+
+def test_advantages_are_those_of_the_whole_rollout():
+    """With a deviation over the batch, and for a prompt whose samples are in two parts."""
+    batch, prompts = tiny.prompts().take([0, 1, 0, 3]), tiny.TINY.num_samples
+    config = dataclasses.replace(tiny.TINY, updates_per_epoch=4, loss=LossConfig(advantage_scale="batch_std"))
+    made = collect(tiny.CONFIG, tiny.params(), tiny.Tokenizer(), batch, tiny.reward, config, jax.random.key(1))
+    rewards = made.rewards_N.astype(np.float64)
+    means = np.array([rewards[made.groups_N == group].mean() for group in made.groups_N])
+    laid_out = build_batch(made, config)
+    found = compiled_targets(step_spec(tiny.CONFIG, config))(laid_out | {"old_logps": laid_out["sampler_logps"] + 0.5})
+    wanted = (rewards - means) / (np.sqrt(((rewards - means) ** 2).sum() / (len(rewards) - 1)) + 1e-4)
+    np.testing.assert_allclose(np.asarray(found[0]["advantages"]), wanted.reshape(4, prompts), rtol=1e-5, atol=1e-6)
+    assert np.abs(wanted).max() > 0.1 and [float(found[1][f"logp_diff_{name}"]) for name in ("mean", "max")] == pytest.approx([0.5, 0.5], rel=1e-5)
+
+
 @pytest.mark.parametrize(("rows", "buckets"), [(4, 1), (2, 1), (2, 3)])
 def test_micro_batches_train_the_same_policy(tmp_path, rows, buckets):
     whole, _ = tiny.run(tmp_path / "whole", dataclasses.replace(tiny.TINY, steps=1))
@@ -256,7 +311,7 @@ class Seen(tiny.ShuffledSchedule):
         sampled.append(policy["blocks"]["q"])
 
 for adapter in (LoraSettings(), LoraSettings(rank=2)):
-    config, found = dataclasses.replace(tiny.TINY, steps=2, lora=adapter, eval_every=2), []
+    config, found = dataclasses.replace(tiny.TINY, steps=2, lora=adapter, eval_every=2, updates_per_epoch=2 if adapter.rank else 1), []
     for how in ("", "data=2,tensor=4"):
         mesh = models.sharding.make_mesh({"fsdp": 8}) if how else None
         changed = dataclasses.replace(config, rollout_mesh=how)

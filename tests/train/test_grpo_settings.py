@@ -5,6 +5,7 @@ The formulas: test_grpo_update_rules.py (loss), test_train_state.py (optimizer),
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -18,6 +19,7 @@ import models
 from jaxrl_llm.commands import grpo
 from jaxrl_llm.config import field_names, load_config
 from jaxrl_llm.errors import UserError
+from jaxrl_llm.rewards.verdict import Status, Verdict
 from jaxrl_llm.train import loop
 from jaxrl_llm.train.checks import check_dpo, check_grpo, check_online_dpo
 from jaxrl_llm.train.config import DPOConfig, GRPOConfig, OnlineDPOConfig, SFTConfig, from_mapping
@@ -205,6 +207,28 @@ def test_inner_epochs_update_again(tmp_path):
     once, twice = (tiny.flat(tiny.run(tmp_path / str(n), dataclasses.replace(tiny.TINY, steps=1, inner_epochs=n))[0]) for n in (1, 2))
     start = tiny.flat(tiny.params())
     assert np.abs(twice - start).mean() > 1.2 * np.abs(once - start).mean()
+
+
+def test_completions_that_are_cut_off_teach_as_little_as_those_without_a_verdict(tmp_path, caplog):
+    """The same parameters, bit for bit; but they have a verdict, which is told of. With all cut off a line says so."""
+    masked = dataclasses.replace(tiny.TINY, steps=2, mask_cut_off=True, checkpoint_every=0)
+
+    def without_verdict(inputs):  # a stop token is not written, so a completion of six words reached the limit
+        long = [len(item.response.split()) == masked.max_new_tokens for item in inputs]
+        return [Verdict(Status.ERROR) if cut else found for cut, found in zip(long, tiny.reward(inputs), strict=True)]
+
+    found, _ = tiny.run(tmp_path / "masked", masked)
+    wanted, _ = tiny.run(tmp_path / "errors", dataclasses.replace(masked, mask_cut_off=False), reward=without_verdict)
+    plain, _ = tiny.run(tmp_path / "plain", dataclasses.replace(masked, mask_cut_off=False))
+    np.testing.assert_array_equal(tiny.flat(found), tiny.flat(wanted))
+    assert not np.array_equal(tiny.flat(found), tiny.flat(plain))
+    records = [[json.loads(line) for line in (tmp_path / name / "metrics.jsonl").open()] for name in ("masked", "errors", "plain")]
+    masked_one, error_one, plain_one = (of_run[0] for of_run in records)
+    assert masked_one["errors"] == 0 < error_one["errors"] and 0 < masked_one["cut_off"] < 1
+    assert (masked_one["reward"], masked_one["pass_rate"]) == (plain_one["reward"], plain_one["pass_rate"])
+    assert masked_one["zero_spread"] == error_one["zero_spread"] and masked_one["loss"] == error_one["loss"]
+    loop._warn(SimpleNamespace(warned_at=-loop.WARN_AGAIN_AFTER), masked_one | {"zero_spread": float("nan")}, 0)
+    assert "no completion ended before max_new_tokens, so that mask_cut_off left none" in caplog.text
 
 
 def test_the_attention_of_the_update(monkeypatch):

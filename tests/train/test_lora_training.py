@@ -1,6 +1,7 @@
 """Training an adapter in every objective: gradients by the chain rule of the full model's, the frozen base, resume, a mesh, the verbs."""
 
 import dataclasses
+import importlib
 import importlib.util
 import itertools
 import json
@@ -15,6 +16,9 @@ import tiny_grpo as tiny
 import tiny_preferences as prefs
 
 import models
+from jaxrl_llm.commands import generate, serve
+from jaxrl_llm.commands import sft as sft_verb
+from jaxrl_llm.config import load_config
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.run_dir import RunDir
 from jaxrl_llm.train import preference_step, sft, step
@@ -247,6 +251,21 @@ from jaxrl_llm.train.state import abstract_state, init_state, start_params
 from jaxrl_llm.train.config import DPOConfig, GRPOConfig
 assert len(jax.devices()) == 8
 cfg = t.CONFIG
+mesh = models.sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
+for settings in (t.LORA, None):  # from a folder: an adapter to train on, or merged
+    from jaxrl_llm.commands._policy import load_policy
+    import tempfile, pathlib
+    from types import SimpleNamespace
+    folder = pathlib.Path(tempfile.mkdtemp())
+    models.save(folder / "m", cfg, prefs.params())
+    t.lora.save_lora(folder / "a", cfg, t.drawn(), t.LORA.adapter)
+    params = load_policy(SimpleNamespace(model=str(folder / "m"), adapter=str(folder / "a"), dtype="float32"), mesh, settings)[1]
+    assert bool(t.lora.adapter_of(params)) == (settings is not None)
+    np.testing.assert_array_equal(tiny.flat(start_params(cfg, params, mesh)), tiny.flat(t.lora.merge(prefs.params(), t.drawn(), t.SCALE)))
+    if settings:
+        state = init_state(cfg, t.OPTIMIZER, params, mesh, lora=settings.adapter)["params"]
+        assert not state["blocks"]["down"]["a"].sharding.is_fully_replicated
+        np.testing.assert_array_equal(tiny.flat(state), tiny.flat(t.drawn()))
 batch = {name: np.concatenate([x, x], axis=1)[:, :4 if name.startswith("prompt") else 8] for name, x in t.grpo_batch().items()}
 spec = step.step_spec(cfg, GRPOConfig(max_new_tokens=5, optimizer=t.OPTIMIZER, lora=t.LORA))
 def run(mesh):
@@ -341,16 +360,73 @@ def test_a_verb_writes_the_merged_policy_and_the_adapter_beside_it(verb, start_f
         np.testing.assert_allclose(found, np.asarray(policy["blocks"]["down"])[0].T, atol=1e-6)
 
 
-def test_an_adapter_that_peft_cannot_hold_is_told_and_the_policy_kept(start_folder, tmp_path, capsys, monkeypatch):
-    from jaxrl_llm.commands import _policy
+@pytest.fixture(scope="module")
+def adapter_folder(start_folder, tmp_path_factory):
+    """A PEFT folder of an adapter whose B is not zero."""
+    folder = tmp_path_factory.mktemp("peft") / "adapter"
+    lora.save_lora(folder, CONFIG, drawn(), LORA.adapter, str(start_folder[0]))
+    return folder
 
+
+OF_LORA = {"train.lora.rank": 2, "train.lora.alpha": 3.0, "train.lora.targets": '("blocks.q", "blocks.o", "blocks.down")'}
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_verb_starts_from_an_adapter(verb, start_folder, adapter_folder, tmp_path):
+    """Steps of no length: it is trained on and written again for the same base, or merged. The reference, if any, is the adapted policy."""
+    folder, source = start_folder
+    fields = VERBS[verb] | {"model": str(folder), "data.source": str(source), "adapter": str(adapter_folder), "train.steps": 1}
+    fields |= {"train.optimizer.learning_rate": 0.0}
+    if verb == "grpo":
+        fields |= {"train.loss.kl": "k3", "train.loss.kl_coef": 0.1}
+    run = importlib.import_module(f"jaxrl_llm.commands.{verb}").run
+    cfg, base = models.load(folder)
+    wanted = lora.merge(base, drawn(), SCALE)
+    for name, more in (("on", OF_LORA), ("merged", {})):
+        run(load_config(f"configs/{verb}.py", fields | more), str(tmp_path / name))
+        found = models.load(tmp_path / name / "policy")[1]
+        np.testing.assert_allclose(tiny.flat(found), tiny.flat(wanted), rtol=1e-6, atol=1e-6)
+        record = json.loads((tmp_path / name / "metrics.jsonl").read_text().splitlines()[-1])
+        if verb != "sft":
+            assert record["loss"] == pytest.approx(np.log(2), abs=1e-5) if verb == "dpo" else abs(record["kl"]) < 1e-6
+    jax.tree.map(np.testing.assert_array_equal, lora.load_lora(tmp_path / "on" / "adapter", cfg)[0], drawn())
+    assert json.loads((tmp_path / "on" / "adapter" / lora.CONFIG).read_text())["base_model_name_or_path"] == str(folder)
+    assert not (tmp_path / "merged" / "adapter").exists()
+
+
+def test_an_adapter_trained_on_is_that_of_the_folder(start_folder, adapter_folder, tmp_path):
+    folder, source = start_folder
+    fields = VERBS["sft"] | {"model": str(folder), "data.source": str(source), "adapter": str(adapter_folder), "train.steps": 2}
+    for change in ({"train.lora.rank": 3}, {"train.lora.alpha": 4.0}, {"train.lora.targets": "blocks.q"}):
+        told = r"set train.lora's rank=2, alpha=3, rank_stabilised=False, targets=blocks.down,blocks.o,blocks.q, or rank=0"
+        with pytest.raises(UserError, match=told):
+            sft_verb.run(load_config("configs/sft.py", fields | OF_LORA | change), str(tmp_path / "run"))
+    with pytest.raises(ModelError, match="nowhere/adapter_config.json: no such file"):
+        sft_verb.run(load_config("configs/sft.py", fields | {"adapter": str(tmp_path / "nowhere")}), str(tmp_path / "run"))
+
+
+def test_sampling_and_serving_take_an_adapter(start_folder, adapter_folder, monkeypatch, capsys):
     folder, _ = start_folder
-    cfg = dataclasses.replace(CONFIG, family="phi3")
-    monkeypatch.setattr(models, "save", lambda path, *_, **__: path.mkdir())
-    trained = lora.adapt(prefs.params(), drawn(), SCALE)
-    _policy.save_policy(RunDir(tmp_path / "run", {}, kind="sft"), cfg, trained, LORA, str(folder), None)
-    assert "policy only: LoRA target 'blocks.q' lies with others in" in capsys.readouterr().out
-    assert not (tmp_path / "run" / "adapter").exists()
+    wanted, seen = lora.merge(models.load(folder)[1], drawn(), SCALE), []
+    config = load_config("configs/generate.py", {"model": str(folder), "adapter": str(adapter_folder), "prompt": "1 +", "max_new_tokens": 2})
+    real = models.generate
+    monkeypatch.setattr(models, "generate", lambda cfg, params, *args, **how: seen.append(params) or real(cfg, params, *args, **how))
+    generate.run(config)
+    assert "=== prompt" in capsys.readouterr().out
+
+    class Stop(Exception):
+        pass
+
+    def engine(cfg, params, **_):
+        seen.append(params)
+        raise Stop
+
+    monkeypatch.setattr("jaxrl_llm.serve.engine.Engine", engine)
+    with pytest.raises(Stop):
+        serve.make_server(load_config("configs/serve.py", {"model": str(folder), "adapter": str(adapter_folder)}))
+    assert len(seen) == 2
+    for params in seen:
+        np.testing.assert_array_equal(tiny.flat(params), tiny.flat(wanted))
 
 
 def test_pair_losses_without_a_reference_need_no_base(tmp_path):

@@ -85,6 +85,15 @@ def test_long_completions_lose_reward_before_pairs_are_made():
     assert len(pairs) > 0 and (lengths[pairs[:, 0]] < lengths[pairs[:, 1]]).all()
 
 
+def test_completions_that_are_cut_off_are_in_no_pair():
+    rising = by_position(np.linspace(0, 1, 12))
+    plain, masked = (experience(rising, config=dataclasses.replace(prefs.ONLINE, mask_cut_off=mask)) for mask in (False, True))
+    cut = plain.rollout.finish_reason_N == 0
+    assert (masked.valid_N == plain.valid_N).all() and (masked.learnt_N == ~cut).all() and 0 < cut.sum() < 12
+    pairs, _ = pick_pairs(masked.rewards_N, masked.learnt_N, masked.groups_N)
+    assert not cut[pairs].any() and cut[pick_pairs(plain.rewards_N, plain.learnt_N, plain.groups_N)[0]].any()
+
+
 def test_one_prompt_that_comes_twice_is_one_group():
     made = experience(by_position(np.linspace(0, 1, 12)), ids=["a", "b", "a"])
     pairs, _ = pick_pairs(made.rewards_N, made.valid_N, made.groups_N)

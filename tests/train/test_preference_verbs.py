@@ -10,7 +10,7 @@ from tokenizers import models as token_models
 from transformers import PreTrainedTokenizerFast
 
 import models
-from jaxrl_llm.commands import dpo, online_dpo
+from jaxrl_llm.commands import dpo, online_dpo, sft
 from jaxrl_llm.config import load_config
 from jaxrl_llm.data.story_prompts import make_story_prompts, read_stories
 from jaxrl_llm.errors import UserError
@@ -101,7 +101,31 @@ def test_chats_that_share_all_but_their_last_message(model, tmp_path):
     data = encoded(model, write(tmp_path / "a.jsonl", rows), template="chat")
     assert data.prompts == [[3, 12], [6, 12], [9, 12, 10, 12, 11, 12]]
     assert data.completions == [([4, 1], [5, 1]), ([7, 1], [8, 1]), ([2, 1], [3, 1])]
-    assert encoded(model, write(tmp_path / "b.jsonl", rows[:1])).prompts == [[3]]
+    assert encoded(model, write(tmp_path / "b.jsonl", rows[:1]), template="{prompt}").prompts == [[3]]
+    with pytest.raises(UserError, match=r"b.jsonl:1: prompt '.*': a chat, of which template=none would drop the roles: set the template to 'chat'"):
+        encoded(model, tmp_path / "b.jsonl")
+
+
+def test_completions_of_chats_end_as_the_template_has_it_and_the_written_model_stops_there(model, tmp_path, capsys):
+    """Both verbs; the template ends with "+", and the model stops at "</s>" or at "</s>" and "+"."""
+    cfg, params = models.load(model)
+    tokenizer = models.load_tokenizer(model)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["+"]})
+    models.save(tmp_path / "chatty", cfg, params, tokenizer_from=tokenizer)
+    path = write(tmp_path / "a.jsonl", [{"prompt": "1", "chosen": "2 3", "rejected": "4"}])
+    config = config_of("dpo", tmp_path / "chatty", path, template="chat", train__steps=1)
+    rows = dpo._read(config, str(path), None, dpo.PAIR)
+    assert dpo.encode(rows, tokenizer, (1, 12), config, dpo.PAIR).completions == [([4, 5, 12], [6, 12])]
+    dpo.run(config, str(tmp_path / "dpo"))
+    assert "ends an answer with +, where this model does not stop" in capsys.readouterr().out
+    assert models.load(tmp_path / "dpo" / dpo.FOLDER)[0].eos_token_ids == (1, 12)
+    config = config_of("sft", tmp_path / "chatty", path, template="chat", train__steps=1, response_field="chosen")
+    tokens, mask = sft.encode(rows, tokenizer, (1, 12), config)
+    assert tokens.tolist() == [[3, 12, 4, 5, 12]] and mask.tolist() == [[False, False, True, True, True]]
+    sft.run(config, str(tmp_path / "sft"))
+    assert models.load(tmp_path / "sft" / dpo.FOLDER)[0].eos_token_ids == (1, 12)
+    config = config_of("sft", tmp_path / "chatty", path, template="{prompt} +", response_field="chosen")
+    assert sft.encode(rows, tokenizer, (1, 12), config)[0].tolist() == [[3, 12, 4, 5, 1]]
 
 
 def test_labelled_rows_get_an_unrelated_completion(model, tmp_path):

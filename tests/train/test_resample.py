@@ -36,7 +36,7 @@ def experience(rows, outcomes, width=3, first_token=0):
         logps_NT=np.zeros((count, width), np.float32), group_ids_N=of_prompt, finish_reason_N=np.zeros(count, int),
     )  # fmt: skip
     texts = [f"{prompts.ids[p]}:{i}" for i, p in enumerate(of_prompt)]
-    return Experience(prompts, rollout, texts, verdicts, rewards_N, valid_N, of_prompt.astype(np.int32), 1.0, 2.0)
+    return Experience(prompts, rollout, texts, verdicts, rewards_N, valid_N, valid_N, of_prompt.astype(np.int32), 1.0, 2.0)
 
 
 def test_a_group_is_mixed_by_its_verdicts_alone():
@@ -44,6 +44,8 @@ def test_a_group_is_mixed_by_its_verdicts_alone():
     assert mixed_groups(made).tolist() == [True, False, False, False, True]
     penalised = dataclasses.replace(made, rewards_N=made.rewards_N - np.arange(len(made.rewards_N)))
     assert mixed_groups(penalised).tolist() == mixed_groups(made).tolist()
+    learnt_N = made.valid_N & (np.arange(len(made.valid_N)) > 0)  # the first group's "p" was cut off, and masked
+    assert mixed_groups(dataclasses.replace(made, learnt_N=learnt_N)).tolist() == [False, False, False, False, True]
 
 
 def filled(*batches, tries=9):

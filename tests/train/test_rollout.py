@@ -7,12 +7,14 @@ import numpy as np
 import pytest
 import tiny_grpo as tiny
 
+import models
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.rewards.verdict import Status, Verdict
 from jaxrl_llm.train.checks import check_grpo
 from jaxrl_llm.train.config import GRPOConfig, LossConfig, OptimizerConfig, from_mapping
 from jaxrl_llm.train.metrics import experience_metrics, samples_record
-from jaxrl_llm.train.rollout import build_batch, collect, samples_together
+from jaxrl_llm.train.resample import joined
+from jaxrl_llm.train.rollout import Sampled, build_batch, collect, judged, overlong_tokens, samples_together
 from jaxrl_llm.train.state import init_state
 from jaxrl_llm.train.step import compiled_update, loss_and_grads, step_spec
 
@@ -124,6 +126,31 @@ def test_with_buckets_micro_batches_have_completions_of_similar_lengths(experien
         return sorted(tuple(part[i].tobytes() for part in (*prompts, *others)) for i in range(len(prompts[0])))
 
     assert rows_of(batch) == rows_of(plain)
+
+
+@pytest.mark.parametrize("change", [{}, {"micro_batch_rows": S}, {"micro_batch_rows": S, "length_buckets": 3}, {"micro_batch_rows": S // 2}], ids=str)
+def test_parts_of_a_rollout_are_batches_of_its_prompts_one_after_the_other(experience, change):
+    """Each as the batch of these prompts alone, but for widths and the groups' numbers; over two devices too, and of uneven parts."""
+    one = dataclasses.replace(tiny.TINY, **change)
+    for given, ways in ((experience, 1), (experience, 2), (without_first_row(experience), 1)):
+        rows = given.rollout.group_ids_N
+        both = build_batch(given, dataclasses.replace(one, updates_per_epoch=2), row_multiple=ways)
+        micros = len(both["lengths"]) // 2
+        for part, at in enumerate(([0, 1], [2, 3])):
+            found, held = {name: array[part * micros :][:micros] for name, array in both.items()}, np.isin(rows, at)
+            real = found["lengths"] > 0
+            assert sorted(found["rewards"][real]) == sorted(given.rewards_N[held]) and set(found["group_ids"][real]) == set(given.groups_N[held])
+            if given is experience:
+                alone = build_batch(joined([(given, np.array(at))]), one, row_multiple=ways)
+                for name in ("lengths", "valid", "prompt_lengths", "rewards"):
+                    np.testing.assert_array_equal(found[name], alone[name], err_msg=name)
+
+
+def without_first_row(experience):
+    """So that a prompt has fewer completions than the others."""
+    rollout = models.Rollout(**{f.name: getattr(experience.rollout, f.name)[1:] for f in dataclasses.fields(models.Rollout)})
+    arrays = {name: getattr(experience, name)[1:] for name in ("texts", "verdicts", "rewards_N", "valid_N", "learnt_N", "groups_N")}
+    return dataclasses.replace(experience, rollout=rollout, **arrays)
 
 
 def test_most_of_a_prompt_s_completions_that_fit_and_divide_them_share_its_forward():
@@ -241,6 +268,7 @@ def test_mapping_becomes_the_dataclass():
         (GRPOConfig(rollout_tries=0), "rollout_tries"),
         (GRPOConfig(max_new_tokens=8, overlong_buffer=9), "overlong_buffer.*max_new_tokens=8"),
         (GRPOConfig(overlong_penalty=-1.0), "overlong_penalty"),
+        (GRPOConfig(overlong_buffer_share=1.1), "overlong_buffer_share.*0 .off. to 1, got 1.1"),
     ],
 )
 def test_settings_without_meaning_are_refused(config, message):
@@ -265,6 +293,12 @@ def test_long_completions_lose_reward(experience):
     wider = dataclasses.replace(shy, overlong_buffer=6)
     again = collect(tiny.CONFIG, tiny.params(), tiny.Tokenizer(), batch, sometimes_broken, wider, jax.random.key(1))
     assert again.rewards_N.sum() < made.rewards_N.sum()
+    shares = {0.0: 0, 0.01: 1, 2 / 3: 4, 1.0: 6}  # of six tokens
+    assert {share: overlong_tokens(dataclasses.replace(tiny.TINY, overlong_buffer_share=share)) for share in shares} == shares
+    assert overlong_tokens(dataclasses.replace(shy, overlong_buffer_share=1.0)) == 4
+    by_share = dataclasses.replace(shy, overlong_buffer=0, overlong_buffer_share=0.6)
+    share = judged(Sampled(batch, made.rollout, made.texts, 0.0), made.verdicts, 0.0, by_share)
+    np.testing.assert_array_equal(share.rewards_N, made.rewards_N)
 
 
 def test_broken_reward_verdict_count():

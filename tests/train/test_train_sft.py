@@ -119,6 +119,57 @@ def test_records_and_checkpoints_are_as_often_as_set(tmp_path):
     assert left("all", checkpoint_every=1, keep_checkpoints=3) == ([1, 2, 3, 4], ["2", "3", "4"])
 
 
+def nats(params, tokens, mask):
+    """The mean over counted tokens, by float64 logits of whole rows."""
+    logits = np.asarray(models.apply(tiny.CONFIG, params, tokens)[0], np.float64)[:, :-1]
+    logps = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    return -np.take_along_axis(logps, tokens[:, 1:, None], -1)[..., 0][mask[:, 1:]].mean()
+
+
+HELD = {"new": next(data(seed=5, rows=7, width=12)), "far": (3 + np.zeros((3, 8), int), np.ones((3, 8), bool))}
+
+
+def test_held_out_losses_are_those_of_the_policy_and_the_best_one_stays(tmp_path):
+    """By hand, in chunks of another size; a run that goes on knows of its best; the rows of "far" grow unlikelier at once."""
+    config = dataclasses.replace(QUICK, steps=6, log_every=4, eval_every=2, keep_best="far")
+    trained, history = train(config, folder=tmp_path / "run", held_out=HELD)
+    evals = [r for r in history if r["kind"] == "eval"]
+    assert [(r["step"], r["set"]) for r in evals] == [(step, name) for step in (0, 2, 4, 6) for name in HELD]
+    assert [r["step"] for r in history if r["kind"] == "sft"] == [2, 4, 6]
+    for record, params in ((evals[0], tiny.params()), (evals[3], trained)):
+        tokens, mask = HELD[record["set"]]
+        assert record["loss"] == pytest.approx(nats(params, tokens, mask), rel=1e-5) and record["n"] == len(tokens)
+        assert record["tokens"] == mask[:, 1:].sum()
+    far = [r["loss"] for r in evals if r["set"] == "far"]
+    assert far[1] < far[2] < far[3] and sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == ["2", "6"]
+    again, known = train(config, folder=tmp_path / "run", held_out=HELD)
+    np.testing.assert_array_equal(tiny.flat(again), tiny.flat(trained))
+    assert known == history
+    last, plain = train(dataclasses.replace(config, keep_best="", forward_rows=2, eval_every=0), held_out=HELD)
+    assert not np.array_equal(tiny.flat(last), tiny.flat(trained)) and [r["step"] for r in plain if r["kind"] == "eval"] == [0, 0, 6, 6]
+    assert [r["loss"] for r in plain if r["step"] == 6 and r["kind"] == "eval"] == pytest.approx([r["loss"] for r in evals[-2:]], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"keep_best": "nwe"}, "'keep_best' is 'nwe', which is no held-out set: did you mean new"),
+        ({"keep_best": "new"}, "'keep_best' keeps a checkpoint: give a run directory"),
+        ({"forward_rows": 0}, "'forward_rows' must be at least 1, got 0"), ({"log_every": 0}, "'log_every' must be at least 1, got 0"),
+        ({"steps": 0}, "'steps' must be at least 1, got 0"), ({"eval_every": -1}, "'eval_every' must be at least 0, got -1"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_settings_without_meaning_are_one_clear_line(changes, message):
+    with pytest.raises(UserError, match=message):
+        train(dataclasses.replace(QUICK, **changes), held_out=HELD)
+
+
+def test_a_held_out_loss_that_is_not_finite_is_named():
+    with pytest.raises(UserError, match="the loss of held-out set 'new' after step 0 is nan: lower"):
+        train_sft(tiny.CONFIG, jax.tree.map(lambda p: p * np.nan, tiny.params()), data(), QUICK, held_out=HELD, progress=False)
+
+
 def test_batches_that_run_out_are_named():
     with pytest.raises(UserError, match="ran out at step 3"):
         train(batches=itertools.islice(data(), 2))
@@ -129,10 +180,11 @@ import sys; sys.path.insert(0, "tests/train")
 import dataclasses, numpy as np, models.sharding
 import tiny_grpo as tiny, test_train_sft as t
 config = dataclasses.replace(t.QUICK, steps=2)
-one, _ = t.train(config)
+one, wanted = t.train(config, held_out=t.HELD)
 packed, _ = t.train(config, t.packed(t.data(), 20), mesh=models.sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2}))
 np.testing.assert_allclose(tiny.flat(packed), tiny.flat(one), rtol=1e-4, atol=1e-5)
-many, _ = t.train(config, mesh=models.sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2}))
+many, history = t.train(config, held_out=t.HELD, mesh=models.sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2}))
+np.testing.assert_allclose([r["loss"] for r in history], [r["loss"] for r in wanted], rtol=1e-5)
 np.testing.assert_allclose(tiny.flat(many), tiny.flat(one), rtol=1e-4, atol=1e-5)
 print("equal")
 """

@@ -20,6 +20,7 @@ from jaxrl_llm.data.story_prompts import read_stories
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.train.checks import check_grpo
 from jaxrl_llm.train.config import GRPOConfig, from_mapping
+from jaxrl_llm.train.rollout import overlong_tokens
 
 WORDS = ["<pad>", "</s>", *"0123456789", "+", "="]
 
@@ -62,7 +63,7 @@ def test_sft_then_grpo_then_a_folder_that_loads(model, sums, tmp_path, capsys):
     config = config_of("sft", model, sums, train__steps=60, train__optimizer__learning_rate=0.02, batch_rows=20, max_length=16)
     sft.run(config, str(tmp_path / "sft"))
     history = [json.loads(line) for line in (tmp_path / "sft" / "metrics.jsonl").read_text().splitlines()]
-    assert history[-1]["loss"] < 0.5 * history[0]["loss"]
+    assert history[-1]["loss"] < 0.5 * history[0]["loss"] and all(record["kind"] == "sft" for record in history)
     tuned = tmp_path / "sft" / sft.FOLDER
     config = config_of("grpo", tuned, sums, evals=f"sums={sums}", train__eval_by=("level",), **GRPO)
     grpo.run(config, str(tmp_path / "grpo"))
@@ -99,19 +100,25 @@ def test_variants_are_the_papers():
         loss = made.loss
         assert (loss.ratio, loss.surrogate, loss.aggregation, loss.baseline, loss.advantage_scale) == (ratio, surrogate, aggregation, baseline, scale)
         assert (loss.kl and loss.kl_place) == place and loss.mismatch is None and (place is None) == (loss.kl_coef == 0)
-        assert (made.inner_epochs > 1) == (name in ("gspo", "cispo", "ppo"))  # else the ratio is 1
-        assert (made.rollout_tries, made.overlong_buffer) == ((10, 51) if name == "dapo" else (1, 0))
+        assert (made.inner_epochs, made.updates_per_epoch) == {"gspo": (1, 4), "cispo": (1, 4), "ppo": (4, 1)}.get(name, (1, 1))
+        assert (made.rollout_tries, made.overlong_buffer_share, made.overlong_buffer) == ((10, 0.2, 0) if name == "dapo" else (1, 0.0, 0))
 
 
-def test_dapo_from_a_file_replaces_groups_and_stops_where_its_buffer_does_not_fit(model, sums, tmp_path):
+def test_dapo_from_a_file_replaces_groups_and_its_buffer_follows_the_limit(model, sums, tmp_path):
     dapo = {**GRPO, "train__steps": 1, "train__rollout_tries": 2}
     fields = {"model": str(model), "data.source": str(sums), "data.fields": "prompt=question,answer=answer"}
     fields |= {key.replace("__", "."): value for key, value in dapo.items()}
-    with pytest.raises(UserError, match="overlong_buffer.*max_new_tokens=4.*got 51"):
-        grpo.run(load_config("configs/grpo.py:dapo", fields), str(tmp_path / "refused"))
-    grpo.run(load_config("configs/grpo.py:dapo", fields | {"train.overlong_buffer": 1}), str(tmp_path / "run"))
+    config = load_config("configs/grpo.py:dapo", fields)
+    assert overlong_tokens(from_mapping(GRPOConfig, config.train)) == 1  # of four
+    grpo.run(config, str(tmp_path / "run"))
     record = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
     assert len(record["rows"]) == 4 and record["rollouts"] in (1, 2) and len(record["rows_rolled"]) == 4 * record["rollouts"]
+
+
+def test_parts_of_a_rollout_divide_its_prompts(model, sums, tmp_path):
+    with pytest.raises(UserError, match="'updates_per_epoch' is 3, and a step has 4 prompts, which it does not divide: change it, or schedule.batch"):
+        grpo.run(config_of("grpo", model, sums, train__updates_per_epoch=3, **GRPO), str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
 
 
 def test_sft_masks_the_prompt_unless_it_trains_on_text(model, sums):
@@ -122,6 +129,29 @@ def test_sft_masks_the_prompt_unless_it_trains_on_text(model, sums):
     assert mask.astype(int).tolist() == [[0, 0, 0, 0, 1, 1], [0, 1, 1, 1, 0, 0]]
     tokens, mask = sft.encode(rows, tokenizer, (1,), config_of("sft", model, sums, loss_on="text", max_length=6))
     assert tokens.tolist() == [[3, 12, 4, 13, 1], [6, 1, 0, 0, 0]] and mask.sum() == 7
+
+
+def test_sft_on_held_out_rows_and_their_page(model, sums, tmp_path, capsys):
+    from jaxrl_llm.report.run import run_report
+
+    # Other rows are known better at first, and worse once the training rows are known by heart.
+    settings = dict(train__optimizer__learning_rate=0.05, train__eval_every=5, train__steps=25, batch_rows=20, max_length=16)
+    settings |= dict(data__held_out=4, evals=f"some={sums}", eval_limit=6, train__keep_best="held_out", train__log_every=25)
+    sft.run(config_of("sft", model, sums, **settings), str(tmp_path / "run"))
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["rows"] == 16 and {name: found["n"] for name, found in summary["evals"].items()} == {"some": 6, "held_out": 4}
+    best = summary["best"]
+    assert best["step"] in (5, 10, 15, 20) and best["loss"] < summary["evals"]["held_out"]["loss"]["last"]
+    told = capsys.readouterr().out
+    assert f"policy (of step {best['step']}, the best on held_out)" in told and "some: loss 2." in told
+    rows = sft._read(config_of("sft", model, sums), str(sums), None)
+    tokens, mask = sft.encode(rows[-4:], models.load_tokenizer(model), (1,), config_of("sft", model, sums))
+    cfg, params = models.load(tmp_path / "run" / sft.FOLDER)
+    logits = np.asarray(models.apply(cfg, params, tokens)[0], np.float64)[:, :-1]
+    logps = np.take_along_axis(logits - np.log(np.exp(logits).sum(-1, keepdims=True)), tokens[:, 1:, None], -1)[..., 0]
+    assert -logps[mask[:, 1:]].mean() == pytest.approx(best["loss"], rel=1e-5)
+    data = run_report(tmp_path / "run")
+    assert [chart["title"] for chart in data["curves"]] == ["Held-out loss"] and "Loss" in [panel["title"] for panel in data["panels"]]
 
 
 CHATML = "{% for m in messages %}{{ '+ ' if m.role == 'user' else '= ' }}{{ m.content }} </s>{% endfor %}{% if add_generation_prompt %}= {% endif %}"
@@ -140,7 +170,7 @@ def test_sft_on_chats_counts_every_turn_of_the_assistant(model, tmp_path):
     source.write_text("".join(json.dumps(row) + "\n" for row in rows))
     fields = {"model": str(folder), "data.source": str(source), "data.fields": "prompt=messages", "train.steps": 2, "max_length": 16}
     config = load_config("configs/sft.py:chats", fields)
-    tokens, mask = sft.encode(sft._read(config), tokenizer, (1,), config)
+    tokens, mask = sft.encode(sft._read(config, config.data.source, None), tokenizer, (1,), config)
     assert [tokenizer.decode(row[counts]) for row, counts in zip(tokens, mask, strict=True)] == ["3 </s> 5 6 </s>", "2 </s>"]
     sft.run(config, str(tmp_path / "run"))
     assert json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])["tokens"] == 2 * 7
@@ -166,7 +196,8 @@ def test_sft_on_packed_rows_is_sft_on_the_rows(model, sums, tmp_path):
     for plain, packed in zip(records[False], records[True], strict=True):
         assert packed["tokens"] == plain["tokens"] and packed["loss"] == pytest.approx(plain["loss"], rel=1e-5)
     schedule = ShuffledSchedule(20, 12, 0)
-    tokens, mask = sft.encode(sft._read(config_of("sft", model, sums)), models.load_tokenizer(model), (1,), config_of("sft", model, sums))
+    config = config_of("sft", model, sums)
+    tokens, mask = sft.encode(sft._read(config, str(sums), None), models.load_tokenizer(model), (1,), config)
     assert len(next(sft._batches(tokens, mask, schedule, 24))[0]) == 3 < len(next(sft._batches(tokens, mask, schedule))[0])
 
 
@@ -327,11 +358,16 @@ def test_grpo_mistakes_are_one_clear_line(model, sums, tmp_path, overrides, mess
         (dict(overflow="cut"), "overflow"),
         (dict(response_field="anser"), "anser"),
         (dict(dtype="float16"), "'dtype' is 'float16'"),
+        (dict(data__held_out=20), "data.held_out is 20 of 20 rows"),
+        (dict(data__held_out=2, evals="held_out={source}"), "name no set of evals 'held_out'"),
+        (dict(train__log_every=0), "'log_every' must be at least 1"),
+        (dict(train__keep_best="held_out"), "'keep_best' is 'held_out', which is no held-out set"),
     ],
 )
 def test_sft_mistakes_are_one_clear_line(model, sums, tmp_path, overrides, message):
     arguments = dict(data__source=str(sums)) | overrides
     source = arguments.pop("data__source")
+    arguments |= {"evals": arguments.get("evals", "").format(source=source)}
     with pytest.raises(UserError, match=message):
         sft.run(config_of("sft", model, source, **arguments), str(tmp_path / "run"))
 
