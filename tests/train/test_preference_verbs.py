@@ -226,16 +226,20 @@ def test_dpo_on_real_pairs_prefers_the_chosen_of_held_out_rows(assets, tmp_path)
 
 
 def test_online_dpo_on_real_story_prompts(assets, tmp_path):
-    """The rules of experiments/story_rules.py: four steps run, most prompts make a pair, and the pairs are learnt from."""
+    """The rules of experiments/story_rules.py: most prompts make a pair, fresh pairs are told apart better, what is sampled is worth more, and so
+    is what the policy writes for held-out openings. (Rewards of ten such steps of two seeds: 0.60 and 0.57 in the first three, 0.72 and 0.76 in
+    the last; held out 0.64 before, 0.79 and 0.77 after.)"""
     stories = read_stories(str(assets / "data" / "tinystories" / "tinystories_sample.txt"), separator="<|endoftext|>")
-    rows, held = make_story_prompts(stories, held_out=16, limit=64)
+    rows, held = make_story_prompts(stories, held_out=32, limit=64)
     train, test = write(tmp_path / "train.jsonl", rows), write(tmp_path / "test.jsonl", held)
     config = config_of(
         "online_dpo", assets / "checkpoints" / "stories260k", train, evals=f"held_out={test}", reward__options='{"reduce": "mean"}',
-        schedule__batch_prompts=8, max_prompt_tokens=64, train__steps=4, train__num_samples=6, train__max_new_tokens=48,
-        train__stop_strings=("\n",), train__optimizer__learning_rate=3e-4, train__eval_every=0,
+        schedule__batch_prompts=8, max_prompt_tokens=64, train__steps=8, train__num_samples=6, train__max_new_tokens=48,
+        train__stop_strings=("\n",), train__optimizer__learning_rate=5e-4, train__eval_every=0,
     )  # fmt: skip
     online_dpo.run(config, str(tmp_path / "run"))
-    steps = [r for r in records(tmp_path / "run") if r["kind"] == "train"]
-    assert len(steps) == 4 and sum(r["pairs"] for r in steps) > 16 and all(r["logp_diff_max"] < 1e-3 and r["errors"] == 0 for r in steps)
-    assert abs(steps[0]["margin"]) < 1e-3 and steps[-1]["margin"] != 0 and all(r["grad_norm"] > 0 for r in steps)
+    steps, evals = ([r for r in records(tmp_path / "run") if r["kind"] == kind] for kind in ("train", "eval"))
+    assert len(steps) == 8 and sum(r["pairs"] for r in steps) > 32 and all(r["logp_diff_max"] < 1e-3 and r["errors"] == 0 for r in steps)
+    assert abs(steps[0]["margin"]) < 1e-3 < 0.02 < np.mean([r["margin"] for r in steps[1:]]) and all(r["grad_norm"] > 0 for r in steps)
+    assert np.mean([r["reward"] for r in steps[-3:]]) > np.mean([r["reward"] for r in steps[:3]]) + 0.05
+    assert evals[-1]["reward"] > evals[0]["reward"] + 0.03
