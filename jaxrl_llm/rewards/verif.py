@@ -37,6 +37,13 @@ TASK = (
 TASK_ALONE = "Decide whether RESPONSE does all that INSTRUCTION asks for. YES: it does. NO: it leaves out or breaks at least one of its demands."
 
 
+def soft_question(soft: Sequence[str], response: str, instruction: str | None = None) -> Question:
+    """The one question that is asked about all soft constraints of a row."""
+    listed = soft[0] if len(soft) == 1 else "\n".join(f"{n}. {text}" for n, text in enumerate(soft, 1))
+    shown = {} if instruction is None else {"INSTRUCTION": instruction}
+    return Question(TASK, {**shown, "CONSTRAINTS": listed, "RESPONSE": response})
+
+
 class VerifReward:
     """The reward "verif". PASS means that every rule holds and the judge, where it is asked, says YES; the score is the reward above.
 
@@ -119,6 +126,10 @@ class VerifReward:
             self._combined(rules[index], said.get(index)) if verdict is None else verdict for index, verdict in enumerate(verdicts)
         ]
 
+    def rule_verdicts(self, inputs: Sequence[RewardInput]) -> list[list[Verdict]]:
+        """Of each input the verdicts of its rules, those by name first: what the rule term is made of. A blank response keeps none."""
+        return self._rules([self._requirements(item.row) for item in inputs], inputs, [self._answer(item.response) for item in inputs])
+
     @property
     def _by_code(self) -> bool:
         return self.use in ("both", "rules")
@@ -143,6 +154,7 @@ class VerifReward:
         jobs: list[tuple[int, str, Job]] = []
         for index, (need, item, answer) in enumerate(zip(needs, inputs, answers, strict=True)):
             if not answer:
+                found[index] = [Verdict(Status.FAIL, reason=f"{rule}: there is no answer") for rule in need.rules()]
                 continue
             found[index] = [evaluate(name, answer, kwargs) for name, kwargs in need.constraints]
             jobs += [(index, name, Job(source, ENTRY, (item.prompt, answer), as_bool=True)) for name, source in need.functions]
@@ -175,9 +187,7 @@ class VerifReward:
             return None
         if not needs.soft:
             return Question(TASK_ALONE, {"INSTRUCTION": item.prompt, "RESPONSE": answer})
-        listed = "\n".join(needs.soft) if len(needs.soft) == 1 else "\n".join(f"{n}. {text}" for n, text in enumerate(needs.soft, 1))
-        shown = {"INSTRUCTION": item.prompt} if self.show_instruction else {}
-        return Question(TASK, {**shown, "CONSTRAINTS": listed, "RESPONSE": answer})
+        return soft_question(needs.soft, answer, item.prompt if self.show_instruction else None)
 
     def _rule_term(self, rules: Sequence[Verdict]) -> float:
         kept = [verdict.status is Status.PASS for verdict in rules if verdict.status is not Status.NOT_APPLICABLE]
