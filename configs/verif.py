@@ -56,7 +56,7 @@ def _base() -> ConfigDict:
     c.data.fields = ""  # field map, such as "prompt=question"
     c.data.split = "train"  # of a data set that has splits
     c.data.limit = config_dict.placeholder(int)  # at most so many rows, or stories; None = all
-    c.data.held_out = 200  # prompts of each held-out set
+    c.data.held_out = 300  # prompts of each held-out set
     c.data.template = "none"  # "none", "chat" or a format with {prompt}
     c.data.max_prompt_tokens = 128  # room for a prompt
     c.data.overflow = "error"  # a longer one: "error", "drop" or "truncate"
@@ -79,7 +79,7 @@ def _base() -> ConfigDict:
     c.made.template = "{constraints}\n\nStory:"  # a prompt
 
     c.sft = ConfigDict()  # first the policy is taught the format by the texts that the instructions were made from
-    c.sft.steps = 400  # updates; 0 = it knows the format
+    c.sft.steps = 300  # updates; 0 = it knows the format
     c.sft.batch = 32  # texts a step
     c.sft.learning_rate = 1e-3  # peak, cosine
 
@@ -89,7 +89,7 @@ def _base() -> ConfigDict:
     c.judge.mode = "logprobs"  # how its verdict is read: "logprobs", "line" (any server), "guided_choice" or "json_schema"
     c.judge.show_instruction = False  # whether it sees the whole prompt beside the soft constraints
     c.judge.options = "{}"  # more of the reward "verif", as JSON, such as '{"cache": "judge.sqlite", "key_variable": "JUDGE_KEY"}'
-    c.judge.steps = 500  # of a judge that is taught: updates
+    c.judge.steps = 400  # of a judge that is taught: updates
     c.judge.batch = 32  # questions a step
     c.judge.learning_rate = 2e-3  # peak, cosine
     c.judge.sampled = 0.5  # share of its questions about texts of the policy, the others about stories
@@ -101,7 +101,7 @@ def _base() -> ConfigDict:
 
     c.batch_prompts = 8  # prompts a step
     c.grpo = ConfigDict()  # those of jaxrl_llm.train.config.GRPOConfig that matter most here; the others are as there
-    c.grpo.steps = 100  # rollouts, each followed by an update
+    c.grpo.steps = 80  # rollouts, each followed by an update
     c.grpo.num_samples = 8  # responses a prompt
     c.grpo.max_new_tokens = 96  # limit of a response in tokens
     c.grpo.temperature = 1.0  # of sampling, and of the log-probabilities in the loss

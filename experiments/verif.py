@@ -33,6 +33,7 @@ import models
 from experiments._verif_checks import check
 from jaxrl_llm import report
 from jaxrl_llm.commands._policy import FOLDER as POLICY
+from jaxrl_llm.commands.sft import batches_of
 from jaxrl_llm.curation.processes import from_first, is_writer
 from jaxrl_llm.data.prompts import PromptBatch, pad_answers, tokenise_prompts
 from jaxrl_llm.data.sampler import ShuffledSchedule, epoch_order
@@ -57,6 +58,7 @@ JUDGE_TEMPLATE = (
     "{% if not line.startswith('<<<') %}{{ line }}\n{% endif %}{% endfor %}{% endfor %}Answer:"
 )
 OF_ROWS = ("thinks", "untagged", "field", "sandbox")  # options of the reward that ask no judge
+PACK = 256  # tokens of a row into which texts are packed in supervised training
 JUDGE_TESTS = 400  # held-out questions that a taught judge is measured on
 
 
@@ -193,9 +195,9 @@ def tuned(bench: Bench, folder: Path, cfg: models.ModelConfig, rows: list[tuple[
     """Fine-tunes the policy that was given on rows (tokens, where the answer begins), and leaves it in folder/policy."""
     from jaxrl_llm.train.sft import train_sft
 
-    width = max(len(tokens) for tokens, _ in rows)
+    tokens_NT, mask_NT = pad_answers(rows)
     schedule = ShuffledSchedule(len(rows), min(c.batch, len(rows)), bench.config.data.seed)
-    batches = (pad_answers([rows[i] for i in schedule.batch(step)], width) for step in range(c.steps))
+    batches = batches_of(tokens_NT, mask_NT, schedule, pack=max(tokens_NT.shape[1], PACK))
     settings = SFTConfig(steps=c.steps, log_every=20, checkpoint_every=200)
     adam = dict(learning_rate=c.learning_rate, schedule="cosine", warmup_steps=min(20, c.steps // 10), final_share=0.05)
     settings = dataclasses.replace(settings, optimizer=dataclasses.replace(settings.optimizer, **adam))

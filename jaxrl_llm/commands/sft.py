@@ -44,7 +44,7 @@ def run(config: Any, workdir: str) -> None:
     if tokens_NT.shape[1] > cfg.max_position:
         raise UserError(f"the longest row has {tokens_NT.shape[1]} tokens, the model's context is {cfg.max_position}: lower max_length to that")
     schedule = ShuffledSchedule(len(tokens_NT), min(config.batch_rows, len(tokens_NT)), config.seed)
-    batches = _batches(tokens_NT, mask_NT, schedule, config.max_length if config.pack else None)
+    batches = batches_of(tokens_NT, mask_NT, schedule, config.max_length if config.pack else None)
     start = [params]
     del params  # handed over: training has its own copy
     trained, history = train_sft(cfg, start.pop, batches, settings, run_dir, mesh=mesh)
@@ -116,7 +116,7 @@ def _chats(rows, tokenizer) -> Iterator[tuple[list[int], np.ndarray]]:
         yield assistant_tokens(row["messages"], tokenizer, where)
 
 
-def _batches(tokens_NT: np.ndarray, mask_NT: np.ndarray, schedule: ShuffledSchedule, pack: int | None = None) -> Iterator[tuple[np.ndarray, ...]]:
+def batches_of(tokens_NT: np.ndarray, mask_NT: np.ndarray, schedule: ShuffledSchedule, pack: int | None = None) -> Iterator[tuple[np.ndarray, ...]]:
     """Shuffled epochs without end. Each batch is cut to a few widths, or packed into a few numbers of rows of `pack` tokens, so that short
     rows cost little and programs are shared."""
     from models.decode import bucket

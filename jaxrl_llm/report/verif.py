@@ -63,8 +63,8 @@ def _judge(root: Path, sets: Mapping[str, Any], policies: Mapping[str, Any]) -> 
     path = root / "judge.json"
     told = {"held-out stories": agreement(json.loads(path.read_text()))} if path.exists() else {}
     for policy, runs in policies.items():
-        joined = {key: [value for run in runs for name in sets for value in run["sampled"][name][key]] for key in ("strict", "loose", "soft", "judged")}
-        found = agreement(joined)
+        every = [run["sampled"][name] for run in runs for name in sets]
+        found = agreement({key: [value for one in every for value in one[key]] for key in ("strict", "loose", "soft", "judged")})
         if found["n"]:
             told[policy] = found
     return {name: {key: _plain(value) if isinstance(value, Interval) else value for key, value in found.items()} for name, found in told.items()}
@@ -72,6 +72,7 @@ def _judge(root: Path, sets: Mapping[str, Any], policies: Mapping[str, Any]) -> 
 
 def _page(config: Any, root: Path, sets: Mapping[str, Any], results: Mapping[str, Any], summary: Mapping[str, Any]) -> dict[str, Any]:
     first = next(iter(sets))
+    shown = [(i, name) for i in range(config.shown) for name in sets if i < len(sets[name])]
     main = config.arms[0]
     tables = [_figures_table(summary, kind, name, config) for name in sets for kind in KINDS]
     if summary["judge"]:
@@ -86,7 +87,7 @@ def _page(config: Any, root: Path, sets: Mapping[str, Any], results: Mapping[str
         "facts": _facts(summary, sets, main),
         "curves": [_curve(config, root)],
         "tables": tables,
-        "rollouts": [_side_by_side(config, sets[name], results, name, i) for i in range(config.shown) for name in sets if i < len(sets[name])][: config.shown],
+        "rollouts": [_side_by_side(config, sets[name], results, name, i) for i, name in shown[: config.shown]],
         "config": config.to_dict(),
         "provenance": {"seeds": list(config.seeds), "seconds": summary["seconds"]},
     }
@@ -118,7 +119,8 @@ def _facts(summary: Mapping[str, Any], sets: Mapping[str, Any], main: str) -> li
             facts.append({"label": f"rules kept, {name}", "value": f"{value} points", "detail": f"95% {low} to {high}, sampled"})
     if "held-out stories" in summary["judge"]:
         right = summary["judge"]["held-out stories"]["accuracy"]
-        facts.append({"label": "the judge is right", "value": _share(right), "detail": f"95% {100 * right['low']:.1f} to {100 * right['high']:.1f}, stories"})
+        limits = f"95% {100 * right['low']:.1f} to {100 * right['high']:.1f}"
+        facts.append({"label": "the judge is right", "value": _share(right), "detail": f"{limits}, of held-out stories"})
     return facts
 
 
