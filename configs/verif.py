@@ -134,7 +134,7 @@ def _paper(c: ConfigDict, model: str) -> None:
     the tokens of each micro-batch of two rows, ours over all tokens of the step. 688 steps are an epoch of 22,000 rows; they kept the best on
     IFEval, usually before step 200."""
     c.title = f"VerIF, {model}"
-    c.mesh = "fsdp=64"
+    c.mesh = "fsdp=16"
     c.policy.model, c.policy.dtype = model, "bfloat16"
     c.data.source = "THU-KEG/VerInstruct"
     c.data.template, c.data.max_prompt_tokens, c.data.overflow = "chat", 1024, "drop"
@@ -144,7 +144,7 @@ def _paper(c: ConfigDict, model: str) -> None:
     c.judge.options = '{"max_tokens": 4096, "timeout": 900, "workers": 128' + (', "thinks": true}' if model == R1 else "}")
     c.batch_prompts = 32
     c.grpo.steps, c.grpo.num_samples, c.grpo.max_new_tokens = 688, 16, 4096
-    c.grpo.rollout_mesh = "data=16,tensor=4"
-    c.grpo.micro_batch_rows, c.grpo.remat, c.grpo.checkpoint_every = 64, True, 20 if model == TULU else 50
+    c.grpo.rollout_mesh = "data=16"
+    c.grpo.micro_batch_rows, c.grpo.remat, c.grpo.checkpoint_every = 32, True, 20 if model == TULU else 50
     c.grpo.loss.kl_coef, c.grpo.loss.entropy_coef, c.grpo.loss.advantage_eps = 1e-3, 1e-3, 1e-6
     c.grpo.optimizer.learning_rate, c.grpo.optimizer.warmup_steps, c.grpo.optimizer.weight_decay = 1e-6, 0, 0.01

@@ -167,7 +167,7 @@ def test_sft_on_packed_rows_is_sft_on_the_rows(model, sums, tmp_path):
         assert packed["tokens"] == plain["tokens"] and packed["loss"] == pytest.approx(plain["loss"], rel=1e-5)
     schedule = ShuffledSchedule(20, 12, 0)
     tokens, mask = sft.encode(sft._read(config_of("sft", model, sums)), models.load_tokenizer(model), (1,), config_of("sft", model, sums))
-    assert len(next(sft._batches(tokens, mask, schedule, 24))[0]) == 3 < len(next(sft._batches(tokens, mask, schedule))[0])
+    assert len(next(sft.batches_of(tokens, mask, schedule, 24))[0]) == 3 < len(next(sft.batches_of(tokens, mask, schedule))[0])
 
 
 def test_sft_rows_longer_than_the_limit(model, sums, capsys):
