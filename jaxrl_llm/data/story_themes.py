@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from jaxrl_llm.errors import UserError
 
-_ENDS = re.compile(r"(?<!\bMr)(?<!\bMrs)(?<!\bMs)(?<!\bDr)(?<=[.!?])[\"”']?(?=\s)")
+_ENDS = re.compile(r"(?<!\bMr\.)(?<!\bMrs\.)(?<!\bMs\.)(?<!\bDr\.)(?<=[.!?])[\"”']?(?=\s)")
 _WORD = re.compile(r"[^\W\d_]+")
 
 # What a prompt asks for -> the words of which a text needs one.
