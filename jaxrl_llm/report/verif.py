@@ -117,8 +117,8 @@ def _facts(summary: Mapping[str, Any], sets: Mapping[str, Any], main: str) -> li
         if gain is not None:
             value, low, high = (f"{100 * gain[key]:+.1f}" for key in ("value", "low", "high"))
             facts.append({"label": f"rules kept, {name}", "value": f"{value} points", "detail": f"95% {low} to {high}, sampled"})
-    if "held-out stories" in summary["judge"]:
-        right = summary["judge"]["held-out stories"]["accuracy"]
+    right = summary["judge"].get("held-out stories", {}).get("accuracy")
+    if right is not None:
         limits = f"95% {100 * right['low']:.1f} to {100 * right['high']:.1f}"
         facts.append({"label": "the judge is right", "value": _share(right), "detail": f"{limits}, of held-out stories"})
     return facts
