@@ -14,6 +14,11 @@ from jaxrl_llm.evals.statistics import Interval, bootstrap_sums
 from jaxrl_llm.run_dir import read_jsonl
 
 SMOOTH = 9  # steps of the running mean of a reward curve
+NOTE = (
+    "“As given” is the policy before it was taught the format, “before” the one that every arm starts from. Strict is the response as it stands, "
+    "loose any of IFEval's variants of it. Limits: Wilson's over prompts for one seed, else a bootstrap over prompts, as for rules always."
+)
+GAINS = ("instructions", "prompts", "soft", "everything")  # of FIGURES
 KINDS = {"sets": "greedy", "sampled": "sampled at temperature 1"}
 
 
@@ -49,7 +54,10 @@ def build(
 
 
 def _plain(interval: Interval | None) -> dict[str, Any] | None:
-    return None if interval is None else {"value": interval.estimate, "low": interval.low, "high": interval.high}
+    if interval is None:
+        return None
+    told = {"value": interval.estimate, "low": interval.low, "high": interval.high}
+    return {key: round(value, 9) + 0.0 for key, value in told.items()}  # no -0.0, which Wilson's lower limit may come to
 
 
 def _nll(runs: Sequence[Mapping[str, Any]]) -> Interval:
@@ -75,6 +83,8 @@ def _page(config: Any, root: Path, sets: Mapping[str, Any], results: Mapping[str
     shown = [(i, name) for i in range(config.shown) for name in sets if i < len(sets[name])]
     main = config.arms[0]
     tables = [_figures_table(summary, kind, name, config) for name in sets for kind in KINDS]
+    tables[0]["note"] = NOTE
+    tables += [_gains_table(summary, name, config) for name in sets]
     if summary["judge"]:
         tables.append(_judge_table(summary["judge"]))
     if summary["nats_a_token"]:
@@ -85,7 +95,7 @@ def _page(config: Any, root: Path, sets: Mapping[str, Any], results: Mapping[str
         "subtitle": "Instruction following, rewarded by rules and a judge",
         "headline": _headline(summary, first, main),
         "facts": _facts(summary, sets, main),
-        "curves": [_curve(config, root)],
+        "panels": [_rewards(config, root), *_metrics(config, root)],
         "tables": tables,
         "rollouts": [_side_by_side(config, sets[name], results, name, i) for i, name in shown[: config.shown]],
         "config": config.to_dict(),
@@ -143,10 +153,20 @@ def _figures_table(summary: Mapping[str, Any], kind: str, name: str, config: Any
         "columns": [FIGURES[key] for key in columns],
         "rows": _rows(config, found, columns),
         "marks": False,
-        "note": (
-            "“As given” is the policy before it was taught the format, “before” the one that every arm starts from. Strict is the response as it "
-            "stands, loose any of IFEval's variants of it. Limits: Wilson's over prompts for one seed, else a bootstrap over prompts."
-        ),
+    }
+
+
+def _gains_table(summary: Mapping[str, Any], name: str, config: Any) -> dict[str, Any]:
+    found = {arm: {kind: summary["gains"][kind][name][arm] for kind in KINDS} for arm in config.arms}
+    columns = [(kind, key) for kind in ("sampled", "sets") for key in GAINS if any(of[kind][key] is not None for of in found.values())]
+    rows = [{"name": arm, "cells": [of[kind][key] for kind, key in columns]} for arm, of in found.items()]
+    rows[0]["kind"] = "ours"
+    return {
+        "title": f"Held-out prompts, {name}: change from before",
+        "metric": "difference of shares, paired by prompt, 95% limits",
+        "columns": [f"{FIGURES[key].removesuffix(', strict')} ({'greedy' if kind == 'sets' else kind})" for kind, key in columns],
+        "rows": rows,
+        "marks": False,
     }
 
 
@@ -175,17 +195,26 @@ def _language_table(language: Mapping[str, Any], config: Any) -> dict[str, Any]:
     }
 
 
-def _curve(config: Any, root: Path) -> dict[str, Any]:
-    """The reward of each arm, a running mean over steps and the mean over seeds."""
+def _training(config: Any, root: Path, key: str) -> list[dict[str, Any]]:
+    """A metric of each arm's training, a running mean over steps of the mean over seeds."""
     series = []
     for arm in config.arms:
         lines = [read_jsonl(root / "arms" / f"{arm}-seed{seed}" / "metrics.jsonl") for seed in config.seeds]
-        rewards = np.array([[np.nan if r["reward"] is None else r["reward"] for r in line if r["kind"] == "train"] for line in lines], float)
-        means = np.nanmean(rewards, axis=0)
-        smooth = [float(np.nanmean(means[max(0, i - SMOOTH + 1) : i + 1])) for i in range(len(means))]
-        series.append({"arm": arm, "steps": list(range(1, len(smooth) + 1)), "mean": smooth})
-    note = f"Each arm's own reward, which is not the same quantity in all; running mean over {SMOOTH} steps."
-    return {"title": "Reward in training", "series": series, "y_label": "reward", "percent": False, "note": note}
+        values = np.array([[r.get(key) for r in line if r["kind"] == "train"] for line in lines], float)
+        window = [values[:, max(0, i - SMOOTH + 1) : i + 1] for i in range(values.shape[1])]
+        smooth = [float(np.nanmean(w)) if np.isfinite(w).any() else None for w in window]
+        series.append({"label": arm, "steps": list(range(1, len(smooth) + 1)), "values": smooth})
+    return series
+
+
+def _rewards(config: Any, root: Path) -> dict[str, Any]:
+    note = f"Each arm's own reward, not the same quantity in all. All panels: running mean over {SMOOTH} steps."
+    return {"title": "Reward in training", "series": _training(config, root, "reward"), "note": note}
+
+
+def _metrics(config: Any, root: Path) -> list[dict[str, Any]]:
+    shown = {"zero_spread": "Groups of equal rewards", "kl": "KL to the policy before", "entropy": "Entropy", "completion_length": "Length (tokens)"}
+    return [{"title": title, "series": _training(config, root, key)} for key, title in shown.items()]
 
 
 def _side_by_side(config: Any, rows: Sequence[Mapping[str, Any]], results: Mapping[str, Any], name: str, index: int) -> dict[str, Any]:
