@@ -82,6 +82,7 @@ def _base() -> ConfigDict:
     c.sft.steps = 300  # updates; 0 = it knows the format
     c.sft.batch = 32  # texts a step
     c.sft.learning_rate = 1e-3  # peak, cosine
+    c.sft.stories = 0.25  # share of its texts that are stories without an instruction, so that language is kept
 
     c.judge = ConfigDict()  # who decides the soft constraints
     c.judge.url = ""  # of an OpenAI-compatible API; empty = the run teaches a copy of the policy to answer, and serves it on the loopback
@@ -89,7 +90,7 @@ def _base() -> ConfigDict:
     c.judge.mode = "logprobs"  # how its verdict is read: "logprobs", "line" (any server), "guided_choice" or "json_schema"
     c.judge.show_instruction = False  # whether it sees the whole prompt beside the soft constraints
     c.judge.options = "{}"  # more of the reward "verif", as JSON, such as '{"cache": "judge.sqlite", "key_variable": "JUDGE_KEY"}'
-    c.judge.steps = 400  # of a judge that is taught: updates
+    c.judge.steps = 800  # of a judge that is taught: updates
     c.judge.batch = 32  # questions a step
     c.judge.learning_rate = 2e-3  # peak, cosine
     c.judge.sampled = 0.5  # share of its questions about texts of the policy, the others about stories

@@ -40,7 +40,7 @@ def check(config) -> None:
     check_dtype(c.policy.dtype)
     choices = {"judge.mode": MODES, "reward.combine": COMBINES, "reward.rule_reduce": RULE_REDUCES, "data.overflow": ("error", "drop", "truncate")}
     choices |= {f"arm_table.{arm}.use": USES for arm in c.arm_table}
-    ranges = dict.fromkeys(ONES, (1, inf)) | {"sft.steps": (0, inf), "judge.sampled": (0, 1), "shown": (0, inf)}
+    ranges = dict.fromkeys(ONES, (1, inf)) | {"sft.steps": (0, inf), "judge.sampled": (0, 1), "sft.stories": (0, 0.99), "shown": (0, inf)}
     check_fields(c, choices, ranges | {"sft.learning_rate": (1e-12, inf), "judge.learning_rate": (1e-12, inf)})
     check_grpo(from_mapping(GRPOConfig, c.grpo.to_dict(), "grpo."))
     parse_options("judge.options", c.judge.options)

@@ -65,12 +65,13 @@ JUDGE_TESTS = 400  # held-out questions that a taught judge is measured on
 @dataclasses.dataclass
 class Data:
     """train: rows that GRPO (and the policy's first lesson) sees. sets: held-out rows by name. texts, held_texts: pieces of stories, for the judge.
-    stories: held-out stories, whole. made: whether the truth of the soft constraints is known."""
+    kept_stories, stories: whole stories, to be trained on and held out. made: whether the truth of the soft constraints is known."""
 
     train: list[dict[str, Any]]
     sets: dict[str, list[dict[str, Any]]]
     texts: list[str]
     held_texts: list[str]
+    kept_stories: list[str]
     stories: list[str]
     made: bool
 
@@ -145,7 +146,7 @@ def make_data(config: Any) -> Data:
         rows = [rows[i] for i in epoch_order(len(rows), 0, d.seed)]
         if len(rows) <= d.held_out:
             raise UserError(f"{d.source} has {len(rows)} rows, too few to hold out {d.held_out}: lower config.data.held_out")
-        return Data(rows[d.held_out :], {"held out": rows[: d.held_out]}, [], [], held, made=False)
+        return Data(rows[d.held_out :], {"held out": rows[: d.held_out]}, [], [], kept, held, made=False)
     if not kept:
         raise UserError(f"{len(stories)} stories are too few to hold out {s.held_out}: lower config.stories.held_out, or give more")
 
@@ -164,7 +165,7 @@ def make_data(config: Any) -> Data:
                 f"the stories give {len(rows)} rows of {name} types, fewer than asked for: give more stories, hold out more of them "
                 "(config.stories.held_out) or fewer prompts (config.data.held_out)"
             )
-    return Data(train, sets, texts, held_texts, held, made=True)
+    return Data(train, sets, texts, held_texts, kept, held, made=True)
 
 
 def prompts_of(bench: Bench, rows: Sequence[Mapping[str, Any]]) -> PromptBatch:
@@ -187,6 +188,8 @@ def teach_format(bench: Bench) -> Any:
         end = [bench.cfg.eos_token_ids[0]]
         ids = bench.tokenizer(answers, add_special_tokens=False)["input_ids"]
         rows = [(p + a + end, len(p)) for p, a in zip(prompts.token_lists(), ids, strict=True)]
+        plain = bench.data.kept_stories[: int(len(rows) * c.stories / (1 - c.stories))]
+        rows += [(ids[:PACK], 1) for ids in (bench.tokenizer(plain)["input_ids"] if plain else [])]
         tuned(bench, folder, bench.cfg, rows, bench.tokenizer, c)
     return models.load(folder / POLICY, dtype=bench.config.policy.dtype, mesh=bench.mesh)[1]
 

@@ -178,7 +178,8 @@ MADE = {  # a field of the instructions -> another value
 OTHER_UNSEEN = {"made.seen": {"made.unseen": "('startend:last_word',)"}}
 READ = {"stories.source", "stories.fields", "stories.separator", "data.source", "data.fields", "data.split"}
 PROMPTS = {"data.template", "data.max_prompt_tokens", "data.overflow"}
-TUNED = {"sft.steps", "sft.batch", "sft.learning_rate", "judge.steps", "judge.batch", "judge.learning_rate", "judge.sampled", "judge.places"}
+TUNED = {"sft.stories"}
+TUNED |= {"sft.steps", "sft.batch", "sft.learning_rate", "judge.steps", "judge.batch", "judge.learning_rate", "judge.sampled", "judge.places"}
 JUDGE = {"judge.url", "judge.model", "judge.mode", "judge.show_instruction", "judge.options"}
 REST = {"reward.combine", "reward.rule_reduce", "arms", "seeds", "mesh", "shown", "policy.model", "policy.dtype", "batch_prompts"}
 
@@ -250,10 +251,13 @@ def test_the_supervised_stages_are_trained_as_set(inputs, tmp_path, monkeypatch)
     bench = bench_of(inputs, tmp_path, sft__steps=3, sft__batch=5, sft__learning_rate=0.01, judge__steps=4, judge__batch=6, judge__learning_rate=0.02)
     verif.teach_format(bench)
     verif.teach_judge(bench, tmp_path / "judge", bench.base)
-    assert seen == [(3, 0.01), (4, 0.02)] and batch_sizes == [(len(bench.data.train), 5), (24, 6)] and sampled == [12]
+    assert seen == [(3, 0.01), (4, 0.02)] and batch_sizes == [(len(bench.data.train) * 4 // 3, 5), (24, 6)]
+    assert sampled == [12]
     verif.teach_judge(bench_of(inputs, tmp_path, judge__sampled=0.25, judge__steps=4, judge__batch=6), tmp_path / "other", bench.base)
     assert sampled == [12, 6]
-    assert verif.teach_format(bench_of(inputs, tmp_path, sft__steps=0)) is not None and len(seen) == 3
+    verif.teach_format(bench_of(inputs, tmp_path / "alone", sft__stories=0))
+    assert batch_sizes[-1] == (len(bench.data.train), 4)
+    assert verif.teach_format(bench_of(inputs, tmp_path, sft__steps=0)) is not None and len(seen) == 4
     tokenizer = models.load_tokenizer(tmp_path / "judge" / "policy")
     assert tokenizer.chat_template == verif.JUDGE_TEMPLATE
     asked = tokenizer.decode(verif.judge_prompt(tokenizer, "Write about an animal.", "A cat\n\nran."))
