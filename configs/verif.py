@@ -68,8 +68,8 @@ def _base() -> ConfigDict:
     c.stories.separator = "<|endoftext|>"  # the line between two stories of a txt file
     c.stories.held_out = 300  # stories that nothing is trained on: held-out instructions are made from them
     c.stories.pieces = 2  # texts cut from a story
-    c.stories.least_words = 8  # of a text
-    c.stories.most_words = 32  # of a text
+    c.stories.least_words = 6  # of a text
+    c.stories.most_words = 24  # of a text
 
     c.made = ConfigDict()  # instructions that a text of a story keeps: its rules, read off it, and one theme
     c.made.seen = SEEN  # types of rules to train on
@@ -90,21 +90,22 @@ def _base() -> ConfigDict:
     c.judge.mode = "logprobs"  # how its verdict is read: "logprobs", "line" (any server), "guided_choice" or "json_schema"
     c.judge.show_instruction = False  # whether it sees the whole prompt beside the soft constraints
     c.judge.options = "{}"  # more of the reward "verif", as JSON, such as '{"cache": "judge.sqlite", "key_variable": "JUDGE_KEY"}'
-    c.judge.steps = 800  # of a judge that is taught: updates
+    c.judge.steps = 600  # of a judge that is taught: updates
     c.judge.batch = 32  # questions a step
     c.judge.learning_rate = 2e-3  # peak, cosine
     c.judge.sampled = 0.5  # share of its questions about texts of the policy, the others about stories
     c.judge.places = 32  # questions answered at once
 
     c.reward = ConfigDict()
-    c.reward.combine = "product"  # of rules and judge: "product" (the authors' code) or "average" (the paper)
+    # Of rules and judge: "product" (the authors' code) or "average" (the paper), by which the rules still teach where the judge says no.
+    c.reward.combine = "average"
     c.reward.rule_reduce = "mean"  # of the rules: "mean" (the authors' code) or "all" (the paper)
 
-    c.batch_prompts = 8  # prompts a step
+    c.batch_prompts = 16  # prompts a step
     c.grpo = ConfigDict()  # those of jaxrl_llm.train.config.GRPOConfig that matter most here; the others are as there
-    c.grpo.steps = 80  # rollouts, each followed by an update
+    c.grpo.steps = 60  # rollouts, each followed by an update
     c.grpo.num_samples = 8  # responses a prompt
-    c.grpo.max_new_tokens = 96  # limit of a response in tokens
+    c.grpo.max_new_tokens = 80  # limit of a response in tokens
     c.grpo.temperature = 1.0  # of sampling, and of the log-probabilities in the loss
     c.grpo.rollout_rows = 512  # most responses decoded at once
     c.grpo.rollout_refill = False  # a finished response gives its place to the next at once: same samples, sooner, more memory
@@ -143,6 +144,7 @@ def _paper(c: ConfigDict, model: str) -> None:
     c.judge.model, c.judge.mode, c.judge.show_instruction = "", "line", True
     # A judge that reasons takes minutes over a batch: as many tokens as the authors give it, and time for them.
     c.judge.options = '{"max_tokens": 4096, "timeout": 900, "workers": 128' + (', "thinks": true}' if model == R1 else "}")
+    c.reward.rule_reduce = "all"  # as their figures were made; their code computes "product" with "mean"
     c.batch_prompts = 32
     c.grpo.steps, c.grpo.num_samples, c.grpo.max_new_tokens = 688, 16, 4096
     c.grpo.rollout_mesh = "data=16"
