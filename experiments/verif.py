@@ -156,7 +156,9 @@ def make_data(config: Any) -> Data:
         return [{**row, "id": f"{prefix}-{row['id']}"} for row in found]
 
     lengths = dict(pieces=s.pieces, least_words=s.least_words, most_words=s.most_words, seed=d.seed)
-    texts, held_texts = story_pieces(kept, **lengths), story_pieces(held, **lengths)
+    texts = story_pieces(kept, **lengths)
+    known = set(texts)  # stories repeat each other's sentences
+    held_texts = [text for text in story_pieces(held, **lengths) if text not in known]
     train = rows_of(texts, made.seen, "train")
     sets = {name: rows_of(held_texts, types, name, d.held_out) for name, types in (("seen", made.seen), ("unseen", made.unseen))}
     for name, rows in {"training": train, **sets}.items():
