@@ -56,7 +56,7 @@ def _base() -> ConfigDict:
     c.data.fields = ""  # field map, such as "prompt=question"
     c.data.split = "train"  # of a data set that has splits
     c.data.limit = config_dict.placeholder(int)  # at most so many rows, or stories; None = all
-    c.data.held_out = 300  # prompts of each held-out set
+    c.data.held_out = 200  # prompts of each held-out set
     c.data.template = "none"  # "none", "chat" or a format with {prompt}
     c.data.max_prompt_tokens = 128  # room for a prompt
     c.data.overflow = "error"  # a longer one: "error", "drop" or "truncate"
@@ -90,7 +90,7 @@ def _base() -> ConfigDict:
     c.judge.mode = "logprobs"  # how its verdict is read: "logprobs", "line" (any server), "guided_choice" or "json_schema"
     c.judge.show_instruction = False  # whether it sees the whole prompt beside the soft constraints
     c.judge.options = "{}"  # more of the reward "verif", as JSON, such as '{"cache": "judge.sqlite", "key_variable": "JUDGE_KEY"}'
-    c.judge.steps = 600  # of a judge that is taught: updates
+    c.judge.steps = 300  # of a judge that is taught: updates
     c.judge.batch = 32  # questions a step
     c.judge.learning_rate = 2e-3  # peak, cosine
     c.judge.sampled = 0.5  # share of its questions about texts of the policy, the others about stories
@@ -103,7 +103,7 @@ def _base() -> ConfigDict:
 
     c.batch_prompts = 16  # prompts a step
     c.grpo = ConfigDict()  # those of jaxrl_llm.train.config.GRPOConfig that matter most here; the others are as there
-    c.grpo.steps = 60  # rollouts, each followed by an update
+    c.grpo.steps = 40  # rollouts, each followed by an update
     c.grpo.num_samples = 8  # responses a prompt
     c.grpo.max_new_tokens = 80  # limit of a response in tokens
     c.grpo.temperature = 1.0  # of sampling, and of the log-probabilities in the loss
@@ -114,7 +114,7 @@ def _base() -> ConfigDict:
     c.grpo.micro_batch_rows = 0  # responses a micro-batch, gradients accumulated; 0 = all at once
     c.grpo.remat = False  # recompute layers in the backward pass: less memory, a third more work
     c.grpo.attention = "plain"  # of the update: "plain", or by a kernel that holds no scores in memory: "splash" (TPU) or "cudnn" (GPU)
-    c.grpo.checkpoint_every = 25  # steps; 0 = only at the end and on SIGTERM
+    c.grpo.checkpoint_every = 20  # steps; 0 = only at the end and on SIGTERM
     c.grpo.sample_every = 10  # steps between lines of samples.jsonl; 0 = none
 
     c.grpo.loss = ConfigDict()  # see jaxrl_llm.losses.grpo for the formulas
