@@ -191,7 +191,7 @@ def teach_format(bench: Bench) -> Any:
         ids = bench.tokenizer(answers, add_special_tokens=False)["input_ids"]
         rows = [(p + a + end, len(p)) for p, a in zip(prompts.token_lists(), ids, strict=True)]
         plain = bench.data.kept_stories[: int(len(rows) * c.stories / (1 - c.stories))]
-        rows += [(ids[:PACK], 1) for ids in (bench.tokenizer(plain)["input_ids"] if plain else [])]
+        rows += [(ids[: min(PACK, bench.cfg.max_position)], 1) for ids in (bench.tokenizer(plain)["input_ids"] if plain else [])]
         tuned(bench, folder, bench.cfg, rows, bench.tokenizer, c)
     return models.load(folder / POLICY, dtype=bench.config.policy.dtype, mesh=bench.mesh)[1]
 
@@ -201,8 +201,13 @@ def tuned(bench: Bench, folder: Path, cfg: models.ModelConfig, rows: list[tuple[
     from jaxrl_llm.train.sft import train_sft
 
     tokens_NT, mask_NT = pad_answers(rows)
+    if tokens_NT.shape[1] > cfg.max_position:
+        raise UserError(
+            f"{folder.name}: the longest text has {tokens_NT.shape[1]} tokens, the model's context is {cfg.max_position}: lower "
+            "config.stories.most_words or config.made.most_rules"
+        )
     schedule = ShuffledSchedule(len(rows), min(c.batch, len(rows)), bench.config.data.seed)
-    batches = batches_of(tokens_NT, mask_NT, schedule, pack=max(tokens_NT.shape[1], PACK))
+    batches = batches_of(tokens_NT, mask_NT, schedule, pack=max(tokens_NT.shape[1], min(PACK, cfg.max_position)))
     settings = SFTConfig(steps=c.steps, log_every=20, checkpoint_every=200)
     adam = dict(learning_rate=c.learning_rate, schedule="cosine", warmup_steps=min(20, c.steps // 10), final_share=0.05)
     settings = dataclasses.replace(settings, optimizer=dataclasses.replace(settings.optimizer, **adam))

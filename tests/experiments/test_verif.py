@@ -264,6 +264,12 @@ def test_the_supervised_stages_are_trained_as_set(inputs, tmp_path, monkeypatch)
     assert asked == "<s>Write about an animal.\nA cat\nran.\nAnswer:"  # neither task nor markers: what is the same in all, and what is random
 
 
+def test_texts_past_the_context_are_refused(inputs, tmp_path, monkeypatch):
+    bench = bench_of(inputs, tmp_path)
+    with pytest.raises(UserError, match="sft: the longest text has 600 tokens, the model's context is 512"):
+        verif.tuned(bench, tmp_path / "sft", bench.cfg, [([1] * 600, 1)], bench.tokenizer, bench.config.sft)
+
+
 def test_questions_have_known_answers_of_both_kinds():
     texts = ["A cat ran.", "He sat.", " ", "The lake and the cake."] * 20
     found = verif.theme_questions(texts, np.random.default_rng(0))
