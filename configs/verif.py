@@ -111,6 +111,8 @@ def _base() -> ConfigDict:
     c.grpo.rollout_refill = False  # a finished response gives its place to the next at once: same samples, sooner, more memory
     c.grpo.rollout_mesh = ""  # how the mesh's devices are used while sampling, such as "fsdp=4,tensor=2"; empty = as in training
     c.grpo.overlap_rewards = False  # judge a step's responses while the next step's are sampled, which are then one update old: for slow judges
+    c.grpo.overlong_buffer = 10  # last tokens before max_new_tokens over which a penalty of the reward grows, or long responses win (docs/verif.md)
+    c.grpo.overlong_penalty = 0.5  # what a response that reaches max_new_tokens loses of its reward
     c.grpo.micro_batch_rows = 0  # responses a micro-batch, gradients accumulated; 0 = all at once
     c.grpo.remat = False  # recompute layers in the backward pass: less memory, a third more work
     c.grpo.attention = "plain"  # of the update: "plain", or by a kernel that holds no scores in memory: "splash" (TPU) or "cudnn" (GPU)
@@ -147,6 +149,7 @@ def _paper(c: ConfigDict, model: str) -> None:
     c.reward.rule_reduce = "all"  # as their figures were made; their code computes "product" with "mean"
     c.batch_prompts = 32
     c.grpo.steps, c.grpo.num_samples, c.grpo.max_new_tokens = 688, 16, 4096
+    c.grpo.overlong_buffer = 0  # theirs has none
     c.grpo.rollout_mesh = "data=16"
     c.grpo.micro_batch_rows, c.grpo.remat, c.grpo.checkpoint_every = 32, True, 20 if model == TULU else 50
     c.grpo.loss.kl_coef, c.grpo.loss.entropy_coef, c.grpo.loss.advantage_eps = 1e-3, 1e-3, 1e-6
