@@ -122,7 +122,7 @@ def _base() -> ConfigDict:
     c.grpo.loss = ConfigDict()  # see jaxrl_llm.losses.grpo for the formulas
     c.grpo.loss.aggregation = "token_mean"  # "token_mean", "sequence_mean" or "dr_grpo"
     c.grpo.loss.kl = "k3"  # stay near the policy before: None, "k1", "k2" or "k3"
-    c.grpo.loss.kl_coef = 0.01  # weight of that KL
+    c.grpo.loss.kl_coef = 0.1  # weight of that KL: far from that policy the judge is wrong (docs/verif.md)
     c.grpo.loss.entropy_coef = 0.0  # bonus for a policy that stays open
     c.grpo.loss.advantage_eps = 1e-4  # added to the std
 
