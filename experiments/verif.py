@@ -142,7 +142,8 @@ def make_data(config: Any) -> Data:
     order = [stories[i] for i in epoch_order(len(stories), 0, d.seed)] if stories else []
     held, kept = order[: s.held_out], order[s.held_out :]
     if d.source:
-        rows = list(read_rows(d.source, parse_fields(d.fields), split=d.split, limit=d.limit))
+        needed = ("prompt", "answer") if config.sft.steps else ("prompt",)
+        rows = list(read_rows(d.source, parse_fields(d.fields), split=d.split, limit=d.limit, required=needed))
         rows = [rows[i] for i in epoch_order(len(rows), 0, d.seed)]
         if len(rows) <= d.held_out:
             raise UserError(f"{d.source} has {len(rows)} rows, too few to hold out {d.held_out}: lower config.data.held_out")

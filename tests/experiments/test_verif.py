@@ -93,13 +93,14 @@ def verinstruct(path):
 
 
 def test_rows_of_verinstruct_and_a_judge_elsewhere(inputs, tmp_path, judge_server):
-    own = {"data.source": verinstruct(tmp_path / "rows.jsonl"), "stories.source": "", "sft.steps": "0", "judge.url": judge_server}
-    own["judge.mode"] = "line"
-    verif.run(config({**inputs, **own}, judge__model="m", judge__show_instruction=True, grpo__steps=1, arms="('both',)"), str(tmp_path / "run"))
+    own = dict(data__source=verinstruct(tmp_path / "rows.jsonl"), stories__source="", sft__steps=0, judge__url=judge_server, judge__mode="line")
+    verif.run(config(inputs, **own, judge__model="m", judge__show_instruction=True, grpo__steps=1), str(tmp_path / "run"))
     found = json.loads((tmp_path / "run" / "summary.json").read_text())
     of = found["figures"]["sampled"]["held out"]["both"]
     assert of["judged"]["value"] == 1.0 and of["soft"] is None and 0 < of["instructions"]["value"] <= 1 and found["nats_a_token"] == {}
     assert not (tmp_path / "run" / "judge").exists() and not (tmp_path / "run" / "sft").exists()
+    with pytest.raises(UserError, match="answer"):  # what the policy would be taught by
+        verif.make_data(config(inputs, **own | {"sft__steps": 1}))
 
 
 @pytest.fixture
@@ -216,8 +217,8 @@ def test_where_rows_and_stories_are_read(inputs, tmp_path, monkeypatch):
     assert verif.make_data(config(inputs, stories__source=tmp_path / "plain.txt", stories__separator="---")) == base
     asked = []
     monkeypatch.setattr(verif, "read_rows", lambda *args, **how: asked.append((*args, how)) or [{"id": str(n), "prompt": "p"} for n in range(9)])
-    data = verif.make_data(config(inputs, data__source="rows", data__fields="prompt=q", data__split="test", data__limit=9))
-    assert asked == [("rows", {"prompt": "q"}, {"split": "test", "limit": 9})] and len(data.train) == 5 and not data.made and data.truth is None
+    data = verif.make_data(config(inputs, data__source="rows", data__fields="prompt=q", data__split="test", data__limit=9, sft__steps=0))
+    assert asked == [("rows", {"prompt": "q"}, {"split": "test", "limit": 9, "required": ("prompt",)})] and len(data.train) == 5 and not data.made and data.truth is None
 
 
 def bench_of(inputs, root, **changes):
