@@ -92,9 +92,10 @@ def verinstruct(path):
     return str(path)
 
 
-def test_rows_of_verinstruct_and_a_judge_elsewhere(inputs, tmp_path, judge_server):
+def test_rows_of_verinstruct_and_a_judge_elsewhere(inputs, tmp_path, judge_server, monkeypatch):
+    monkeypatch.setattr("jaxrl_llm.train.loop.train_grpo", lambda cfg, params, *_, **__: (params, {}))
     own = dict(data__source=verinstruct(tmp_path / "rows.jsonl"), stories__source="", sft__steps=0, judge__url=judge_server, judge__mode="line")
-    verif.run(config(inputs, **own, judge__model="m", judge__show_instruction=True, grpo__steps=1), str(tmp_path / "run"))
+    verif.run(config(inputs, **own, judge__model="m", judge__show_instruction=True), str(tmp_path / "run"))
     found = json.loads((tmp_path / "run" / "summary.json").read_text())
     of = found["figures"]["sampled"]["held out"]["both"]
     assert of["judged"]["value"] == 1.0 and of["soft"] is None and 0 < of["instructions"]["value"] <= 1 and found["nats_a_token"] == {}
@@ -164,7 +165,7 @@ def test_mistakes_are_said_before_anything_is_trained(inputs, tmp_path, monkeypa
 
 def test_a_rows_file_that_is_too_short(inputs, tmp_path):
     with pytest.raises(UserError, match="has 12 rows, too few to hold out 12"):
-        verif.make_data(config(inputs, data__source=verinstruct(tmp_path / "rows.jsonl"), data__held_out=12))
+        verif.make_data(config(inputs, data__source=verinstruct(tmp_path / "rows.jsonl"), data__held_out=12, sft__steps=0))
 
 
 # ---- every field ----
@@ -218,7 +219,8 @@ def test_where_rows_and_stories_are_read(inputs, tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(verif, "read_rows", lambda *args, **how: asked.append((*args, how)) or [{"id": str(n), "prompt": "p"} for n in range(9)])
     data = verif.make_data(config(inputs, data__source="rows", data__fields="prompt=q", data__split="test", data__limit=9, sft__steps=0))
-    assert asked == [("rows", {"prompt": "q"}, {"split": "test", "limit": 9, "required": ("prompt",)})] and len(data.train) == 5 and not data.made and data.truth is None
+    assert asked == [("rows", {"prompt": "q"}, {"split": "test", "limit": 9, "required": ("prompt",)})]
+    assert len(data.train) == 5 and not data.made and data.truth is None
 
 
 def bench_of(inputs, root, **changes):
