@@ -84,7 +84,7 @@ def _page(config: Any, root: Path, sets: Mapping[str, Any], results: Mapping[str
     main = config.arms[0]
     tables = [_figures_table(summary, kind, name, config) for name in sets for kind in KINDS]
     tables[0]["note"] = NOTE
-    tables += [_gains_table(summary, name, config) for name in sets]
+    tables += [_gains_table(summary, kind, name, config) for name in sets for kind in KINDS]
     if summary["judge"]:
         tables.append(_judge_table(summary["judge"]))
     if summary["nats_a_token"]:
@@ -109,14 +109,16 @@ def _share(estimate: Mapping[str, float] | None) -> str:
 
 def _headline(summary: Mapping[str, Any], name: str, main: str) -> str:
     before, after = (summary["figures"]["sampled"][name][policy] for policy in ("before", main))
-    gain = summary["gains"]["sampled"][name][main]["prompts"]
+    gain = summary["gains"]["sampled"][name][main]["instructions"]
     clear = gain is not None and (gain["low"] > 0 or gain["high"] < 0)
     nats = summary["nats_a_token"]
     language = f" Held-out stories cost {nats[main]['value']:.3f} nats a token, {nats['before']['value']:.3f} before." if main in nats else ""
+    right = [summary["judge"].get(policy, {}).get("accuracy") for policy in ("before", main)]
+    judge = f" Of what it samples the judge is right about {_share(right[1])}, of the policy before about {_share(right[0])}." if all(right) else ""
     return (
-        f"On held-out prompts ({name}) the responses of arm {main} that keep every rule went from {_share(before['prompts'])} to "
-        f"{_share(after['prompts'])}{'' if clear else ', within its noise'}; rules kept from {_share(before['instructions'])} to "
-        f"{_share(after['instructions'])}.{language}"
+        f"On held-out prompts ({name}) the rules that sampled responses of arm {main} keep went from {_share(before['instructions'])} to "
+        f"{_share(after['instructions'])}{'' if clear else ', within its noise'}; soft constraints from {_share(before['soft'])} to "
+        f"{_share(after['soft'])}.{judge}{language}"
     )
 
 
@@ -156,15 +158,15 @@ def _figures_table(summary: Mapping[str, Any], kind: str, name: str, config: Any
     }
 
 
-def _gains_table(summary: Mapping[str, Any], name: str, config: Any) -> dict[str, Any]:
-    found = {arm: {kind: summary["gains"][kind][name][arm] for kind in KINDS} for arm in config.arms}
-    columns = [(kind, key) for kind in ("sampled", "sets") for key in GAINS if any(of[kind][key] is not None for of in found.values())]
-    rows = [{"name": arm, "cells": [of[kind][key] for kind, key in columns]} for arm, of in found.items()]
+def _gains_table(summary: Mapping[str, Any], kind: str, name: str, config: Any) -> dict[str, Any]:
+    found = {arm: summary["gains"][kind][name][arm] for arm in config.arms}
+    columns = [key for key in GAINS if any(of[key] is not None for of in found.values())]
+    rows: list[dict[str, Any]] = [{"name": arm, "cells": [of[key] for key in columns]} for arm, of in found.items()]
     rows[0]["kind"] = "ours"
     return {
-        "title": f"Held-out prompts, {name}: change from before",
+        "title": f"Change from before, {name}: {KINDS[kind]}",
         "metric": "difference of shares, paired by prompt, 95% limits",
-        "columns": [f"{FIGURES[key].removesuffix(', strict')} ({'greedy' if kind == 'sets' else kind})" for kind, key in columns],
+        "columns": [FIGURES[key] for key in columns],
         "rows": rows,
         "marks": False,
     }
