@@ -106,7 +106,8 @@ def run(config: Any, workdir: str) -> None:
     data = make_data(config)
     tokenizer = models.load_tokenizer(config.policy.model)  # before the weights, which take longer to come
     cfg, base = models.load(config.policy.model, dtype=config.policy.dtype, mesh=mesh)
-    bench = Bench(config, run_dir.path, mesh, data, tokenizer, cfg, base, VerifReward(use="rules"))
+    of_rows = {name: value for name, value in json.loads(config.judge.options).items() if name in OF_ROWS and name != "thinks"}  # `follow` knows
+    bench = Bench(config, run_dir.path, mesh, data, tokenizer, cfg, base, VerifReward(use="rules", **of_rows))
     say(f"{len(data.train)} rows to train on; held out: " + ", ".join(f"{len(rows)} {name}" for name, rows in data.sets.items()))
 
     start = teach_format(bench)

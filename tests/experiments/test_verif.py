@@ -305,7 +305,7 @@ def test_an_arm_is_rewarded_as_set(inputs, arm, judged):
 
 
 def test_arms_and_seeds_are_trained_as_set(inputs, tmp_path, monkeypatch):
-    seen = []
+    seen, seen_rules = [], []
 
     def train_grpo(cfg, params, tokenizer, prompts, reward, schedule, settings, run_dir, evals, mesh):
         seen.append((run_dir.path.name, len(schedule.batch(0)), schedule.batch(0).tolist(), settings.seed, settings.steps, cfg.dtype, mesh))
@@ -315,13 +315,16 @@ def test_arms_and_seeds_are_trained_as_set(inputs, tmp_path, monkeypatch):
         return {}, {"headline": "", "title": "", "tables": [], "results": list(results)}
 
     monkeypatch.setattr("jaxrl_llm.train.loop.train_grpo", train_grpo)
-    monkeypatch.setattr(verif, "measured", lambda bench, name, *_: {})
+    monkeypatch.setattr(verif, "measured", lambda bench, name, *_: seen_rules.append(bench.rules._sandbox_options) or {})
     monkeypatch.setattr(verif, "teach_format", lambda bench: bench.base)
     monkeypatch.setattr(verif, "measure_judge", lambda *_: None)
     monkeypatch.setattr(verif, "judge_of", lambda *_: verif.contextlib.nullcontext({"url": "http://127.0.0.1:9/v1", "model": "m"}))
     monkeypatch.setattr(verif, "page", types.SimpleNamespace(build=page_of, markdown=lambda _: ""))
     monkeypatch.setattr(verif, "report", types.SimpleNamespace(save_data=lambda *_: None, write_report=lambda *_: None))
-    verif.run(config(inputs, seeds="(3,4)", arms="('both','rules')", batch_prompts=5, policy__dtype="bfloat16"), str(tmp_path / "run"))
+    own = '{"sandbox": {"workers": 3}, "thinks": true}'
+    verif.run(config(inputs, seeds="(3,4)", arms="('both','rules')", batch_prompts=5, policy__dtype="bfloat16", judge__options=own),
+              str(tmp_path / "run"))  # fmt: skip
+    assert seen_rules[0] == ({"workers": 3}, {})
     assert [each[0] for each in seen] == ["both-seed3", "rules-seed3", "both-seed4", "rules-seed4"]
     assert [(each[1], each[3], each[4], each[5]) for each in seen] == [(5, seed, 2, "bfloat16") for seed in (3, 3, 4, 4)]
     assert seen[0][2] == seen[1][2] != seen[2][2]  # arms of a seed see the same prompts
