@@ -1,4 +1,4 @@
-"""Constraints on hostile texts: the slowest check of 10 kB, and a batch of responses with six rules each.
+"""Constraints on hostile texts: the slowest check of 10 kB; and a batch of responses with six rules each, by name and as Python.
 
     python -m benchmarks.constraints [--record]
 
@@ -16,9 +16,11 @@ from tqdm import tqdm
 from benchmarks.common import Figure, run_benchmark
 from jaxrl_llm.rewards.constraints import ConstraintsReward, back_translate, check, example, names
 from jaxrl_llm.rewards.constraints import samples as plain
-from jaxrl_llm.rewards.verdict import RewardInput
+from jaxrl_llm.rewards.verdict import Reward, RewardInput
+from jaxrl_llm.rewards.verif import VerifReward
 
 SIZE, SLOW_S, RESPONSES, RULES = 10_000, 0.02, 512, 6
+CODE = "def check_following(instruction, response):\n    return len(response.split()) >= 100"
 PIECES = [
     "a", "A", " ", "\n", ".", "?!", "[", "]", "(", "*", "**", "* ", "- ", "-", "_", "__a", "#", "# a\n", "```\n", "`", "~", "<",
     "<<", ">", "<<a", "> a\n", "|", "|-|\n", "| a |", "1", "1,", "1,000", "-1", "1.", "1. a\n", "0.0", "[1]", "[1,", "[1] ",
@@ -63,12 +65,21 @@ def measure(args: argparse.Namespace) -> Iterable[Figure]:
     stories = [plain.paragraphs(rng, 6, 5) for _ in range(RESPONSES)]
     rules = [[{"name": entry["name"], "kwargs": entry["kwargs"]} for entry in back_translate(story, RULES)] for story in stories]
     inputs = [RewardInput("", story, row={"constraints": given}) for story, given in zip(stories, rules[1:] + rules[:1], strict=True)]
-    best = float("inf")
-    for _ in range(args.repeats):
-        start = time.perf_counter()
-        ConstraintsReward()(inputs)
-        best = min(best, time.perf_counter() - start)
-    yield Figure("constraints_batch", best, "s", shape=f"{RESPONSES} responses, {RULES} rules each, one core; goal under 2 s", better="lower")
+    shape = f"{RESPONSES} responses, {RULES} rules each"
+    seconds_of = lambda reward: min(_seconds(reward, inputs) for _ in range(args.repeats))  # noqa: E731
+    yield Figure("constraints_batch", seconds_of(ConstraintsReward()), "s", shape=f"{shape}, one core; goal under 2 s", better="lower")
+    yield Figure("verif_batch", seconds_of(VerifReward(use="rules")), "s", shape=f"{shape}, by name, one core; goal under 2 s", better="lower")
+    row = {"checkers": ["[rule] Words"] * RULES, "functions": [CODE] * RULES}
+    inputs = [RewardInput("", story, row=row) for story in stories]
+    code = VerifReward(use="rules", sandbox={"workers": 2})
+    code(inputs[:1])  # opens the sandbox
+    yield Figure("verif_batch_python", seconds_of(code), "s", shape=f"{shape}, as Python, a closed process each, two rooms", better="lower")
+
+
+def _seconds(reward: Reward, inputs: list[RewardInput]) -> float:
+    start = time.perf_counter()
+    reward(inputs)
+    return time.perf_counter() - start
 
 
 if __name__ == "__main__":

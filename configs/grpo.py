@@ -112,6 +112,7 @@ def get_config(variant: str | None = None) -> ml_collections.ConfigDict:
     config.train.loss.kl = placeholder(str)  # None (no reference model in memory), "k1", "k2" or "k3"
     config.train.loss.kl_coef = 0.0  # weight of KL to the policy that training starts from
     config.train.loss.kl_place = "loss"  # kl_coef x KL goes into the "loss", is taken from a completion's reward ("sequence_reward") or from each token's return ("token_reward")
+    config.train.loss.entropy_coef = 0.0  # bonus for a policy that stays open: so many times its entropy (nats a token) is taken from the loss
     config.train.loss.gamma = 1.0  # with baseline "value": discount a token
     config.train.loss.gae_lambda = 0.95  # with baseline "value": 1 = returns less values, 0 = one-step errors
     config.train.loss.value_coef = 0.5  # with baseline "value": weight of the value loss

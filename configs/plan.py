@@ -16,7 +16,7 @@ def get_config(variant: str | None = None) -> ml_collections.ConfigDict:
     """The config."""
     placeholder = ml_collections.config_dict.placeholder
     config = ml_collections.ConfigDict()
-    # A config of grpo, saerl, story_rules, dpo or online_dpo: its loss, and its sizes and model where none is given below.
+    # A config of grpo, saerl, story_rules, verif, dpo or online_dpo: its loss, and its sizes and model where none is given below.
     config.target = ""  # such as configs/grpo.py:ppo; empty = GRPO with the sizes below
     config.model = ""  # a preset such as "qwen2.5-0.5b", a Hugging Face folder or a hub id (only its config.json is read)
     config.mesh = "here"  # "here" (the devices of this machine), "cpu:4", a TPU slice such as "v5e:2x4" or "v5p:4x4x4", or GPUs such as "h200:8" (a100, h100, h200)

@@ -27,6 +27,8 @@ RECIPES: dict[str, tuple[str, ...]] = {
     ),
     "SAERL, Qwen2.5-Math-1.5B": (_SAERL.format("1.5b"), "--config.mesh=v5e:2x4"),
     "SAERL, Qwen2.5-Math-7B": (_SAERL.format("7b"), "--config.mesh=v5e:8x8"),
+    "VerIF, TULU-3-8B": ("--config.target=configs/verif.py:tulu-3-8b", "--config.mesh=v5p:2x2x4"),
+    "VerIF, R1-Distill-Qwen-7B": ("--config.target=configs/verif.py:r1-distill-qwen-7b", "--config.mesh=v5p:2x2x4"),
     "GRPO, Qwen3-30B-A3B": (*_GRPO, "--config.model=qwen3-30b-a3b", "--config.mesh=v5p:4x4x4", "--config.layout=fsdp=8,expert=8"),
     "GRPO, Mixtral 8x7B": (
         *_GRPO, "--config.model=mixtral-8x7b", "--config.mesh=v5e:16x16", "--config.layout=fsdp=32,expert=8", "--config.prompts=256",

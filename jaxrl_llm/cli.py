@@ -30,6 +30,7 @@ class Verb(NamedTuple):
 VERBS = {
     "saerl": Verb("experiments.saerl", "the main job: SAE curation and GRPO arms, side by side, with a report"),
     "story_rules": Verb("experiments.story_rules", "GRPO of a stories model on rule-checked continuations, with a report"),
+    "verif": Verb("experiments.verif", "VerIF: GRPO on instructions by rules and a judge, arms side by side, with a report"),
     "curate": Verb("jaxrl_llm.commands.curate", "filter, cluster and order a prompt set by SAE features"),
     "train_sae": Verb("jaxrl_llm.commands.train_sae", "train a sparse autoencoder on a model's activations"),
     "eval": Verb(

@@ -22,6 +22,9 @@ _QWEN_MOE = _QWEN | {"model_type": "qwen3_moe", "hidden_size": 2048, "num_hidden
 _QWEN_MOE |= {"num_key_value_heads": 4, "moe_intermediate_size": 768, "num_experts": 128, "num_experts_per_tok": 8, "norm_topk_prob": True}
 _MIXTRAL = {"model_type": "mixtral", "vocab_size": 32000, "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32}
 _MIXTRAL |= {"num_key_value_heads": 8, "intermediate_size": 14336, "num_local_experts": 8, "num_experts_per_tok": 2}
+_LLAMA_8 = {"model_type": "llama", "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8}
+_LLAMA_8 |= {"intermediate_size": 14336, "max_position_embeddings": 131072, "rms_norm_eps": 1e-5, "rope_theta": 5e5, "tie_word_embeddings": False}
+_LLAMA_31 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192, "rope_type": "llama3"}
 _TIED = {"vocab_size": 151936, "tie_word_embeddings": True}
 _UNTIED = {"vocab_size": 152064, "tie_word_embeddings": False}
 _MATH = {"max_position_embeddings": 4096, "rope_theta": 1e4}
@@ -35,6 +38,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "mixtral-8x7b": {**_MIXTRAL, "max_position_embeddings": 32768, "rms_norm_eps": 1e-5, "rope_theta": 1e6, "eos_token_id": 2},
     "qwen2.5-math-1.5b": {**_QWEN, **_QWEN_15, **_TIED, **_MATH},
     "qwen2.5-math-7b": {**_QWEN, **_QWEN_7, **_UNTIED, **_MATH},
+    "deepseek-r1-distill-qwen-7b": {**_QWEN, **_QWEN_7, **_UNTIED, **_MATH, "max_position_embeddings": 131072, "eos_token_id": 151643},
+    "llama-3.1-tulu-3-8b-sft": {**_LLAMA_8, "vocab_size": 128264, "rope_scaling": _LLAMA_31, "eos_token_id": 128001},
 }
 
 # What a size is where neither the command line nor a target gives it; "" is fitted to the devices.
@@ -113,7 +118,7 @@ def _step(name: str, target: ConfigDict, paths: list[str]) -> dict[str, Any]:
     sampled = any(path.rpartition(".")[2] == "num_samples" for path in paths)
     if paths and not sampled and "train.loss.kind" not in paths:
         raise UserError(
-            f"{name} has no step that plan knows: give a config of grpo, saerl, story_rules, dpo or online_dpo, or --config.model and sizes"
+            f"{name} has no step that plan knows: give a config of grpo, saerl, story_rules, verif, dpo or online_dpo, or --config.model and sizes"
         )
     groups = [group for group in map(target.get, ("train", "grpo")) if isinstance(group, ConfigDict)]
     found, lora = (next((group[name] for group in groups if name in group), {}) for name in ("loss", "lora"))
@@ -125,7 +130,7 @@ def _step(name: str, target: ConfigDict, paths: list[str]) -> dict[str, Any]:
     keeps_start = reference or "arm_table" in target or "stories" in target
     settings = from_mapping(LoraSettings, lora, "lora.")
     # SAERL trains a sparse autoencoder of its own, unless one is given.
-    trained = target.sae.to_dict() if "arm_table" in target and not target.sae.path else None
+    trained = target.sae.to_dict() if {"arm_table", "sae"} <= set(target) and not target.sae.path else None
     return {"loss": loss, "lora": settings, "sampled": sampled or not paths, "keeps_start": keeps_start, "sae": trained, **widths}
 
 

@@ -55,7 +55,7 @@ def run(config: Any, workdir: str) -> None:
         tokens_NT, mask_NT = tokens_NT[:-count], mask_NT[:-count]
     run_dir.same_rows({"training rows": fingerprint([tokens_NT, mask_NT]), **{name: fingerprint(rows) for name, rows in held_out.items()}})
     schedule = ShuffledSchedule(len(tokens_NT), min(config.batch_rows, len(tokens_NT)), config.seed)
-    batches = _batches(tokens_NT, mask_NT, schedule, config.max_length if config.pack else None)
+    batches = batches_of(tokens_NT, mask_NT, schedule, config.max_length if config.pack else None)
     template = {"response": config.template, "assistant": "chat", "text": "none"}[config.loss_on]
     cfg = stopping_at(cfg, tokenizer, answer_end(tokenizer, cfg.eos_token_ids, template))
     start = [params]
@@ -134,7 +134,7 @@ def _chats(rows, tokenizer) -> Iterator[tuple[list[int], np.ndarray]]:
         yield assistant_tokens(row["messages"], tokenizer, where)
 
 
-def _batches(tokens_NT: np.ndarray, mask_NT: np.ndarray, schedule: ShuffledSchedule, pack: int | None = None) -> Iterator[tuple[np.ndarray, ...]]:
+def batches_of(tokens_NT: np.ndarray, mask_NT: np.ndarray, schedule: ShuffledSchedule, pack: int | None = None) -> Iterator[tuple[np.ndarray, ...]]:
     """Shuffled epochs without end. Each batch is cut to a few widths, or packed into a few numbers of rows of `pack` tokens, so that short
     rows cost little and programs are shared."""
     from jaxrl_llm.train.sft import reach

@@ -77,11 +77,25 @@ def mean_nll(
     group_ids: the prompt of each completion, an index into `prompts`. completions: lists of token ids, empty ones do not count.
     Raises ValueError where no completion has a token.
     """
-    rows = [i for i, completion in enumerate(completions) if len(completion)]
-    if not rows:
+    tokens = sum(map(len, completions))
+    if not tokens:
         raise ValueError("mean_nll: no completion has a token")
-    width = max(len(completions[i]) for i in rows)
-    total, tokens = 0.0, sum(len(completions[i]) for i in rows)
+    return float(row_nlls(cfg, params, prompts, group_ids, completions, batch_rows=batch_rows).sum() / tokens)
+
+
+def row_nlls(
+    cfg: models.ModelConfig,
+    params,
+    prompts: PromptBatch,
+    group_ids: Sequence[int] | np.ndarray,
+    completions: Sequence[Sequence[int]],
+    *,
+    batch_rows: int = 256,
+) -> np.ndarray:
+    """float64 [completions]: of each its nats, 0 of an empty one; arguments as of `mean_nll`."""
+    rows = [i for i, completion in enumerate(completions) if len(completion)]
+    width = max((len(completions[i]) for i in rows), default=0)
+    found = np.zeros(len(completions))
     for start in range(0, len(rows), batch_rows):
         chosen = rows[start : start + batch_rows]
         count = batch_rows if len(rows) > batch_rows else len(chosen)  # one shape, one compilation; empty rows at the end
@@ -92,5 +106,5 @@ def mean_nll(
             lengths_N[row], of_prompt[row] = len(completions[i]), group_ids[i]
             completions_NC[row, : lengths_N[row]] = completions[i]
         logps_N = _row_logps(cfg, params, prompts.tokens_NT[of_prompt], prompts.lengths_N[of_prompt], completions_NC, lengths_N)
-        total -= float(np.asarray(logps_N, np.float64).sum())
-    return total / tokens
+        found[chosen] = -np.asarray(logps_N, np.float64)[: len(chosen)]
+    return found

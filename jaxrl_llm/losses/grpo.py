@@ -164,10 +164,12 @@ def grpo_loss(
     kl: str | None = None,
     kl_coef: float = 0.0,
     ref_logps: Float[Array, "batch seq"] | None = None,
+    entropy_coef: float = 0.0,
+    entropy: Float[Array, "batch seq"] | None = None,
     max_length: int | None = None,
     totals: Totals | None = None,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-    """Surrogate of the policy gradient, plus kl_coef x KL, aggregated over completion tokens.
+    """Surrogate of the policy gradient, plus kl_coef x KL, minus entropy_coef x entropy, aggregated over completion tokens.
 
     logps_BT: log-probabilities of the completion tokens under the trained policy, at the sampling temperature. old_logps_BT: under
     the policy that sampled, by the trainer's forward pass; None means on-policy: old = stop_gradient(logps), the ratio is 1 and the
@@ -180,6 +182,7 @@ def grpo_loss(
     mismatch: weigh the surrogate by min(old / sampler probability, mismatch_cap) without gradient, since the completions come from the
     sampler's numbers and not from the trainer's: truncated importance sampling, by "token" or by the geometric mean of a "sequence"
     (needs sampler_logps). old is the trainer's, so the weight stays as it is over several updates on one rollout.
+    entropy: of each predictive distribution (nats, with its gradient); needed where entropy_coef is not 0, a bonus that keeps the policy open.
     aggregation: "token_mean" divides the sum over all tokens by the batch's token count (DAPO); "sequence_mean" averages each row
     over its tokens, then over rows (GRPO); "dr_grpo" divides the sum by rows x max_length (the generation limit, required then).
     totals: counts of the whole batch when these rows are one micro-batch of it; the loss and each metric then sum to the batch's.
@@ -219,6 +222,10 @@ def grpo_loss(
         kl_BT = kl_estimate(logps_BT, jax.lax.stop_gradient(jnp.where(mask_BT, ref_logps, 0.0)), kl)
         loss_BT = loss_BT + kl_coef * kl_BT
         metrics["kl"] = mean(kl_BT)
+    if entropy_coef:
+        if entropy is None:
+            raise ValueError(f"grpo_loss: entropy_coef={entropy_coef:g} needs entropy")
+        loss_BT = loss_BT - entropy_coef * jnp.where(mask_BT, entropy, 0.0)
     loss = _aggregate(jnp.where(mask_BT, loss_BT, 0.0), mask_BT, aggregation, max_length, totals)
     return loss, jax.lax.stop_gradient(metrics)
 

@@ -27,7 +27,7 @@ def token_logprobs(
     *,
     temperature: float = 1.0,
     chunk: int | None = None,
-    with_entropy: bool = False,
+    with_entropy: bool | str = False,
 ) -> tuple[Float[Array, "batch seq"], Float[Array, "batch seq"] | None]:
     """Log-probability (nats, fp32) of each target under softmax(logits / temperature), over the full vocabulary.
 
@@ -35,7 +35,7 @@ def token_logprobs(
     sampler's own function (`models.head(cfg, params)`, with its bias and soft-cap); or a plain matrix, any float dtype, whose product
     is accumulated in fp32. chunk: tokens (batch x positions) a chunk; None picks one by `default_chunk`. The split is along
     the sequence, so a batch axis sharded over devices stays sharded. with_entropy: also return the entropy (nats) of each predictive
-    distribution; it is a metric, no gradient flows through it.
+    distribution; True is for a metric, through which no gradient flows, "gradient" for a term of a loss.
     Raises ValueError for a temperature that is not above zero or a chunk below one.
     """
     if not temperature > 0:
@@ -76,6 +76,8 @@ def _gather_logprobs(logits_BCV, targets_BC, with_entropy):
     logps_BC = jnp.sum(jnp.where(hit_BCV, logits_BCV, 0.0), axis=-1) - lse_BC
     if not with_entropy:
         return logps_BC, jnp.zeros_like(logps_BC)
-    logits_BCV, lse = jax.lax.stop_gradient((logits_BCV, lse_BC))
+    lse = lse_BC
+    if with_entropy != "gradient":
+        logits_BCV, lse = jax.lax.stop_gradient((logits_BCV, lse))
     expected_BC = jnp.sum(jnp.exp(logits_BCV - lse[..., None]) * logits_BCV, axis=-1)
     return logps_BC, lse - expected_BC

@@ -269,6 +269,18 @@ def _mean_share(opinions: Sequence[Opinion], choice: str) -> float:
     return sum(shares) / len(shares)
 
 
+def make_judge(reward: str, url: str, model: str, options: Mapping[str, Any]) -> Judge:
+    """The judge of a reward. options: parameters of ChatConfig, BudgetConfig and JudgeConfig, by their names. Raises UserError for others, and what
+    these raise."""
+    names = [{f.name for f in dataclasses.fields(kind)} for kind in (JudgeConfig, ChatConfig, BudgetConfig)]
+    known = set().union(*names) - {"budget", "url", "model"}
+    for name in options:
+        if name not in known:
+            raise UserError(f"reward {reward} has no parameter {name!r}; {nearest(name, known)}")
+    own, client, budget = ({name: value for name, value in options.items() if name in of} for of in names)
+    return Judge(ChatClient(ChatConfig(url, model, budget=BudgetConfig(**budget), **client)), JudgeConfig(**own))
+
+
 class JudgeReward:
     """The reward "judge": PASS where the judge answers YES to a question about the response.
 
@@ -278,16 +290,10 @@ class JudgeReward:
     """
 
     def __init__(self, url: str, model: str, question: str = "", field: str = "", show_answer: bool = False, **options: Any):
-        names = [{f.name for f in dataclasses.fields(kind)} for kind in (JudgeConfig, ChatConfig, BudgetConfig)]
-        known = set().union(*names) - {"budget"}
-        for name in options:
-            if name not in known:
-                raise UserError(f"reward judge has no parameter {name!r}; {nearest(name, known)}")
         if not question and not field:
             raise UserError("reward judge: no question: say what is asked of a response, such as 'Is the response polite?', or name a column")
         self.question, self.field, self.show_answer = question, field, show_answer
-        own, client, budget = ({name: value for name, value in options.items() if name in of} for of in names)
-        self.judge = Judge(ChatClient(ChatConfig(url, model, budget=BudgetConfig(**budget), **client)), JudgeConfig(**own))
+        self.judge = make_judge("judge", url, model, options)
 
     def __call__(self, inputs: list[RewardInput]) -> list[Verdict]:
         asked = [str(item.row.get(self.field) or self.question) if self.field else self.question for item in inputs]

@@ -23,6 +23,7 @@ from jaxrl_llm.rewards.constraints import ConstraintsReward
 from jaxrl_llm.rewards.judge import JudgeReward
 from jaxrl_llm.rewards.maths import MathsReward
 from jaxrl_llm.rewards.verdict import Reward, RewardInput, RewardStopped, Status, Verdict
+from jaxrl_llm.rewards.verif import VerifReward
 
 _FACTORIES: dict[str, Callable[..., Reward]] = {}
 
@@ -157,6 +158,7 @@ def _checked(answer: Any, wanted: int) -> list[Verdict]:
 register("maths")(MathsReward)
 register("constraints")(ConstraintsReward)
 register("judge")(JudgeReward)
+register("verif")(VerifReward)
 
 
 @register("exact")

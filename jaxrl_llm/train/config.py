@@ -68,6 +68,7 @@ class LossConfig:
     # Where kl_coef x KL goes: "loss"; "sequence_reward", summed over a completion and taken from its reward; or "token_reward", taken from
     # the return of each token and those before it. In a reward it is the estimate of the policy that sampled, the same in all inner epochs.
     kl_place: str = "loss"
+    entropy_coef: float = 0.0  # entropy_coef x the policy's entropy is taken from the loss: a bonus for staying open
     # With baseline "value": a linear head on the policy's last hidden states is its critic, see `jaxrl_llm.losses.ppo`.
     gamma: float = 1.0  # discount a token
     gae_lambda: float = 0.95  # 1 = returns less values, 0 = one-step errors

@@ -29,15 +29,16 @@ def completion_logprobs(
     chunk: int | None = None,
     remat: bool | str = False,
     shared_prefix: bool = True,
-    with_entropy: bool = False,
+    with_entropy: bool | str = False,
     interventions: Mapping[str, Any] | None = None,
 ) -> tuple[Float[Array, "rows completion_len"], Float[Array, "rows completion_len"] | None]:
     """(log-probabilities, entropies or None), fp32 [N, C], of each completion token given its prompt and the tokens before it.
 
     prompts and completions are right-padded; lengths are in tokens, every prompt has at least one. What stands past a completion's
     length gets a finite number of no meaning: mask it. shared_prefix: forward each prompt once and let its S completions attend to its
-    keys and values (gradients flow back through them), instead of once for each completion. interventions: edits of activations, as
-    `models.forward` takes them, told prompts from completions; a text's number is its prompt's, as in `models.generate`.
+    keys and values (gradients flow back through them), instead of once for each completion. with_entropy: as of `token_logprobs`.
+    interventions: edits of activations, as `models.forward` takes them, told prompts from completions; a text's number is its prompt's, as in
+    `models.generate`.
     """
     hidden_NCD = completion_hidden(
         cfg, params, prompts_GP, prompt_lengths_G, completions_NC, completion_lengths_N, remat=remat, shared_prefix=shared_prefix,
@@ -47,7 +48,7 @@ def completion_logprobs(
     return token_logprobs(hidden_NCD, models.head(cfg, params).spread(), completions_NC, **how)
 
 
-def policy_logprobs(spec: Any, params, micro: Mapping[str, Any], with_entropy: bool = False):
+def policy_logprobs(spec: Any, params, micro: Mapping[str, Any], with_entropy: bool | str = False):
     """`completion_logprobs` of one micro-batch, parameters cast to what the model computes in. spec: of an update (`step.StepSpec`,
     `preference_step.PreferenceSpec`). micro: "prompts", "prompt_lengths", "completions", "lengths"."""
     return completion_logprobs(

@@ -115,6 +115,11 @@ def _targets(spec: StepSpec, batch: Batch) -> Batch:
     return critic_targets(spec, batch) if spec.loss.critic else {"advantages": advantages(spec, batch)}
 
 
+def _entropy(spec: StepSpec) -> bool | str:
+    """What `token_logprobs` is to give: the entropy is a metric, and with a coefficient a term of the loss."""
+    return "gradient" if spec.loss.entropy_coef else True
+
+
 def _values(spec: StepSpec, params, micro: Batch):
     """(log-probabilities, entropies, values) [r, C] by one forward pass."""
     compute = jax.tree.map(lambda p: p.astype(spec.model.dtype), trunk(params))
@@ -128,7 +133,7 @@ def _values(spec: StepSpec, params, micro: Batch):
         remat=spec.remat,
         shared_prefix=spec.shared_prefix,
     )
-    how = {"temperature": spec.temperature, "chunk": spec.logprob_chunk, "with_entropy": True}
+    how = {"temperature": spec.temperature, "chunk": spec.logprob_chunk, "with_entropy": _entropy(spec)}
     logps, entropy = token_logprobs(hidden, models.head(spec.model, compute).spread(), micro["completions"], **how)
     head = params[VALUE_HEAD]
     return logps, entropy, token_values(hidden, head["kernel"], head["bias"])
@@ -143,7 +148,7 @@ def micro_loss(trained, spec: StepSpec, micro: Batch, totals: Totals, frozen=Non
     if spec.loss.critic:
         logps, entropy, values = _values(spec, params, micro)
     else:
-        (logps, entropy), values = policy_logprobs(spec, params, micro, with_entropy=True), None
+        (logps, entropy), values = policy_logprobs(spec, params, micro, with_entropy=_entropy(spec)), None
     mask = completion_mask(micro)
     loss, metrics = grpo_loss(
         logps,
@@ -161,13 +166,15 @@ def micro_loss(trained, spec: StepSpec, micro: Batch, totals: Totals, frozen=Non
         kl=spec.loss.kl if spec.loss.kl_place == "loss" else None,
         kl_coef=spec.loss.kl_coef,
         ref_logps=micro.get("ref_logps"),
+        entropy_coef=spec.loss.entropy_coef,
+        entropy=entropy,
         max_length=spec.max_new_tokens,
         totals=totals,
     )
     tokens = jnp.maximum(totals.tokens, 1.0)
     difference = jnp.where(mask, jnp.abs(jax.lax.stop_gradient(logps) - micro["sampler_logps"]), 0.0)
     metrics |= {
-        "entropy": jnp.sum(jnp.where(mask, entropy, 0.0)) / tokens,
+        "entropy": jnp.sum(jnp.where(mask, jax.lax.stop_gradient(entropy), 0.0)) / tokens,
         "logp_diff_mean": jnp.sum(difference) / tokens,
         "logp_diff_max": jnp.max(difference),
     }

@@ -32,6 +32,7 @@ TINY = {
     "tie_word_embeddings": True,
 }
 PRESET_SIZES = {"qwen2.5-0.5b": 0.494, "Qwen/Qwen2.5-Math-1.5B": 1.544, "qwen2.5-7b": 7.616, "qwen3-30b-a3b": 30.532, "mixtral-8x7b": 46.703}
+PRESET_SIZES |= {"deepseek-ai/DeepSeek-R1-Distill-Qwen-7B": 7.616, "allenai/Llama-3.1-Tulu-3-8B-SFT": 8.030}
 SMALL = ("--config.prompts=8", "--config.num_samples=2", "--config.prompt_tokens=16", "--config.max_new_tokens=8")
 
 
@@ -187,9 +188,9 @@ def test_an_adapter_is_all_that_is_trained(planned, tiny):
 
 def test_the_start_is_kept_where_something_reads_it(tiny):
     keeps = lambda target: target_sizes(load_config("configs/plan.py", {"model": tiny, "target": target}))["keeps_start"]  # noqa: E731
-    named = ("grpo", "grpo.py:ppo", "saerl", "story_rules", "dpo", "online_dpo", "online_dpo.py:simpo")
+    named = ("grpo", "grpo.py:ppo", "saerl", "story_rules", "verif", "dpo", "online_dpo", "online_dpo.py:simpo")
     found = [name for name in named if keeps(f"configs/{name}" if ":" in name else f"configs/{name}.py")]
-    assert found == ["grpo.py:ppo", "saerl", "story_rules", "online_dpo"]
+    assert found == ["grpo.py:ppo", "saerl", "story_rules", "verif", "online_dpo"]
 
 
 def test_kl_and_a_critic_are_counted(planned, tiny):
@@ -332,6 +333,17 @@ def test_the_large_configs_have_a_layout_on_each_slice(variant, name, devices):
     model = resolve_model(sizes["model"], sizes["dtype"])
     assert model.d_model % axes["fsdp"] == 0 and model.n_kv_heads % axes.get("tensor", 1) == 0  # nothing is kept whole
     assert sizes["prompt_tokens"] + sizes["max_new_tokens"] <= model.max_position
+
+
+@pytest.mark.parametrize("variant", ["tulu-3-8b", "r1-distill-qwen-7b"])
+def test_the_papers_settings_of_verif_are_planned(variant):
+    """512 responses of 4096 tokens to prompts of 1024, a KL term and its reference, on the mesh that the config names."""
+    sizes = target_sizes(load_config("configs/plan.py", {"target": f"configs/verif.py:{variant}", "mesh": "v5p:2x2x4"}))
+    wanted = {"prompts": 32, "num_samples": 16, "prompt_tokens": 1024, "max_new_tokens": 4096, "dtype": "bfloat16", "sampled": True, "sae": None}
+    assert {name: sizes[name] for name in wanted} == wanted and sizes["keeps_start"] and sizes["remat"]
+    assert sizes["loss"] == LossConfig(aggregation="token_mean", kl="k3", kl_coef=1e-3, entropy_coef=1e-3, advantage_eps=1e-6)
+    assert (choose_layout(sizes, 16), choose_rollout_layout(sizes, 16)) == ("fsdp=16", "data=16")
+    assert resolve_model(sizes["model"], sizes["dtype"]).d_model % 16 == 0
 
 
 @pytest.mark.parametrize(

@@ -148,6 +148,30 @@ def test_gradient_equals_finite_differences(batch, aggregation, kl):
         np.testing.assert_allclose(grad[i, j], (up - down) / (2 * eps), rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("aggregation", ["token_mean", "sequence_mean", "dr_grpo"])
+def test_the_entropy_bonus_equals_numpy_and_stays_under_the_mask(batch, aggregation):
+    logps, old, ref, adv, mask = batch
+    entropy = np.random.default_rng(7).uniform(0, 2, (B, T))
+    told = lambda h, **more: run(batch, aggregation=aggregation, entropy=f32(h), **more)[0]  # noqa: E731
+    bonus = {"token_mean": np.where(mask, entropy, 0).sum() / mask.sum(), "dr_grpo": np.where(mask, entropy, 0).sum() / (B * 9)}
+    bonus["sequence_mean"] = (np.where(mask, entropy, 0).sum(1) / mask.sum(1)).mean()
+    plain = told(entropy)
+    np.testing.assert_allclose(plain, run(batch, aggregation=aggregation)[0], rtol=1e-7)  # without a coefficient it is no part of the loss
+    np.testing.assert_allclose(told(entropy, entropy_coef=0.3), plain - 0.3 * bonus[aggregation], rtol=1e-5)
+    np.testing.assert_allclose(told(np.where(mask, entropy, np.nan), entropy_coef=0.3), plain - 0.3 * bonus[aggregation], rtol=1e-5)
+    grad = jax.grad(lambda h: told(h, entropy_coef=0.3))(f32(entropy))
+    assert np.all(np.asarray(grad)[mask] < 0) and np.all(np.asarray(grad)[~mask] == 0)
+
+
+def test_the_entropy_bonus_by_hand():
+    # One row of two tokens, advantage 1, on policy: -1 a token; entropies 0.5 and 1.5 at 0.1: -1 - 0.1.
+    ones = jnp.ones((1, 2), bool)
+    loss, _ = grpo_loss(f32([[-0.5, -1.1]]), None, f32([1.0]), ones, entropy_coef=0.1, entropy=f32([[0.5, 1.5]]))
+    np.testing.assert_allclose(loss, -1.1, rtol=1e-6)
+    with pytest.raises(ValueError, match=r"entropy_coef=0.1 needs entropy"):
+        grpo_loss(f32([[-0.5, -1.1]]), None, f32([1.0]), ones, entropy_coef=0.1)
+
+
 def test_on_policy_equals_old_being_the_same(batch):
     logps, _, ref, adv, mask = batch
 

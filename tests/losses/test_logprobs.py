@@ -75,6 +75,22 @@ def test_entropy_carries_no_gradient(inputs):
     assert np.all(np.asarray(grad) == 0)
 
 
+@pytest.mark.parametrize("chunk", [None, 4])
+def test_entropy_of_a_loss_has_a_gradient(inputs, chunk):
+    hidden, unembed, targets = inputs
+    weights = np.random.default_rng(1).normal(size=(B, T))
+    told = lambda h: call(h, unembed, targets, temperature=0.8, chunk=chunk, with_entropy="gradient")  # noqa: E731
+    metric = call(hidden, unembed, targets, temperature=0.8, chunk=chunk, with_entropy=True)[1]
+    np.testing.assert_array_equal(told(hidden)[1], metric)
+    grad = jax.grad(lambda h: jnp.sum(told(h)[1] * weights))(jnp.asarray(hidden, jnp.float32))
+    for flat in (0, 3, hidden.size - 1):
+        moved = [hidden.copy(), hidden.copy()]
+        moved[0].flat[flat] += 1e-6
+        moved[1].flat[flat] -= 1e-6
+        up, down = ((oracle(h, unembed, targets, 0.8)[1] * weights).sum() for h in moved)
+        np.testing.assert_allclose(grad.reshape(-1)[flat], (up - down) / 2e-6, rtol=1e-4, atol=1e-5)
+
+
 def test_bf16_head_accumulates_in_fp32():
     rng = np.random.default_rng(2)
     hidden, unembed = (jnp.asarray(rng.normal(size=s), jnp.bfloat16) for s in ((1, 4, 896), (896, 64)))

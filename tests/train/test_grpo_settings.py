@@ -31,12 +31,12 @@ NAMED |= {"kind": "ipo", "ratio": "sequence", "surrogate": "cispo", "baseline": 
 NAMED |= {"targets": ("blocks.q",), "remat_keep": "products", "keep_best": "x", "attention": "splash", "rollout_mesh": "tensor=2"}
 
 
-KINDS = {"grpo": GRPOConfig, "sft": SFTConfig, "dpo": DPOConfig, "online_dpo": OnlineDPOConfig, "story_rules": GRPOConfig}
+KINDS = {"grpo": GRPOConfig, "sft": SFTConfig, "dpo": DPOConfig, "online_dpo": OnlineDPOConfig, "story_rules": GRPOConfig, "verif": GRPOConfig}
 
 
 @pytest.mark.parametrize(("verb", "kind"), KINDS.items(), ids=KINDS)
 def test_every_training_field_changes_its_own_setting_and_no_other(verb, kind):
-    config, part = load_config(f"configs/{verb}.py"), "grpo" if verb == "story_rules" else "train"
+    config, part = load_config(f"configs/{verb}.py"), "grpo" if verb in ("story_rules", "verif") else "train"
     base = dataclasses.asdict(from_mapping(kind, config[part]))
     for name in field_names(config[part]):
         *groups, field = name.split(".")

@@ -114,6 +114,7 @@ KNOBS = [
     {"advantage_ddof": 0},
     {"advantage_eps": 1.0},
     {"kl": "k2", "kl_coef": 0.5},
+    {"entropy_coef": 0.5},
     {"ratio": "sequence"},
     {"ratio": "sequence_token"},
     {"surrogate": "cispo"},

@@ -198,7 +198,7 @@ def test_sft_on_packed_rows_is_sft_on_the_rows(model, sums, tmp_path):
     schedule = ShuffledSchedule(20, 12, 0)
     config = config_of("sft", model, sums)
     tokens, mask = sft.encode(sft._read(config, str(sums), None), models.load_tokenizer(model), (1,), config)
-    assert len(next(sft._batches(tokens, mask, schedule, 24))[0]) == 3 < len(next(sft._batches(tokens, mask, schedule))[0])
+    assert len(next(sft.batches_of(tokens, mask, schedule, 24))[0]) == 3 < len(next(sft.batches_of(tokens, mask, schedule))[0])
 
 
 def test_sft_rows_longer_than_the_limit(model, sums, capsys):

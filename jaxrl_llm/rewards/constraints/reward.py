@@ -19,10 +19,10 @@ def read_constraints(row: Mapping[str, Any], field: str = "constraints") -> list
     Raises UserError naming the row for anything else, and for unknown rules or parameters.
     """
     where = f"row {row.get('id', '?')}"
-    entries = _decode_list(row.get(field), where, field)
+    entries = decode_list(row.get(field), where, field)
     if entries is None and row.get("instruction_id_list") is not None:
         rule_names = list(row["instruction_id_list"])
-        parameters = _decode_list(row.get("kwargs"), where, "kwargs") or [{}] * len(rule_names)
+        parameters = decode_list(row.get("kwargs"), where, "kwargs") or [{}] * len(rule_names)
         if len(parameters) != len(rule_names):
             raise UserError(f"{where}: {len(rule_names)} entries in 'instruction_id_list' but {len(parameters)} in 'kwargs'")
         entries = [{"name": name, "kwargs": kwargs} for name, kwargs in zip(rule_names, parameters, strict=True)]
@@ -30,13 +30,14 @@ def read_constraints(row: Mapping[str, Any], field: str = "constraints") -> list
     for entry in entries or []:
         if not isinstance(entry, Mapping) or "name" not in entry:
             raise UserError(f'{where}: field {field!r} must hold a list of {{"name": ..., "kwargs": {{...}}}}, got {entry!r}')
-        kwargs = _decode(entry.get("kwargs"), where, field) or {}
+        kwargs = decode_json(entry.get("kwargs"), where, field) or {}
         pairs.append((entry["name"], validate(entry["name"], kwargs, where)))
     return pairs
 
 
-def _decode_list(value: Any, where: str, field: str) -> list | None:
-    value = _decode(value, where, field)
+def decode_list(value: Any, where: str, field: str) -> list | None:
+    """A row's column that holds a list, or one as JSON text; None where it is absent. Raises UserError naming row and column."""
+    value = decode_json(value, where, field)
     if value is None:
         return None
     if isinstance(value, Mapping) or not hasattr(value, "__iter__"):
@@ -44,7 +45,8 @@ def _decode_list(value: Any, where: str, field: str) -> list | None:
     return list(value)
 
 
-def _decode(value: Any, where: str, field: str) -> Any:
+def decode_json(value: Any, where: str, field: str) -> Any:
+    """The value of a row's column, read where it is JSON text. Raises UserError naming row and column."""
     if not isinstance(value, str):
         return value
     try:
