@@ -236,11 +236,11 @@ def test_config_files_have_every_setting_of_the_trainer(verb, kind, check):
 
 
 def test_dpo_on_real_pairs_prefers_the_chosen_of_held_out_rows(assets, tmp_path):
-    """The first 500 of 1,100 instructions with a chosen and a rejected answer (all of them take a minute); a stories model of 260 K parameters."""
+    """All 1,100 instructions with a chosen and a rejected answer, long ones cut; a stories model of 260 K parameters."""
     config = config_of(
         "dpo", assets / "checkpoints" / "stories260k", assets / "data" / "preference_pairs" / "instruction-data-with-preference.json",
-        data__fields="prompt=instruction", template="{prompt} {input} ", data__held_out=100, max_length=160, batch_rows=16,
-        data__limit=500, train__steps=12, train__log_every=6, train__eval_every=0, train__forward_rows=128,
+        data__fields="prompt=instruction", template="{prompt} {input} ", data__held_out=100, max_length=112, overflow="truncate", batch_rows=16,
+        train__steps=12, train__log_every=6, train__eval_every=0, train__forward_rows=128,
         train__optimizer__learning_rate=1e-3, train__optimizer__warmup_steps=2,
     )  # fmt: skip
     dpo.run(config, str(tmp_path / "run"))
@@ -250,16 +250,20 @@ def test_dpo_on_real_pairs_prefers_the_chosen_of_held_out_rows(assets, tmp_path)
 
 
 def test_online_dpo_on_real_story_prompts(assets, tmp_path):
-    """The rules of experiments/story_rules.py: four steps run, most prompts make a pair, and the pairs are learnt from."""
+    """The rules of experiments/story_rules.py: most prompts make a pair, fresh pairs are told apart better, what is sampled is worth more, and so
+    is what the policy writes for held-out openings. (Rewards of ten such steps of two seeds: 0.60 and 0.57 in the first three, 0.72 and 0.76 in
+    the last; held out 0.64 before, 0.79 and 0.77 after.)"""
     stories = read_stories(str(assets / "data" / "tinystories" / "tinystories_sample.txt"), separator="<|endoftext|>")
-    rows, held = make_story_prompts(stories, held_out=16, limit=64)
+    rows, held = make_story_prompts(stories, held_out=32, limit=64)
     train, test = write(tmp_path / "train.jsonl", rows), write(tmp_path / "test.jsonl", held)
     config = config_of(
         "online_dpo", assets / "checkpoints" / "stories260k", train, evals=f"held_out={test}", reward__options='{"reduce": "mean"}',
-        schedule__batch_prompts=8, max_prompt_tokens=64, train__steps=4, train__num_samples=6, train__max_new_tokens=48,
-        train__stop_strings=("\n",), train__optimizer__learning_rate=3e-4, train__eval_every=0,
+        schedule__batch_prompts=8, max_prompt_tokens=64, train__steps=8, train__num_samples=6, train__max_new_tokens=48,
+        train__stop_strings=("\n",), train__optimizer__learning_rate=5e-4, train__eval_every=0,
     )  # fmt: skip
     online_dpo.run(config, str(tmp_path / "run"))
-    steps = [r for r in records(tmp_path / "run") if r["kind"] == "train"]
-    assert len(steps) == 4 and sum(r["pairs"] for r in steps) > 16 and all(r["logp_diff_max"] < 1e-3 and r["errors"] == 0 for r in steps)
-    assert abs(steps[0]["margin"]) < 1e-3 and steps[-1]["margin"] != 0 and all(r["grad_norm"] > 0 for r in steps)
+    steps, evals = ([r for r in records(tmp_path / "run") if r["kind"] == kind] for kind in ("train", "eval"))
+    assert len(steps) == 8 and sum(r["pairs"] for r in steps) > 32 and all(r["logp_diff_max"] < 1e-3 and r["errors"] == 0 for r in steps)
+    assert abs(steps[0]["margin"]) < 1e-3 < 0.02 < np.mean([r["margin"] for r in steps[1:]]) and all(r["grad_norm"] > 0 for r in steps)
+    assert np.mean([r["reward"] for r in steps[-3:]]) > np.mean([r["reward"] for r in steps[:3]]) + 0.05
+    assert evals[-1]["reward"] > evals[0]["reward"] + 0.03
