@@ -41,7 +41,7 @@ def get_config(variant: str | None = None) -> ml_collections.ConfigDict:
     config.overflow = "error"  # a longer prompt: "error", "drop" or "truncate"
 
     config.reward = ml_collections.ConfigDict()
-    config.reward.name = "maths"  # "constraints", "exact", "judge" or "maths", see jaxrl_llm.rewards.registry
+    config.reward.name = "maths"  # "constraints", "exact", "judge", "maths" or "verif", see jaxrl_llm.rewards.registry
     config.reward.options = "{}"  # its keyword arguments as JSON, such as '{"ignore_case": false}'
 
     config.schedule = ml_collections.ConfigDict()

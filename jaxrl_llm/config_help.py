@@ -1,6 +1,5 @@
 """What a config file says of itself: its docstring, and its fields with their values and the comments that stand beside them."""
 
-import inspect
 import re
 from pathlib import Path
 from typing import Any
@@ -18,13 +17,11 @@ def about(spec: str) -> str:
 
 
 def describe(spec: str) -> str:
-    """What a config file says of itself, its variants, and each field as `--config.key=value  comment`; a table of like groups takes one line."""
+    """The variants of a config file, and each field as `--config.key=value  comment`; a table of like groups takes one line."""
     path, _ = config_path(spec)
     config = load_config(spec)
-    module = import_config(path)
-    variants = getattr(module, "VARIANTS", None)
-    lines = [inspect.cleandoc(module.__doc__), ""] if module.__doc__ else []
-    lines += [f"variants of {path.name}: {', '.join(variants)}"] if variants else []
+    variants = getattr(import_config(path), "VARIANTS", None)
+    lines = [f"variants of {path.name}: {', '.join(variants)}"] if variants else []
     lines.append(f"fields of {spec}:")
     for key, comment in field_comments(path, config).items():
         value: Any = _value(config, key)

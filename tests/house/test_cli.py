@@ -55,7 +55,7 @@ def test_python_m_and_console_script_are_the_same_door(repo):
         (["generate", "--config=configs/genrate.py"], "did you mean configs/generate.py?"),
         (["generate", "--config=configs/generate.py:demo"], "unknown variant 'demo' of generate.py: there are none"),
         (["generate", "--config.model"], "config key 'model' is text and needs a value: --config.model=..."),
-        (["plan", "--config=configs/generate.py"], "has a field 'batch_prompts' that configs/plan.py has not: did you mean prompts?"),
+        (["plan", "--config=configs/generate.py"], "has a field 'adapter' that configs/plan.py has not: known: attention, "),
         (["generate", "--config.num_samples=few"], "config key 'num_samples' is a whole number, cannot read 'few'"),
         (["grpo", "--config=configs/grpo.py"], "grpo needs --workdir=DIR"),
         (["generate"], "no model: name a Hugging Face folder"),

@@ -21,7 +21,7 @@ from jaxrl_llm.config import (
     to_dict,
     to_json,
 )
-from jaxrl_llm.config_help import describe, field_comments
+from jaxrl_llm.config_help import about, describe, field_comments
 from jaxrl_llm.errors import UserError, nearest
 
 SOURCE = '''
@@ -303,7 +303,7 @@ def test_help_says_what_a_config_says_of_itself_and_names_every_reward(repo):
 
     for name in ("grpo", "online_dpo"):
         path = repo / "configs" / f"{name}.py"
-        text = describe(str(path))
+        text = about(str(path))
         assert text.startswith("Train a policy by ") and f"    jaxrl-llm {name} --config.model=FOLDER" in text and "Expected: reward" in text
         told = field_comments(path, load_config(str(path)))["reward.name"]
         assert set(re.findall(r'"(\w+)"', told)) == set(reward_names())

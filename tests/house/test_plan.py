@@ -635,7 +635,7 @@ def test_table_says_what_does_not_fit():
     assert "compiled in 7 s" in lines["generate"] and "one cache for all new tokens; a run's 6 stages" in text
     assert lines["train_step"].startswith("train_step") and "NO" in text and "2 x 8 rows; compiled in 7 s" in lines["generate"]
     assert "at least 0.75 s: arithmetic 0.50, memory 0.20, links 0.75; GB to a device: all-reduce 5.0, all-gather 3.0\n" in text
-    again = plan_command.table(found | {"train_step": found["train_step"] | {"epochs": 4}})
+    again = plan_command.table(found | {"train_step": found["train_step"] | {"updates": 4}})
     assert "3 x 8 rows; compiled" in text and "3 x 8 rows, 4 times; compiled" in again
     assert "fsdp=8; while sampling tensor=8" in text and "train_step does not fit; try --config.remat=True" in text
 
