@@ -332,6 +332,7 @@ def _record(pending, step, seconds, checkpoints, run_dir) -> dict:
         "loss": sum(float(m["loss"] * m["tokens"]) for m in pending) / max(tokens, 1.0),
         **{name: float(pending[-1][name]) for name in ("router_balance",) if name in pending[-1]},
         "grad_norm": float(pending[-1]["grad_norm"]),
+        **({"spike": float(np.mean([m["spike"] for m in pending]))} if "spike" in pending[-1] else {}),
         "learning_rate": float(pending[-1]["learning_rate"]),
         "tokens": int(tokens),
         "tokens_per_s": tokens / max(seconds, 1e-9),

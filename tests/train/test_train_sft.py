@@ -54,6 +54,16 @@ def test_learns_to_count():
     assert rollout.completions() == [[7, 8, 9, 10]]
 
 
+def test_updates_left_out_for_spikes_are_told(monkeypatch):
+    from jaxrl_llm.train import state
+
+    monkeypatch.setattr(state, "SPIKE_WARMUP", 1)
+    guarded = dataclasses.replace(QUICK.optimizer, spike_factor=1.0001)  # of gradients of one size about half are above their mean
+    _, history = train(dataclasses.replace(QUICK, steps=6, log_every=3, optimizer=guarded))
+    assert all(record["spike"] * 3 == pytest.approx(round(record["spike"] * 3)) for record in history)
+    assert 0 < sum(record["spike"] for record in history) < 2 and "spike" not in train(dataclasses.replace(QUICK, steps=1))[1][0]
+
+
 def test_tokens_outside_the_mask_are_not_trained_on():
     tokens, mask = next(data())
     narrow = mask & (np.arange(8) >= 3)
