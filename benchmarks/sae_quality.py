@@ -38,7 +38,9 @@ def measure(args: argparse.Namespace) -> Iterator[Figure]:
     bos = tokenizer.bos_token_id
     rows = [([] if bos is None else [bos]) + tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
     hook = args.hook or f"blocks.{cfg.n_layers // 2}.resid_post"
-    held = max(1, len(rows) // 20)
+    held = len(rows) // 20
+    if not held:
+        raise SystemExit(f"{args.text} has {len(rows)} texts, parted by empty lines; a twentieth each is to choose and to measure on: give at least 20")
     parts = rows[: -2 * held], rows[-2 * held : -held], rows[-held:]
     train, choose, test = (np.concatenate(list(sae.harvest_activations(cfg, params, part, hook, context_size=256))) for part in parts)
     progress(f"{len(train)} activations of {hook} to train on, {len(test)} to measure on, width {train.shape[1]}")
