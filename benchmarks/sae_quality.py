@@ -40,7 +40,7 @@ def measure(args: argparse.Namespace) -> Iterator[Figure]:
     hook = args.hook or f"blocks.{cfg.n_layers // 2}.resid_post"
     held = len(rows) // 20
     if not held:
-        raise SystemExit(f"{args.text} has {len(rows)} texts, parted by empty lines; a twentieth each is to choose and to measure on: give at least 20")
+        raise SystemExit(f"{args.text} has {len(rows)} texts, parted by empty lines; give at least 20: a twentieth is to choose on, one to measure")
     parts = rows[: -2 * held], rows[-2 * held : -held], rows[-held:]
     train, choose, test = (np.concatenate(list(sae.harvest_activations(cfg, params, part, hook, context_size=256))) for part in parts)
     progress(f"{len(train)} activations of {hook} to train on, {len(test)} to measure on, width {train.shape[1]}")
