@@ -662,7 +662,7 @@ def test_the_documented_table_has_every_recipe_and_all_fit(pods_table, repo):
     made = page.partition(pods_table.BEGIN)[2].partition(pods_table.END)[0]
     rows = [line for line in made.splitlines() if line.startswith("|")][2:]
     assert [row.split(",")[0] + "," + row.split(",")[1] for row in rows if not row.startswith("|  |")] == [f"| {name}" for name in pods_table.RECIPES]
-    assert all("| yes |" in row for row in rows) and len(rows) == 2 * len(pods_table.RECIPES) + 2 * 2 + 5  # of SAERL the SAE's two; "to sampling" of five
+    assert all("| yes |" in row for row in rows) and len(rows) == 2 * len(pods_table.RECIPES) + 2 * 2 + 5
     assert all(f"jaxrl-llm plan {' '.join(flags)}\n" in made for flags in pods_table.RECIPES.values())
 
 
