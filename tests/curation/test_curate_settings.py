@@ -91,7 +91,7 @@ def test_settings_of_the_features_reach_their_space(monkeypatch, field, value):
 )  # fmt: skip
 def test_settings_of_the_sae_reach_its_training(monkeypatch, field, value):
     """The rows held out and the order of the others depend on the seed, all else on the fields of the same name."""
-    model = passes.LanguageModel(type("Cfg", (), dict(d_model=4, d_ff=6, max_position=24, n_layers=2, mlp="gated"))(), {}, None, "model")
+    model = passes.LanguageModel(type("Cfg", (), dict(d_model=4, d_ff=6, max_position=24, n_layers=2, mlp="gated", block="pre", n_heads=2, head_dim=2))(), {}, None, "model")
 
     def trained(config):
         seen = []
