@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import tiny_curation as tiny
 
+import models
 import sae
 from jaxrl_llm.commands import curate as command
 from jaxrl_llm.config import load_config
@@ -91,7 +92,8 @@ def test_settings_of_the_features_reach_their_space(monkeypatch, field, value):
 )  # fmt: skip
 def test_settings_of_the_sae_reach_its_training(monkeypatch, field, value):
     """The rows held out and the order of the others depend on the seed, all else on the fields of the same name."""
-    model = passes.LanguageModel(type("Cfg", (), dict(d_model=4, d_ff=6, max_position=24, n_layers=2, mlp="gated", block="pre", n_heads=2, head_dim=2))(), {}, None, "model")
+    sizes = {"vocab_size": 24, "d_model": 4, "n_layers": 2, "n_heads": 2, "n_kv_heads": 1, "head_dim": 2, "d_ff": 6, "max_position": 24}
+    model = passes.LanguageModel(models.ModelConfig(family="qwen3", **sizes), {}, None, "model")
 
     def trained(config):
         seen = []
