@@ -48,8 +48,7 @@ def world(request, params):
         for start in range(0, len(row), 16):
             piece = np.array([row[start : start + 16]])
             z = np.array(sae.encode(d, tap(CFG, params, piece, np.array([piece.shape[1]]), (HOOK,)))[0])
-            if start == 0:
-                z[0] = np.nan
+            z[0] = np.nan  # of every piece, with BOS or without
             codes.append(z)
     return d, codes
 
