@@ -155,7 +155,7 @@ def test_an_arm_killed_around_its_refilters_ends_as_an_undisturbed_one(repo, alo
     kills, (folder, env), killed = int(os.environ.get("JAXRL_LLM_KILLS", "2")), alone, tmp_path / "alone"
     wanted = records(folder)
     kept = tiny.kept_by(folder / tiny.MOMENTS)
-    assert len(wanted) == 10 and sum(record["grad_norm"] > 0 for record in wanted) >= 9 and len({record["pass_rate"] for record in wanted}) >= 4
+    assert len(wanted) == 10 and sum(record["grad_norm"] > 0 for record in wanted) >= 6 and len({record["pass_rate"] for record in wanted}) >= 4
     assert len({kept[step].tobytes() for step in (3, 4, 8)}) == 3, "the filter changes nothing, so its loss would not be seen"
 
     shutil.copytree(folder, killed)

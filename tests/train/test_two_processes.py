@@ -78,7 +78,9 @@ def address():
 def run(repo, folder, middle, processes):
     """A job of so many processes and two devices, to its end."""
     env = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(repo), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
-    env["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={2 // processes}"
+    # As in run_python of conftest.py: two devices of one process on busy cores may wait long for each other, and need threads to do it.
+    patience = "--xla_cpu_collective_call_terminate_timeout_seconds=500"
+    env |= {"XLA_FLAGS": f"--xla_force_host_platform_device_count={2 // processes} {patience}", "PJRT_NPROC": "8"}
     where, pipes = address(), {"stderr": subprocess.PIPE, "text": True}
     commands = [[sys.executable, "-c", START + middle + END, where, str(i), str(folder), str(processes)] for i in range(processes)]
     started = [subprocess.Popen(command, env=env, cwd=repo, **pipes) for command in commands]
