@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from jaxrl_llm.commands._policy import load_policy
 from jaxrl_llm.data.prompts import tokenise_prompts
 from jaxrl_llm.data.sources import Rows
 from jaxrl_llm.errors import UserError
@@ -79,14 +80,10 @@ def _of_model(policy: Any, rows: list[Mapping[str, Any]], run_dir: RunDir) -> No
     from jaxrl_llm.commands.generate import samples_of
     from jaxrl_llm.config import ConfigDict
     from jaxrl_llm.runtime import parse_mesh
-    from models.lora import load_lora, merge
 
     tokenizer = models.load_tokenizer(policy.model)  # before the weights, which may take minutes
     mesh = parse_mesh(policy.mesh)
-    cfg, params = models.load(policy.model, dtype=policy.dtype, mesh=mesh)
-    if policy.adapter:
-        adapter, lora = load_lora(policy.adapter, cfg)
-        params = merge(params, adapter, lora.scale)
+    cfg, params = load_policy(policy, mesh)
     room = min(cfg.max_position - policy.max_new_tokens, policy.max_prompt_tokens or cfg.max_position)
     if room < 1:
         told = f"config key 'policy.max_new_tokens' is {policy.max_new_tokens}, the context of {policy.model} {cfg.max_position} tokens"

@@ -24,7 +24,7 @@ from jaxrl_llm.train.checks import check_keep_best, check_sft, remat_of, trained
 from jaxrl_llm.train.config import OptimizerConfig, SFTConfig, from_mapping
 from jaxrl_llm.train.metrics import Recorded
 from jaxrl_llm.train.resume import check_steps, not_finite
-from jaxrl_llm.train.signals import Interrupted, StopRequest, stop_on_signal, watchdog
+from jaxrl_llm.train.signals import Alive, Interrupted, StopRequest, stop_on_signal, watchdog
 from jaxrl_llm.train.state import (
     abstract_state,
     apply_gradients,
@@ -155,6 +155,7 @@ class _Run(Recorded):
     mesh: Any
     history: list[dict[str, Any]]
     frozen: Any
+    progress: bool
     best: tuple[float, int] | None = None
 
 
@@ -205,10 +206,10 @@ def train_sft(
         run_dir.truncate_after(start if found else -1)
         run_dir.note_changes(start)
     history = [] if run_dir is None else [r for r in run_dir.metrics(until=start if found else -1) if r["kind"] in ("sft", "eval")]
-    run = _Run(spec, config, held_out or {}, run_dir, checkpoints, mesh, history, frozen)
+    run = _Run(spec, config, held_out or {}, run_dir, checkpoints, mesh, history, frozen, progress)
     with contextlib.nullcontext() if checkpoints is None else checkpoints:
         run.see_best()
-        state = _train(run, state, start, iter(batches), progress)
+        state = _train(run, state, start, iter(batches))
         if run.best is not None and run.best[1] < config.steps:
             del state
             state = checkpoints.restore(abstract_state(model_cfg, spec.optimizer, mesh, lora=lora), at=run.best[1])[1]
@@ -226,15 +227,16 @@ def fine_tuner(model_cfg: models.ModelConfig, mesh=None) -> Callable[[Any, list[
     return tune
 
 
-def _train(run: _Run, state, start: int, batches, progress: bool):
+def _train(run: _Run, state, start: int, batches):
     """The loop. Step numbers in records and checkpoints count finished steps."""
     config, checkpoints = run.config, run.checkpoints
     update = _compiled_update(run.spec, run.mesh)
     if start == 0:
-        _evaluate(run, state, 0)
+        with watchdog(config.watchdog_seconds) as alive:
+            _evaluate(run, state, 0, alive)
     for _ in range(start):
         _next(batches, 0)
-    bar = tqdm(total=config.steps, initial=start, desc="sft", unit="step", mininterval=0.5, disable=None if progress else True, leave=False)
+    bar = tqdm(total=config.steps, initial=start, desc="sft", unit="step", mininterval=0.5, disable=None if run.progress else True, leave=False)
     pending, since = [], time.perf_counter()
     # Without a run directory there is nothing to save: a signal is the caller's affair.
     stopping = contextlib.nullcontext(StopRequest()) if run.run_dir is None else stop_on_signal()
@@ -255,8 +257,7 @@ def _train(run: _Run, state, start: int, batches, progress: bool):
                 run.log(record)
                 bar.set_postfix(loss=f"{record['loss']:.4f}", refresh=False)
                 if evaluate:
-                    alive()
-                    _evaluate(run, state, done)
+                    _evaluate(run, state, done, alive)
                     save = run.see_best() or save
                 pending, since = [], time.perf_counter()
             if save and checkpoints is not None:
@@ -271,32 +272,36 @@ def _train(run: _Run, state, start: int, batches, progress: bool):
     return state
 
 
-def _evaluate(run: _Run, state, step: int) -> None:
+def _evaluate(run: _Run, state, step: int, alive: Alive) -> None:
     """Logs the loss of each held-out set, in nats a token over all its counted tokens."""
     for name, (tokens_NT, mask_NT) in run.held_out.items():
         began = time.perf_counter()
         tokens = int(np.sum(mask_NT[:, 1:]))
-        loss = _nats(run, state, tokens_NT, mask_NT) / max(tokens, 1)
+        loss = _nats(run, state, tokens_NT, mask_NT, name, alive) / max(tokens, 1)
         if not np.isfinite(loss):
             raise UserError(f"the loss of held-out set '{name}' after step {step} is {loss:g}: lower the learning rate, or look at its rows")
         record = {"kind": "eval", "step": step, "set": name, "loss": loss, "n": len(tokens_NT), "tokens": tokens}
         run.log(record | {"seconds": time.perf_counter() - began})
 
 
-def _nats(run: _Run, state, tokens_NT: np.ndarray, mask_NT: np.ndarray) -> float:
+def _nats(run: _Run, state, tokens_NT: np.ndarray, mask_NT: np.ndarray, name: str, alive: Alive) -> float:
     """The summed nats of the counted tokens, `forward_rows` rows at a time, by length, so that short rows are not padded to the longest."""
     ways = 1 if run.mesh is None else batch_ways(run.mesh)
     size = -(-min(run.config.forward_rows, len(tokens_NT)) // ways) * ways
     reach_N = reach(mask_NT)
     order, forward, total = np.argsort(reach_N, kind="stable"), _compiled_nats(run.spec, run.mesh), 0.0
-    for begin in range(0, len(order), size):
-        chosen = order[begin : begin + size]
-        width = min(bucket(int(reach_N[chosen].max()), 32), tokens_NT.shape[1])
-        # A last chunk of fewer rows is padded to the same shape.
-        batch = micro_batches(tokens_NT[chosen, :width], mask_NT[chosen, :width], 0, size)
-        if run.mesh is not None:
-            batch = jax.tree.map(lambda x: place(x, batch_shardings(run.mesh)), batch)
-        total += float(jax.device_get(forward(state["params"], batch, run.frozen)))
+    bar = tqdm(total=len(order), desc=f"loss of {name}", unit="row", mininterval=0.5, disable=None if run.progress else True, leave=False)
+    with bar:
+        for begin in range(0, len(order), size):
+            alive()
+            chosen = order[begin : begin + size]
+            width = min(bucket(int(reach_N[chosen].max()), 32), tokens_NT.shape[1])
+            # A last chunk of fewer rows is padded to the same shape.
+            batch = micro_batches(tokens_NT[chosen, :width], mask_NT[chosen, :width], 0, size)
+            if run.mesh is not None:
+                batch = jax.tree.map(lambda x: place(x, batch_shardings(run.mesh)), batch)
+            total += float(jax.device_get(forward(state["params"], batch, run.frozen)))
+            bar.update(len(chosen))
     return total
 
 

@@ -109,6 +109,7 @@ def _check(helpers: str, body: str, **constants: Any) -> str:
 
 
 def opening(w: World) -> Rule:
+    """The answer begins with a line that is given."""
     line = f"{w.company} case {text.code(w.rng)}"
     return Rule(
         "opening", "unconditional", "formatting", (f"Begin with this line and nothing before it: {line}",),
@@ -118,6 +119,7 @@ def opening(w: World) -> Rule:
 
 
 def closing(w: World) -> Rule:
+    """The answer ends with a line that is given."""
     line = f"Yours, {w.name()} of {w.company}"
     return Rule(
         "closing", "unconditional", "formatting", (f"Let the last line be: {line}",),
@@ -127,6 +129,7 @@ def closing(w: World) -> Rule:
 
 
 def sections(w: World) -> Rule:
+    """The sections of the examples, in their order."""
     def swap(d: Draft) -> None:
         d.sections[0], d.sections[1] = d.sections[1], d.sections[0]
 
@@ -139,6 +142,7 @@ def sections(w: World) -> Rule:
 
 
 def dates(w: World) -> Rule:
+    """The day of the message, written as in the examples: the form is in no rule."""
     day, month, year = w.rng.randint(1, 28), w.rng.randint(1, 12), w.rng.randint(2031, 2089)
     w.case["Received"] = f"{year}-{month:02}-{day:02}"
     written = f"Received: {day:02}.{month:02}.{year}"
@@ -155,6 +159,7 @@ def _replace(d: Draft, line: str, other: str) -> None:
 
 
 def bullets(w: World) -> Rule:
+    """So many bullet points, no more and no fewer."""
     number = w.rng.randint(3, 6)
     things = [f"{w.name()} has been told" for _ in range(number)]
     return Rule(
@@ -165,6 +170,7 @@ def bullets(w: World) -> Rule:
 
 
 def keyword(w: World) -> Rule:
+    """A word that must occur."""
     word = w.name(3)
     said = f"This goes by the {word} scheme."
 
@@ -178,6 +184,7 @@ def keyword(w: World) -> Rule:
 
 
 def forbidden(w: World) -> Rule:
+    """A word that must not occur."""
     word = w.name(3)
     return Rule(
         "forbidden", "unconditional", "semantic", (f"Say nothing of {word}, not even the name.",),
@@ -186,6 +193,7 @@ def forbidden(w: World) -> Rule:
 
 
 def length(w: World) -> Rule:
+    """At most so many words."""
     most = w.rng.randrange(LONGEST_LIMIT - 40, LONGEST_LIMIT, 10)
     filler = "We have looked into this with some care and shall look again"
     return Rule(
@@ -196,6 +204,7 @@ def length(w: World) -> Rule:
 
 
 def customer(w: World) -> Rule:
+    """The customer's name, which only the message has."""
     other = w.name()
     said = f"{w.customer} has our thanks for the message."
 
@@ -209,6 +218,7 @@ def customer(w: World) -> Rule:
 
 
 def lookup(w: World) -> Rule:
+    """A code that only the manual has, somewhere in its text."""
     entity, right, wrong = w.rng.choice(w.known), text.code(w.rng), text.code(w.rng)
     w.facts.append(text.fact(w.rng, entity, right))
     line = f"Register: {right}"
@@ -220,6 +230,7 @@ def lookup(w: World) -> Rule:
 
 
 def tool_call(w: World) -> Rule:
+    """A call of a tool with a value from the message."""
     tool = next(iter(w.tools))
     value = text.code(w.rng)
     w.case["Slip"] = value
@@ -239,6 +250,7 @@ def tool_call(w: World) -> Rule:
 
 
 def tools_only(w: World) -> Rule:
+    """No call of a tool that was not specified."""
     unknown = f"open_{w.name().lower()}"
     return Rule(
         "tools_only", "unconditional", "resource", ("Call no tool but those listed above.",),
@@ -248,6 +260,7 @@ def tools_only(w: World) -> Rule:
 
 
 def arguments(w: World) -> Rule:
+    """Arguments that the tools have, of the types that they are specified with."""
     body = (
         "found = calls_of(response)\n    if found is None:\n        return False\n"
         "    kinds = {'string': str, 'integer': int}\n    for c in found:\n        known = TOOLS.get(c['name'])\n"
@@ -272,6 +285,7 @@ def _condition(w: World, met: bool) -> str:
 
 
 def condition_met(w: World) -> Rule:
+    """A line that is due if something holds, which does."""
     line = f"Passed on to {w.name()}"
     asked = f'Write "{line}" on a line of its own {_condition(w, True)}; else leave it out.'
     return Rule(
@@ -281,6 +295,7 @@ def condition_met(w: World) -> Rule:
 
 
 def condition_unmet(w: World) -> Rule:
+    """A line that is due if something holds, which does not."""
     line = f"Refund by {w.name()}"
     asked = f'Write "{line}" on a line of its own {_condition(w, False)}; else do not write it.'
     return Rule(
@@ -290,6 +305,7 @@ def condition_unmet(w: World) -> Rule:
 
 
 def override(w: World) -> Rule:
+    """A rule that a later one changes: the line of the later one."""
     old, new = (f"Filed as {text.code(w.rng)}" for _ in range(2))
     asks = (f'Write "{old}" on a line of its own.', f'Rule {{n}} is out of date: the line is "{new}" now, and the old one must not be written.')
     return Rule(
@@ -300,6 +316,7 @@ def override(w: World) -> Rule:
 
 
 def cancelled(w: World) -> Rule:
+    """A rule that a later one takes back."""
     line = f"Copy to {w.name()}"
     asks = (f'Add the line "{line}".', "Rule {n} no longer holds: what it asks for must not be written.")
     return Rule(
@@ -309,6 +326,7 @@ def cancelled(w: World) -> Rule:
 
 
 def scope(w: World) -> Rule:
+    """A rule that a later one confines to one section."""
     place = w.section_names[-1]
     asks = ("Write in capital letters only.", f"Rule {{n}} is meant for the section {place} alone; the other sections are written as usual.")
     body = "found = dict(sections_of(response))\n    other = any(said.isupper() for name, said in found.items() if name != PLACE)\n"
@@ -325,6 +343,7 @@ def scope(w: World) -> Rule:
 
 
 def no_marks(w: World) -> Rule:
+    """No exclamation mark."""
     return Rule(
         "no_marks", "unconditional", "formatting", ("Use no exclamation mark.",), _check("", "return '!' not in response"), lambda d: None,
         lambda d: d.add_to(0, "We are on it!"),
