@@ -23,7 +23,9 @@ import models
 from jaxrl_llm.curation.curated_set import CuratedSet
 
 ONE_THREAD = "--xla_cpu_multi_thread_eigen=false"  # what `workers` gives each of its processes: sums are then the same everywhere
-CELL, SEEDS = "cells/wrong-base0-seed0", {"seeds": [0, 1]}
+CELL = "cells/wrong-base0-seed0"
+SAMPLES = {"grpo.num_samples": 8}  # so many that the verdicts of nearly every step differ
+CHANGES = {"seeds": [0, 1]} | SAMPLES  # two cells
 REFILTERS = (4, 8)  # of 10 steps, with a checkpoint every 3: some starts go on before one, some after
 
 
@@ -48,7 +50,7 @@ def alone(repo, tmp_path_factory):
     """(workdir of a run of two cells by one process, environment of further ones that are to compute the same)."""
     root = tmp_path_factory.mktemp("saerl")
     env = environment(repo, root / "cache")
-    finish(start(root / "alone", SEEDS, env, repo))
+    finish(start(root / "alone", CHANGES, env, repo))
     return root / "alone", env
 
 
@@ -60,7 +62,7 @@ def records(folder, arm="full"):
 def test_two_workers_leave_the_files_of_a_serial_run(repo, alone, tmp_path):
     """One more flag for the workers, which the parent gives them: together the two of `alone`, so that they find its compiled programs."""
     folder, env = alone
-    finish(start(tmp_path / "run", SEEDS | {"workers": 2}, env | {"XLA_FLAGS": ONE_THREAD}, repo))
+    finish(start(tmp_path / "run", CHANGES | {"workers": 2}, env | {"XLA_FLAGS": ONE_THREAD}, repo))
     wanted, found = tiny.contents(folder), tiny.contents(tmp_path / "run")
     pages = [files.pop(name) for files in (wanted, found) for name in ("report.html", "report.json")]
     assert all(pages) and set(found) == set(wanted) and {f"{CELL}/full/policy/model.safetensors", f"{CELL}/signals.npz"} <= set(found)
@@ -86,7 +88,7 @@ def test_two_processes_of_one_job_run_it_as_one_does(repo, alone, tmp_path):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
-    run, changes = tmp_path / "run", json.dumps({"mesh": "fsdp=2"})
+    run, changes = tmp_path / "run", json.dumps({"mesh": "fsdp=2"} | SAMPLES)
     command = [sys.executable, "-c", TWO, address]
     processes = [
         subprocess.Popen([*command, str(i), str(run), changes], env=env, cwd=repo, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
@@ -140,7 +142,7 @@ def moments(folder):
 
 def kill_in(folder, step, delay, env, repo, patience):
     """Starts the run and kills it `delay` seconds after its schedule was shown the policy of `step`; it must be at work then."""
-    before, process, deadline = len(moments(folder)), start(folder, SEEDS, env, repo), time.monotonic() + patience
+    before, process, deadline = len(moments(folder)), start(folder, CHANGES, env, repo), time.monotonic() + patience
     while f"{step} begins" not in moments(folder)[before:] and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.002)
     time.sleep(delay)
@@ -155,7 +157,7 @@ def test_an_arm_killed_around_its_refilters_ends_as_an_undisturbed_one(repo, alo
     kills, (folder, env), killed = int(os.environ.get("JAXRL_LLM_KILLS", "2")), alone, tmp_path / "alone"
     wanted = records(folder)
     kept = tiny.kept_by(folder / tiny.MOMENTS)
-    assert len(wanted) == 10 and sum(record["grad_norm"] > 0 for record in wanted) >= 6 and len({record["pass_rate"] for record in wanted}) >= 4
+    assert len(wanted) == 10 and sum(record["grad_norm"] > 0 for record in wanted) >= 9 and len({record["pass_rate"] for record in wanted}) >= 4
     assert len({kept[step].tobytes() for step in (3, 4, 8)}) == 3, "the filter changes nothing, so its loss would not be seen"
 
     shutil.copytree(folder, killed)
@@ -167,7 +169,7 @@ def test_an_arm_killed_around_its_refilters_ends_as_an_undisturbed_one(repo, alo
     for step in steps:
         longest = seconds[REFILTERS[-1]] if step in REFILTERS else 3 * seconds[step]
         kill_in(killed, step, rng.random() * longest, env, repo, patience=600)
-    finish(start(killed, SEEDS, env, repo))
+    finish(start(killed, CHANGES, env, repo))
 
     lines = moments(killed)
     assert lines.count("start") == kills + 1
