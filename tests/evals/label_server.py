@@ -8,8 +8,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
 class FakeServer:
-    """Answers chat completions at `url`. `script`: what to do with the next requests, one each: an HTTP status, "cut" (the connection is
-    dropped), "slow" (no answer for a while), or a text that is the answer; then `answer(request)`. `seen`: the requests' bodies."""
+    """Answers chat completions at `url`. `script`: what to do with the next requests, one each: None (what the rule says), an HTTP status,
+    "cut" (the connection is dropped), "slow" (no answer for a while), or a text that is the answer; then `answer(request)`. `seen`: the
+    requests' bodies."""
 
     def __init__(self):
         self.script, self.seen, self.headers, self.answer = [], [], [], by_rule
