@@ -2,7 +2,7 @@
 
     python -m benchmarks.sae_quality --model=FOLDER --text=stories.txt [--no-peers] [--record]
 
-Each library trains each architecture with each of three learning rates. Of the runs whose L0 is within a tenth of k (the nearest to it where there
+Each library trains each architecture with each of four learning rates. Of the runs whose L0 is within a tenth of k (the nearest to it where there
 is none) the one that explains most of the variance of texts set apart for choosing counts, and is measured on texts that nothing was trained or
 chosen on. Both libraries' results are read by `sae.load` and measured by `sae.evaluate`. TopK and BatchTopK run at each library's defaults. JumpReLU
 aims at k active latents by a penalty on the distance to it, each library's own (SAELens: mode "quadratic", a row's distance; ours: the batch's),
@@ -20,7 +20,7 @@ import numpy as np
 from benchmarks.common import Figure, progress, run_benchmark, run_peer
 
 PEER = "SAELens 6.54.0"
-RATES = (3e-4, 1e-3, 3e-3)
+RATES = (1e-3, 3e-3, 1e-2, 3e-2)
 SIZES = {"d_sae": 512, "k": 16, "batch": 2048}
 OURS = {  # of JumpReLU: a penalty needs a weight; SAELens's default is 1 in units of a squared error summed over dimensions
     "jumprelu": {"sparsity_coefficient": 0.1, "bandwidth": 1.0, "threshold_init": 0.1, "aux_coefficient": 0.0},
@@ -47,21 +47,27 @@ def measure(args: argparse.Namespace) -> Iterator[Figure]:
     lm = (cfg, params, rows[-held:])
     where = f"{Path(args.model).name} {hook}, d_sae {SIZES['d_sae']}, {args.steps} x {SIZES['batch']} of {len(train)} rows"
     for architecture in args.architectures.split(","):
-        ours = sae.evaluate(chosen(ours_trained(train, architecture, hook, args.steps), choose), [test], lm=lm)
-        theirs = sae.evaluate(chosen(theirs_trained(train, architecture, hook, args.steps), choose), [test], lm=lm) if args.peers else None
+        rate, best = chosen(ours_trained(train, architecture, hook, args.steps), choose)
+        ours, theirs, said = sae.evaluate(best, [test], lm=lm), None, ""
+        if args.peers:
+            their_rate, best = chosen(theirs_trained(train, architecture, hook, args.steps), choose)
+            theirs = sae.evaluate(best, [test], lm=lm)
+            said = f", theirs {theirs['l0']:.1f} at {their_rate:g}"
+        said = f"{where}; L0 {ours['l0']:.1f} at rate {rate:g}{said}"
         for name in ("explained_variance", "ce_recovered"):
-            said = f"{where}; L0 {ours['l0']:.1f}" + ("" if theirs is None else f", theirs {theirs['l0']:.1f}")
             yield Figure(f"sae_quality_{architecture}_{name}", ours[name], "share", PEER, theirs and theirs[name], None, said)
 
 
-def chosen(trained: Iterator[Any], rows: np.ndarray) -> Any:
-    """Of the dictionaries whose L0 is near k, or of the nearest one, that with the largest explained variance."""
+def chosen(trained: Iterator[Any], rows: np.ndarray) -> tuple[float, Any]:
+    """Of the dictionaries whose L0 is near k, or of the nearest one, that with the largest explained variance; the rate comes with it."""
     import sae
 
-    found = [(sae.evaluate(d, [rows]), d) for d in trained]
-    near = [pair for pair in found if abs(pair[0]["l0"] / SIZES["k"] - 1) <= 0.1]
-    near = near or [min(found, key=lambda pair: abs(pair[0]["l0"] - SIZES["k"]))]
-    return max(near, key=lambda pair: pair[0]["explained_variance"])[1]
+    found = [(sae.evaluate(d, [rows]), rate, d) for rate, d in zip(RATES, trained, strict=True)]
+    for figures, rate, _ in found:
+        progress(f"rate {rate:g}: {figures['explained_variance']:.4f} of the variance explained at L0 {figures['l0']:.1f}")
+    near = [one for one in found if abs(one[0]["l0"] / SIZES["k"] - 1) <= 0.1]
+    near = near or [min(found, key=lambda one: abs(one[0]["l0"] - SIZES["k"]))]
+    return max(near, key=lambda one: one[0]["explained_variance"])[1:]
 
 
 def ours_trained(train: np.ndarray, architecture: str, hook: str, steps: int) -> Iterator[Any]:
