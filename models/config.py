@@ -127,8 +127,6 @@ class ModelConfig:
             raise ModelError(f"mlp={self.mlp!r} with {told}: experts are for mlp='experts', which has at least one, and a token no more than all")
         if self.mlp == "experts" and (self.mlp_bias or not self.experts_per_token):
             raise ModelError(f"mlp='experts' has no biases and at least one expert a token, not mlp_bias={self.mlp_bias} and none")
-        if self.attention != "plain" and any(self.layer_windows):
-            raise ModelError(f"attention={self.attention!r} has no sliding windows, which this {self.family} model has: give 'plain'")
         if self.attention == "cudnn" and self.attn_softcap is not None:
             raise ModelError(f"attention='cudnn' does not cap scores, which this {self.family} model does: give 'plain' or 'splash'")
         if self.layer_windows and len(self.layer_windows) != self.n_layers:

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from models.config import ModelConfig
 
@@ -27,27 +27,39 @@ CUDNN = "cudnn"  # jax.nn.dot_product_attention's name of it
 
 
 class Fused(NamedTuple):
-    """What queries attend to, for a kernel: keys [P, K, H, S] and values [P, K, S, H] of each part, the queries' own last; and what
-    `texts_of` makes of the texts that they are of."""
+    """What the queries of a layer attend to, for a kernel: keys [P, K, H, S] and values [P, K, S, H] of each part, the queries' own last;
+    what `texts_of` makes of the texts that they are of; and the number of the layer."""
 
     parts: Sequence[tuple[Array, Array]]
     texts: tuple[Array, ...]
+    layer: int | Int[Array, ""]
 
 
-def texts_of(cfg: ModelConfig, filled: Sequence[Bool[Array, "P S"]], texts_BT: Int[Array, "B T"]) -> tuple[Array, ...]:
+def texts_of(
+    cfg: ModelConfig, before: Sequence[Int[Array, "P S"]], places_BT: Int[Array, "B T"], texts_BT: Int[Array, "B T"]
+) -> tuple[Array, ...]:
     """What tells `cfg.attention`'s kernel which slots a query may see, the same in all layers: for splash the text of each query [B, T] and
-    slot [B, S], for cuDNN a mask of all queries and slots [B, T, S], of even lengths.
+    slot [B, S], for cuDNN a mask of all queries and slots [B, T, S], of even lengths. And for a model with sliding windows: the order
+    of the earlier slots by position (splash), or the positions of queries and slots (cuDNN).
 
-    filled: which slots of the parts before the queries' own are. texts_BT: the text of each query, 0 where a row is one text, -1 = padding.
+    before: positions of the slots of the parts before the queries' own, -1 = empty. places_BT: the queries' own, -1 = padding; with windows
+    those of a text count up by one. texts_BT: the text of each query, 0 where a row is one text, -1 = padding.
     """
-    before = [jnp.where(_each_row(part, len(texts_BT)), 0, NOWHERE).astype(jnp.int32) for part in filled]
-    slots_BS = jnp.concatenate([*before, texts_BT], axis=1)
+    B, T = texts_BT.shape
+    before_BS = jnp.concatenate([*(_each_row(part, B) for part in before), jnp.zeros((B, 0), jnp.int32)], axis=1)
+    ordered: tuple[Array, ...] = ()
+    if cfg.attention == "splash" and any(cfg.layer_windows) and before:
+        # The kernel's window counts slots: with the empty ones first these lie as far apart as their positions.
+        ordered = (jnp.argsort(before_BS, axis=1),)
+        before_BS = jnp.take_along_axis(before_BS, ordered[0], axis=1)
+    slots_BS = jnp.concatenate([jnp.where(before_BS >= 0, 0, NOWHERE), texts_BT], axis=1)
     if cfg.attention != "cudnn":
-        return texts_BT, slots_BS
-    ahead = slots_BS.shape[1] - texts_BT.shape[1]
+        return texts_BT, slots_BS, *ordered
+    ahead, places_BS = before_BS.shape[1], jnp.concatenate([before_BS, places_BT], axis=1)
     texts_BT, slots_BS = _even(texts_BT, -1), _even(slots_BS, NOWHERE)
     causal_TS = jnp.arange(slots_BS.shape[1]) <= jnp.arange(texts_BT.shape[1])[:, None] + ahead
-    return ((texts_BT[:, :, None] == slots_BS[:, None, :]) & causal_TS,)
+    mask_BTS = (texts_BT[:, :, None] == slots_BS[:, None, :]) & causal_TS
+    return (mask_BTS, _even(places_BT, -1), _even(places_BS, -1)) if any(cfg.layer_windows) else (mask_BTS,)
 
 
 def _each_row(part: Array, rows: int) -> Array:
@@ -70,8 +82,16 @@ def fused_attention(cfg: ModelConfig, q_BTNH: Float[Array, "B T N H"], fused: Fu
     k_BKHS = jnp.concatenate([_each_row(k, B) for k, _ in fused.parts], axis=-1)
     v_BKSH = jnp.concatenate([_each_row(v, B) for _, v in fused.parts], axis=-2)
     scale = (cfg.head_dim if cfg.query_scalar is None else cfg.query_scalar) ** -0.5
-    kernel = functools.partial(_cudnn, scale=scale) if cfg.attention == "cudnn" else functools.partial(_splash, scale=scale, cap=cfg.attn_softcap)
-    given = (q_BTNH, k_BKHS, v_BKSH, *fused.texts)
+    one = functools.partial(_cudnn, scale=scale) if cfg.attention == "cudnn" else functools.partial(_splash, scale=scale, cap=cfg.attn_softcap)
+    S = k_BKHS.shape[-1]
+    windows = [window if window is not None and window < S else None for window in cfg.layer_windows] or [None] * cfg.n_layers
+    kinds = list(dict.fromkeys(windows))
+    which = jnp.asarray([kinds.index(window) for window in windows])[fused.layer]
+
+    def kernel(which, *given):  # a kernel's window is fixed when it is compiled, and the layers of a scan are compiled once
+        return lax.switch(which, [functools.partial(one, window=window) for window in kinds], *given)
+
+    given = (which, q_BTNH, k_BKHS, v_BKSH, *fused.texts)
     if mesh.empty:
         return kernel(*given)
     present = tuple(name for name in rows if name in mesh.shape)
@@ -80,20 +100,27 @@ def fused_attention(cfg: ModelConfig, q_BTNH: Float[Array, "B T N H"], fused: Fu
     row = PartitionSpec(over or None)
     heads = PartitionSpec(over or None, tensor)
     query = PartitionSpec(over or None, None, tensor)
-    run = jax.shard_map(kernel, mesh=mesh, in_specs=(query, heads, heads, *(row for _ in fused.texts)), out_specs=query, check_vma=False)
-    return run(*given)
+    specs = (PartitionSpec(), query, heads, heads, *(row for _ in fused.texts))
+    return jax.shard_map(kernel, mesh=mesh, in_specs=specs, out_specs=query, check_vma=False)(*given)
 
 
-def _cudnn(q_BTNH, k_BKHS, v_BKSH, mask_BTS, *, scale):
+def _cudnn(q_BTNH, k_BKHS, v_BKSH, mask_BTS, *places, scale, window):
     """cuDNN's attention on one device. It takes even lengths, and a mask as an array of all queries and slots."""
+    if window is not None:
+        places_BT, places_BS = places
+        mask_BTS = mask_BTS & (places_BT[:, :, None] - places_BS[:, None, :] < window)
     k_BSKH, v_BSKH = _even(k_BKHS.transpose(0, 3, 1, 2)), _even(v_BKSH.transpose(0, 2, 1, 3))
     out = jax.nn.dot_product_attention(_even(q_BTNH), k_BSKH, v_BSKH, mask=mask_BTS[:, None], scale=scale, implementation=CUDNN)
     return out[:, : q_BTNH.shape[1]]
 
 
-def _splash(q_BTNH, k_BKHS, v_BKSH, texts_BT, slots_BS, *, scale, cap):
+def _splash(q_BTNH, k_BKHS, v_BKSH, texts_BT, slots_BS, order_BS=None, *, scale, cap, window):
     """Splash attention on one device; Pallas interprets the kernel on a CPU, which is for tests."""
     T, S = q_BTNH.shape[1], slots_BS.shape[1]
+    if order_BS is not None:
+        order_BS = jnp.concatenate([order_BS, jnp.broadcast_to(jnp.arange(S - T, S), (len(order_BS), T))], axis=1)
+        k_BKHS = jnp.take_along_axis(k_BKHS, order_BS[:, None, None, :], axis=3)
+        v_BKSH = jnp.take_along_axis(v_BKSH, order_BS[:, None, :, None], axis=2)
     (block_q, pad_q), (block_kv, pad_kv) = _tiles(T), _tiles(S)
     q_BNTH = jnp.pad((q_BTNH * scale).astype(q_BTNH.dtype).transpose(0, 2, 1, 3), ((0, 0), (0, 0), (0, pad_q), (0, 0)))
     k_BKSH, v_BKSH = (jnp.pad(a, ((0, 0), (0, 0), (0, pad_kv), (0, 0))) for a in (k_BKHS.transpose(0, 1, 3, 2), v_BKSH))
@@ -108,9 +135,10 @@ def _splash(q_BTNH, k_BKHS, v_BKSH, texts_BT, slots_BS, *, scale, cap):
             block_q=block_q, block_kv=block_kv, block_kv_compute=block_kv, block_q_dkv=block_q, block_kv_dkv=block_kv,
             block_kv_dkv_compute=block_kv, block_q_dq=block_q, block_kv_dq=block_kv,
         )  # fmt: skip
-        causal = masks.CausalMask((T + pad_q, S + pad_kv), offset=S - T)
+        size = (T + pad_q, S + pad_kv)
+        seen = masks.CausalMask(size, offset=S - T) if window is None else masks.LocalMask(size, (window - 1, 0), offset=S - T)
         attend = splash.make_splash_mha(
-            masks.MultiHeadMask([causal] * q_BNTH.shape[1]), head_shards=1, q_seq_shards=1, block_sizes=sizes,
+            masks.MultiHeadMask([seen] * q_BNTH.shape[1]), head_shards=1, q_seq_shards=1, block_sizes=sizes,
             attn_logits_soft_cap=cap, interpret=interpret,
         )  # fmt: skip
         q, k, v, texts, slots = given

@@ -197,7 +197,7 @@ class _Memory:
         self.texts = None
         if cfg.attention != "plain" and cache is None and positions.shape[1] > 1:
             texts = jnp.where(positions < 0, -1, 0 if segments is None else segments)
-            self.texts = texts_of(cfg, [part.positions >= 0 for part in self.prefixes], texts)
+            self.texts = texts_of(cfg, [part.positions for part in self.prefixes], positions, texts)
         self.cache, self.slots = cache, positions
         if cache is not None:
             self.slots = lax.dynamic_update_slice(cache.positions, positions, (0, cache.next))
@@ -216,7 +216,7 @@ class _Memory:
     def segments(self, layer, prefix_kvs, cache_kv, k, v):
         """([(k, v, mask)] to attend to, this layer's (k, v) to keep) for new keys and values k, v."""
         if self.texts is not None:
-            return Fused([*prefix_kvs, (k, v)], self.texts), (k, v)
+            return Fused([*prefix_kvs, (k, v)], self.texts, layer), (k, v)
         (k, v), kept = ((k, v), (k, v)) if cache_kv is None else self._written(layer, cache_kv, k, v)
         own = (k, v, self.mask(layer))
         return [*((*kv, mask(layer)) for kv, mask in zip(prefix_kvs, self.prefix_masks, strict=True)), own], kept

@@ -23,7 +23,7 @@ def without_cudnn(monkeypatch):
 
 @functools.cache
 def model(name, dtype="float32"):
-    cfg = dataclasses.replace(models.ModelConfig.from_hf(cases.CASES[name]), dtype=dtype, layer_windows=())
+    cfg = dataclasses.replace(models.ModelConfig.from_hf(cases.CASES[name]), dtype=dtype)
     return cfg, cases.random_params(cfg)
 
 
@@ -62,8 +62,12 @@ PACKED = np.array([[0] * 8 + [1] * 13, [0] * 21, [0] * 3 + [1] * 4 + [2] * 9 + [
         ("splash", "qwen3", True),
         ("splash", "gemma2", False),
         ("splash", "gpt2", True),
+        ("splash", "mistral_window", True),
+        ("splash", "gemma3", False),
         ("cudnn", "qwen3", False),
         ("cudnn", "llama2", True),
+        ("cudnn", "gemma2_uncapped", False),
+        ("cudnn", "mistral_window", True),
     ],
 )
 def test_a_kernel_equals_the_plain_path(kind, name, packed):
@@ -129,9 +133,6 @@ def test_a_model_trained_by_a_kernel_is_saved_without_it(tmp_path):
 
 
 def test_what_a_kernel_cannot_do_is_said():
-    windowed = models.ModelConfig.from_hf(cases.CASES["mistral_window"])
-    with pytest.raises(ModelError, match="attention='splash' has no sliding windows, which this mistral model has: give 'plain'"):
-        dataclasses.replace(windowed, attention="splash")
     with pytest.raises(ModelError, match="attention='cudnn' does not cap scores, which this gemma2 model does"):
         dataclasses.replace(model("gemma2")[0], attention="cudnn")
     with pytest.raises(ModelError, match="attention='flash' is not known; known: plain, splash, cudnn"):

@@ -243,10 +243,9 @@ def test_the_attention_of_the_update(monkeypatch):
     half = dataclasses.replace(tiny.CONFIG, dtype="bfloat16")
     specs = [step_spec(half, GRPOConfig(attention="cudnn")), *(preference_spec(half, each) for each in (dpo, online))]
     assert [spec.model.attention for spec in specs] == ["cudnn", "cudnn", "cudnn"]
+    with pytest.raises(UserError, match="setting 'attention': attention='cudnn' does not cap scores"):
+        step_spec(dataclasses.replace(half, attn_softcap=3.0), GRPOConfig(attention="cudnn"))
     monkeypatch.undo()
     assert step_spec(tiny.CONFIG, GRPOConfig(attention="splash")).model.attention == "splash"
     with pytest.raises(UserError, match="setting 'attention' is 'flash'; it must be one of 'plain', 'splash', 'cudnn'"):
         step_spec(tiny.CONFIG, GRPOConfig(attention="flash"))
-    windowed = dataclasses.replace(tiny.CONFIG, layer_windows=(4, None))
-    with pytest.raises(UserError, match="setting 'attention': attention='splash' has no sliding windows"):
-        step_spec(windowed, GRPOConfig(attention="splash"))
