@@ -23,7 +23,7 @@ from jaxrl_llm.errors import UserError, nearest
 from jaxrl_llm.rewards.verdict import Reward
 from jaxrl_llm.run_dir import RunDir
 from jaxrl_llm.runtime import parse_axes
-from jaxrl_llm.train.checks import check_grpo
+from jaxrl_llm.train.checks import TOKEN_BASELINES, check_grpo
 from jaxrl_llm.train.config import GRPOConfig, OnlineDPOConfig, from_mapping
 from jaxrl_llm.train.evaluate import evaluate
 from jaxrl_llm.train.metrics import experience_metrics, samples_record, summarise
@@ -111,6 +111,11 @@ class Run:
         self.sampler_mesh = relaid(self.mesh, parse_axes(self.config.rollout_mesh)) if self.config.rollout_mesh else self.mesh
         self.checkpoints = Checkpoints(self.run_dir.checkpoints, self.config.keep_checkpoints)
         self.key = jax.random.key(self.config.seed)
+
+    @property
+    def compares_batch(self) -> bool:
+        """Whether a reward counts against those of the whole step, not of its prompt: the step is then one group."""
+        return isinstance(self.config, GRPOConfig) and self.config.loss.baseline in TOKEN_BASELINES
 
     def policy(self, state: State) -> Any:
         """The policy's parameters as the model computes with them."""
@@ -291,8 +296,9 @@ def _step(run: Run, state, step: int) -> tuple[dict, dict]:
     state, measured = run.update(run, state, trained)
     _check_finite(run, measured, step)
     now = time.perf_counter()
+    compared_N = np.zeros_like(everything.groups_N) if run.compares_batch else everything.groups_N
     # What the policy does is told of all that it did: the groups that were chosen for their spread would flatter or slander it.
-    record = {"kind": "train", "step": step + 1, "kl": None} | experience_metrics(everything) | measured
+    record = {"kind": "train", "step": step + 1, "kl": None} | experience_metrics(everything, compared_N) | measured
     record |= {
         "rows": np.concatenate([rolled[number][at] for number, at in filled.trained]).tolist(),  # enough to retrace a schedule that adapts
         "tokens_per_s": float(everything.rollout.completion_lengths_N.sum() / (now - began)),
@@ -302,7 +308,7 @@ def _step(run: Run, state, step: int) -> tuple[dict, dict]:
     }
     if run.tries > 1:
         record |= filled.counts | {"rows_rolled": np.concatenate(rolled).tolist()}
-    groups = np.unique(everything.groups_N[everything.learnt_N]).size
+    groups = np.unique(compared_N[everything.learnt_N]).size
     if groups:
         run.spreads.append((groups, record["zero_spread"], record["reward"]))
     _warn(run, record, step)
@@ -364,12 +370,14 @@ def _warn(run: Run, record: dict, step: int) -> None:
         logging.warning("step %d: no completion ended before max_new_tokens, so that mask_cut_off left none to learn from", step + 1)
     elif (share := _zero_spread(run)) > run.config.zero_spread_warning:
         logging.warning(
-            "step %d: %.0f%% of the groups of the last %d step(s) have equal rewards (mean %.2f), so they teach nothing: the prompts are "
-            "too easy or too hard for the policy, num_samples is too small, or the reward is constant",
+            "step %d: %.0f%% of the %slast %d step(s) have equal rewards (mean %.2f), so they teach nothing: the prompts are "
+            "too easy or too hard for the policy, %s is too small, or the reward is constant",
             step + 1,
             100 * share,
+            "" if run.compares_batch else "groups of the ",
             len(run.spreads),
             np.mean([reward for _, _, reward in run.spreads]),
+            "the step" if run.compares_batch else "num_samples",
         )
     else:
         return
