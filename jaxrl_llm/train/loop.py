@@ -273,8 +273,8 @@ def _train(run: Run, state, start: int, progress: bool):
                 best = run.see_best(_evaluate(run, state, done))
             asked = stop.agreed()
             if last or asked or best or (config.checkpoint_every and done % config.checkpoint_every == 0):
-                # Without resampling the batches drawn are the steps.
-                drawn = {DRAWN: np.int64(run.drawn)} if run.tries > 1 else {}
+                # Without resampling, now or before, the batches drawn are the steps.
+                drawn = {DRAWN: np.int64(run.drawn)} if run.drawn > done else {}
                 ahead = run.ahead.state() if run.ahead is not None else {}
                 alive.rest()
                 run.checkpoints.save(done, state, run.schedule.state() | drawn | ahead)
