@@ -92,7 +92,7 @@ class Run:
     key: jax.Array = dataclasses.field(init=False)
     drawn: int = 0  # batches taken from the schedule
     ahead: Ahead | None = None  # with `overlap_rewards`, the next step's completions
-    best: tuple[float, int] | None = None  # (accuracy on the set of `keep_best`, step) of the most accurate trained policy so far
+    best: tuple[float, float, int] | None = None  # (accuracy on the set of `keep_best`, reward, step) of the most accurate trained policy so far
     warned_at: int = -WARN_AGAIN_AFTER
     # (groups with a verdict, share of them with equal rewards, mean reward) of the last steps; a resumed run starts it anew
     spreads: collections.deque = dataclasses.field(default_factory=lambda: collections.deque(maxlen=SPREAD_STEPS))
@@ -127,17 +127,17 @@ class Run:
         return policy if self.sampler_mesh is self.mesh else laid_out(self.model, self.mesh, self.sampler_mesh, self.spec.lora)(policy)
 
     def see_best(self, records: list[dict[str, Any]]) -> bool:
-        """Takes note of evaluations; whether one of them is the best of a trained policy so far (the first of equals), whose checkpoint then
-        stays."""
+        """Takes note of evaluations; whether one of them is the best of a trained policy so far, whose checkpoint then stays: the most accurate
+        one, of equals that of the highest mean reward (a graded one may never pass), of these the first."""
         before = self.best
         for record in records:
             trained = record["kind"] == "eval" and record["set"] == self.config.keep_best and record["step"] > 0
             found = record["accuracy"] if trained else None
             # Where no row got a verdict there is no accuracy.
-            if found is not None and np.isfinite(found) and (self.best is None or found > self.best[0]):
-                self.best = found, record["step"]
+            if found is not None and np.isfinite(found) and (self.best is None or (found, record["reward"]) > self.best[:2]):
+                self.best = found, record["reward"], record["step"]
         if self.best is not None:
-            self.checkpoints.name_best(self.best[1])
+            self.checkpoints.name_best(self.best[2])
         return self.best != before
 
 
@@ -198,13 +198,13 @@ def train(run: Run, params, progress: bool = True):
     with run.checkpoints:
         state, start = _restore(run, params)
         state = _train(run, state, start, progress)
-        if run.best is not None and run.best[1] < run.config.steps:
+        if run.best is not None and run.best[2] < run.config.steps:
             del state
-            found = run.checkpoints.restore(_abstract(run), at=run.best[1])
+            found = run.checkpoints.restore(_abstract(run), at=run.best[2])
             state = found[1]  # pyright: ignore[reportOptionalSubscript]
     summary = summarise(run.run_dir.metrics(), run.config.steps)
     if run.best is not None:
-        summary["best"] = {"set": run.config.keep_best, "step": run.best[1], "accuracy": run.best[0]}
+        summary["best"] = {"set": run.config.keep_best, "step": run.best[2], "accuracy": run.best[0], "reward": run.best[1]}
     run.run_dir.summary(summary)
     return run.policy(state), summary
 
