@@ -209,7 +209,8 @@ def grpo_loss(
         loss_BT, changed_BT = -jax.lax.stop_gradient(bounded_BT) * advantages * logps_BT, bounded_BT != ratio_BT
     else:
         plain_BT, clipped_BT = ratio_BT * advantages, bounded_BT * advantages
-        loss_BT, changed_BT = -jnp.minimum(plain_BT, clipped_BT), clipped_BT < plain_BT
+        changed_BT = clipped_BT < plain_BT
+        loss_BT = -jnp.where(changed_BT, clipped_BT, plain_BT)  # the smaller; on the bound, where a clip of 0 begins, with the whole gradient
     metrics = {"clip_share": mean(changed_BT), "ratio": mean(ratio_BT)}
     if mismatch is not None:
         if sampler_logps is None:

@@ -133,9 +133,11 @@ def _check_loss(loss: LossConfig) -> None:
 def check_optimizer(config: OptimizerConfig) -> None:
     """Raises UserError for an unknown schedule or a number out of its range."""
     check_choice("optimizer.schedule", config.schedule, ("constant", "linear", "cosine"))
-    for name in ("learning_rate", "warmup_steps", "decay_steps", "final_share", "eps", "weight_decay", "clip_norm", "spike_factor"):
+    for name in ("learning_rate", "warmup_steps", "decay_steps", "final_share", "weight_decay", "clip_norm", "spike_factor"):
         if getattr(config, name) < 0:
             raise UserError(f"setting 'optimizer.{name}' must not be below 0, got {getattr(config, name)}")
+    if not config.eps > 0:
+        raise UserError(f"setting 'optimizer.eps' must be above 0, got {config.eps}: what has no gradient would be divided by 0")
     if 0 < config.spike_factor <= 1:
         told = f"setting 'optimizer.spike_factor' is {config.spike_factor:g}"
         raise UserError(f"{told}: 1 or less would leave out every other update; give 5, say, or 0 for none")

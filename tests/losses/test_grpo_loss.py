@@ -248,6 +248,13 @@ def test_each_option_changes_the_loss(batch):
     assert run(batch, aggregation="dr_grpo", max_length=9)[0] != run(batch, aggregation="dr_grpo", max_length=18)[0]
 
 
+def test_at_the_bound_the_gradient_is_whole(batch):
+    """A clip of 0 binds from the second update on, not in the first."""
+    logps, _, _, advantages, mask = batch
+    grad = lambda **how: jax.grad(lambda x: grpo_loss(x, None, f32(advantages), jnp.asarray(mask), **how)[0])(f32(logps))  # noqa: E731
+    np.testing.assert_array_equal(grad(clip_low=0.0, clip_high=0.0), grad())
+
+
 def test_clip_higher_lets_rare_tokens_rise():
     """At ratio 1.25 and A > 0 the symmetric clip kills the gradient, DAPO's 0.28 does not."""
     grad = lambda high: jax.grad(  # noqa: E731
