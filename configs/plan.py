@@ -1,4 +1,4 @@
-"""Memory and FLOPs of generation and of a step of GRPO or DPO, on a named mesh, before anything is rented: no weights are needed.
+"""Memory and FLOPs of generation and of a step of GRPO, DPO or SFT, on a named mesh, before anything is rented: no weights are needed.
 
     jaxrl-llm plan --config.model=qwen2.5-1.5b --config.mesh=v5e:2x4
     jaxrl-llm plan --config.target=configs/saerl.py:qwen2.5-math-1.5b --config.mesh=v5e:2x4
@@ -16,16 +16,16 @@ def get_config(variant: str | None = None) -> ml_collections.ConfigDict:
     """The config."""
     placeholder = ml_collections.config_dict.placeholder
     config = ml_collections.ConfigDict()
-    # A config of grpo, saerl, story_rules, verif, dpo or online_dpo: its loss, and its sizes and model where none is given below.
+    # A config of sft, grpo, saerl, story_rules, verif, dpo or online_dpo: its loss, and its sizes and model where none is given below.
     config.target = ""  # such as configs/grpo.py:ppo; empty = GRPO with the sizes below
     config.model = ""  # a preset such as "qwen2.5-0.5b", a Hugging Face folder or a hub id (only its config.json is read)
     config.mesh = "here"  # "here" (the devices of this machine), "cpu:4", a TPU slice such as "v5e:2x4" or "v5p:4x4x4", or GPUs such as "h200:8" (a100, h100, h200)
     config.layout = placeholder(str)  # how the mesh is used: data=, fsdp=, expert= and tensor=, one of them -1 for all remaining devices; None = the target's if it fits, or a fitting one
     config.rollout_layout = placeholder(str)  # how it is used while sampling; None = the target's if it fits, or as in training
     config.dtype = placeholder(str)  # of parameters and activations; the trained copy and AdamW's moments are float32; None = the target's, or bfloat16
-    config.prompts = placeholder(int)  # prompts a step; None = the target's, or 16
+    config.prompts = placeholder(int)  # prompts (of sft: rows) a step; None = the target's, or 16
     config.num_samples = placeholder(int)  # completions a prompt; None = the target's, or 8
-    config.prompt_tokens = placeholder(int)  # width of the prompts; None = the target's, or 256
+    config.prompt_tokens = placeholder(int)  # width of the prompts (of sft a row has this and the next number of tokens); None = the target's, or 256
     config.max_new_tokens = placeholder(int)  # width of the completions; None = the target's, or 512
     config.rollout_rows = placeholder(int)  # completions sampled at once; None = the target's, or 512
     config.rollout_refill = placeholder(bool)  # each completion then has its own copy of its prompt's keys and values; None = the target's, or False

@@ -146,6 +146,9 @@ class Checkpoints:
                     logging.warning("checkpoint %s/%d cannot be read (%s); trying the one before", self.path, step, first_line)
                 last = f"{step}: {first_line}"
                 unreadable.append(step)
+        if last is not None and at is not None:
+            way_on = "to end with the newest instead add --config.train.keep_best= --config.allow_changes=train.keep_best"
+            raise UserError(f"the best checkpoint in {self.path} cannot be read ({last}); {way_on}")
         if last is not None:
             raise UserError(f"none of the checkpoints in {self.path} can be read ({last}); move them away to start over")
         return None

@@ -113,7 +113,7 @@ class RunDir:
             self.log(record)
         head = self._head() or {}
         changes = [*(head.get("changes") or ()), {"after_step": step, "changed": self.changes}]
-        self._write_head({"rows": head.get("rows", {}), "changes": changes})
+        self._write_head({name: head[name] for name in ("rows", "start") if name in head} | {"changes": changes})
         self.changes = {}
 
     def same_rows(self, rows: Mapping[str, str]) -> None:
@@ -123,7 +123,7 @@ class RunDir:
         Raises UserError naming the set.
         """
         head = self._head() or {}
-        if self.checkpoints.is_dir() and any(self.checkpoints.iterdir()):
+        if self._has_checkpoints():
             for name, found in rows.items():
                 if head.get("rows", {}).get(name, found) != found:
                     raise UserError(
@@ -132,6 +132,24 @@ class RunDir:
                     )
         if self.is_writer and head.get("rows", {}) != rows:
             write_json(self.path / HEAD, head | {"rows": rows})
+
+    def same_start(self, start: str) -> None:
+        """Refuses to go on from another model than the run that is there began with, where every start reads it anew: a reference, or what
+        an adapter is put into, is in no checkpoint.
+
+        start: `fingerprint` of the model. Raises UserError.
+        """
+        head = self._head() or {}
+        if self._has_checkpoints() and head.get("start", start) != start:
+            raise UserError(
+                f"{self.path}: the model (or adapter) that this run started from has changed since, though its config names the same, and the run "
+                "needs it as it was: put it back, or choose another --workdir"
+            )
+        if self.is_writer and head.get("start") != start:
+            write_json(self.path / HEAD, head | {"start": start})
+
+    def _has_checkpoints(self) -> bool:
+        return self.checkpoints.is_dir() and any(self.checkpoints.iterdir())
 
     def way_on(self, group: str) -> str:
         """The end of a message that advises other settings of a group of fields: how this run goes on with them."""

@@ -174,12 +174,23 @@ def _cpu_features() -> str:
 
 
 def parse_mesh(text: str) -> Any:
-    """The device mesh of a config's text: "" is None (one device), "fsdp=4,tensor=2" a mesh over all devices.
+    """The device mesh of a config's text: "" is None (one device; that others are idle is said), "fsdp=4,tensor=2" a mesh over all devices.
 
     Raises:
-      UserError: the text is not AXIS=NUMBER entries. models.errors.ModelError: an unknown axis, or not that many devices.
+      UserError: the text is not AXIS=NUMBER entries, or names no mesh and the job has several processes, each of which would train a model of its
+        own. models.errors.ModelError: an unknown axis, or not that many devices.
     """
     if not text.strip():
+        import jax
+        from absl import logging
+
+        if jax.process_count() > 1:
+            raise UserError(
+                f"mesh is empty, which is one device, and this job has {jax.process_count()} processes: say how their {jax.device_count()} "
+                "devices are used, such as --config.mesh=fsdp=-1 (all share the parameters), or start it on one host alone"
+            )
+        if jax.device_count() > 1:
+            logging.warning("mesh is empty: one of %d devices is used; --config.mesh=fsdp=-1 uses all", jax.device_count())
         return None
     from models.sharding import make_mesh
 

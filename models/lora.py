@@ -237,8 +237,9 @@ def _stored_sides(cfg: ModelConfig, name: str, lora: Params, layer: int) -> tupl
 
 _NEUTRAL: Mapping[str, Any] = {  # fields of a PEFT config that change the result, and the values of them that we have
     "peft_type": "LORA", "bias": "none", "use_dora": False, "rank_pattern": {}, "alpha_pattern": {},
-    "modules_to_save": None, "lora_bias": False, "layer_replication": None,
+    "modules_to_save": None, "lora_bias": False, "layer_replication": None, "alora_invocation_tokens": None,
 }  # fmt: skip
+_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # initialisations that take something from the base's matrices, which no file tells
 
 
 def load_lora(folder: str | os.PathLike, cfg: ModelConfig) -> tuple[Params, LoraConfig]:
@@ -262,6 +263,9 @@ def load_lora(folder: str | os.PathLike, cfg: ModelConfig) -> tuple[Params, Lora
     for field, neutral in (_NEUTRAL | {"rank_pattern": ranks, "alpha_pattern": alphas}).items():
         if told.get(field, neutral) not in (neutral, None):
             raise ModelError(f"{target / CONFIG}: {field}={told[field]!r} is not supported; known: {neutral!r}")
+    if str(begun := told.get("init_lora_weights")).startswith(_CHANGES_BASE):
+        fix = "its base is not the model itself; convert it with PEFT (save_pretrained(..., path_initial_model_for_weight_conversion=...))"
+        raise ModelError(f"{target / CONFIG}: init_lora_weights={begun!r} is not supported: {fix}")
     lora, shapes = {}, dict(leaves_of(abstract_params(cfg)))
     used: set[str] = set()
     for name, abstract in shapes.items():

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from jaxrl_llm.errors import UserError
-from jaxrl_llm.run_dir import RunDir
+from jaxrl_llm.run_dir import RunDir, fingerprint
 from jaxrl_llm.train.config import LoraSettings
 
 FOLDER = "policy"  # the whole model, an adapter merged into it
@@ -15,24 +15,28 @@ ADAPTER = "adapter"  # of a run with lora.rank above 0, as PEFT lays it out
 OWNS = (FOLDER, ADAPTER)
 
 
-def load_policy(config: Any, mesh: Any = None, lora: LoraSettings | None = None) -> tuple[Any, Any]:
+def load_policy(config: Any, mesh: Any = None, lora: LoraSettings | None = None, needed_by: RunDir | None = None) -> tuple[Any, Any]:
     """(model config, parameters) of `config.model` with the PEFT folder `config.adapter`, if one is named, merged into it. lora: of a training
-    run; where it trains an adapter, the one of the folder stays an adapter, to be trained on.
+    run; where it trains an adapter, the one of the folder stays an adapter, to be trained on. needed_by: a run whose checkpoints do not hold
+    all that is loaded here, and which goes on from the same numbers only (`RunDir.same_start`).
 
-    Raises UserError where the adapter to be trained on is of another rank, scale or other matrices than `lora` says; ModelError for a model
-    or an adapter that cannot be loaded.
+    Raises UserError where the adapter to be trained on is of another rank, scale or other matrices than `lora` says, or the numbers are others;
+    ModelError for a model or an adapter that cannot be loaded.
     """
     import jax
 
     import models
+    from jaxrl_llm.checkpoint import checksums
     from models.adapted import merged
     from models.lora import adapt, load_lora, lora_axes, lora_targets
     from models.sharding import param_shardings, place, shardings_of
 
     cfg, params = models.load(config.model, dtype=config.dtype, mesh=mesh)
-    if not config.adapter:
+    adapter, found = load_lora(config.adapter, cfg) if config.adapter else ({}, None)
+    if needed_by is not None:  # before they are merged, which may round otherwise on another mesh
+        needed_by.same_start(fingerprint([checksums(params), checksums(adapter)]))
+    if found is None:
         return cfg, params
-    adapter, found = load_lora(config.adapter, cfg)
     trained = lora.adapter if lora is not None else None
     if trained is not None:
         given, known = ((one.rank, one.scale, sorted(lora_targets(cfg, one))) for one in (trained, found))

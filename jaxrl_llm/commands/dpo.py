@@ -48,7 +48,7 @@ def run(config: Any, workdir: str) -> None:
     run_dir = RunDir(workdir, config, kind="dpo", owns=OWNS)
     mesh = parse_mesh(config.mesh)
     tokenizer = models.load_tokenizer(config.model)  # before the weights, which take longer to come
-    cfg, params = load_policy(config, mesh, settings.lora)
+    cfg, params = load_policy(config, mesh, settings.lora, run_dir if settings.lora.rank else None)
     data = encode(rows, tokenizer, cfg.eos_token_ids, config, names)
     held_out = {name: encode(rows, tokenizer, cfg.eos_token_ids, config, names) for name, rows in sets.items()}
     if count := config.data.held_out:

@@ -59,7 +59,8 @@ def train_policy(config: Any, workdir: str, kind: str, settings: Any, train: Cal
     run_dir = RunDir(workdir, config, kind=kind, owns=OWNS)
     mesh = parse_mesh(config.mesh)
     tokenizer = models.load_tokenizer(config.model)  # before the weights, which take longer to come
-    cfg, params = load_policy(config, mesh, settings.lora)
+    compares = settings.loss.kl is not None if kind == "grpo" else settings.loss.needs_reference
+    cfg, params = load_policy(config, mesh, settings.lora, run_dir if compares or settings.lora.rank else None)
 
     def tokenised(rows) -> PromptBatch:
         return tokenise_prompts(rows, tokenizer, max_length=config.max_prompt_tokens, template=config.template, overflow=config.overflow)

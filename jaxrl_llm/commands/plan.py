@@ -1,4 +1,4 @@
-"""`jaxrl-llm plan`: what generation and a step of GRPO or DPO need on a mesh that need not be here, by compiling them without data."""
+"""`jaxrl-llm plan`: what generation and a step of GRPO, DPO or SFT need on a mesh that need not be here, by compiling them without data."""
 
 import json
 import os
@@ -63,10 +63,11 @@ def plan(sizes: Mapping[str, Any]) -> dict[str, Any]:
     kind = getattr(devices[0], "device_kind", "device") if chip is None or chip.tpu else sizes["mesh"].partition(":")[0]
     found, held = {}, programs.held(model, sizes, mesh, sampler_mesh)
     pairs = isinstance(sizes["loss"], PreferenceLossConfig)
+    update = programs.update_pairs if pairs else programs.update_texts if sizes["texts"] else programs.update
     move = lambda model, sizes, where: programs.move(model, sizes, mesh, where)  # noqa: E731
     wanted = [("move", move, sampler_mesh)] if sizes["sampled"] and sampler_mesh is not mesh else []
     wanted += [("generate", programs.generate, sampler_mesh)] if sizes["sampled"] else []
-    wanted += [("train_step", programs.update_pairs if pairs else programs.update, mesh)]
+    wanted += [("train_step", update, mesh)]
     wanted += [("sae_encode", programs.sae_encode, mesh), ("sae_train", programs.sae_train, mesh)] if sizes["sae"] else []
     for name, compile_program, where in wanted:
         print(f"compiling {name} for {len(devices)} x {kind} ...", file=sys.stderr, flush=True)

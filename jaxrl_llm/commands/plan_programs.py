@@ -296,6 +296,32 @@ def update_pairs(model: Any, sizes: Mapping[str, Any], mesh: Any) -> dict[str, A
     return {"rows": 2 * pairs, "micro_batches": micros, "flops": sizes["prompts"] * flops, "read_bytes": read, **found}
 
 
+def update_texts(model: Any, sizes: Mapping[str, Any], mesh: Any) -> dict[str, Any]:
+    """The update of supervised training on rows of prompt_tokens + max_new_tokens: gradients by micro-batches, AdamW. Packed rows are fewer than
+    the texts in them; as many are planned."""
+    import jax
+    import jax.numpy as jnp
+
+    from jaxrl_llm.train.config import OptimizerConfig
+    from jaxrl_llm.train.sft import SFTSpec, compiled_update
+    from jaxrl_llm.train.state import abstract_state
+    from jaxrl_llm.train.step import batch_shardings
+    from models.sharding import batch_ways
+
+    width, ways, texts = sizes["prompt_tokens"] + sizes["max_new_tokens"], batch_ways(mesh), sizes["texts"]
+    trained, remat = dataclasses.replace(model, attention=sizes["attention"]), sizes["remat"] and sizes["remat_keep"]
+    spec = SFTSpec(trained, OptimizerConfig(), remat, None, sizes["lora"].adapter, texts["router_balance"])
+    rows = _round_up(min(sizes["micro_batch_rows"] or sizes["prompts"], sizes["prompts"]), ways)
+    micros, place = math.ceil(sizes["prompts"] / rows), batch_shardings(mesh)
+    dtypes = {"tokens": jnp.int32, "mask": jnp.bool_} | ({"segments": jnp.int32} if texts["packed"] else {})
+    batch = {name: jax.ShapeDtypeStruct((micros, rows, width), dtype, sharding=place) for name, dtype in dtypes.items()}
+    state = abstract_state(model, spec.optimizer, mesh, lora=spec.lora)
+    found = compiled(compiled_update(spec, mesh), state, batch, _frozen(model, sizes, mesh))
+    flops = sizes["prompts"] * width * model.flops_per_token(width // 2) * _passes(sizes)
+    read = micros * _passes(sizes) * _weight_bytes(model, mesh, rows // ways * width)
+    return {"rows": rows, "micro_batches": micros, "flops": flops, "read_bytes": read, **found}
+
+
 def sae_encode(model: Any, sizes: Mapping[str, Any], mesh: Any) -> dict[str, Any]:
     """The texts' activations and their latents, SAE_ROWS rows of the SAE's context at once, as `curate` reads them."""
     import jax

@@ -91,8 +91,8 @@ NAMES: dict[str, tuple[str, ...]] = {
 def target_sizes(config: Any) -> dict[str, Any]:
     """The fields of configs/plan.py: as given, else the target config's, else `DEFAULTS`; the target's mesh as target_layout; its
     `LossConfig` or `PreferenceLossConfig`, for a KL term and a critic take memory, as loss; its `LoraSettings`, as lora; whether it samples,
-    as sampled; whether the policy that training starts from stays in memory, as keeps_start; and the settings of the sparse autoencoder that it
-    trains, or None, as sae.
+    as sampled; whether the policy that training starts from stays in memory, as keeps_start; the settings of the sparse autoencoder that it
+    trains, or None, as sae; and of supervised training whether its rows are packed, and the weight of its experts' balance, as texts.
 
     Raises:
       UserError: neither names a model, or the target has no step that is planned here.
@@ -116,22 +116,26 @@ def target_sizes(config: Any) -> dict[str, Any]:
 def _step(name: str, target: ConfigDict, paths: list[str]) -> dict[str, Any]:
     """The loss of a target's step, whether the policy samples what it is trained on, and where it does not, widths."""
     sampled = any(path.rpartition(".")[2] == "num_samples" for path in paths)
-    if paths and not sampled and "train.loss.kind" not in paths:
+    texts = {"packed": target.pack, "router_balance": target.train.router_balance} if "loss_on" in target else None
+    if paths and not sampled and texts is None and "train.loss.kind" not in paths:
         raise UserError(
-            f"{name} has no step that plan knows: give a config of grpo, saerl, story_rules, verif, dpo or online_dpo, or --config.model and sizes"
+            f"{name} has no step that plan knows: give a config of sft, dpo, grpo, online_dpo, saerl, story_rules or verif, or a model and sizes"
         )
     groups = [group for group in map(target.get, ("train", "grpo")) if isinstance(group, ConfigDict)]
     found, lora = (next((group[name] for group in groups if name in group), {}) for name in ("loss", "lora"))
     loss = from_mapping(PreferenceLossConfig if "kind" in found else LossConfig, found, "loss.")
-    # Prompts and completions are padded each to their own longest: half of a row's room is a guess that the command line may better.
-    widths = dict.fromkeys(("prompt_tokens", "max_new_tokens"), max(target.max_length // 2, 1)) if paths and not sampled else {}
+    # Prompts and completions are padded each to their own longest: half of a row's room is a guess that the command line may better. Of texts
+    # the row alone counts.
+    half = max(target.max_length // 2, 1) if paths and not sampled else 0
+    widths = {"prompt_tokens": half, "max_new_tokens": max(target.max_length - half, 1) if texts else half} if half else {}
     # Pairs that are given need sums of their reference only; arms share the policy they start from, and stories are judged by it.
     reference = sampled and loss.needs_reference if isinstance(loss, PreferenceLossConfig) else bool(loss.kl)
     keeps_start = reference or "arm_table" in target or "stories" in target
     settings = from_mapping(LoraSettings, lora, "lora.")
     # SAERL trains a sparse autoencoder of its own, unless one is given.
     trained = target.sae.to_dict() if {"arm_table", "sae"} <= set(target) and not target.sae.path else None
-    return {"loss": loss, "lora": settings, "sampled": sampled or not paths, "keeps_start": keeps_start, "sae": trained, **widths}
+    found = {"loss": loss, "lora": settings, "sampled": sampled or not paths, "keeps_start": keeps_start, "sae": trained, "texts": texts}
+    return found | widths
 
 
 def choose_layout(sizes: Mapping[str, Any], devices: int) -> str:

@@ -42,7 +42,7 @@ def run(config: Any, workdir: str) -> None:
     run_dir = RunDir(workdir, config, kind="sft", owns=OWNS)
     mesh = parse_mesh(config.mesh)
     tokenizer = models.load_tokenizer(config.model)  # before the weights, which take longer to come
-    cfg, params = load_policy(config, mesh, settings.lora)
+    cfg, params = load_policy(config, mesh, settings.lora, run_dir if settings.lora.rank else None)
     tokens_NT, mask_NT = encode(rows, tokenizer, cfg.eos_token_ids, config)
     held_out = {name: encode(each, tokenizer, cfg.eos_token_ids, config) for name, each in sets.items()}
     longest = max(tokens.shape[1] for tokens in (tokens_NT, *(tokens for tokens, _ in held_out.values())))

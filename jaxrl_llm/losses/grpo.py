@@ -135,7 +135,8 @@ def kl_estimate(
     """Per-token estimate of KL(policy || reference) from a token sampled by the policy.
 
     k1 = log p - log r (unbiased, can be negative); k2 = (log p - log r)^2 / 2; k3 = r/p - 1 - log(r/p) (unbiased, never negative).
-    As a loss term k1 has a gradient of zero mean: use k2 or k3 to pull the policy.
+    As a loss term, over tokens of the policy as it is, k1 has a gradient of zero mean, k2 that of KL(policy || reference) and k3 that of
+    KL(reference || policy): use k2 or k3 to pull the policy.
     """
     log_ratio_BT = jnp.clip(ref_logps_BT - logps_BT, -MAX_LOG_RATIO, MAX_LOG_RATIO)
     if kind == "k1":
@@ -208,7 +209,8 @@ def grpo_loss(
         loss_BT, changed_BT = -jax.lax.stop_gradient(bounded_BT) * advantages * logps_BT, bounded_BT != ratio_BT
     else:
         plain_BT, clipped_BT = ratio_BT * advantages, bounded_BT * advantages
-        loss_BT, changed_BT = -jnp.minimum(plain_BT, clipped_BT), clipped_BT < plain_BT
+        changed_BT = clipped_BT < plain_BT
+        loss_BT = -jnp.where(changed_BT, clipped_BT, plain_BT)  # the smaller; on the bound, where a clip of 0 begins, with the whole gradient
     metrics = {"clip_share": mean(changed_BT), "ratio": mean(ratio_BT)}
     if mismatch is not None:
         if sampler_logps is None:

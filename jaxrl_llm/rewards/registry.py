@@ -29,10 +29,12 @@ _FACTORIES: dict[str, Callable[..., Reward]] = {}
 
 
 def register(name: str) -> Callable[[Callable[..., Reward]], Callable[..., Reward]]:
-    """Decorator: makes a reward factory known under `name`. Raises ValueError where the name is taken by another factory."""
+    """Decorator: makes a reward factory known under `name`. Raises ValueError where the name is taken by a factory of another module or name; the
+    same one comes again where its module is loaded anew, as a config file is."""
 
     def add(factory: Callable[..., Reward]) -> Callable[..., Reward]:
-        if _FACTORIES.get(name, factory) is not factory:
+        place = lambda one: (one.__module__, one.__qualname__)  # noqa: E731
+        if name in _FACTORIES and place(_FACTORIES[name]) != place(factory):
             raise ValueError(f"the reward name {name!r} is taken")
         _FACTORIES[name] = factory
         return factory

@@ -5,7 +5,16 @@ import typing
 from typing import Any
 
 from jaxrl_llm.errors import UserError, nearest
-from jaxrl_llm.train.config import DPOConfig, GRPOConfig, LoraSettings, LossConfig, OnlineDPOConfig, OptimizerConfig, SFTConfig
+from jaxrl_llm.train.config import (
+    DPOConfig,
+    GRPOConfig,
+    LoraSettings,
+    LossConfig,
+    OnlineDPOConfig,
+    OptimizerConfig,
+    PairLossConfig,
+    SFTConfig,
+)
 
 if typing.TYPE_CHECKING:
     from models.config import ModelConfig
@@ -93,6 +102,13 @@ def _check_loss(loss: LossConfig) -> None:
         raise UserError(f"setting 'loss.clip_low' must be from 0 to 1 and 'loss.clip_high' not below 0, got {loss.clip_low} and {loss.clip_high}")
     if loss.mismatch is not None and not loss.mismatch_cap > 0:
         raise UserError(f"setting 'loss.mismatch_cap' must be above 0, got {loss.mismatch_cap}")
+    for name in ("kl_coef", "entropy_coef", "advantage_ddof"):
+        if getattr(loss, name) < 0:
+            raise UserError(f"setting 'loss.{name}' must not be below 0, got {getattr(loss, name)}")
+    if loss.kl is None and loss.kl_coef:
+        raise UserError(f"setting 'loss.kl_coef' is {loss.kl_coef:g}, but there is no KL: set loss.kl ('k2' or 'k3' in the loss), or kl_coef to 0")
+    if not loss.advantage_eps > 0:
+        raise UserError(f"setting 'loss.advantage_eps' must be above 0, got {loss.advantage_eps:g}: a std may be 0")
     if loss.kl is None and loss.kl_place != "loss":
         raise UserError(f"setting 'loss.kl_place' is {loss.kl_place!r}, but there is no KL: set loss.kl (usually 'k1') and loss.kl_coef")
     if loss.kl_place == "token_reward" and loss.baseline not in TOKEN_BASELINES:
@@ -117,9 +133,11 @@ def _check_loss(loss: LossConfig) -> None:
 def check_optimizer(config: OptimizerConfig) -> None:
     """Raises UserError for an unknown schedule or a number out of its range."""
     check_choice("optimizer.schedule", config.schedule, ("constant", "linear", "cosine"))
-    for name in ("learning_rate", "warmup_steps", "decay_steps", "final_share", "eps", "weight_decay", "clip_norm", "spike_factor"):
+    for name in ("learning_rate", "warmup_steps", "decay_steps", "final_share", "weight_decay", "clip_norm", "spike_factor"):
         if getattr(config, name) < 0:
             raise UserError(f"setting 'optimizer.{name}' must not be below 0, got {getattr(config, name)}")
+    if not config.eps > 0:
+        raise UserError(f"setting 'optimizer.eps' must be above 0, got {config.eps}: what has no gradient would be divided by 0")
     if 0 < config.spike_factor <= 1:
         told = f"setting 'optimizer.spike_factor' is {config.spike_factor:g}"
         raise UserError(f"{told}: 1 or less would leave out every other update; give 5, say, or 0 for none")
@@ -207,6 +225,9 @@ def check_dpo(config: DPOConfig) -> None:
     for name in ("desirable_weight", "undesirable_weight"):
         if getattr(config.loss, name) < 0:
             raise UserError(f"setting 'loss.{name}' must not be below 0, got {getattr(config.loss, name)}")
+        if getattr(config.loss, name) != 1 and config.loss.kind != "kto":
+            told = f"setting 'loss.{name}' is {getattr(config.loss, name):g}, a weight of loss.kind 'kto'"
+            raise UserError(f"{told}, and the kind is '{config.loss.kind}': leave it out")
 
 
 def check_online_dpo(config: OnlineDPOConfig) -> None:
@@ -236,6 +257,8 @@ def _check_preference(config: DPOConfig | OnlineDPOConfig) -> None:
         raise UserError(f"setting 'loss.label_smoothing' is the share of flipped labels: give 0 up to below 0.5, got {loss.label_smoothing}")
     if loss.label_smoothing and loss.kind not in ("sigmoid", "robust", "simpo"):
         raise UserError(f"setting 'loss.label_smoothing' has no meaning with loss.kind '{loss.kind}': set it to 0")
+    if loss.gamma != PairLossConfig.gamma and loss.kind != "simpo":
+        raise UserError(f"setting 'loss.gamma' is {loss.gamma:g}, the margin of loss.kind 'simpo', and the kind is '{loss.kind}': leave it out")
     if not loss.reference and loss.kind == "kto":
         raise UserError("setting 'loss.reference' is False, but loss.kind 'kto' measures against a reference: set it to True")
     if not config.temperature > 0:

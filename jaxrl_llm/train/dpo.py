@@ -207,7 +207,8 @@ def _sums(run: _Run, state, rows: Preferences, name: str, alive: Alive) -> np.nd
             sums[chosen] = found.reshape(-1, 2)[: len(chosen)]
             bar.update(len(chosen))
     if not np.isfinite(sums).all():
-        raise UserError(f"{name}: the log-probability of row '{rows.ids[int(np.argmin(np.isfinite(sums).all(-1)))]}' is not finite")
+        row = rows.ids[int(np.argmin(np.isfinite(sums).all(-1)))]
+        raise UserError(f"{name}: the log-probability of row '{row}' is not finite: lower the learning rate, or look at row and starting model")
     return sums
 
 

@@ -23,7 +23,7 @@ from jaxrl_llm.errors import UserError, nearest
 from jaxrl_llm.rewards.verdict import Reward
 from jaxrl_llm.run_dir import RunDir
 from jaxrl_llm.runtime import parse_axes
-from jaxrl_llm.train.checks import check_grpo
+from jaxrl_llm.train.checks import TOKEN_BASELINES, check_grpo
 from jaxrl_llm.train.config import GRPOConfig, OnlineDPOConfig, from_mapping
 from jaxrl_llm.train.evaluate import evaluate
 from jaxrl_llm.train.metrics import experience_metrics, samples_record, summarise
@@ -92,7 +92,7 @@ class Run:
     key: jax.Array = dataclasses.field(init=False)
     drawn: int = 0  # batches taken from the schedule
     ahead: Ahead | None = None  # with `overlap_rewards`, the next step's completions
-    best: tuple[float, int] | None = None  # (accuracy on the set of `keep_best`, step) of the most accurate trained policy so far
+    best: tuple[float, float, int] | None = None  # (accuracy on the set of `keep_best`, reward, step) of the most accurate trained policy so far
     warned_at: int = -WARN_AGAIN_AFTER
     # (groups with a verdict, share of them with equal rewards, mean reward) of the last steps; a resumed run starts it anew
     spreads: collections.deque = dataclasses.field(default_factory=lambda: collections.deque(maxlen=SPREAD_STEPS))
@@ -112,6 +112,11 @@ class Run:
         self.checkpoints = Checkpoints(self.run_dir.checkpoints, self.config.keep_checkpoints)
         self.key = jax.random.key(self.config.seed)
 
+    @property
+    def compares_batch(self) -> bool:
+        """Whether a reward counts against those of the whole step, not of its prompt: the step is then one group."""
+        return isinstance(self.config, GRPOConfig) and self.config.loss.baseline in TOKEN_BASELINES
+
     def policy(self, state: State) -> Any:
         """The policy's parameters as the model computes with them."""
         return policy_params(self.model, state["params"], self.spec.lora, self.frozen)
@@ -122,17 +127,17 @@ class Run:
         return policy if self.sampler_mesh is self.mesh else laid_out(self.model, self.mesh, self.sampler_mesh, self.spec.lora)(policy)
 
     def see_best(self, records: list[dict[str, Any]]) -> bool:
-        """Takes note of evaluations; whether one of them is the best of a trained policy so far (the first of equals), whose checkpoint then
-        stays."""
+        """Takes note of evaluations; whether one of them is the best of a trained policy so far, whose checkpoint then stays: the most accurate
+        one, of equals that of the highest mean reward (a graded one may never pass), of these the first."""
         before = self.best
         for record in records:
             trained = record["kind"] == "eval" and record["set"] == self.config.keep_best and record["step"] > 0
             found = record["accuracy"] if trained else None
             # Where no row got a verdict there is no accuracy.
-            if found is not None and np.isfinite(found) and (self.best is None or found > self.best[0]):
-                self.best = found, record["step"]
+            if found is not None and np.isfinite(found) and (self.best is None or (found, record["reward"]) > self.best[:2]):
+                self.best = found, record["reward"], record["step"]
         if self.best is not None:
-            self.checkpoints.name_best(self.best[1])
+            self.checkpoints.name_best(self.best[2])
         return self.best != before
 
 
@@ -193,13 +198,13 @@ def train(run: Run, params, progress: bool = True):
     with run.checkpoints:
         state, start = _restore(run, params)
         state = _train(run, state, start, progress)
-        if run.best is not None and run.best[1] < run.config.steps:
+        if run.best is not None and run.best[2] < run.config.steps:
             del state
-            found = run.checkpoints.restore(_abstract(run), at=run.best[1])
+            found = run.checkpoints.restore(_abstract(run), at=run.best[2])
             state = found[1]  # pyright: ignore[reportOptionalSubscript]
     summary = summarise(run.run_dir.metrics(), run.config.steps)
     if run.best is not None:
-        summary["best"] = {"set": run.config.keep_best, "step": run.best[1], "accuracy": run.best[0]}
+        summary["best"] = {"set": run.config.keep_best, "step": run.best[2], "accuracy": run.best[0], "reward": run.best[1]}
     run.run_dir.summary(summary)
     return run.policy(state), summary
 
@@ -268,8 +273,8 @@ def _train(run: Run, state, start: int, progress: bool):
                 best = run.see_best(_evaluate(run, state, done))
             asked = stop.agreed()
             if last or asked or best or (config.checkpoint_every and done % config.checkpoint_every == 0):
-                # Without resampling the batches drawn are the steps.
-                drawn = {DRAWN: np.int64(run.drawn)} if run.tries > 1 else {}
+                # Without resampling, now or before, the batches drawn are the steps.
+                drawn = {DRAWN: np.int64(run.drawn)} if run.drawn > done else {}
                 ahead = run.ahead.state() if run.ahead is not None else {}
                 alive.rest()
                 run.checkpoints.save(done, state, run.schedule.state() | drawn | ahead)
@@ -291,8 +296,9 @@ def _step(run: Run, state, step: int) -> tuple[dict, dict]:
     state, measured = run.update(run, state, trained)
     _check_finite(run, measured, step)
     now = time.perf_counter()
+    compared_N = np.zeros_like(everything.groups_N) if run.compares_batch else everything.groups_N
     # What the policy does is told of all that it did: the groups that were chosen for their spread would flatter or slander it.
-    record = {"kind": "train", "step": step + 1, "kl": None} | experience_metrics(everything) | measured
+    record = {"kind": "train", "step": step + 1, "kl": None} | experience_metrics(everything, compared_N) | measured
     record |= {
         "rows": np.concatenate([rolled[number][at] for number, at in filled.trained]).tolist(),  # enough to retrace a schedule that adapts
         "tokens_per_s": float(everything.rollout.completion_lengths_N.sum() / (now - began)),
@@ -302,7 +308,7 @@ def _step(run: Run, state, step: int) -> tuple[dict, dict]:
     }
     if run.tries > 1:
         record |= filled.counts | {"rows_rolled": np.concatenate(rolled).tolist()}
-    groups = np.unique(everything.groups_N[everything.learnt_N]).size
+    groups = np.unique(compared_N[everything.learnt_N]).size
     if groups:
         run.spreads.append((groups, record["zero_spread"], record["reward"]))
     _warn(run, record, step)
@@ -364,12 +370,14 @@ def _warn(run: Run, record: dict, step: int) -> None:
         logging.warning("step %d: no completion ended before max_new_tokens, so that mask_cut_off left none to learn from", step + 1)
     elif (share := _zero_spread(run)) > run.config.zero_spread_warning:
         logging.warning(
-            "step %d: %.0f%% of the groups of the last %d step(s) have equal rewards (mean %.2f), so they teach nothing: the prompts are "
-            "too easy or too hard for the policy, num_samples is too small, or the reward is constant",
+            "step %d: %.0f%% of the %slast %d step(s) have equal rewards (mean %.2f), so they teach nothing: the prompts are "
+            "too easy or too hard for the policy, %s is too small, or the reward is constant",
             step + 1,
             100 * share,
+            "" if run.compares_batch else "groups of the ",
             len(run.spreads),
             np.mean([reward for _, _, reward in run.spreads]),
+            "the step" if run.compares_batch else "num_samples",
         )
     else:
         return

@@ -49,16 +49,16 @@ def group_spread_share(rewards_N: np.ndarray, valid_N: np.ndarray, groups_N: np.
     return float(np.mean(flat)) if flat else float("nan")
 
 
-def experience_metrics(experience: Experience) -> dict[str, float | int]:
+def experience_metrics(experience: Experience, compared_N: np.ndarray | None = None) -> dict[str, float | int]:
     """Reward, pass rate, spread, lengths and errors of a step's completions, over the rows that have a verdict; the spread over those of them
-    that are learnt from."""
+    that are learnt from. compared_N: an integer for each row, the same for those whose rewards are compared; None = those of a prompt."""
     valid, lengths = experience.valid_N, experience.rollout.completion_lengths_N
     passed = np.array([v.status is Status.PASS for v in experience.verdicts])
     statuses = [v.status for v in experience.verdicts]
     return {
         "reward": float(experience.rewards_N[valid].mean()) if valid.any() else float("nan"),
         "pass_rate": float(passed[valid].mean()) if valid.any() else float("nan"),
-        "zero_spread": group_spread_share(experience.rewards_N, experience.learnt_N, experience.groups_N),
+        "zero_spread": group_spread_share(experience.rewards_N, experience.learnt_N, experience.groups_N if compared_N is None else compared_N),
         "completion_length": float(lengths.mean()),
         "cut_off": float(np.mean(experience.rollout.finish_reason_N == CUT_OFF)),
         "errors": int(np.sum(~valid)),

@@ -95,7 +95,8 @@ def _update(spec: SFTSpec, state, batch, frozen=None):
 
 
 @functools.lru_cache(maxsize=64)
-def _compiled_update(spec: SFTSpec, mesh=None):
+def compiled_update(spec: SFTSpec, mesh=None):
+    """jitted (state, batch, frozen parameters or None) -> (state, metrics); see `_update`. The state is donated."""
     spec = chunk_on(spec, mesh)
     if mesh is None:
         return jax.jit(functools.partial(_update, spec), donate_argnums=0)
@@ -230,7 +231,7 @@ def fine_tuner(model_cfg: models.ModelConfig, mesh=None) -> Callable[[Any, list[
 def _train(run: _Run, state, start: int, batches):
     """The loop. Step numbers in records and checkpoints count finished steps."""
     config, checkpoints = run.config, run.checkpoints
-    update = _compiled_update(run.spec, run.mesh)
+    update = compiled_update(run.spec, run.mesh)
     if start == 0:
         with watchdog(config.watchdog_seconds) as alive:
             _evaluate(run, state, 0, alive)

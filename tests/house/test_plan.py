@@ -68,6 +68,7 @@ PLANS = {
     "kto": ("--config.mesh=cpu:1", "--config.target=configs/dpo.py:kto", "--config.remat=True"),
     "online": ("--config.mesh=cpu:4", "--config.target=configs/online_dpo.py", "--config.remat=True"),
     "simpo": ("--config.mesh=cpu:1", "--config.target=configs/online_dpo.py:simpo", "--config.micro_batch_rows=2"),
+    "texts": ("--config.mesh=cpu:1", "--config.target=configs/sft.py", "--config.remat=True", "--config.prompts=16", "--config.micro_batch_rows=8"),
     "apart": ("--config.mesh=cpu:4", "--config.rollout_layout=data=4"),
     "split": ("--config.mesh=cpu:1", "--config.micro_batch_rows=4", "--config.rollout_rows=8", "--config.max_new_tokens=16"),
 }
@@ -265,8 +266,32 @@ def test_the_sizes_of_preferences_and_what_has_none(tmp_path):
     sizes = target_sizes(load_config("configs/plan.py", {"target": "configs/online_dpo.py", "model": "m", "prompt_tokens": "64"}))
     wanted = {"prompts": 8, "num_samples": 8, "prompt_tokens": 64, "max_new_tokens": 256, "sampled": True}
     assert {name: sizes[name] for name in wanted} == wanted
-    with pytest.raises(UserError, match="configs/sft.py has no step that plan knows"):
-        target_sizes(load_config("configs/plan.py", {"target": "configs/sft.py", "model": "m"}))
+    with pytest.raises(UserError, match="configs/train_sae.py has no step that plan knows"):
+        target_sizes(load_config("configs/plan.py", {"target": "configs/train_sae.py", "model": "m"}))
+
+
+def test_supervised_training_is_planned_by_its_rows(plans, tiny, planned):
+    """Nothing is generated, no prompt is told from its answer; an adapter's update trains the adapter alone."""
+    model, texts = resolve_model(tiny, "float32"), plans["texts"]
+    state, tokens = 3 * 4 * model.param_count(), 16 * 24  # of a mask of bytes and numbers of four
+    assert "generate" not in texts and texts["train_step"]["held_bytes"] == 0
+    assert (texts["train_step"]["micro_batches"], texts["train_step"]["rows"]) == (2, 8)
+    assert state < texts["train_step"]["argument_bytes"] <= state + 5 * tokens + 100
+    assert texts["train_step"]["flops"] == tokens * model.flops_per_token(12) * 4  # with the layers computed again
+    assert "train_step" in plan_command.table(texts)
+
+    def traced(packed=False, **changes):
+        given = {"target": "configs/sft.py", "model": tiny, "prompts": 16, "prompt_tokens": 16, "max_new_tokens": 8, "remat": True} | changes
+        sizes = target_sizes(load_config("configs/plan.py", given))
+        sizes["texts"]["packed"] = packed
+        return plan_programs.update_texts(model, sizes, make_mesh({}, jax.devices()[:1]))
+
+    whole, packed, adapted = traced(), traced(packed=True), traced(lora_rank=2)
+    assert packed["argument_bytes"] == whole["argument_bytes"] + 4 * tokens
+    assert adapted["argument_bytes"] < 0.7 * whole["argument_bytes"] and adapted["flops"] == whole["flops"] * 3 / 4
+    sizes = target_sizes(load_config("configs/plan.py", {"target": "configs/sft.py:text", "model": "m"}))
+    wanted = {"prompts": 32, "prompt_tokens": 256, "max_new_tokens": 256, "sampled": False, "keeps_start": False}
+    assert {name: sizes[name] for name in wanted} == wanted
 
 
 def test_one_stage_needs_what_all_need_together(tiny, monkeypatch):

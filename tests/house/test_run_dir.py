@@ -97,7 +97,11 @@ def test_rows_are_those_that_the_run_began_with(tmp_path):
     run.same_rows({"train": "b", "more": "d"})
     with pytest.raises(UserError, match="the rows of 'train' are not those that this run began with.*give it the data as it was, or choose another"):
         run.same_rows({"train": "a"})
+    run.same_start("x")  # of a run that began before this was kept
+    with pytest.raises(UserError, match="has changed since"):
+        run.same_start("y")
     RunDir(tmp_path, changed(mesh="data=2"), kind="sft").note_changes(1)
+    assert head(tmp_path)["start"] == "x"
     assert head(tmp_path)["rows"] == {"train": "b", "more": "d"} and "rows" not in head(tmp_path)["config"]
     parts = ([np.arange(4), {"a": 1}], [np.arange(4).reshape(2, 2), {"a": 1}], [np.arange(4.0), {"a": 1}], [np.arange(4), {"a": 2}], [{"a": 1}])
     assert len({module.fingerprint(part) for part in parts}) == len(parts) and module.fingerprint(parts[0]) == module.fingerprint(iter(parts[0]))

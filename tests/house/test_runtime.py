@@ -157,6 +157,17 @@ def test_mesh_of_a_config_text(run_python):
     assert "{'data': 1, 'fsdp': 4, 'expert': 1, 'tensor': 2}" in run_python(code, devices=8)
 
 
+def test_an_empty_mesh_says_what_lies_idle_and_is_none_for_several_processes(monkeypatch, caplog):
+    import jax
+
+    assert runtime.parse_mesh("") is None and not caplog.messages
+    monkeypatch.setattr(jax, "device_count", lambda: 8)
+    assert runtime.parse_mesh(" ") is None and caplog.messages == ["mesh is empty: one of 8 devices is used; --config.mesh=fsdp=-1 uses all"]
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(UserError, match="mesh is empty, which is one device, and this job has 2 processes: say how their 8 devices are used"):
+        runtime.parse_mesh("")
+
+
 def test_cache_name_tells_cpus_apart(monkeypatch):
     mine = runtime._cpu_features()
     monkeypatch.setattr(Path, "read_text", lambda self: "flags : sse2\n")

@@ -1,12 +1,15 @@
 """docs/training.md is held to the code: what each variant changes, every metric that a training verb logs, fields, and names of other libraries."""
 
 import ast
+import json
 import re
 
 import pytest
 
 from jaxrl_llm import config as config_module
 from jaxrl_llm.config import config_path, field_names, import_config, load_config
+from jaxrl_llm.rewards import registry
+from jaxrl_llm.rewards.verdict import RewardInput, Status
 
 VERBS = ("sft", "dpo", "grpo", "online_dpo")
 # Where the lines of metrics.jsonl are made: (file, functions, what stands before their keys).
@@ -127,3 +130,17 @@ def test_fields_that_the_page_names_exist(page):
 def test_names_of_other_libraries_are_on_the_page(page):
     told = " ".join(quoted(section(page, "Coming from TRL, Tunix or EasyDeL")))
     assert not [name for name in config_module._ALSO_CALLED if not re.search(rf"\b{name}\b", told)]
+
+
+def test_the_reward_of_ones_own_is_one(page, tmp_path, monkeypatch):
+    """As `jaxrl-llm grpo --config=brief.py:dapo` reads it, more than once."""
+    monkeypatch.setattr(registry, "_FACTORIES", dict(registry._FACTORIES))
+    file = tmp_path / "brief.py"
+    file.write_text(re.search(r"```python\n(.*?)```", page, re.DOTALL)[1])
+    for _ in range(2):
+        config = load_config(f"{file}:dapo", {"reward.options": '{"limit": 2}'})
+        config_module.check_shape(config, str(file), "configs/grpo.py")
+    assert config.train.rollout_tries == 10
+    reward = registry.get_reward(config.reward.name, **json.loads(config.reward.options))
+    found = reward([RewardInput("p", "two words"), RewardInput("p", "now there are three")])
+    assert [(verdict.status, verdict.value) for verdict in found] == [(Status.PASS, pytest.approx(1 / 3)), (Status.FAIL, pytest.approx(1 / 5))]

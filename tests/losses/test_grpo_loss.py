@@ -248,6 +248,13 @@ def test_each_option_changes_the_loss(batch):
     assert run(batch, aggregation="dr_grpo", max_length=9)[0] != run(batch, aggregation="dr_grpo", max_length=18)[0]
 
 
+def test_at_the_bound_the_gradient_is_whole(batch):
+    """A clip of 0 binds from the second update on, not in the first."""
+    logps, _, _, advantages, mask = batch
+    grad = lambda **how: jax.grad(lambda x: grpo_loss(x, None, f32(advantages), jnp.asarray(mask), **how)[0])(f32(logps))  # noqa: E731
+    np.testing.assert_array_equal(grad(clip_low=0.0, clip_high=0.0), grad())
+
+
 def test_clip_higher_lets_rare_tokens_rise():
     """At ratio 1.25 and A > 0 the symmetric clip kills the gradient, DAPO's 0.28 does not."""
     grad = lambda high: jax.grad(  # noqa: E731
@@ -266,6 +273,29 @@ def test_kl_estimators():
     want = (p * np.log(p / r)).sum()
     for kind in ("k1", "k3"):
         np.testing.assert_allclose((p * np.asarray(kl_estimate(f32(np.log(p)), f32(np.log(r)), kind))).sum(), want, rtol=1e-5)
+
+
+def test_gradients_of_the_estimators_as_loss_terms():
+    """Over all tokens of a vocabulary, weighted by the policy's probabilities: k1's is zero, k2's that of KL(policy || reference), k3's that of
+    the reverse. And k3 times the ratio, as TRL has it by default, has k2's at each token."""
+    policy, reference = (jnp.asarray(np.random.default_rng(seed).normal(size=7), jnp.float32) for seed in (0, 1))
+    ref_V = jax.nn.log_softmax(reference)
+
+    def mean(kind):
+        def loss(logits):
+            logps_V = jax.nn.log_softmax(logits)
+            return jnp.sum(jax.lax.stop_gradient(jnp.exp(logps_V)) * kl_estimate(logps_V[None], ref_V[None], kind)[0])
+
+        return jax.grad(loss)(policy)
+
+    forwards = jax.grad(lambda logits: jnp.sum(jax.nn.softmax(logits) * (jax.nn.log_softmax(logits) - ref_V)))(policy)
+    backwards = jax.grad(lambda logits: -jnp.sum(jnp.exp(ref_V) * jax.nn.log_softmax(logits)))(policy)
+    for kind, wanted in (("k1", jnp.zeros(7)), ("k2", forwards), ("k3", backwards)):
+        np.testing.assert_allclose(mean(kind), wanted, atol=1e-6)
+    assert float(jnp.abs(forwards - backwards).max()) > 0.1
+    corrected = lambda x: jnp.sum(jnp.exp(x - jax.lax.stop_gradient(x)) * kl_estimate(x, ref_V, "k3"))  # noqa: E731
+    plain = lambda x: jnp.sum(kl_estimate(x, ref_V, "k2"))  # noqa: E731
+    np.testing.assert_allclose(jax.grad(corrected)(policy), jax.grad(plain)(policy), atol=1e-5)
 
 
 @pytest.mark.parametrize(

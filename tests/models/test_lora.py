@@ -281,6 +281,8 @@ def damaged(folder, **fields):
         ({"use_dora": True}, "use_dora=True is not supported"),
         ({"bias": "all"}, "bias='all'"),
         ({"rank_pattern": {"q_proj": 4}}, "rank_pattern="),
+        ({"alora_invocation_tokens": [3, 4]}, "alora_invocation_tokens="),
+        ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights='pissa_niter_4' is not supported: its base is not the model itself; convert it"),
         ({"r": "3"}, "r must be a whole number"),
         ({"lora_alpha": 0}, "lora_alpha above 0"),
         ({"r": 4}, r"layers.0.*lora_A.weight: expected shape \[4, (\d+)\], found \[3, \1\]"),

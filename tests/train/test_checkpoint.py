@@ -132,6 +132,10 @@ def test_what_is_damaged_stands_in_nothings_way(tmp_path):
         assert checkpoints.steps() == [15, 25, 30] and checkpoints.restore(abstract(), at=15)[0] == 15
         with pytest.raises(UserError, match="no checkpoint of step 27 was written, since there is one of a later step"):
             checkpoints.save(27, state(27.0), {})
+        (tmp_path / "15" / "host" / "metadata").unlink()
+        with pytest.raises(UserError, match=r"the best checkpoint in .* cannot be read \(15: .*allow_changes=train.keep_best"):
+            checkpoints.restore(abstract(), at=15)
+        assert checkpoints.steps() == [15, 25, 30]
 
 
 def test_checkpoints_of_another_model_are_refused_not_overwritten(checkpoints):

@@ -12,6 +12,7 @@ import tiny_grpo as tiny
 import tiny_preferences as prefs
 from test_verbs_killed import VERBS
 
+import models
 from jaxrl_llm.config import load_config
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.train.config import OptimizerConfig
@@ -101,6 +102,33 @@ def test_a_file_that_has_changed_under_its_name_is_noticed(verb, stops_at, tmp_p
     rows.write_text("".join(reversed(rows.read_text().splitlines(keepends=True))))
     with pytest.raises(UserError, match="are not those that this run began with"):
         run()
+
+
+def test_a_model_that_has_changed_under_its_name_is_noticed_where_it_is_read_anew(tmp_path, monkeypatch):
+    """What an adapter is put into is in no checkpoint, nor is a reference; of a run that trains all parameters and has none, all is."""
+    model, rows = tiny_folder.write(tmp_path)
+    stops = lambda *_, **__: (_ for _ in ()).throw(InterruptedError)  # noqa: E731
+    monkeypatch.setattr("jaxrl_llm.train.sft.train_sft", stops)
+    monkeypatch.setattr("jaxrl_llm.train.loop.train_grpo", stops)
+    adapter, reference = {"train.lora.rank": 2}, {"train.loss.kl": "k2", "train.loss.kl_coef": 0.1}
+    runs = {"adapted": ("sft", adapter), "compared": ("grpo", reference), "whole": ("sft", {})}
+
+    def run(name):
+        verb, more = runs[name]
+        fields = VERBS[verb] | {"model": str(model), "data.source": str(rows)} | more
+        importlib.import_module(f"jaxrl_llm.commands.{verb}").run(load_config(f"configs/{verb}.py", fields), str(tmp_path / name))
+
+    for _ in range(2):
+        for name in runs:
+            with pytest.raises(InterruptedError):
+                run(name)
+            (tmp_path / name / "checkpoints" / "1").mkdir(exist_ok=True)
+    models.save(model, prefs.CONFIG, prefs.params(seed=1))
+    for name in ("adapted", "compared"):
+        with pytest.raises(UserError, match=r"the model \(or adapter\) that this run started from has changed since.*put it back, or choose another"):
+            run(name)
+    with pytest.raises(InterruptedError):
+        run("whole")
 
 
 def test_a_checkpoint_past_the_end_is_named(tmp_path):

@@ -177,6 +177,17 @@ def test_constant_reward_is_warned_of(tmp_path, caplog):
     assert not spread_warnings(caplog)
 
 
+def test_one_sample_a_prompt_is_no_dead_signal_where_the_batch_is_compared(tmp_path, caplog):
+    """A group of one has no spread, and with a baseline over the batch needs none; a step of equal rewards teaches nothing there either."""
+    loss = LossConfig(baseline="batch_mean", advantage_scale="none")
+    alone = dataclasses.replace(tiny.TINY, steps=21, num_samples=1, checkpoint_every=0, sample_every=0, loss=loss)
+    tiny.run(tmp_path / "run", alone, reward=mixed)
+    assert [r["zero_spread"] for r in records(tmp_path / "run")] == [0.0] * 21 and not spread_warnings(caplog)
+    tiny.run(tmp_path / "dead", alone, reward=constant)
+    (warning,) = spread_warnings(caplog)
+    assert "step 20: 100% of the last 20 step(s) have equal rewards" in warning and "the step is too small" in warning
+
+
 def test_one_noisy_step_is_not_warned_of_but_a_steady_state_is(tmp_path, caplog):
     """Steps of 4 groups: equal rewards in one step say nothing, in 16 steps (64 groups) they do."""
     short = dataclasses.replace(tiny.TINY, steps=18, checkpoint_every=0, sample_every=0)

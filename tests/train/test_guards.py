@@ -145,13 +145,25 @@ def with_best(folder, shares, **changes):
 def test_the_policy_of_the_best_evaluation_is_returned(tmp_path):
     """Evaluations of steps 0 to 5: the start does not count, the first of two equals does."""
     trained, summary = with_best(tmp_path / "run", [1.0, 0.2, 0.6, 0.6, 0.4, 0.1])
-    assert summary["best"] == {"set": "held", "step": 2, "accuracy": 0.6}
+    assert summary["best"] == {"set": "held", "step": 2, "accuracy": 0.6, "reward": 0.6}
     assert sorted(int(p.name) for p in (tmp_path / "run" / "checkpoints").iterdir() if p.name.isdigit()) == [2, 5]
     two, _ = tiny.run(tmp_path / "two", dataclasses.replace(tiny.TINY, steps=2))
     np.testing.assert_array_equal(tiny.flat(trained), tiny.flat(two))
     again, summary = with_best(tmp_path / "run", [])
     np.testing.assert_array_equal(tiny.flat(again), tiny.flat(two))
     assert summary["best"]["step"] == 2
+
+
+def test_of_equally_accurate_policies_the_one_of_higher_reward_is_kept(tmp_path):
+    """A graded reward, of which no completion is good enough to pass."""
+
+    class Graded(Waning):
+        def __call__(self, inputs):
+            return [Verdict(Status.FAIL, score=0.5 * (v.status is Status.PASS)) for v in super().__call__(inputs)]
+
+    config = dataclasses.replace(tiny.TINY, steps=4, eval_every=1, checkpoint_every=100, keep_checkpoints=1, keep_best="held")
+    _, summary = tiny.run(tmp_path / "run", config, reward=Graded([1.0, 0.2, 0.4, 0.8, 0.8]), evals={"held": held_out()})
+    assert summary["best"] == {"set": "held", "step": 3, "accuracy": 0.0, "reward": 0.4}
 
 
 def test_a_resumed_run_knows_what_was_best(tmp_path):

@@ -186,6 +186,18 @@ def test_a_run_stopped_within_a_step_of_several_rollouts_resumes_bit_for_bit(und
     assert records(tmp_path / "run") == records(folder)
 
 
+def test_a_run_that_goes_on_without_resampling_keeps_its_place(tmp_path):
+    """In the schedule, of which it took more batches than it made steps: however often it is stopped."""
+
+    def run(name, *steps):
+        for number, tries in steps:
+            tiny.run(tmp_path / name, dataclasses.replace(TRIES, steps=number, rollout_tries=tries), schedule=Watched())
+        return records(tmp_path / name)
+
+    assert run("often", (2, 3), (3, 1), (4, 1)) == (found := run("once", (2, 3), (4, 1)))
+    assert sum(record.get("rollouts", 0) for record in found) > 2
+
+
 def test_the_first_rollout_is_that_of_a_run_without_resampling_and_the_next_has_other_randomness(undisturbed, tmp_path):
     """With four prompts each batch is all of them: what differs between rollouts is the randomness."""
     short = dataclasses.replace(TRIES, steps=1)

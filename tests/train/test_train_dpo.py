@@ -219,7 +219,9 @@ def test_rows_that_do_not_fit_are_refused():
         ({"loss": {"label_smoothing": 0.5}}, "below 0.5"),
         ({"loss": {"kind": "ipo", "label_smoothing": 0.1}}, "no meaning with loss.kind 'ipo'"),
         ({"loss": {"kind": "kto", "reference": False}}, "'kto' measures against a reference"),
-        ({"loss": {"desirable_weight": -1.0}}, "'loss.desirable_weight'"),
+        ({"loss": {"kind": "kto", "desirable_weight": -1.0}}, "'loss.desirable_weight'"),
+        ({"loss": {"undesirable_weight": 1.5}}, "'loss.undesirable_weight' is 1.5, a weight of loss.kind 'kto', and the kind is 'sigmoid'"),
+        ({"loss": {"kind": "ipo", "gamma": 0.5}}, "'loss.gamma' is 0.5, the margin of loss.kind 'simpo', and the kind is 'ipo'"),
         ({"optimizer": {"schedule": "cosin"}}, "optimizer.schedule"),
     ],
 )
