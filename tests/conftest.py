@@ -64,7 +64,8 @@ def assets() -> Path:
 def run_python():
     """Runs Python code in a fresh process, for tests that need devices, flags or imports of their own.
 
-    `run_python(code, args=(), env=None, devices=None)` returns its standard output; a failure shows its standard error.
+    `run_python(code, args=(), env=None, devices=None)` returns its standard output; a failure shows its standard error. With devices,
+    programs are compiled quickly rather than well: they are compared with each other, and there is one for each mesh.
     """
 
     def run(code: str, args: tuple[str, ...] = (), env: dict[str, str] | None = None, devices: int | None = None) -> str:
@@ -75,6 +76,7 @@ def run_python():
             variables["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices} {patience}"
             # XLA's pool has one thread a device, and whatever else it runs holds one that a collective waits for: 4 of 8 runs under load hung.
             variables["PJRT_NPROC"] = str(4 * devices)
+            variables.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
             code = f'import jax; jax.config.update("jax_cpu_enable_async_dispatch", False)\n{code}'  # for the same reason
         done = subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True, env=variables, cwd=ROOT, timeout=600)
         assert done.returncode == 0, done.stderr[-4000:]

@@ -17,6 +17,11 @@ HAS_TORCH = importlib.util.find_spec("torch") is not None
 needs_torch = pytest.mark.skipif(not HAS_TORCH, reason="torch is not installed: only the stored logits are checked")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def quickly():
+    """Not here: what is compared with `transformers` is compiled as users have it."""
+
+
 @pytest.fixture(scope="module")
 def golden(repo):
     return np.load(repo / "tests" / "golden" / "logits.npz")

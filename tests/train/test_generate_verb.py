@@ -239,5 +239,5 @@ print("equal")
 
 
 def test_the_rows_of_a_mesh_are_spread_over_its_devices(world, tmp_path, run_python):
-    out = run_python(ON_A_MESH, (str(world), str(tmp_path)), devices=4, env={"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"})
+    out = run_python(ON_A_MESH, (str(world), str(tmp_path)), devices=4)
     assert out.strip().endswith("equal")
