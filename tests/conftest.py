@@ -10,6 +10,9 @@ import pytest
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAXRL_LLM_HUGE_PAGES", "0")  # asking for them restarts the program, which here is pytest
+# XLA's older way to make code of a fusion compiles a training step in a third of the time; here and in all processes that tests start.
+# What the newer one, which users have, makes is compared with other libraries in models/test_parity.py.
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false".strip()
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -64,7 +67,8 @@ def assets() -> Path:
 def run_python():
     """Runs Python code in a fresh process, for tests that need devices, flags or imports of their own.
 
-    `run_python(code, args=(), env=None, devices=None)` returns its standard output; a failure shows its standard error.
+    `run_python(code, args=(), env=None, devices=None)` returns its standard output; a failure shows its standard error. With devices,
+    programs are compiled quickly rather than well: they are compared with each other, and there is one for each mesh.
     """
 
     def run(code: str, args: tuple[str, ...] = (), env: dict[str, str] | None = None, devices: int | None = None) -> str:
@@ -72,9 +76,10 @@ def run_python():
         if devices:
             # Many devices on few cores: a device may wait for the others longer than XLA's 40 s before all have come to a collective.
             patience = "--xla_cpu_collective_call_terminate_timeout_seconds=500"
-            variables["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices} {patience}"
+            variables["XLA_FLAGS"] = f"{variables['XLA_FLAGS']} --xla_force_host_platform_device_count={devices} {patience}"
             # XLA's pool has one thread a device, and whatever else it runs holds one that a collective waits for: 4 of 8 runs under load hung.
             variables["PJRT_NPROC"] = str(4 * devices)
+            variables.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
             code = f'import jax; jax.config.update("jax_cpu_enable_async_dispatch", False)\n{code}'  # for the same reason
         done = subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True, env=variables, cwd=ROOT, timeout=600)
         assert done.returncode == 0, done.stderr[-4000:]

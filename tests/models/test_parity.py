@@ -17,6 +17,14 @@ HAS_TORCH = importlib.util.find_spec("torch") is not None
 needs_torch = pytest.mark.skipif(not HAS_TORCH, reason="torch is not installed: only the stored logits are checked")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def quickly():
+    """Not here: what is compared with `transformers` is compiled as users have it."""
+
+
+AS_SHIPPED = {"xla_cpu_use_fusion_emitters": True}  # which conftest.py turns off
+
+
 @pytest.fixture(scope="module")
 def golden(repo):
     return np.load(repo / "tests" / "golden" / "logits.npz")
@@ -45,7 +53,7 @@ def loaded(tmp_path_factory):
     return get
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=0, compiler_options=AS_SHIPPED)
 def logits_at(cfg, params, tokens, positions):
     return models.unembed(cfg, params, models.forward(cfg, params, tokens, positions=positions).hidden)
 

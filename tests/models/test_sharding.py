@@ -205,7 +205,7 @@ print("equal")
 
 def test_every_class_of_family_is_the_same_on_every_mesh(run_python, tmp_path):
     """Loss, gradients (against the largest) and log-probabilities of eight devices to 1e-5, greedy tokens equal. Experts: test_experts.py."""
-    assert "equal" in run_python(CLASSES, args=(str(tmp_path),), devices=8, env={"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"})
+    assert "equal" in run_python(CLASSES, args=(str(tmp_path),), devices=8)
 
 
 def test_a_mesh_of_one_device_changes_nothing(tmp_path):

@@ -10,8 +10,6 @@ import sae
 from sae.attribution import _attribute, ablation_effects, attribute, logit_difference
 from sae.config import NORMALISATIONS
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 HOOK = "blocks.0.resid_post"
 CFG = models.ModelConfig(
     family="llama", vocab_size=60, d_model=16, n_layers=2, n_heads=2, n_kv_heads=2, head_dim=8, d_ff=24,
@@ -24,6 +22,12 @@ METRIC = logit_difference(5, 8)
 @pytest.fixture(scope="module")
 def params():
     return models.init(CFG, jax.random.key(0))
+
+
+@pytest.fixture(scope="module")
+def stream(params):
+    """The activations of HOOK."""
+    return models.forward(CFG, params, TOKENS, taps=(HOOK,)).taps[HOOK]
 
 
 def dictionary(hook=HOOK, architecture="topk", normalisation="none"):
@@ -59,19 +63,18 @@ def test_at_the_last_norm_scores_are_by_hand_and_equal_ablation(params, architec
 
 
 @pytest.mark.parametrize("architecture,normalisation", [*(("topk", n) for n in NORMALISATIONS), ("relu", "none"), ("relu", "layer_norm")])
-def test_scores_are_the_gradient_by_the_code(params, architecture, normalisation, monkeypatch):
+def test_scores_are_the_gradient_by_the_code(params, stream, architecture, normalisation, monkeypatch):
     """Against jax.grad by a dense code spliced in with its error kept; dense codes in pieces of 4 tokens."""
     monkeypatch.setattr("sae.attribution.PIECE_BYTES", 4 * 4 * 48)
     d = dictionary(architecture=architecture, normalisation=normalisation)
     found = attribute(CFG, params, d, TOKENS, METRIC)
-    h = models.forward(CFG, params, TOKENS, taps=(HOOK,)).taps[HOOK]
-    z = sae.encode(d, h)
+    h, z = stream, sae.encode(d, stream)
 
     def metric(code):
         splice = lambda x: h + sae.decode(d, code, h) - sae.decode(d, z, h)  # noqa: E731
         return METRIC(models.unembed(CFG, params, models.forward(CFG, params, TOKENS, interventions={HOOK: splice}).hidden[:, -1])).sum()
 
-    expected = np.asarray(z * jax.grad(metric)(z))
+    expected = np.asarray(z * jax.jit(jax.grad(metric))(z))
     dense = np.zeros_like(expected)
     np.put_along_axis(dense, np.asarray(found.features_BTK), np.asarray(found.scores_BTK), axis=-1)
     np.testing.assert_allclose(dense, expected, atol=1e-6)
@@ -123,7 +126,7 @@ def test_a_transcoder_owes_to_the_latents_of_what_it_reads(params):
         splice = lambda _: y + sae.decode(d, code, x) - sae.decode(d, z, x)  # noqa: E731
         return METRIC(models.unembed(CFG, params, models.forward(CFG, params, TOKENS, interventions={d.cfg.place: splice}).hidden[:, -1])).sum()
 
-    np.testing.assert_allclose(found.totals_BF, (z * jax.grad(metric)(z)).sum(1), atol=2e-6)
+    np.testing.assert_allclose(found.totals_BF, (z * jax.jit(jax.grad(metric))(z)).sum(1), atol=2e-6)
     items = found.top(20)
     assert np.corrcoef(effects(params, d, found, 0, items), [i["score"] for i in items])[0, 1] > 0.9
 
@@ -143,11 +146,10 @@ def test_scores_follow_real_ablation_through_the_layers(params, architecture):
 
 
 @pytest.mark.parametrize("normalisation", ["none", "layer_norm"])
-def test_integrated_gradients_add_up_to_the_effect_of_all_latents(params, normalisation):
+def test_integrated_gradients_add_up_to_the_effect_of_all_latents(params, stream, normalisation):
     d = dictionary(normalisation=normalisation)
     found = attribute(CFG, params, d, TOKENS, METRIC, steps=32)
-    h = models.forward(CFG, params, TOKENS, taps=(HOOK,)).taps[HOOK]
-    without = h - sae.reconstruct(d, h) + sae.decode(d, jnp.zeros((2, 9, 48)), h)
+    without = stream - sae.reconstruct(d, stream) + sae.decode(d, jnp.zeros((2, 9, 48)), stream)
     hidden = models.forward(CFG, params, TOKENS, interventions={HOOK: lambda x: without}).hidden
     lost = found.metric_B - METRIC(models.unembed(CFG, params, hidden[:, -1]))
     np.testing.assert_allclose(found.scores_BTK.sum((1, 2)), lost, rtol=2e-3, atol=1e-4)

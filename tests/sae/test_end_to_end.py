@@ -1,6 +1,7 @@
 """Fine-tuning on the model's divergence: the loss by numpy, its gradient, what it wins, its settings and its mistakes."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from sae.end_to_end import FinetuneConfig, finetune, spliced_loss
 
 HOOK = "blocks.0.resid_post"
 WEIGHTS = {"kl": 0.7, "fvu": 0.4, "sparsity": 0.2}
+loss_of = jax.jit(spliced_loss, static_argnums=(1, 2))  # one program rather than one for each operation
 
 
 @pytest.fixture(scope="module")
@@ -44,16 +46,18 @@ def test_loss_by_numpy(lm, kind):
     cfg, params = lm
     d = transcoder() if kind == "transcoder" else dictionary(kind)
     reads, place = d.cfg.hook_name, d.cfg.place
-    total, parts = spliced_loss(d.params, d.cfg, cfg, params, TOKENS, LENGTHS, KEEP, WEIGHTS)
+    total, parts = loss_of(d.params, d.cfg, cfg, params, TOKENS, LENGTHS, KEEP, WEIGHTS)
     kl, rows, hats, penalties = [], [], [], []
+    plain = jax.jit(functools.partial(models.apply, cfg, taps=(reads, place)))
+    replaced = jax.jit(lambda params, tokens, new: models.apply(cfg, params, tokens, interventions={place: lambda h: new[None]})[0])
     norms = np.linalg.norm(d.params["W_dec"], axis=1)
     for row, length, keep in zip(TOKENS, LENGTHS, KEEP, strict=True):
         tokens = row[None, :length]
-        clean, taps = models.apply(cfg, params, tokens, taps=(reads, place))
+        clean, taps = plain(params, tokens)
         x, given = np.asarray(taps[place][0]), taps[reads][0]
         x_hat = np.asarray(sae.reconstruct(d, given))
         spliced = np.where(keep[:length, None], x, x_hat)
-        edited, _ = models.apply(cfg, params, tokens, interventions={place: lambda h, new=spliced: jnp.asarray(new)[None]})
+        edited = replaced(params, tokens, spliced)
         p, q = (np.asarray(jax.nn.log_softmax(logits[0, :-1])) for logits in (clean, edited))
         kl.append((np.exp(p) * (p - q)).sum())
         rows.append(x[~keep[:length]])
@@ -71,8 +75,8 @@ def test_loss_by_numpy(lm, kind):
 def test_padding_changes_nothing(lm):
     d = dictionary()
     wide = np.pad(TOKENS, ((0, 1), (0, 3)), constant_values=7)
-    more = spliced_loss(d.params, d.cfg, *lm, wide, np.array([5, 3, 0], np.int32), np.pad(KEEP, ((0, 1), (0, 3))), WEIGHTS)[0]
-    assert float(more) == pytest.approx(float(spliced_loss(d.params, d.cfg, *lm, TOKENS, LENGTHS, KEEP, WEIGHTS)[0]), rel=1e-5)
+    more = loss_of(d.params, d.cfg, *lm, wide, np.array([5, 3, 0], np.int32), np.pad(KEEP, ((0, 1), (0, 3))), WEIGHTS)[0]
+    assert float(more) == pytest.approx(float(loss_of(d.params, d.cfg, *lm, TOKENS, LENGTHS, KEEP, WEIGHTS)[0]), rel=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["topk", "relu", "transcoder"])
@@ -80,9 +84,9 @@ def test_gradient_by_finite_differences(lm, kind):
     d = transcoder() if kind == "transcoder" else dictionary(kind)
 
     def value(p):
-        return spliced_loss(p, d.cfg, *lm, TOKENS, LENGTHS, KEEP, WEIGHTS)[0]
+        return loss_of(p, d.cfg, *lm, TOKENS, LENGTHS, KEEP, WEIGHTS)[0]
 
-    gradient, rng, step = jax.grad(value)(d.params), np.random.default_rng(5), 1e-4
+    gradient, rng, step = jax.jit(jax.grad(value))(d.params), np.random.default_rng(5), 1e-4
     direction = {n: rng.standard_normal(v.shape).astype(np.float32) for n, v in d.params.items()}
     ends = [float(value({n: d.params[n] + s * step * direction[n] for n in d.params})) for s in (1, -1)]
     slope = sum(float(np.vdot(gradient[n], direction[n])) for n in direction)

@@ -16,8 +16,6 @@ from sae.architectures import ARCHITECTURES
 from sae.config import NORMALISATIONS
 from sae.interventions import SEPARATE, latents_of
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 HOOK = "blocks.0.resid_post"
 CFG = models.ModelConfig(
     family="llama", vocab_size=60, d_model=16, n_layers=2, n_heads=2, n_kv_heads=2, head_dim=8, d_ff=24,
@@ -408,4 +406,4 @@ print("equal")
 
 
 def test_rows_on_a_mesh_are_edited_alike(run_python):
-    assert run_python(ON_A_MESH, devices=4, env={"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}).strip().endswith("equal")
+    assert run_python(ON_A_MESH, devices=4).strip().endswith("equal")

@@ -343,7 +343,7 @@ print("equal")
 
 
 def test_sampling_on_another_mesh_of_the_same_devices_trains_the_same(run_python, tmp_path):
-    assert "equal" in run_python(MESHES, (str(tmp_path),), devices=8, env={"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"})
+    assert "equal" in run_python(MESHES, (str(tmp_path),), devices=8)
 
 
 def test_a_mesh_for_sampling_needs_one_for_training(tmp_path):

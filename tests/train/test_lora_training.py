@@ -293,7 +293,7 @@ print("equal")
 
 
 def test_mesh_of_eight_devices_gives_the_same_update(run_python):
-    assert "equal" in run_python(MESH, devices=8, env={"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"})
+    assert "equal" in run_python(MESH, devices=8)
 
 
 # ---------------------------------------------------------------------------------------------------------- settings

@@ -250,4 +250,4 @@ print("equal")
 
 
 def test_mesh_of_eight_devices_trains_the_same(run_python, tmp_path):
-    assert "equal" in run_python(MESH, (str(tmp_path),), devices=8, env={"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"})
+    assert "equal" in run_python(MESH, (str(tmp_path),), devices=8)

@@ -58,14 +58,14 @@ np.save(sys.argv[1] + "/final.npy", tiny.flat(trained))
 
 
 def test_filled_places_on_a_mesh_of_the_samplers_own_give_the_same_samples(run_python, tmp_path):
-    assert "the same samples" in run_python(REFILLED, (str(tmp_path),), devices=8, env={"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"})
+    assert "the same samples" in run_python(REFILLED, (str(tmp_path),), devices=8)
 
 
 def test_a_killed_run_with_a_rollout_mesh_and_length_buckets_resumes_bit_for_bit(run_python, repo, tmp_path):
     quick = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache")}
     quick |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     run_python(TRAINED, (str(tmp_path / "peace"), "0"), devices=8, env=quick)
-    flags = "--xla_force_host_platform_device_count=8 --xla_cpu_collective_call_terminate_timeout_seconds=500"
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8 --xla_cpu_collective_call_terminate_timeout_seconds=500"
     env = os.environ | quick | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(repo), "XLA_FLAGS": flags, "PJRT_NPROC": "32"}
     command = [sys.executable, "-c", TRAINED, str(tmp_path / "killed"), "4"]
     process = subprocess.Popen(command, env=env, cwd=repo, stdout=subprocess.PIPE, text=True)

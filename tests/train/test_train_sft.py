@@ -201,7 +201,7 @@ print("equal")
 
 
 def test_mesh_of_eight_devices_trains_the_same(run_python):
-    assert "equal" in run_python(MESH, devices=8, env={"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"})
+    assert "equal" in run_python(MESH, devices=8)
 
 
 def packed(batches, width):
@@ -229,7 +229,7 @@ def test_rows_packed_without_segments_would_not():
     assert abs(train(config, mixed)[1][0]["loss"] - train(config)[1][0]["loss"]) > 1e-3
 
 
-EXPERTS = dataclasses.replace(tiny.CONFIG, mlp="experts", n_experts=4, experts_per_token=1, d_ff=8)
+EXPERTS = dataclasses.replace(tiny.DEEP, mlp="experts", n_experts=4, experts_per_token=1, d_ff=8)
 
 
 def crowded():
@@ -285,7 +285,7 @@ print("equal")
 
 def test_router_balance_on_eight_devices_is_that_of_one(run_python):
     """Each group of devices has a part of the rows and of the experts; the shares are of all tokens."""
-    assert "equal" in run_python(BALANCED, devices=8, env={"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"})
+    assert "equal" in run_python(BALANCED, devices=8)
 
 
 def test_router_balance_is_for_experts():

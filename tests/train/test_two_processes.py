@@ -19,7 +19,7 @@ from test_verbs_killed import TIMES, VERBS
 START = """
 import sys; sys.path.insert(0, "tests/train")
 import jax
-address, number, folder, processes = *sys.argv[1:4], int(sys.argv[4])
+address, number, root, processes = *sys.argv[1:4], int(sys.argv[4])
 if processes > 1:
     jax.distributed.initialize(address, processes, int(number))
 import dataclasses, numpy as np, models.sharding
@@ -75,24 +75,31 @@ def address():
         return f"localhost:{free.getsockname()[1]}"
 
 
-def run(repo, folder, middle, processes):
-    """A job of so many processes and two devices, to its end."""
+def run(repo, root, verbs, processes):
+    """verb -> the final parameters by each process of a job of so many processes and two devices, which trains one after the other."""
     env = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(repo), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
     # As in run_python of conftest.py: two devices of one process on busy cores may wait long for each other, and need threads to do it.
     patience = "--xla_cpu_collective_call_terminate_timeout_seconds=500"
-    env |= {"XLA_FLAGS": f"--xla_force_host_platform_device_count={2 // processes} {patience}", "PJRT_NPROC": "8"}
+    env |= {"XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={2 // processes} {patience}", "PJRT_NPROC": "8"}
     where, pipes = address(), {"stderr": subprocess.PIPE, "text": True}
-    commands = [[sys.executable, "-c", START + middle + END, where, str(i), str(folder), str(processes)] for i in range(processes)]
+    code = START + "".join(f"folder = root + '/{verb}'\n{MIDDLES[verb]}{END}" for verb in verbs)
+    commands = [[sys.executable, "-c", code, where, str(i), str(root), str(processes)] for i in range(processes)]
     started = [subprocess.Popen(command, env=env, cwd=repo, **pipes) for command in commands]
-    errors = [process.communicate(timeout=600)[1] for process in started]
+    errors = [process.communicate(timeout=600 * len(verbs))[1] for process in started]
     assert [process.returncode for process in started] == [0] * processes, "".join(error[-3000:] for error in errors)
-    return [np.load(folder / f"final_{i}.npy") for i in range(processes)]
+    return {verb: [np.load(root / verb / f"final_{i}.npy") for i in range(processes)] for verb in verbs}
+
+
+@pytest.fixture(scope="module")
+def trained(repo, tmp_path_factory):
+    """(folder, what two processes trained, what one process that has both devices trained): one job each for all verbs, since starting costs."""
+    root = tmp_path_factory.mktemp("jobs")
+    return root / "two", run(repo, root / "two", MIDDLES, 2), run(repo, root / "alone", [verb for verb in MIDDLES if verb != "dpo"], 1)
 
 
 @pytest.mark.parametrize("verb", MIDDLES)
-def test_two_processes_train_one_policy(repo, tmp_path, verb):
-    folder, middle = tmp_path / "run", MIDDLES[verb]
-    one, other = run(repo, folder, middle, 2)
+def test_two_processes_train_one_policy(trained, verb):
+    folder, (one, other) = trained[0] / verb, trained[1][verb]
     np.testing.assert_array_equal(one, other)
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     wanted = [("eval", 0), ("step", 1), ("step", 2), ("eval", 2)]  # one process writes
@@ -104,9 +111,9 @@ def test_two_processes_train_one_policy(repo, tmp_path, verb):
     if verb == "dpo":  # the same policy as one process trains at one go
         config = dataclasses.replace(prefs.QUICK, steps=2, loss=prefs.LOSSES["kto"], micro_batch_rows=4, forward_rows=5)
         np.testing.assert_allclose(one, tiny.flat(prefs.train(config)[0]), rtol=1e-4, atol=1e-5)
-    else:  # and as one process that has both devices
-        (alone,), start = run(repo, tmp_path / "alone", middle, 1), prefs.params() if verb == "online_dpo" else tiny.params()
-        assert np.abs(one - alone).max() <= 1e-5 and np.abs(alone - tiny.flat(start)).max() > 1e-3
+    else:
+        (alone,) = trained[2][verb]
+        assert np.abs(one - alone).max() <= 1e-5 and np.abs(alone - tiny.flat(tiny.params())).max() > 1e-3
 
 
 # ------------------------------------------------------------------------------------------------------ one of them dies
@@ -117,7 +124,7 @@ COMMON = {"mesh": "fsdp=2", "train.steps": STEPS, "train.checkpoint_every": 3}
 
 def start_verb(verb, repo, model, folder):
     """The two processes of a job."""
-    env = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(repo), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "XLA_FLAGS": ""}
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(repo), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
     env |= {"JAX_COMPILATION_CACHE_DIR": str(folder.parent / "cache"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     env |= {"JAX_COORDINATOR_ADDRESS": address(), "JAX_NUM_PROCESSES": "2", "JAXRL_LLM_HEARTBEAT_S": str(HEARTBEAT)}
     fields = {name: value for name, value in VERBS[verb].items() if name != "train.overlap_rewards"}  # which is for one process
