@@ -84,6 +84,7 @@ def test_two_processes_curate_as_one_does(repo, tmp_path):
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
     env = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(repo), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    env["XLA_FLAGS"] = "--xla_cpu_use_fusion_emitters=false"  # as in this process: `quick_compilation`
     command = [sys.executable, "-c", SCRIPT, address]
     files = [str(world), str(two), str(tmp_path / "process")]
     started = [subprocess.Popen([*command, str(i), *files], env=env, cwd=repo, stderr=subprocess.PIPE, text=True) for i in range(2)]
