@@ -177,17 +177,17 @@ def tuned_gain(
     sound, known = np.flatnonzero(told == 1), np.flatnonzero(np.isfinite(told))
     fold_of = np.full(n, -1)
     fold_of[known] = np.random.default_rng([seed, 0x70E]).permutation(len(known)) % options.folds
-    fewest = min(int(np.sum(fold_of[sound] != fold)) for fold in range(options.folds))
-    if fewest == 0 or len(sound) < 2 * options.folds:
+    if min(np.sum(fold_of[sound] != fold) for fold in range(options.folds)) == 0 or len(sound) < 2 * options.folds:
         raise UserError(
             f"quality: {len(sound)} rows are told to be sound; tuning in {options.folds} folds needs {2 * options.folds}: "
             "tell more, or leave the tuning out (tuned=False)"
         )
     answers = [keep_end(*row, cfg.bos_token_id, cfg.max_position) for row in zip(*tokens_of(0, n), strict=True)]
     gains = np.zeros((options.folds, n, 3), np.float32)
-    size, width = min(options.batch, fewest), max(len(answers[i][0]) for i in sound)  # one shape for all folds: one compilation
+    width = max(len(answers[i][0]) for i in sound)  # one for all folds: one compilation
     for fold in range(options.folds):
         used = sound[fold_of[sound] != fold]
+        size = min(options.batch, len(used))
         rng = np.random.default_rng([seed, 0x70E, fold])
         order = np.concatenate([rng.permutation(used) for _ in range(options.epochs)])
         batches = [pad_answers([answers[j] for j in order[i : i + size]], width) for i in range(0, len(order) - size + 1, size)]
