@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -171,7 +172,15 @@ def test_models_health_and_metrics(here):
 def test_sixty_four_clients_and_none_is_dropped(here, model):
     """Different lengths, temperatures and stops side by side: each gets what it would get alone."""
     bodies = [{"prompt": f"client {i}", "max_tokens": 5 + i % 30, "temperature": (0, 0.9)[i % 2], "seed": i} for i in range(64)]
-    before = here.server.engine.chunks
+    engine, turn, before, until = here.server.engine, here.server.engine._turn, here.server.engine.chunks, time.monotonic() + 60
+
+    def when_all_are_there(places):
+        while sum(engine.load()) < 64 and time.monotonic() < until:
+            time.sleep(0.01)
+        engine._turn = turn
+        return turn(places)
+
+    engine._turn = when_all_are_there
     with ThreadPoolExecutor(64) as pool:
         found = list(pool.map(lambda body: here.ask(TEXT, body), bodies))
     assert [status for status, _, _ in found] == [200] * 64
@@ -179,12 +188,23 @@ def test_sixty_four_clients_and_none_is_dropped(here, model):
         _, rollout = generated(model, [f"client {i}"], max_new_tokens=34, temperature=(0.0, 0.9)[i % 2], seed=i)
         assert found[i][2]["choices"][0]["text"] == model[2].decode(rollout.completions()[0][: 5 + i % 30], skip_special_tokens=True)
     tokens = sum(said["usage"]["completion_tokens"] for _, _, said in found)
-    assert here.server.engine.most_at_once == 8 and (here.server.engine.chunks - before) * 8 < tokens / 2  # together, not one by one
+    assert engine.most_at_once == 8 and (engine.chunks - before) * 8 < tokens / 2  # together, not one by one
 
 
-def test_an_idle_server_waits_a_moment_for_others(folder):
+def test_an_idle_server_waits_a_moment_for_others(folder, monkeypatch):
+    moments = []
+
+    def slept(seconds):
+        """The window ends when all three are there, and not before: a busy machine has them sent late."""
+        moments.append(seconds)
+        until = time.monotonic() + 60
+        while found.server.engine.load()[0] < 3 and time.monotonic() < until:
+            pause(0.01)
+
     for window, most in (("300", 3), ("0", 1)):
-        with served(folder, window_ms=window, chunk=64) as found:
+        with monkeypatch.context() as patch, served(folder, window_ms=window, chunk=64) as found:
+            pause = time.sleep
+            patch.setattr("jaxrl_llm.serve.engine.time", SimpleNamespace(sleep=slept, monotonic=time.monotonic))
             first = threading.Thread(target=found.ask, args=(TEXT, {"prompt": "a", "max_tokens": 1}))
             first.start()
             if window == "0":
@@ -194,7 +214,8 @@ def test_an_idle_server_waits_a_moment_for_others(folder):
                 thread.start()
             for thread in [first, *rest]:
                 thread.join()
-            assert found.server.engine.most_at_once == most
+            assert found.server.engine.most_at_once == most and moments == [0.3]
+            patch.undo()
 
 
 # ---- what is refused ----
