@@ -117,13 +117,20 @@ def test_the_page_says_what_was_kept_and_how_far_to_trust_it(curated, tmp_path, 
     assert_whole(workdir / "report.html", tmp_path / "profile", {"map", "schedule", "stages"}, data["headline"].split(".")[0])
 
 
-def test_another_config_trains_its_own_sae(world, curated, tmp_path):
+def test_another_config_trains_its_own_sae(world, curated, tmp_path, monkeypatch):
+    """Nothing of the set before is left when its own features are asked for, which is where this run ends."""
     workdir, signals = curated
     shutil.copytree(workdir, tmp_path / "out")
-    changes = {"overwrite": "True", "controls": "False", "train_sae.k": "3", "formats": "parquet", "quality.samples": "10"}
-    command.run(config_of(world, **changes), str(tmp_path / "out"))
-    again = json.loads((tmp_path / "out" / "signals.json").read_text())
-    assert again["sae"]["k"] == 3 and again["sae"]["key"] != signals["sae"]["key"]
+
+    def extract(model, dictionary, *_):
+        assert dictionary.cfg.k == 3 and not {"signals.json", "vectors.npz", "curated", "features"} & {p.name for p in (tmp_path / "out").iterdir()}
+        raise InterruptedError
+
+    monkeypatch.setattr(pipeline, "extract", extract)
+    with pytest.raises(InterruptedError):
+        command.run(config_of(world, overwrite="True", **{"train_sae.k": "3"}), str(tmp_path / "out"))
+    again = json.loads((tmp_path / "out" / "sae" / "metrics.json").read_text())
+    assert again["k"] == 3 and again["key"] != signals["sae"]["key"]
 
 
 def test_label_free_no_controls_given_sae_and_no_answers(world, curated, tmp_path):
@@ -210,7 +217,7 @@ def told_config(world, curated, source, **changes):
     return config_of(world, **given, **changes)
 
 
-def test_told_rows_say_how_many_to_drop_and_let_the_policy_be_tuned(world, curated, told, tmp_path):
+def test_told_rows_say_how_many_to_drop_and_let_the_policy_be_tuned(world, curated, told, tmp_path, monkeypatch):
     source, workdir = told
     signals, found = json.loads((workdir / "signals.json").read_text()), CuratedSet.read(workdir / "curated")
     assert set(signals["quality"]["probes"]) == {"sae", "length_tfidf", "logp", "tuned", "sae+logp", "sae+tuned"}
@@ -221,22 +228,27 @@ def test_told_rows_say_how_many_to_drop_and_let_the_policy_be_tuned(world, curat
     fit = N - 2  # a duplicate and an empty answer go before
     assert signals["filter"]["dropped"]["low_quality"] == round(min(1.5 * bad, 0.6) * fit)
 
-    def kept(name, **changes):
-        command.run(told_config(world, curated, source, **changes), str(tmp_path / name))
-        after = json.loads((tmp_path / name / "signals.json").read_text())
-        return after, CuratedSet.read(tmp_path / name / "curated").keep
-
-    plain, keep = kept("untuned", **{"quality.tuned": "False", "quality.drop_per_bad": "1.0"})
+    stage, given = pipeline.filter_stage, []
+    monkeypatch.setattr(pipeline, "filter_stage", lambda *args: given.append(args[:-1]) or stage(*args))
+    untuned = told_config(world, curated, source, **{"quality.tuned": "False", "quality.drop_per_bad": "1.0"})
+    command.run(untuned, str(tmp_path))
+    plain, set_of = json.loads((tmp_path / "signals.json").read_text()), CuratedSet.read(tmp_path / "curated")
     assert plain["quality"]["used"] == "sae+logp" and "tuned" not in plain["quality"]["probes"]
     assert plain["filter"]["dropped"]["low_quality"] == round(bad * fit)
-    few, _ = kept("few", **{"quality.tuned": "False", "quality.drop_most": "0.2"})
-    assert few["filter"]["drop_share"] == 0.2
-    fixed, whole = kept("fixed", **{"quality.tuned": "False", "quality.drop_per_bad": "0", "quality.drop_fraction": "0.3", "quality.strata": "0"})
-    assert fixed["filter"]["drop_share"] == 0.3 and fixed["filter"]["cut"] is not None and plain["filter"]["cut"] is None
-    values = CuratedSet.read(tmp_path / "fixed" / "curated").quality
-    assert values[whole].min() >= fixed["filter"]["cut"] - 1e-6, "without strata the cut is one for all"
-    strata, inside = kept("strata", **{"quality.tuned": "False", "quality.drop_per_bad": "0", "quality.drop_fraction": "0.3", "quality.strata": "2"})
-    assert inside.sum() == whole.sum() and (inside != whole).any()
+    (judged,) = given  # by which other settings keep other rows
+
+    def kept(**changes):
+        config = told_config(world, curated, source, **{f"quality.{name}": value for name, value in changes.items()})
+        filtered, _, share = stage(*judged, config)
+        return filtered, share
+
+    assert (kept(drop_per_bad="1.0")[0].keep == set_of.keep).all()
+    assert kept(drop_most="0.2")[1] == 0.2
+    whole, share = kept(drop_per_bad="0", drop_fraction="0.3", strata="0")
+    assert share == 0.3 and whole.cut is not None and plain["filter"]["cut"] is None
+    assert set_of.quality[whole.keep].min() >= whole.cut - 1e-6, "without strata the cut is one for all"
+    inside = kept(drop_per_bad="0", drop_fraction="0.3", strata="2")[0].keep
+    assert inside.sum() == whole.keep.sum() and (inside != whole.keep).any()
 
 
 def test_grpo_judges_the_rows_anew_as_curate_did(world, curated, told, tmp_path, monkeypatch):
@@ -408,7 +420,7 @@ def test_real_problems_with_a_real_model(assets, tmp_path, variant, checkpoint, 
     """The first 150 rows of the real files: long rows are read in pieces, every figure stands beside its baselines, the set is whole."""
     small = {
         "data.limit": 150, "train_sae.steps": 20, "train_sae.batch_size": 256, "train_sae.buffer_rows": 2048, "clusters.k": 6, "clusters.dims": 16,
-        "quality.samples": 40, "difficulty.models": ("ridge",), "bootstrap": 20, "schedule.batch_size": 16,
+        "quality.samples": 40, "difficulty.models": ("ridge",), "bootstrap": 20, "schedule.batch_size": 16, "features.batch_tokens": 2048,
     }  # fmt: skip
     given = {"model": str(assets / "checkpoints" / checkpoint), "data.source": str(assets / "data" / source)}
     command.run(load_config(f"configs/curate.py:{variant}", {**given, **{key: str(value) for key, value in small.items()}}), str(tmp_path))

@@ -153,7 +153,7 @@ def test_an_outage_ends_the_run_with_what_was_saved(server, fault):
     """Two features are labelled, by two requests each, before the server fails for good; the same command goes on with the third."""
     server.script, records = [None] * 4 + [fault] * 20, []
     with pytest.raises(UserError, match="does not answer .* 2 tries; the labels so far are saved"):
-        label_features(data(4), settings(server, timeout=0.3), records.append)
+        label_features(data(4), settings(server, timeout=1.0 if fault == "slow" else 20.0), records.append)
     assert [(r["id"], r["score"]) for r in records] == [(0, 1.0), (10, 1.0)]
     server.script = []
     assert {r["id"] for r in label(server, data(4), done=[0, 10])} == {20, 30}

@@ -35,6 +35,15 @@ def tiny(variant="demo", **changes):
     return load_config(f"configs/saerl.py:{variant}", TINY | changes)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def few_draws():
+    """A hundred resamples an interval: ten times as many take seconds a run."""
+    options = saerl.signal_options
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(saerl, "signal_options", lambda bench: dataclasses.replace(options(bench), draws=100))
+        yield
+
+
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
     path = tmp_path_factory.mktemp("saerl") / "run"
@@ -125,11 +134,22 @@ def test_told_arms_start_from_a_policy_tuned_on_the_rows_told_to_be_sound(workdi
     assert (mean(saerl.start_policy(bench, "full_told")) - mean(started))[told == 1].mean() > 0.01
 
 
-def test_overwrite_starts_over(workdir, tmp_path):
-    copy = tmp_path / "run"
+def test_overwrite_starts_over(workdir, tmp_path, monkeypatch):
+    """Nothing of the run before is found; the signals, which would take longest and be the same, are given from it."""
+    copy, left = tmp_path / "run", []
+
+    def signals_of_before(bench, *_):
+        left.append([path.name for name in ("signals.json", "signals.npz", "vanilla") if (path := bench.folder / name).exists()])
+        found = Signals.load(workdir / "cells" / bench.cell.name)
+        bench.truth |= found.truth
+        found.save(bench.folder)
+        return found
+
     shutil.copytree(workdir, copy)
     config = tiny(**{"grpo.steps": 2, "arms": ("vanilla", "full"), "overwrite": True})
+    monkeypatch.setattr(saerl, "make_signals", signals_of_before)
     saerl.run(config, copy)
+    assert left == [[]]
     lines = [json.loads(line) for line in (copy / "cells" / "wrong-base0-seed0" / "full" / "metrics.jsonl").open()]
     assert max(r["step"] for r in lines) == 2
 

@@ -23,20 +23,21 @@ import models
 from jaxrl_llm.curation.curated_set import CuratedSet
 
 ONE_THREAD = "--xla_cpu_multi_thread_eigen=false"  # what `workers` gives each of its processes: sums are then the same everywhere
+QUICK = os.environ["XLA_FLAGS"]  # tests/conftest.py's
 CELL = "cells/wrong-base0-seed0"
 SAMPLES = {"grpo.num_samples": 8}  # so many that the verdicts of nearly every step differ
 CHANGES = {"seeds": [0, 1]} | SAMPLES  # two cells
 REFILTERS = (4, 8)  # of 10 steps, with a checkpoint every 3: some starts go on before one, some after
 
 
-def environment(repo, cache, flags=f"{ONE_THREAD} {ONE_THREAD}"):
+def environment(repo, cache, flags=f"{QUICK} {ONE_THREAD} {ONE_THREAD}"):
     given = {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(repo), "XLA_FLAGS": flags, "OMP_NUM_THREADS": "1"}
     given |= {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     return os.environ | given
 
 
-def start(folder, changes, env, repo):
-    command = [sys.executable, tiny.__file__, str(folder), json.dumps(changes)]
+def start(folder, changes, env, repo, *hold):
+    command = [sys.executable, tiny.__file__, str(folder), json.dumps(changes), *map(str, hold)]
     return subprocess.Popen(command, env=env, cwd=repo, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 
@@ -62,7 +63,7 @@ def records(folder, arm="full"):
 def test_two_workers_leave_the_files_of_a_serial_run(repo, alone, tmp_path):
     """One more flag for the workers, which the parent gives them: together the two of `alone`, so that they find its compiled programs."""
     folder, env = alone
-    finish(start(tmp_path / "run", CHANGES | {"workers": 2}, env | {"XLA_FLAGS": ONE_THREAD}, repo))
+    finish(start(tmp_path / "run", CHANGES | {"workers": 2}, env | {"XLA_FLAGS": f"{QUICK} {ONE_THREAD}"}, repo))
     wanted, found = tiny.contents(folder), tiny.contents(tmp_path / "run")
     pages = [files.pop(name) for files in (wanted, found) for name in ("report.html", "report.json")]
     assert all(pages) and set(found) == set(wanted) and {f"{CELL}/full/policy/model.safetensors", f"{CELL}/signals.npz"} <= set(found)
@@ -141,8 +142,9 @@ def moments(folder):
 
 
 def kill_in(folder, step, delay, env, repo, patience):
-    """Starts the run and kills it `delay` seconds after its schedule was shown the policy of `step`; it must be at work then."""
-    before, process, deadline = len(moments(folder)), start(folder, CHANGES, env, repo), time.monotonic() + patience
+    """Starts the run and kills it `delay` seconds after its schedule was shown the policy of `step`. One that is faster than the run by which
+    the delay was drawn waits two steps later, so that it cannot end before it is killed."""
+    before, process, deadline = len(moments(folder)), start(folder, CHANGES, env, repo, step + 2), time.monotonic() + patience
     while f"{step} begins" not in moments(folder)[before:] and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.002)
     time.sleep(delay)

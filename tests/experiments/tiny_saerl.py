@@ -1,7 +1,11 @@
-"""The SAERL experiment in seconds, as a program for tests that need processes of their own: python tiny_saerl.py FOLDER [JSON of changes]"""
+"""The SAERL experiment in seconds, as a program for tests that need processes of their own:
+
+    python tiny_saerl.py FOLDER [JSON of changes] [STEP before which it waits to be killed; so it does at its end]
+"""
 
 import json
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -55,12 +59,15 @@ def contents(folder, without=(MOMENTS, "stages.json", "config.json")):
     return found
 
 
-def watch(path):
-    """From now on the schedule that follows the policy writes down each step that it sees and which rows it keeps (bits, as hex)."""
+def watch(path, hold=None):
+    """From now on the schedule that follows the policy writes down each step that it sees and which rows it keeps (bits, as hex), and waits
+    where it comes to step `hold`."""
     from jaxrl_llm.curation import schedule
 
     class Watched(schedule.TrainabilityBand):
         def see_policy(self, step, params):
+            if step == hold:
+                time.sleep(600)
             note(path, f"{step} begins")
             super().see_policy(step, params)
             note(path, f"{step} keeps {np.packbits(self.state()['kept']).tobytes().hex()}")
@@ -91,5 +98,8 @@ def run(folder, **changes):
 
 
 if __name__ == "__main__":
-    watch(Path(sys.argv[1]) / MOMENTS)
+    hold = int(sys.argv[3]) if len(sys.argv) > 3 else None
+    watch(Path(sys.argv[1]) / MOMENTS, hold)
     run(sys.argv[1], **json.loads(sys.argv[2] if len(sys.argv) > 2 else "{}"))
+    if hold is not None:
+        time.sleep(600)

@@ -267,7 +267,7 @@ def test_doctor_names_versions_that_do_not_fit_and_imports_that_fail(capsys, mon
     assert doctor.out_of_bounds() == []  # run from a checkout that is not installed
 
 
-def test_generate_on_the_real_checkpoint(capsys, assets, tmp_path):
+def test_generate_on_the_real_checkpoint(capsys, assets, tmp_path, quick_compilation):
     model = f"--config.model={assets / 'checkpoints' / 'stories260k'}"
     common = [model, "--config.temperature=0", "--config.max_new_tokens=24"]
     opening = "Once upon a time, there was a little girl named Lily."

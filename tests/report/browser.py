@@ -47,8 +47,9 @@ class Browser:
         os.close(read_end)
         os.close(write_end)
         self._buffer, self._next, self._session, self.problems = b"", 0, None, []
-        targets = self.call("Target.getTargets")["targetInfos"]
-        target = next(t["targetId"] for t in targets if t["type"] == "page")
+        target, end = None, time.monotonic() + 60
+        while target is None and time.monotonic() < end:  # on a busy machine the page comes after the browser's first answer
+            target = next((t["targetId"] for t in self.call("Target.getTargets")["targetInfos"] if t["type"] == "page"), None)
         self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.call(f"{domain}.enable")
@@ -67,7 +68,7 @@ class Browser:
                 return answer["result"]
             self._note(answer)
 
-    def _receive(self, limit=60.0):
+    def _receive(self, limit=120.0):
         end = time.monotonic() + limit
         while b"\0" not in self._buffer:
             if not select.select([self._read], [], [], max(0.0, end - time.monotonic()))[0]:
@@ -94,7 +95,7 @@ class Browser:
         self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=scale, mobile=False)
         self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}])
         self.call("Page.navigate", url=url)
-        end = time.monotonic() + 30
+        end = time.monotonic() + 120
         while time.monotonic() < end:
             with contextlib.suppress(RuntimeError):  # the page may be changing
                 if self.run("document.readyState === 'complete' && location.href") == url:
@@ -129,7 +130,7 @@ class Browser:
         os.close(self._write)
         os.close(self._read)
         self._process.terminate()
-        self._process.wait(10)
+        self._process.wait(60)
 
 
 def assert_whole(page: Path, profile: Path, charts: set[str], said: str) -> None:

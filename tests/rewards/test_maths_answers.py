@@ -205,7 +205,7 @@ def test_real_symbolic_references_pass_the_symbolic_step(assets, reward):
 
 
 def test_huge_powers_time_out_and_the_rest_of_the_batch_is_judged():
-    reward = MathsReward(timeout_s=1.0)
+    reward = MathsReward(timeout_s=2.0)  # in which a busy machine compares what is fine
     towers = [r"\boxed{9^{9^{9^{9}}}}", r"\boxed{9^{9^{9}}}", "9**9**9**9"]
     fine = [r"\boxed{(x+2)(x-1)}", r"\boxed{x^2}"]
     inputs = [RewardInput("", text, "x^2+x-2") for text in [*towers, *fine]]

@@ -1,6 +1,7 @@
 """What code in the sandbox tries in order to get out, to outlive its check or to forge a verdict: nothing of it succeeds."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import pathlib
@@ -124,6 +125,8 @@ def told(outcome):
 @pytest.mark.parametrize("attack", ATTACKS, ids=lambda attack: attack.name)
 def test_the_attack_fails(attack, host, sandboxes):
     sandbox, before = sandboxes(attack.processes), host["listener"].count
+    overruns = re.search("no result|timeout$", attack.ends) is not None  # what ends by itself may take its time on a busy machine
+    sandbox.limits = dataclasses.replace(sandbox.limits, wall_s=LIMITS["wall_s"] if overruns else 30.0)
     outcome = sandbox.run([Job(attack.code, attack.name, [host["facts"]])])[0]
     assert re.match(attack.ends, told(outcome)), told(outcome)
     assert SECRET not in outcome.output

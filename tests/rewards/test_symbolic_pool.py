@@ -40,7 +40,7 @@ def test_nothing_is_started_before_it_is_needed(make_pool):
 
 
 def test_an_overrunning_child_is_killed_and_replaced(make_pool):
-    pool = make_pool(workers=1, timeout_s=0.5)
+    pool = make_pool(workers=1, timeout_s=1.5)
     assert pool.compare([("x", "x")]) == ["equal"]
     first = pool._alive[0].process
     assert pool.compare([TOWER, ("x", "x")]) == ["timeout", "equal"]
@@ -53,6 +53,7 @@ def test_a_batch_of_overruns_ends_with_the_batch(make_pool):
     began = time.monotonic()
     assert pool.compare([TOWER] * 200) == ["timeout"] * 200  # 80 s without the limit on the batch
     assert time.monotonic() - began < 60
+    pool.timeout_s = pool.batch_timeout_s = 30.0  # a busy machine may take its time
     assert pool.compare([("x", "x")]) == ["equal"]
 
 

@@ -8,7 +8,8 @@ import subprocess
 import sys
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -171,7 +172,15 @@ def test_models_health_and_metrics(here):
 def test_sixty_four_clients_and_none_is_dropped(here, model):
     """Different lengths, temperatures and stops side by side: each gets what it would get alone."""
     bodies = [{"prompt": f"client {i}", "max_tokens": 5 + i % 30, "temperature": (0, 0.9)[i % 2], "seed": i} for i in range(64)]
-    before = here.server.engine.chunks
+    engine, turn, before, until = here.server.engine, here.server.engine._turn, here.server.engine.chunks, time.monotonic() + 60
+
+    def when_all_are_there(places):
+        while sum(engine.load()) < 64 and time.monotonic() < until:
+            time.sleep(0.01)
+        engine._turn = turn
+        return turn(places)
+
+    engine._turn = when_all_are_there
     with ThreadPoolExecutor(64) as pool:
         found = list(pool.map(lambda body: here.ask(TEXT, body), bodies))
     assert [status for status, _, _ in found] == [200] * 64
@@ -179,12 +188,23 @@ def test_sixty_four_clients_and_none_is_dropped(here, model):
         _, rollout = generated(model, [f"client {i}"], max_new_tokens=34, temperature=(0.0, 0.9)[i % 2], seed=i)
         assert found[i][2]["choices"][0]["text"] == model[2].decode(rollout.completions()[0][: 5 + i % 30], skip_special_tokens=True)
     tokens = sum(said["usage"]["completion_tokens"] for _, _, said in found)
-    assert here.server.engine.most_at_once == 8 and (here.server.engine.chunks - before) * 8 < tokens / 2  # together, not one by one
+    assert engine.most_at_once == 8 and (engine.chunks - before) * 8 < tokens / 2  # together, not one by one
 
 
-def test_an_idle_server_waits_a_moment_for_others(folder):
+def test_an_idle_server_waits_a_moment_for_others(folder, monkeypatch):
+    moments = []
+
+    def slept(seconds):
+        """The window ends when all three are there, and not before: a busy machine has them sent late."""
+        moments.append(seconds)
+        until = time.monotonic() + 60
+        while found.server.engine.load()[0] < 3 and time.monotonic() < until:
+            pause(0.01)
+
     for window, most in (("300", 3), ("0", 1)):
-        with served(folder, window_ms=window, chunk=64) as found:
+        with monkeypatch.context() as patch, served(folder, window_ms=window, chunk=64) as found:
+            pause = time.sleep
+            patch.setattr("jaxrl_llm.serve.engine.time", SimpleNamespace(sleep=slept, monotonic=time.monotonic))
             first = threading.Thread(target=found.ask, args=(TEXT, {"prompt": "a", "max_tokens": 1}))
             first.start()
             if window == "0":
@@ -194,7 +214,8 @@ def test_an_idle_server_waits_a_moment_for_others(folder):
                 thread.start()
             for thread in [first, *rest]:
                 thread.join()
-            assert found.server.engine.most_at_once == most
+            assert found.server.engine.most_at_once == most and moments == [0.3]
+            patch.undo()
 
 
 # ---- what is refused ----
@@ -290,7 +311,7 @@ def test_the_bad_hurt_no_one_else(here, model):
     with ThreadPoolExecutor(32) as pool:
         found = list(pool.map(client, range(48)))
     assert all(f is True for i, f in enumerate(found) if i % 4 >= 2) and all(f and f >= 400 for f in found[::4])
-    until = time.monotonic() + 20
+    until = time.monotonic() + 60
     while here.server.engine.load() != (0, 0) and time.monotonic() < until:  # places of those who left are free again
         time.sleep(0.05)
     assert here.server.engine.load() == (0, 0)
@@ -298,8 +319,13 @@ def test_the_bad_hurt_no_one_else(here, model):
 
 def test_a_full_queue_is_told_and_the_rest_is_answered(folder):
     with served(folder, places=1, queue=2, chunk=1) as found:
+        engine, turn, refused = found.server.engine, found.server.engine._turn, threading.Event()
+        engine._turn = lambda places: refused.wait(60) and turn(places)  # none is answered before all places are taken
         with ThreadPoolExecutor(12) as pool:
-            said = list(pool.map(lambda i: found.ask(TEXT, {"prompt": "x", "max_tokens": 60, "seed": i}), range(12)))
+            sent = [pool.submit(found.ask, TEXT, {"prompt": "x", "max_tokens": 60, "seed": i}) for i in range(12)]
+            wait(sent, return_when=FIRST_COMPLETED)
+            refused.set()
+            said = [future.result() for future in sent]
         statuses = [s[0] for s in said]
         assert set(statuses) == {200, 429} and statuses.count(200) >= 2
         assert next(s for s in said if s[0] == 429)[1]["Retry-After"] == "1"
@@ -307,14 +333,14 @@ def test_a_full_queue_is_told_and_the_rest_is_answered(folder):
 
 
 def test_time_and_connections_have_limits(folder):
-    with served(folder, timeout=0.2, connections=2) as found:
+    with served(folder, timeout=0.5, connections=2) as found:
         engine, turn = found.server.engine, found.server.engine._turn
-        engine._turn = lambda places: time.sleep(0.5) or turn(places)
+        engine._turn = lambda places: time.sleep(1.0) or turn(places)
         status, _, said = found.ask(TEXT, {"prompt": "x", "max_tokens": 60})
-        assert status == 504 and "no answer within 0.2 s" in said["error"]["message"]
+        assert status == 504 and "no answer within 0.5 s" in said["error"]["message"]
         engine._turn = turn
         until, status = time.monotonic() + 10, 0
-        while status != 503 and time.monotonic() < until:  # the server takes its time to accept both, and ends each that says nothing for 0.2 s
+        while status != 503 and time.monotonic() < until:  # the server takes its time to accept both, and ends each that says nothing for 0.5 s
             held = [socket.create_connection(("127.0.0.1", found.port)) for _ in range(2)]
             time.sleep(0.05)
             status = found.ask("/health", None)[0]
@@ -386,8 +412,9 @@ def test_a_judge_that_is_a_local_model(here, folder):
 
 
 def test_sigterm_ends_it_when_all_are_answered(folder, repo, tmp_path):
-    arguments = [f"--config.{name}={value}" for name, value in (SMALL | {"model": str(folder), "drain": "30"}).items()]
+    arguments = [f"--config.{name}={value}" for name, value in (SMALL | {"model": str(folder), "drain": "300"}).items()]
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(repo), "JAX_ENABLE_COMPILATION_CACHE": "false"}
+    environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
     process = subprocess.Popen([sys.executable, "-m", "jaxrl_llm", "serve", *arguments], stdout=subprocess.PIPE, text=True, cwd=repo, env=environment)
     try:
         first = process.stdout.readline()
@@ -403,7 +430,7 @@ def test_sigterm_ends_it_when_all_are_answered(folder, repo, tmp_path):
         # Those that had been taken are answered whole; one that came later is told so.
         assert {status for status, _, _ in answers} <= {200, 503} and [a[0] for a in answers].count(200) >= 1
         assert all(len(said["choices"]) == 8 for status, _, said in answers if status == 200)
-        assert process.wait(60) == 0 and "stopped; all requests were answered" in process.stdout.read()
+        assert process.wait(300) == 0 and "stopped; all requests were answered" in process.stdout.read()
     finally:
         process.kill()
         process.stdout.close()

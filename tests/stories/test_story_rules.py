@@ -243,7 +243,8 @@ def test_no_verdict_at_all_stops_before_training(by_hand):
 def test_the_mesh_is_used(inputs, tmp_path, run_python):
     with pytest.raises(models.errors.ModelError, match="needs 3 devices"):
         story_rules.run(config(inputs, mesh="data=3"), str(tmp_path / "three"))
-    run_python(ON_A_MESH, (json.dumps({**inputs, **SMALL, "mesh": "data=2"}), str(tmp_path / "two")), devices=2)
+    given = json.dumps({**inputs, **SMALL, "mesh": "data=2"}), str(tmp_path / "two")
+    run_python(ON_A_MESH, given, devices=2, env={"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"})
     figures = json.loads((tmp_path / "two" / "summary.json").read_text())["story_rules"]
     assert figures["real"]["reward"] == pytest.approx(0.8) and np.isfinite(figures["after"]["health"]["nll"])
 
