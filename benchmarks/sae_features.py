@@ -99,7 +99,8 @@ def attribution(args: argparse.Namespace, cfg: Any, params: Any, d: Any, rows: l
         ours, theirs = chosen(plain, n), chosen(integrated, n)
         for kind, figure in kinds.items():
             shape = f"{where}; {len(long)} prompts, {sum(len(s) for s, _ in ours)} latents; {limits(ours, figure)}"
-            yield Figure(f"sae_attribution_{kind}_{name}", figure(ours), "share" if kind == "signs" else "correlation", PEER, figure(theirs), shape=shape)
+            unit = "share" if kind == "signs" else "correlation"
+            yield Figure(f"sae_attribution_{kind}_{name}", figure(ours), unit, PEER, figure(theirs), shape=shape)
     largest = lambda a_NF: [set(np.argsort(-np.abs(row))[:TOP].tolist()) for row in a_NF]  # noqa: E731
     real = largest(effects_NF)
     hits = lambda scores_NF: [len(a & b) / TOP for a, b in zip(largest(scores_NF), real, strict=True)]  # noqa: E731
@@ -114,7 +115,9 @@ def limits(units: list[Any], figure: Callable[[list[Any]], float], draws: int = 
     return "95% {:.3f} to {:.3f}".format(*np.quantile(found, (0.025, 0.975)))
 
 
-def page(args: argparse.Namespace, cfg: Any, params: Any, d: Any, rows: list[list[int]], special: list[int], tokenizer: Any, where: str) -> Iterable[Figure]:
+def page(
+    args: argparse.Namespace, cfg: Any, params: Any, d: Any, rows: list[list[int]], special: list[int], tokenizer: Any, where: str
+) -> Iterable[Figure]:
     """Seconds to gather the data and until the page is open."""
     import models
     from jaxrl_llm.commands.doctor import BROWSERS

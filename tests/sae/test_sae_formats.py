@@ -133,6 +133,8 @@ def test_saelens_before_version_6(tmp_path):
     for config in (flat | {"hook_head_index": 3}, {"architecture": "standard", "d_in": D, "d_sae": F, "metadata": {"hook_head_index": 0}}):
         with pytest.raises(sae.SAEError, match="cfg.json: hook_head_index is [30]: an SAE of one attention head"):
             sae.load(write_saelens(tmp_path / "c", config, d))
+    with pytest.raises(sae.SAEError, match="cfg.json: activation_fn_str is 'tanh-relu'; 'relu' and 'topk' are supported"):
+        sae.load(write_saelens(tmp_path / "d", flat | {"activation_fn_str": "tanh-relu"}, d))
     back = sae.load(write_saelens(tmp_path / "b", {"d_in": D, "d_sae": F, "hook_point": "hook_embed"}, d))
     assert back.cfg.architecture == "relu" and back.cfg.hook_name == "embed"
 
