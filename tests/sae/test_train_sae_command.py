@@ -127,7 +127,7 @@ def test_a_killed_run_ends_as_an_undisturbed_one(repo, tmp_path, assets, source)
 
 
 def test_a_stopped_run_goes_on_with_other_settings_that_are_named(tmp_path, assets, source, monkeypatch):
-    """Twice stopped in the middle, once before the checkpoint behind the change: the checkpoint tells of the old settings, the run of the new ones."""
+    """Twice stopped in the middle, once before the first checkpoint behind the change: that one tells of the old settings, the run of the new."""
     log, base = RunDir.log, {"train.init_rows": 64, "train.log_every": 1, "checkpoint_every": 2}
     more = base | {"train.steps": 8, "train.learning_rate": 1e-3}
 
