@@ -213,7 +213,7 @@ def test_what_no_sae_changes_is_done_once_a_tap(world, tmp_path, monkeypatch, ke
         ({"saes": "{w}/one/sae,{w}/one/sae"}, "named twice"),
         ({"data.source": ""}, "no text"),
         ({"saes": "{w}/nowhere"}, "SAE {w}/nowhere: no such folder, and not a hub id"),
-        ({"saes": "{w}/model"}, "SAE {w}/model: {w}/model: no dictionary"),
+        ({"saes": "{w}/model"}, "SAE {w}/model: no dictionary"),
         ({"saes": "{w}/one/sae,{w}/wide"}, "SAE {w}/wide reads 5 dimensions (d_in), but blocks.0.resid_post of {w}/model has 8"),
         ({"saes": "{w}/deep"}, "SAE {w}/deep: its hook_name is no activation of {w}/model: unknown tap 'blocks.7.resid_post'"),
         ({"saes": "{w}/probs"}, "blocks.0.attn_probs is no vector a token"),
