@@ -40,6 +40,9 @@ AWAITED = {
     "decode_bound_1.5b_h200": ("%", "at least 50 %"),
     "train_mfu_1.5b_h200": ("%", "at least 45 %"),
     "grpo_0.5b_h200": ("s", "at most 7 s"),
+    "sae_encode_jumprelu_h200": ("%", "at least 60 %"),
+    "sae_encode_topk_h200": ("%", "at least 60 %"),
+    "sae_stream_h200": ("%", "at least 50 %"),
 }
 
 

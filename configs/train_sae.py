@@ -101,4 +101,5 @@ def get_config(variant: str | None = None) -> ml_collections.ConfigDict:
     config.finetune.grad_clip = 1.0  # global norm of the gradient; 0 = off
 
     config.overwrite = False  # clear a workdir that holds another run
+    config.allow_changes = ()  # fields or groups, such as train.steps,train.learning_rate, with other values of which the run in the workdir goes on
     return config

@@ -214,13 +214,13 @@ class RunDir:
         return read_jsonl(self.path / "samples.jsonl")
 
     def truncate_after(self, step: int) -> None:
-        """Drops the metric and sample lines of steps after `step`: what a resumed run is about to write again."""
+        """Drops the metric and sample lines of steps after `step`: what a resumed run is about to write again. What changed is not, and stays."""
         if not self.is_writer:
             return
         for name in ("metrics.jsonl", "samples.jsonl"):
             path = self.path / name
             lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-            kept = [line for line in lines if json.loads(line).get("step", 0) <= step]
+            kept = [line for line in lines if (record := json.loads(line)).get("step", 0) <= step or record.get("kind") == "change"]
             if len(kept) < len(lines):
                 write_text(path, "".join(kept))
 

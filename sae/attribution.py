@@ -220,10 +220,11 @@ def ablation_effects(
     *,
     position: int | None = None,
     every_position: bool = False,
+    start: int = 0,
 ) -> np.ndarray:
     """[N] what the metric of one text really loses when a latent is ablated: metric(clean) - metric(ablated), each by a pass of its own.
 
-    features: [N] latents; places: [N] the token of each, or None: at every token. The model's error term is kept (see
+    features: [N] latents; places: [N] the token of each, or None: at every token from `start` on. The model's error term is kept (see
     `sae.interventions`). metric and position: as of `attribute`, for this one row. Raises what `intervene` raises.
     """
     features = np.atleast_1d(np.asarray(features, np.int32))
@@ -232,7 +233,7 @@ def ablation_effects(
     tokens = jnp.asarray(tokens_T, jnp.int32)[None]
     T = tokens.shape[1]
     intervene(d, [ablate(int(f)) for f in np.unique(features)])  # checks them all
-    one_hot = np.ones((len(features), T), bool) if places is None else np.arange(T) == np.asarray(places)[:, None]
+    one_hot = np.tile(np.arange(T) >= start, (len(features), 1)) if places is None else np.arange(T) == np.asarray(places)[:, None]
     positions = None if every_position else jnp.array([T - 1 if position is None else position], jnp.int32)
     metric = jax.tree_util.Partial(metric) if jax.tree_util.all_leaves([metric]) else metric
     edit = intervene(d, ablate(0), mask=one_hot[0])

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any, Protocol
 
 import jax
@@ -87,11 +87,17 @@ def save(checkpoints: CheckpointFolder, position: Position, run: dict[str, Any],
 
 
 def restore(
-    checkpoints: CheckpointFolder, tasks: Mapping[str, Any], run: dict[str, Any], abstract: list[Any], batches: Iterable[np.ndarray]
+    checkpoints: CheckpointFolder,
+    tasks: Mapping[str, Any],
+    run: dict[str, Any],
+    abstract: list[Any],
+    batches: Iterable[np.ndarray],
+    allow_changes: Collection[str] = (),
 ) -> tuple[Position, list[Any]] | None:
     """(position, train states) of the newest checkpoint, `batches` wound on to it; None where there is none.
 
-    abstract: the train states' shapes, with shardings on a mesh. Raises SAEError where the checkpoints are of another run.
+    abstract: the train states' shapes, with shardings on a mesh. allow_changes: fields of SAETrainConfig that may differ from those of the run
+    that wrote it. Raises SAEError where the checkpoints are of another run, or past the end of this one.
     """
     arrays: dict[str, Any] = {"train": abstract}
     if isinstance(batches, ActivationBuffer):
@@ -104,10 +110,14 @@ def restore(
     for part, fields in run.items():
         was = told["run"].get(part)
         if isinstance(fields, dict) and isinstance(was, dict):
-            was = {name: value for name, value in was.items() if name != "log_every"}
+            free = set(allow_changes) if part.rpartition(".")[2] == "train" else set()
+            was = {name: value for name, value in was.items() if name != "log_every" and name not in free}
+            fields = {name: value for name, value in fields.items() if name not in free}
         if was != fields:
             name = next((f"{part}.{n}" for n in fields if was.get(n) != fields[n]), part) if isinstance(fields, dict) and was else part
             raise SAEError(f"SAE training: the checkpoints are of a run with another {name}: train in another folder, or remove them")
+    if step > (steps := min(task.train.steps for task in tasks.values())):
+        raise SAEError(f"SAE training: the newest checkpoint is of step {step}, past steps = {steps}: give as many or more")
     stream = iter(batches)
     if isinstance(batches, ActivationBuffer):
         batches.restore(np.asarray(arrays["window"]), host)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -73,6 +73,7 @@ def train_sae(
     progress: bool | None = None,
     checkpoints: CheckpointFolder | None = None,
     checkpoint_every: int = 200,
+    allow_changes: Collection[str] = (),
 ) -> Trained:
     """Trains a dictionary on `batches` of raw activations [B, d_in] ([B, d_in + d_out] for a transcoder): (dictionary, history).
 
@@ -83,6 +84,7 @@ def train_sae(
     checkpoints: saved every `checkpoint_every` steps (0: only at the end) once the rows read ahead are used up, and at the
     end. Where it holds some, training goes on from the newest and ends bit for bit like a run that was not stopped;
     `on_log` is first given the records of before. `batches` must be fresh and, if no ActivationBuffer, the same again.
+    allow_changes: fields of SAETrainConfig with other values of which it goes on, such as "steps"; others must be as they were.
     Raises SAEError when the batches end too early, have another width, or hold a NaN, or the checkpoints are of another run.
     """
 
@@ -91,9 +93,8 @@ def train_sae(
             on_log({name: value for name, value in record.items() if name != "sae"})
 
     tasks = {"": SAETask(cfg, train)}
-    return train_saes(
-        tasks, batches, key, mesh=mesh, on_log=without_name, progress=progress, checkpoints=checkpoints, checkpoint_every=checkpoint_every
-    )[""]
+    how = {"mesh": mesh, "on_log": without_name, "progress": progress, "checkpoint_every": checkpoint_every, "allow_changes": allow_changes}
+    return train_saes(tasks, batches, key, checkpoints=checkpoints, **how)[""]
 
 
 def train_saes(
@@ -107,6 +108,8 @@ def train_saes(
     checkpoints: CheckpointFolder | None = None,
     checkpoint_every: int = 200,
     stop: Callable[[], object] | None = None,
+    allow_changes: Collection[str] = (),
+    on_start: Callable[[int], None] | None = None,
 ) -> dict[str, Trained]:
     """`train_sae` for several dictionaries on one stream, so that the model runs once for all: name -> (dictionary, history).
 
@@ -114,11 +117,13 @@ def train_saes(
     gives them); a task says at which column its own begin. All take as many steps. Records given to `on_log` say whose they are, under "sae".
     The first task starts from `key`, as `train_sae` does, the i-th from fold_in(key, i).
     stop: asked after each step; where its answer is true a checkpoint is written, to its end, and Stopped raised. While the rows read ahead
-    are being used up there is none to write: Stopped says so.
+    are being used up there is none to write: Stopped says so. on_start: told the step after which training goes on (0: it begins), once
+    the records of before have been given again.
     """
     steps = _common_steps(tasks)
     run = described(tasks, key, batches)
-    found = None if checkpoints is None else restore(checkpoints, tasks, run, [abstract_state(t.cfg, mesh) for t in tasks.values()], batches)
+    shapes = [abstract_state(task.cfg, mesh) for task in tasks.values()]
+    found = None if checkpoints is None else restore(checkpoints, tasks, run, shapes, batches, allow_changes)
     if found is None:
         at, states = _begin(tasks, batches, key, mesh)
     else:
@@ -127,6 +132,8 @@ def train_saes(
     for name, member in at.members.items():
         for record in member.history:
             loop.log({"sae": name} | record)
+    if on_start is not None:
+        on_start(at.step)
     hidden = None if progress is None else not progress
     with tqdm(total=steps, initial=at.step, desc="SAE", unit="step", mininterval=0.5, disable=hidden) as bar:
         while at.step < steps:

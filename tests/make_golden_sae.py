@@ -56,6 +56,9 @@ def saelens():
         "transcoder": saes.Transcoder(saes.TranscoderConfig(**common, d_out=OUT, apply_b_dec_to_input=False)),
         "skip_transcoder": saes.SkipTranscoder(saes.SkipTranscoderConfig(**common, d_out=OUT, apply_b_dec_to_input=False)),
         "jumprelu_transcoder": saes.JumpReLUTranscoder(saes.JumpReLUTranscoderConfig(**common, d_out=OUT, apply_b_dec_to_input=False)),
+        "jumprelu_skip_transcoder": saes.JumpReLUSkipTranscoder(
+            saes.JumpReLUSkipTranscoderConfig(**common, d_out=OUT, apply_b_dec_to_input=False)
+        ),
     }
     x = rows()
     for name, module in made.items():

@@ -46,7 +46,7 @@ def check_saes(config: Any, cfg: Any) -> dict[str, Source]:
         try:
             d = sae.load(source)
         except sae.SAEError as error:
-            raise UserError(f"SAE {source}: {error}") from None
+            raise UserError(f"SAE {source}: {str(error).removeprefix(f'{source}: ')}") from None
         taps = tuple(_tap(config, cfg, source, field, value, widths) for field, value in _taps(config, d.cfg).items())
         for tap, field, what in zip(taps, ("d_in", "d_out"), ("reads", "writes")):
             if getattr(d.cfg, field) != widths[tap]:

@@ -7,6 +7,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from jaxrl_llm.commands.train_sae import FOLDER
 from jaxrl_llm.config import check_fields, to_dict
 from jaxrl_llm.data.prompts import fill_template
 from jaxrl_llm.data.sources import parse_fields, read_rows
@@ -90,8 +91,14 @@ def _gather(config: Any) -> dict[str, Any]:
     shown = {token for feature in found["features"] for context in feature["contexts"] for token in context["tokens"]}
     shown |= {token for context in found["random"] for token in context["tokens"]}
     shown |= {token for f in found["features"] for side in (f["logits"] or {}).values() for token, _ in side}
-    about = {"title": f"Features of {Path(config.sae).name}", "model": Path(config.model).name, "vocabulary": token_texts(tokenizer, sorted(shown))}
-    return about | found
+    about = {"title": f"Features of {told_name(config.sae)}", "model": Path(config.model).name}
+    return about | {"vocabulary": token_texts(tokenizer, sorted(shown))} | found
+
+
+def told_name(source: str) -> str:
+    """The last folder of a path or hub id; with the one above it where it is the name that train_sae gives to all."""
+    parts = Path(source).resolve().parts
+    return "/".join(parts[-2:] if parts[-1] == FOLDER else parts[-1:])
 
 
 def token_texts(tokenizer: Any, ids: list[int]) -> dict[str, str]:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from absl import logging
 
-from jaxrl_llm.config import check_fields, set_field
+from jaxrl_llm.config import check_fields, is_named, set_field
 from jaxrl_llm.data.prompts import fill_template
 from jaxrl_llm.data.sources import parse_fields, read_rows
 from jaxrl_llm.data.texts import special_tokens
@@ -45,7 +45,13 @@ def run(config: Any, workdir: str) -> None:
     run_dir = RunDir(workdir, config, kind="train_sae", owns=(FOLDER,))
     folder = run_dir.path / FOLDER
     finished = run_dir.path / "summary.json"
+    named = [key for key in run_dir.changes if is_named(key, config.allow_changes)]
     if from_first(run_dir.resumed and finished.exists()):
+        if named:
+            raise UserError(
+                f"{run_dir.path} holds a run that is over, and its checkpoints are gone: it cannot go on with another {named[0]}; train in another "
+                "--workdir, or set --config.overwrite=True to clear this one"
+            )
         if run_dir.is_writer:
             _report(folder, json.loads(finished.read_text()))
         return
@@ -84,7 +90,8 @@ def run(config: Any, workdir: str) -> None:
             try:
                 trained = sae.train_saes(
                     tasks, buffer, jax.random.key(config.seed), mesh=mesh, on_log=log, checkpoints=checkpoints,
-                    checkpoint_every=config.checkpoint_every, stop=request.agreed,
+                    checkpoint_every=config.checkpoint_every, stop=request.agreed, on_start=run_dir.note_changes,
+                    allow_changes=list(config.train),  # the run directory has compared them
                 )  # fmt: skip
             except sae.Stopped as stopped:
                 message = f"stopped by signal {request.signum} after step {stopped.step}; the same command " + (

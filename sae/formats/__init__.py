@@ -6,6 +6,8 @@ and scales that a format keeps apart are folded in.
 
 from __future__ import annotations
 
+import contextlib
+import difflib
 import fnmatch
 import json
 import os
@@ -67,14 +69,20 @@ def load(folder_or_hub_id: str | os.PathLike, dtype: str | None = None) -> Dicti
 
 
 def locate(folder_or_hub_id: str | os.PathLike) -> Path:
-    """A local folder or file, downloaded first if the name is a hub id; where the hub does not answer, what was downloaded before."""
+    """A local folder or file, downloaded first if the name is a hub id; where the hub does not answer, what was downloaded before.
+
+    A name that begins with a folder that is here is a path that was misspelt; with a revision it is a hub id all the same.
+    """
     folder, name = Path(folder_or_hub_id), str(folder_or_hub_id)
     if folder.exists():
         return folder
     bare, revision = split_revision(name)
     parts = bare.split("/")
     if len(parts) < 2 or name.startswith((".", "/", "~")) or not all(re.fullmatch(r"[\w.\-]+", p) for p in (*parts, *(revision or "-").split("/"))):
-        raise SAEError(f"{name}: no such folder, and not a hub id (owner/repository[/folder][@revision])")
+        raise SAEError(f"{name}: no such folder, and not a hub id (owner/repository[/folder][@revision]){nearest_path(folder)}")
+    if revision is None and Path(parts[0]).is_dir():
+        way_out = f"for a repository of the hub whose owner has the name of {parts[0]}/ here add @main"
+        raise SAEError(f"{name}: no such folder{nearest_path(folder)}; {way_out}")
     from huggingface_hub import list_repo_files, snapshot_download  # slow to import, and needed here only
 
     repository, inside = "/".join(parts[:2]), "/".join(parts[2:])
@@ -92,6 +100,18 @@ def locate(folder_or_hub_id: str | os.PathLike) -> Path:
     there = [file.relative_to(snapshot).as_posix() for file in snapshot.rglob("*") if file.is_file()]
     hub_files(there, inside, f"{bare}, as downloaded before (the hub answered: {reason})")
     return snapshot / inside
+
+
+def nearest_path(path: Path) -> str:
+    """"; did you mean ...?" of the first part of a path that is not there, where its folder holds something of a like name; else ""."""
+    for part in (*reversed(path.parents), path):
+        if not part.exists():
+            there: list[str] = []
+            with contextlib.suppress(OSError):  # no folder, or one that may not be read
+                there = os.listdir(part.parent)
+            near = difflib.get_close_matches(part.name, there, n=1)
+            return f"; did you mean {part.with_name(near[0])}?" if near else ""
+    return ""
 
 
 def hub_files(there: list[str], inside: str, name: str) -> list[str]:

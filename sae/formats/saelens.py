@@ -45,7 +45,10 @@ def read(folder: Path, dtype: str | None) -> Dictionary:
         config |= read_object(folder / SCALER)
     flat = config.get("metadata") or config
     kind, k, skip = config.get("architecture", "standard"), config.get("k"), False
-    if config.get("activation_fn_str", config.get("activation_fn")) == "topk":  # before version 6
+    act = config.get("activation_fn_str", config.get("activation_fn")) or "relu"  # before version 6
+    if act not in ("relu", "topk"):  # SAELens 6 passes over it
+        raise SAEError(f"{where}: activation_fn_str is {act!r}; 'relu' and 'topk' are supported")
+    if act == "topk":
         kind, k = "topk", (config.get("activation_fn_kwargs") or {}).get("k")
     transcodes = kind in TRANSCODERS
     if transcodes:

@@ -154,10 +154,11 @@ def test_what_is_awaited_is_named_until_it_is_measured(tmp_path):
     common.write_results(tmp_path / "R.md", "")
     assert "| train_mfu_1.5b_h200 | not measured | % |  | at least 45 % |  |  |" in (tmp_path / "R.md").read_text()
     goals = {"decode_bound_1.5b_h200": 49.9, "train_mfu_1.5b_h200": 45.0, "grpo_0.5b_h200": 7.5}
+    goals |= {"sae_encode_jumprelu_h200": 59.9, "sae_encode_topk_h200": 61.0, "sae_stream_h200": 49.0}
     rows = [f"| {name} | {value} | x | | | | | a shape; goal {common.AWAITED[name][1]} |" for name, value in goals.items()]
     common.write_results(tmp_path / "R.md", "\n".join(["## 2026-01-01 `a`", "", *rows, ""]))
     head = (tmp_path / "R.md").read_text().partition("## ")[0]
-    assert "not measured" not in head and [line.split(" | ")[5] for line in head.splitlines() if "_h200" in line] == ["NO", "yes", "NO"]
+    assert "not measured" not in head and [line.split(" | ")[5] for line in head.splitlines() if "_h200" in line] == ["NO", "yes", "NO"] * 2
     assert set(goals) == set(common.AWAITED)
 
 

@@ -58,9 +58,9 @@ def made(world, folder, **changes):
 
 def test_makes_the_page_and_labels_it_later(world, tmp_path, capsys, label_server):
     data = made(world, tmp_path)
-    assert data["title"] == "Features of sae" and data["model"] == "model" and len(data["features"]) <= 12 and data["tokens"] > 100
+    assert data["title"] == f"Features of {world.name}/sae" and data["model"] == "model" and len(data["features"]) <= 12 and data["tokens"] > 100
     page, summary = (tmp_path / "features.html").read_text(), json.loads((tmp_path / "summary.json").read_text())
-    assert "Features of sae" in page and summary["labelled"] == 0 and summary["mean_score"] is None
+    assert data["title"] in page and summary["labelled"] == 0 and summary["mean_score"] is None
     assert "open it in a browser" in capsys.readouterr().out
     text = "".join(data["vocabulary"][str(t)] for t in data["features"][0]["contexts"][0]["tokens"])
     sources = [json.loads(line)["prompt"] for line in (world / "rows.jsonl").read_text().splitlines()]
@@ -163,6 +163,13 @@ def test_tokens_keep_their_spaces(assets):
     ids = tokenizer("Once upon a time", add_special_tokens=False)["input_ids"]
     texts = features.token_texts(tokenizer, ids)
     assert "".join(texts[str(t)] for t in ids).strip() == "Once upon a time"
+
+
+def test_a_dictionary_is_named_by_its_folder(tmp_path, monkeypatch):
+    """And by its run where train_sae named it."""
+    monkeypatch.chdir(tmp_path)
+    for source, name in (("runs/a/sae", "a/sae"), ("runs/a/sae/k16", "k16"), ("owner/layers.3", "layers.3"), (".", tmp_path.name)):
+        assert features.told_name(source) == name
 
 
 @pytest.mark.parametrize("verb", ["features", "eval", "generate"])

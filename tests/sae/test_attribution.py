@@ -163,7 +163,11 @@ def test_padding_start_and_positions(params):
     one, other = attribute(CFG, params, d, TOKENS, METRIC), attribute(CFG, params, d, padded, METRIC, lengths=[9, 9])
     np.testing.assert_allclose(other.scores_BTK[:, :9], one.scores_BTK, atol=1e-6)
     assert not np.asarray(other.scores_BTK[:, 9:]).any()
-    assert not np.asarray(attribute(CFG, params, d, TOKENS, METRIC, start=4).scores_BTK[:, :4]).any()
+    late = attribute(CFG, params, d, TOKENS, METRIC, start=4)
+    assert not np.asarray(late.scores_BTK[:, :4]).any()
+    behind = [i["feature"] for i in late.top_features(8)]
+    real, everywhere = (ablation_effects(CFG, params, d, TOKENS[0], METRIC, behind, start=first) for first in (4, 0))
+    assert np.corrcoef(real, [i["score"] for i in late.top_features(8)])[0, 1] > 0.95 and (np.abs(everywhere - real) > 1e-3).any()
     early = attribute(CFG, params, d, TOKENS, METRIC, positions=[3, 5])
     assert not np.asarray(early.scores_BTK[0, 4:]).any() and np.asarray(early.scores_BTK[1, 4:6]).any()
     items = early.top(5, 0)

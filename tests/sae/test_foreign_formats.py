@@ -65,7 +65,7 @@ def golden_file(repo):
 
 @pytest.mark.parametrize("library,name", [
     *[("saelens", n) for n in ("standard", "topk", "topk rescaled", "gated", "jumprelu", "layer_norm", "transcoder", "skip_transcoder",
-                              "jumprelu_transcoder")],
+                              "jumprelu_transcoder", "jumprelu_skip_transcoder")],
     *[("sparsify", n) for n in ("topk", "transcoder", "skip")],
 ])  # fmt: skip
 def test_as_the_library_that_wrote_it_computes(tmp_path, golden_file, library, name):
@@ -87,7 +87,8 @@ def test_as_the_library_that_wrote_it_computes(tmp_path, golden_file, library, n
 
 def test_what_is_saved_is_what_the_libraries_save(tmp_path, golden_file):
     """The same tensors under the same names, and for every field of theirs that says what the SAE is, the same value."""
-    for library, names in (("saelens", ("standard", "topk", "gated", "jumprelu", "skip_transcoder")), ("sparsify", ("topk", "skip"))):
+    autoencoders, transcoders = ("standard", "topk", "gated", "jumprelu"), ("skip_transcoder", "jumprelu_skip_transcoder")
+    for library, names in (("saelens", (*autoencoders, *transcoders)), ("sparsify", ("topk", "skip"))):
         for name in names:
             entry = golden(golden_file, library)[name]
             theirs, ours = tmp_path / library / name / "layers.2", tmp_path / library / name / "ours"

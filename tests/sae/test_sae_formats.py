@@ -133,6 +133,8 @@ def test_saelens_before_version_6(tmp_path):
     for config in (flat | {"hook_head_index": 3}, {"architecture": "standard", "d_in": D, "d_sae": F, "metadata": {"hook_head_index": 0}}):
         with pytest.raises(sae.SAEError, match="cfg.json: hook_head_index is [30]: an SAE of one attention head"):
             sae.load(write_saelens(tmp_path / "c", config, d))
+    with pytest.raises(sae.SAEError, match="cfg.json: activation_fn_str is 'tanh-relu'; 'relu' and 'topk' are supported"):
+        sae.load(write_saelens(tmp_path / "d", flat | {"activation_fn_str": "tanh-relu"}, d))
     back = sae.load(write_saelens(tmp_path / "b", {"d_in": D, "d_sae": F, "hook_point": "hook_embed"}, d))
     assert back.cfg.architecture == "relu" and back.cfg.hook_name == "embed"
 
@@ -299,11 +301,19 @@ def test_broken_native_files(tmp_path):
         sae.load(tmp_path)
 
 
-def test_places_that_hold_no_dictionary(tmp_path):
+def test_places_that_hold_no_dictionary(tmp_path, monkeypatch):
     with pytest.raises(sae.SAEError, match=r"no dictionary in a known layout; it holds nothing. Known layouts are native: sae.json"):
         sae.load(tmp_path)
-    with pytest.raises(sae.SAEError, match="no such folder"):
+    with pytest.raises(sae.SAEError, match=r"no such folder, and not a hub id \(owner/repository\[/folder\]\[@revision\]\)$"):
         sae.load(tmp_path / "absent")
+    (tmp_path / "runs" / "sae").mkdir(parents=True)
+    with pytest.raises(sae.SAEError, match="not a hub id .*; did you mean .*/runs/sae?"):
+        sae.load(tmp_path / "runs" / "saee" / "layer")
+    monkeypatch.chdir(tmp_path)  # the hub is not asked for what begins with a folder that is here
+    with pytest.raises(sae.SAEError, match="^runs/saee: no such folder; did you mean runs/sae.; for a repository of the hub .* add @main"):
+        sae.load("runs/saee")
+    with pytest.raises(sae.SAEError, match="^runs/other: no such folder; for a repository"):
+        sae.load("runs/other")
     with pytest.raises(sae.SAEError, match="cannot write layout 'keras'; known: native, sparsify, saelens"):
         sae.save(tmp_path, dictionary(), layout="keras")
     (tmp_path / "file").write_text("")

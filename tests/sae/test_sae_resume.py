@@ -51,7 +51,7 @@ def stream(kind, lm):
     return sae.array_batches(rows, B)
 
 
-def train(batches, checkpoints=None, stop_after=None, every=4, **changes):
+def train(batches, checkpoints=None, stop_after=None, every=4, allow_changes=(), **changes):
     """(parameters, history) of training that is stopped by an exception after a logged step."""
     cfg = sae.SAEConfig(d_in=D, d_sae=F, k=K, normalize_activations="expected_average_only_in")
     seen = []
@@ -63,8 +63,9 @@ def train(batches, checkpoints=None, stop_after=None, every=4, **changes):
 
     settings = sae.SAETrainConfig(**(SETTINGS | changes))
     d, history = sae.train_sae(
-        cfg, batches, settings, jax.random.key(1), on_log=log, progress=False, checkpoints=checkpoints, checkpoint_every=every
-    )
+        cfg, batches, settings, jax.random.key(1), on_log=log, progress=False, checkpoints=checkpoints, checkpoint_every=every,
+        allow_changes=allow_changes,
+    )  # fmt: skip
     assert seen == history  # the records of before the stop are given again
     return d, history
 
@@ -108,10 +109,14 @@ def test_no_checkpoint_before_the_rows_read_ahead_are_used_up(lm, tmp_path):
 def test_checkpoints_of_another_run_are_refused(changes, named, lm, tmp_path):
     with pytest.raises(KeyboardInterrupt), until_done(tmp_path) as checkpoints:
         train(stream("array", lm), checkpoints, stop_after=9)
-    with until_done(tmp_path) as checkpoints, pytest.raises(sae.SAEError, match=f"another {named}"):
-        train(stream("array", lm), checkpoints, **changes)
+    for allowed in ((), ("beta1",)):
+        with pytest.raises(sae.SAEError, match=f"another {named}"), until_done(tmp_path) as checkpoints:
+            train(stream("array", lm), checkpoints, allow_changes=allowed, **changes)
+    with pytest.raises(sae.SAEError, match="checkpoint is of step 8, past steps = 5: give as many or more"), until_done(tmp_path) as checkpoints:
+        train(stream("array", lm), checkpoints, allow_changes=("steps",), steps=5)
     with until_done(tmp_path) as checkpoints:  # how often it tells of itself is its own affair
-        train(stream("array", lm), checkpoints, log_every=2)
+        train(stream("array", lm), checkpoints, allow_changes=changes, log_every=2, **changes)
+        assert checkpoints.steps()[0] > 8, "it went on"
 
 
 def test_a_source_that_has_become_shorter_is_refused(lm, tmp_path):

@@ -21,6 +21,7 @@ from jaxrl_llm.curation import processes
 from jaxrl_llm.data.lab_world import build_tokenizer
 from jaxrl_llm.data.sources import Rows
 from jaxrl_llm.errors import UserError
+from jaxrl_llm.run_dir import RunDir, read_jsonl
 from jaxrl_llm.train.signals import Interrupted
 
 SMALL = {
@@ -68,6 +69,8 @@ def test_writes_a_dictionary_and_its_metrics(tmp_path, assets, source, capsys):
     assert "explained_variance" in capsys.readouterr().out
     assert call(tmp_path, assets, source, **{"train.steps": 7}) == 2
     assert "train.steps" in capsys.readouterr().err
+    assert call(tmp_path, assets, source, **{"train.steps": 7, "allow_changes": "train.steps"}) == 2
+    assert "a run that is over, and its checkpoints are gone: it cannot go on with another train.steps" in capsys.readouterr().err
 
 
 KILLED = """
@@ -121,6 +124,35 @@ def test_a_killed_run_ends_as_an_undisturbed_one(repo, tmp_path, assets, source)
     for name in ("metrics.jsonl", "summary.json", "sae/sae.json", "sae/sae.safetensors"):
         assert (disturbed / name).read_bytes() == (peace / name).read_bytes(), name
     assert not (disturbed / "checkpoints").exists()
+
+
+def test_a_stopped_run_goes_on_with_other_settings_that_are_named(tmp_path, assets, source, monkeypatch):
+    """Twice stopped in the middle, once before the first checkpoint behind the change: that one tells of the old settings, the run of the new."""
+    log, base = RunDir.log, {"train.init_rows": 64, "train.log_every": 1, "checkpoint_every": 2}
+    more = base | {"train.steps": 8, "train.learning_rate": 1e-3}
+
+    def stopped_at(step, changes):
+        def logged(self, record):
+            log(self, record)
+            if record["step"] == step and record["kind"] == "train":
+                raise KeyboardInterrupt
+
+        monkeypatch.setattr(RunDir, "log", logged)
+        try:
+            return call(tmp_path, assets, source, **changes)
+        finally:
+            monkeypatch.setattr(RunDir, "log", log)
+
+    assert stopped_at(5, base) == 130
+    assert call(tmp_path, assets, source, **more) == 2, "which must be named"
+    assert stopped_at(5, more | {"allow_changes": "train"}) == 130
+    assert call(tmp_path, assets, source, **more) == 0, "it is that run now"
+    records = read_jsonl(tmp_path / "metrics.jsonl")
+    assert [r["step"] for r in records if r["kind"] == "train"] == list(range(1, 9))
+    changed = {"train.steps": [6, 8], "train.learning_rate": [None, 1e-3]}
+    assert [r for r in records if r["kind"] == "change"] == [{"kind": "change", "step": 4, "changed": changed}]
+    rates = [r["learning_rate"] for r in records if r["kind"] == "train"]
+    assert rates[4] == pytest.approx(1e-3 * 5 / 50) and rates[3] == pytest.approx(sae.train_config.default_learning_rate(128) * 4 / 50)
 
 
 def test_checkpoint_every_zero_keeps_none_on_the_way(repo, tmp_path, assets, source):
@@ -213,10 +245,10 @@ OTHER = {  # field -> another value; those of `train`: test_sae_train.py
 
 
 def test_no_setting_is_forgotten_here():
-    """`overwrite` belongs to the run directory, and the other fields of `train` go on as they are."""
+    """`overwrite` and `allow_changes` belong to the run directory, and the other fields of `train` go on as they are."""
     fields = field_names(load_config("configs/train_sae.py"))
     known = {name for name in fields if not name.startswith(("train.", "finetune."))}
-    assert set(OTHER) - {"train.steps", "finetune.steps"} == known - {"overwrite"}
+    assert set(OTHER) - {"train.steps", "finetune.steps"} == known - {"overwrite", "allow_changes"}
     own = {"context_size", "skip_first", "drop_tokens", "seed"}  # of the whole run
     assert {f.name for f in dataclasses.fields(sae.FinetuneConfig)} - own == {n.split(".")[1] for n in fields if n.startswith("finetune.")}
 
@@ -243,7 +275,7 @@ def test_every_setting_reaches_what_it_is_for(monkeypatch, tmp_path, field):
             keep("harvest")(rows, hook, *how, mesh is None, **named)
             return iter([np.zeros((4, 8), np.float32)])
 
-        def train_saes(tasks, buffer, key, *, mesh, on_log, checkpoints, checkpoint_every, stop):
+        def train_saes(tasks, buffer, key, *, mesh, on_log, checkpoints, checkpoint_every, stop, allow_changes, on_start):
             keep("train")(tasks, np.asarray(jax.random.key_data(key)), mesh is None, checkpoint_every)
             return dict.fromkeys(tasks, ("dictionary", []))
 
