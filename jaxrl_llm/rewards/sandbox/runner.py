@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import random
 import sys
 import types
 
@@ -19,9 +18,6 @@ LONGEST_LINE = 300
 def run(payload: bytes, nonce: bytes, result: int) -> None:
     """Answers one request on the descriptor `result`. Ends the process whatever happens, without its atexit and other last words."""
     frame_of, write, leave = framed, os.write, os._exit  # against code that puts its own in their places
-    random.seed(0)  # the same verdict in every room
-    for name in [name for name in sys.modules if name.startswith("jaxrl_llm")]:
-        del sys.modules[name]
     try:
         frame = frame_of(nonce, answer(payload))
     except MemoryError:
