@@ -198,7 +198,7 @@ def confine(limits: dict, isolated: bool, filters: dict[bool, bytes], rules: int
         return
     lenient = contextlib.nullcontext() if isolated else contextlib.suppress(OSError)
     with lenient:
-        kernel.set_capabilities(0)
+        kernel.drop_capabilities()
     with lenient:
         kernel.prctl(kernel.PR_SET_PDEATHSIG, signal.SIGKILL)
     if rules is not None:

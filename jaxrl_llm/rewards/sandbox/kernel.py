@@ -23,9 +23,11 @@ PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_CAPBSET_DROP, PR_SET_SECUREBITS, PR_SET_NO
 KEEP_CAPABILITIES = 1 << 2  # SECBIT_NO_SETUID_FIXUP
 NO_ROOT_POWERS = 0b101111  # root's number means nothing, and that is locked; PR_SET_KEEPCAPS is locked off
 HIGHEST_CAPABILITY = 63
-NUMBERS = {"x86_64": {"pivot_root": 155, "capset": 126}, "aarch64": {"pivot_root": 41, "capset": 91}}
+PIVOT_ROOT, CAPSET = {"x86_64": (155, 126), "aarch64": (41, 91)}.get(platform.machine(), (-1, -1))
 
 libc = ctypes.CDLL(None, use_errno=True)
+if hasattr(libc, "prctl"):
+    libc.prctl.argtypes = (ctypes.c_int, *[ctypes.c_ulong] * 4)
 
 
 def _check(result: int, call: str) -> int:
@@ -33,10 +35,6 @@ def _check(result: int, call: str) -> int:
         number = ctypes.get_errno()
         raise OSError(number, f"{call}: {os.strerror(number)}")
     return result
-
-
-def _number(call: str) -> int:
-    return NUMBERS[platform.machine()][call]
 
 
 def unshare(flags: int) -> None:
@@ -56,7 +54,7 @@ def name_host(name: str) -> None:
 
 def prctl(option: int, value: int = 0) -> int:
     """prctl with one argument."""
-    return _check(libc.prctl(option, ctypes.c_ulong(value), ctypes.c_ulong(0), ctypes.c_ulong(0), ctypes.c_ulong(0)), f"prctl {option}")
+    return _check(libc.prctl(option, value, 0, 0, 0), f"prctl {option}")
 
 
 def mount(source: str, target: str, kind: str | None, flags: int, options: str = "") -> None:
@@ -87,17 +85,18 @@ def make_read_only(target: str, recursive: int = 0, devices: bool = False) -> No
 def pivot_into(root: str) -> None:
     """Makes the mount at `root` the root and takes the old one away."""
     os.chdir(root)
-    _check(libc.syscall(_number("pivot_root"), b".", b"."), "pivot_root")
+    _check(libc.syscall(PIVOT_ROOT, b".", b"."), "pivot_root")
     _check(libc.umount2(b".", MNT_DETACH), "umount2 of the old root")
     os.chdir("/")
 
 
-def set_capabilities(mask: int) -> None:
-    """Effective and permitted capabilities become `mask`; inheritable ones none."""
-    header = struct.pack("Ii", 0x20080522, 0)
-    low, high = mask & 0xFFFFFFFF, mask >> 32
-    data = struct.pack("6I", low, low, 0, high, high, 0)
-    _check(libc.syscall(_number("capset"), header, data), "capset")
+VERSION_3 = struct.pack("Ii", 0x20080522, 0)  # of capset's header, for this process
+NONE = bytes(24)  # effective, permitted and inheritable capabilities, twice 32 of each
+
+
+def drop_capabilities() -> None:
+    """No capability is left to this process."""
+    _check(libc.syscall(CAPSET, VERSION_3, NONE), "capset")
 
 
 def drop_future_powers() -> None:

@@ -102,6 +102,6 @@ class _Program(ctypes.Structure):
 def install(program: bytes, libc: ctypes.CDLL) -> None:
     """Puts the filter on this process and all that it starts, for good; no_new_privs must be on. Raises OSError where refused."""
     block = _Program(len(program) // 8, program)
-    if libc.prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, ctypes.byref(block), 0, 0) != 0:
+    if libc.prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, ctypes.addressof(block), 0, 0) != 0:
         number = ctypes.get_errno()
         raise OSError(number, f"seccomp: {os.strerror(number)}")

@@ -18,6 +18,7 @@ import signal
 import struct
 import sys
 import time
+from collections.abc import Iterator
 
 # Run by path and without site-packages: what is ours lies three folders up, and is on the path for these imports only.
 sys.path.insert(0, os.path.abspath(os.path.join(os.path.dirname(__file__), "..", "..", "..")))
@@ -131,15 +132,26 @@ def keep(options: dict) -> int:
             run_check(limits, body, jail.OWN, True, filters, landlock)
             jail.close_check()
             continue
-        import shutil  # here, since only rooms that are not closed need them
-        import tempfile
-
-        folder = tempfile.mkdtemp(prefix="check-")
-        try:
+        with own_folder() as folder:
             run_check(limits, body, folder, False, filters, landlock)
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
     return 0
+
+
+@contextlib.contextmanager
+def own_folder() -> Iterator[str]:
+    """A folder of the host for one check, where a room is not closed."""
+    import shutil  # here, since rooms that are closed do not need them
+    import tempfile
+
+    tempfile.tempdir = None
+    os.environ.pop("TMPDIR", None)
+    folder = tempfile.mkdtemp(prefix="check-")
+    tempfile.tempdir = folder
+    os.environ.update(HOME=folder, TMPDIR=folder)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def prepare_interpreter(options: dict) -> None:
@@ -154,14 +166,15 @@ def prepare_interpreter(options: dict) -> None:
     for name in [name for name in sys.modules if name.startswith("jaxrl_llm")]:
         del sys.modules[name]
     for number in range(1, signal.NSIG):
-        if number not in (signal.SIGKILL, signal.SIGSTOP, signal.SIGPIPE):
+        if number not in (signal.SIGKILL, signal.SIGSTOP):
             with contextlib.suppress(OSError, ValueError):
                 signal.signal(number, signal.SIG_DFL)
     sys.path.extend(options["packages"])
     sys.argv[:] = [""]
     sys.orig_argv[:] = []
     os.environ.clear()
-    os.environ.update(LANG="C.UTF-8", OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")
+    os.environ.update(LANG="C.UTF-8", OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1", HOME=jail.OWN, TMPDIR=jail.OWN)
+    os.umask(0o077)
     gc.collect()
     gc.freeze()  # the pages of what is imported stay shared
 
@@ -214,9 +227,6 @@ def become_check(result: int, printed: int, rules: int | None, folder: str) -> N
     os.dup2(above + 1, RULES)
     os.closerange(RESULT + 1 if rules is None else RULES + 1, 1 << 16)
     os.chdir(folder)
-    os.umask(0o077)
-    os.environ.update(HOME=folder, TMPDIR=folder)
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
 
 
 class Watch:
