@@ -52,7 +52,7 @@ class Room:
         self.requests, self.replies = cast(IO[bytes], self.process.stdin), cast(IO[bytes], self.process.stdout)
         os.set_blocking(self.replies.fileno(), False)
         self.buffer = bytearray()
-        self.job: int | None = None
+        self.unit: list[int] = []  # the jobs under way
         self.deadline = time.monotonic() + START_SECONDS
 
     def send(self, limits: dict, payload: bytes) -> None:
