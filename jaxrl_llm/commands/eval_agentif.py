@@ -190,7 +190,9 @@ def replay(config: Any, judged: Sequence[figures.Judged]) -> dict[str, Any]:
         with make_sandbox(config) as sandbox:
             for i in tqdm(range(0, len(again), step), desc="checking code again", unit=f"{step} checks", disable=None, mininterval=0.5):
                 part = again[i : i + step]
-                ran = sandbox.run([Job(constraint.steps[0].text, FUNCTION, [sequences.spoken(output)]) for constraint, output, _ in part])
+                texts = [sequences.spoken(output) for _, output, _ in part]
+                jobs = [Job(constraint.steps[0].text, FUNCTION, [text], group=hash(text)) for (constraint, _, _), text in zip(part, texts, strict=True)]
+                ran = sandbox.run(jobs)
                 for (constraint, _, outcome), one in zip(part, ran, strict=True):
                     if not isinstance(one.value, bool):
                         told["undecided"] += 1

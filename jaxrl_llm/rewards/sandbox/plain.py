@@ -32,12 +32,13 @@ PARTS = {
     "string": "ascii_letters ascii_lowercase ascii_uppercase digits hexdigits octdigits punctuation whitespace printable",
     "collections": "Counter OrderedDict defaultdict deque",
     "itertools": "chain groupby islice accumulate combinations product permutations takewhile dropwhile zip_longest",
+    "ast": "literal_eval",
     "unicodedata": "category name normalize east_asian_width",
     "typing": "Any Dict List Optional Set Tuple Union",
 }
 OF_TEXTS = """
-    capitalize casefold center count decode encode endswith expandtabs find index isalnum isalpha isascii isdecimal isdigit isidentifier islower isnumeric
-    isprintable isspace istitle isupper join ljust lower lstrip partition removeprefix removesuffix replace rfind rindex rjust rpartition rsplit
+    capitalize casefold center count decode encode endswith expandtabs find index isalnum isalpha isascii isdecimal isdigit isidentifier islower
+    isnumeric isprintable isspace istitle isupper join ljust lower lstrip partition removeprefix removesuffix replace rfind rindex rjust rpartition rsplit
     rstrip split splitlines startswith strip swapcase title translate upper zfill maketrans
 """  # without format, which reads any attribute
 OF_COLLECTIONS = """
