@@ -38,8 +38,8 @@ PARTS = {
 }
 OF_TEXTS = """
     capitalize casefold center count decode encode endswith expandtabs find index isalnum isalpha isascii isdecimal isdigit isidentifier islower
-    isnumeric isprintable isspace istitle isupper join ljust lower lstrip partition removeprefix removesuffix replace rfind rindex rjust rpartition rsplit
-    rstrip split splitlines startswith strip swapcase title translate upper zfill maketrans
+    isnumeric isprintable isspace istitle isupper join ljust lower lstrip partition removeprefix removesuffix replace rfind rindex rjust rpartition
+    rsplit rstrip split splitlines startswith strip swapcase title translate upper zfill maketrans
 """  # without format, which reads any attribute
 OF_COLLECTIONS = """
     is_integer bit_length append clear copy extend insert pop remove reverse sort add difference discard intersection isdisjoint issubset issuperset
