@@ -70,8 +70,9 @@ class Opinion:
 @dataclass(frozen=True)
 class JudgeConfig:
     """mode: how the verdict is read, see ENDINGS: "line" with any server; "choice" (vLLM from 0.12 on; before, "guided_choice") and "json_schema"
-    (response_format) where the server holds the model to the choices; "logprobs" compares the choices' first tokens. votes: opinions a question, odd; the majority of all
-    votes decides. temperature: above 0 where votes is above 1. graded: the score is the share of YES among the votes, or its probability.
+    (response_format) where the server holds the model to the choices; "logprobs" compares the choices' first tokens. votes: opinions a question,
+    odd; the majority of all votes decides. temperature: above 0 where votes is above 1. graded: the score is the share of YES among the votes,
+    or its probability.
     """
 
     mode: str = "line"
