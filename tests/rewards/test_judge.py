@@ -170,7 +170,10 @@ def test_what_each_mode_asks_of_the_server(server):
     assert len({body["messages"][1]["content"] for body in said.values()}) == 3  # both kinds of choice are asked in the same words
 
 
-@pytest.mark.parametrize(("mode", "answer"), [("choice", "YES."), ("guided_choice", "YES."), ("json_schema", '{"verdict": "YES", "a": 1}'), ("json_schema", "YES")])
+@pytest.mark.parametrize(
+    ("mode", "answer"),
+    [("choice", "YES."), ("guided_choice", "YES."), ("json_schema", '{"verdict": "YES", "a": 1}'), ("json_schema", "YES")],
+)
 def test_a_server_that_does_not_hold_the_model_to_the_choices_is_told(server, mode, answer):
     server.answer = lambda body: answer
     verdict = judge_of(server, mode=mode).decide(about("x"))[0]

@@ -166,6 +166,17 @@ def test_what_does_not_end_costs_no_other_its_verdict(sandbox, monkeypatch):
     assert sent[4:] == [[0, 2], [1]]  # and the next group does not wait for it
 
 
+@needs_isolation
+def test_checks_that_take_too_long_only_together_are_parted_for_good(monkeypatch):
+    slow = f"{ASKS}n = 0\n    while n < {{}}:\n        n += 1\n    return True"
+    codes = [slow.format(6_000_000 + i) for i in range(MOST_TOGETHER)]  # a fraction of a second of CPU time each
+    with Sandbox(workers=1, limits=Limits(wall_s=60.0, cpu_s=1)) as sandbox:
+        sent = runs(sandbox, monkeypatch)
+        assert [outcome.value for outcome in sandbox.run(jobs(*codes))] == [True] * MOST_TOGETHER
+        assert sent == [list(range(MOST_TOGETHER)), *[[i] for i in range(MOST_TOGETHER)]]
+        assert [outcome.value for outcome in sandbox.run(jobs(*codes[:2]))] == [True] * 2 and sent[-2:] == [[0], [1]]
+
+
 def test_what_one_holds_is_gone_before_the_next(sandbox, monkeypatch):
     """Each of these takes most of the memory that one process has."""
     sent = runs(sandbox, monkeypatch)

@@ -190,7 +190,7 @@ class Sandbox:
             self._reset()
         outcomes: list[Outcome | None] = [None] * len(jobs)
         waiting = collections.deque(self._together(jobs))
-        again: set[int] = set()
+        failed: list[list[int]] = []
         at_work: list[Room] = []
         end = math.inf
         try:
@@ -215,19 +215,20 @@ class Sandbox:
                     unit, room.unit = room.unit, []
                     told = [outcome] if len(unit) == 1 else _parted(outcome, len(unit))
                     for index, answer in zip(unit, told, strict=True):
+                        outcomes[index] = answer
                         if answer is None:
                             waiting.append([index])
-                            again.add(index)
-                            continue
-                        outcomes[index] = answer
-                        if index in again and answer.status != "value":
-                            self._alone.add(jobs[index].code)
-                    if len(unit) > 1 and outcome.status == "value":
-                        self._alone.update(jobs[index].code for index, answer in zip(unit, told, strict=True) if answer is None)
+                            if outcome.status == "value":
+                                self._alone.add(jobs[index].code)
+                    if len(unit) > 1 and outcome.status != "value":
+                        failed.append(unit)
         finally:  # after an interruption, or out of time: a room with a stale request must not serve the next call
             for room in at_work:
                 self._discard(room)
         late = Outcome("timeout", reason=f"the batch took its {self.batch_timeout_s:g} s")
+        for unit in failed:  # by one of them; or, where each does well alone, by all together
+            culprits = [index for index in unit if (found := outcomes[index]) is None or found.status != "value"]
+            self._alone.update(jobs[index].code for index in culprits or unit)
         return [late if outcome is None else outcome for outcome in outcomes]
 
     def _together(self, jobs: Sequence[Job]) -> list[list[int]]:
