@@ -156,6 +156,20 @@ def test_a_check_that_reaches_for_others_runs_alone_and_changes_none(sandbox, na
     assert sandbox.run(jobs(code, SPEAKS, PLAIN["pattern"]))[1:] == [Outcome("value", False), Outcome("value", True)]
 
 
+def test_no_attack_on_verdicts_reaches_those_of_its_group(sandbox):
+    """Each attack of the suite that forges one, between two honest checks that would say yes and no."""
+    forgers = [attack for attack in ATTACKS if hasattr(sandbox_attacks_verdicts, attack.name)]
+    batch = [
+        job
+        for number, attack in enumerate(forgers)
+        for job in (*jobs(PLAIN["pattern"], group=number), Job(attack.code, attack.name, [{}], group=number), *jobs(SPEAKS, group=number))
+    ]
+    outcomes = sandbox.run(batch)
+    assert len(forgers) >= 20
+    assert [outcome.value for outcome in outcomes[0::3]] == [True] * len(forgers)
+    assert [outcome.value for outcome in outcomes[2::3]] == [False] * len(forgers)
+
+
 def test_what_does_not_end_costs_no_other_its_verdict(sandbox, monkeypatch):
     loop = "def check_following(instruction, response):\n    while True: pass"
     sent = runs(sandbox, monkeypatch)
