@@ -229,10 +229,10 @@ def write_results(results: Path, text: str) -> None:
 
 def _met(goal: str, value: str, ratio: str) -> str:
     """Whether a goal such as "2.5 x", "under 1 s", "at most 1.1", "at least 50 %" or "0" is met; "" where that cannot be told."""
-    found = re.search(r"[\d.]+", goal)
+    found = re.match(r"(?:at least |at most |under )?([\d.]+)(?: \S+)?$", goal)
     if not found or (goal.endswith(" x") and not ratio):
         return ""
-    number = float(found.group())
+    number = float(found.group(1))
     if goal.endswith(" x"):
         return "yes" if float(ratio) >= number else "NO"
     return "yes" if (float(value) >= number if goal.startswith("at least") else float(value) <= number) else "NO"

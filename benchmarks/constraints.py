@@ -20,7 +20,16 @@ from jaxrl_llm.rewards.verdict import Reward, RewardInput
 from jaxrl_llm.rewards.verif import VerifReward
 
 SIZE, SLOW_S, RESPONSES, RULES = 10_000, 0.02, 512, 6
-CODE = "def check_following(instruction, response):\n    return len(response.split()) >= 100"
+ENTRY = "def check_following(instruction, response):\n    "
+PYTHON = [  # six rules as published ones are written
+    f"{ENTRY}return len(response.split()) >= 100",
+    f"import re\n{ENTRY}return len(re.findall(r'\\broad\\b', response, flags=re.IGNORECASE)) >= 2",
+    f"{ENTRY}parts = [p for p in response.split('\\n\\n') if p.strip()]\n    return len(parts) == 6",
+    f"{ENTRY}return not any(word in response.lower() for word in ['however', 'moreover', 'in conclusion'])",
+    f"import re\n{ENTRY}sentences = [s for s in re.split(r'[.!?]+', response) if s.strip()]\n    return max(len(s.split()) for s in sentences) <= 20",
+    f"from collections import Counter\n{ENTRY}return Counter(response.lower())['e'] <= 400 and response.strip().endswith('.')",
+]
+ALONE = "import sys\n"  # what is no part of plain code: such a rule has a process of its own
 PIECES = [
     "a", "A", " ", "\n", ".", "?!", "[", "]", "(", "*", "**", "* ", "- ", "-", "_", "__a", "#", "# a\n", "```\n", "`", "~", "<",
     "<<", ">", "<<a", "> a\n", "|", "|-|\n", "| a |", "1", "1,", "1,000", "-1", "1.", "1. a\n", "0.0", "[1]", "[1,", "[1] ",
@@ -69,11 +78,13 @@ def measure(args: argparse.Namespace) -> Iterable[Figure]:
     seconds_of = lambda reward: min(_seconds(reward, inputs) for _ in range(args.repeats))  # noqa: E731
     yield Figure("constraints_batch", seconds_of(ConstraintsReward()), "s", shape=f"{shape}, one core; goal under 2 s", better="lower")
     yield Figure("verif_batch", seconds_of(VerifReward(use="rules")), "s", shape=f"{shape}, by name, one core; goal under 2 s", better="lower")
-    row = {"checkers": ["[rule] Words"] * RULES, "functions": [CODE] * RULES}
-    inputs = [RewardInput("", story, row=row) for story in stories]
     code = VerifReward(use="rules", sandbox={"workers": 2})
-    code(inputs[:1])  # opens the sandbox
-    yield Figure("verif_batch_python", seconds_of(code), "s", shape=f"{shape}, as Python, a closed process each, two rooms", better="lower")
+    for name, before, told in (("", "", "plain, a closed process a response"), ("_alone", ALONE, "not plain, a closed process each")):
+        row = {"checkers": ["[rule] Rule"] * RULES, "functions": [before + rule for rule in PYTHON]}
+        inputs = [RewardInput("", story, row=row) for story in stories]
+        code(inputs[:1])  # opens the sandbox
+        goal = "" if before else "; goal under 2 s"
+        yield Figure(f"verif_batch_python{name}", seconds_of(code), "s", shape=f"{shape}, as Python, {told}, two rooms{goal}", better="lower")
 
 
 def _seconds(reward: Reward, inputs: list[RewardInput]) -> float:

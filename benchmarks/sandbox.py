@@ -65,7 +65,7 @@ def measure(args: argparse.Namespace) -> Iterable[Figure]:
             ours.append(seconds_of_pool(sandbox))
         peers.append(seconds_of_fresh_pythons())
     rate, peer_rate = CHECKS / median(ours), PEER_CHECKS / median(peers)
-    shape = f"{CHECKS} checks of 300 words, {WORKERS} rooms; goal 100 a second on 2 cores"
+    shape = f"{CHECKS} checks of 300 words, {WORKERS} rooms on 2 cores; goal at least 100"
     yield Figure("sandbox_checks", rate, "checks/s", "a fresh Python a check, no walls", peer_rate, shape=shape)
     yield Figure("sandbox_start", median(starts), "s", shape="the first check of a pool, with its room", better="lower")
 

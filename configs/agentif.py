@@ -58,7 +58,7 @@ def get_config(variant: str | None = None) -> ml_collections.ConfigDict:
     config.judge.model = ""  # its name there; the published figures are of gpt-4o-2024-11-20
     config.judge.key_variable = ""  # environment variable that holds the server's key; empty = none is needed
     config.judge.prompts = "delimited"  # "delimited": the response between markers that it cannot forge; "published": filled in as the public code does
-    config.judge.mode = "line"  # how a delimited verdict is read: "line", "guided_choice" (vLLM), "json_schema" or "logprobs"
+    config.judge.mode = "line"  # how a delimited verdict is read: "line", "choice" (vLLM), "guided_choice" (vLLM before 0.12), "json_schema" or "logprobs"
     config.judge.workers = 8  # requests at once
     config.judge.timeout = 120.0  # seconds for one answer
     config.judge.max_tokens = 8192  # of an answer

@@ -87,7 +87,7 @@ def _base() -> ConfigDict:
     c.judge = ConfigDict()  # who decides the soft constraints
     c.judge.url = ""  # of an OpenAI-compatible API; empty = the run teaches a copy of the policy to answer, and serves it on the loopback
     c.judge.model = "judge"  # its name there
-    c.judge.mode = "logprobs"  # how its verdict is read: "logprobs", "line" (any server), "guided_choice" or "json_schema"
+    c.judge.mode = "logprobs"  # how its verdict is read: "logprobs", "line" (any server), "choice" (vLLM), "guided_choice" (vLLM before 0.12) or "json_schema"
     c.judge.show_instruction = False  # whether it sees the whole prompt beside the soft constraints
     c.judge.options = "{}"  # more of the reward "verif", as JSON, such as '{"cache": "judge.sqlite", "key_variable": "JUDGE_KEY"}'
     c.judge.steps = 300  # of a judge that is taught: updates

@@ -28,6 +28,7 @@ HOW = (
     "mesh", "rollout_mesh", "attention", "remat", "remat_keep", "logprob_chunk",
     "micro_batch_rows", "length_buckets", "samples_together", "shared_prefix", "rollout_rows", "rollout_refill", "eval_batch", "forward_rows",
     "checkpoint_every", "keep_checkpoints", "watchdog_seconds", "log_every", "sample_every", "samples_per_log", "zero_spread_warning",
+    "workers", "timeout", "shown",
 )  # fmt: skip
 # This loss is not a sum over rows but a product of means over a micro-batch, whose rows these fields choose.
 _ROUTER_BALANCE, _CHOOSE_MICRO_BATCHES = "train.router_balance", ("mesh", "micro_batch_rows")

@@ -50,7 +50,7 @@ def answers(policy: Any, rows: Sequence[Mapping[str, Any]], run_dir: RunDir) -> 
     """{row id: {"id", "response" (None where there is none), "reason"}} of the rows that are settled; the others are asked again by the next start.
 
     rows: each with "id", "prompt" and, of chats, "messages". Raises UserError and ModelError: a prompt that is too long (as `overflow` says), what
-    loading and tokenising raise, and RewardStopped of a server that is gone.
+    loading and tokenising raise, a server that answers nothing at all, and RewardStopped of one that is gone.
     """
     known = _settled(run_dir)
     done = [row["id"] in known for row in rows]
@@ -61,10 +61,16 @@ def answers(policy: Any, rows: Sequence[Mapping[str, Any]], run_dir: RunDir) -> 
     left = Rows()
     left.places = getattr(rows, "places", {})  # messages name a row by them
     left += [row for row, there in zip(rows, done, strict=True) if not there]
+    why = ""
     if left and (not policy.url or run_dir.is_writer):
-        (_of_server if policy.url else _of_model)(policy, left, run_dir)
+        if policy.url:
+            why = _of_server(policy, left, run_dir)
+        else:
+            _of_model(policy, left, run_dir)
         known = _settled(run_dir)
     missing = sum(row["id"] not in known for row in rows)
+    if why and missing == len(rows):
+        raise UserError(f"{policy.url} answered none of {missing} prompts ({why}): see that it is up; the same command asks again")
     if missing:
         print(f"{missing} prompts have no response yet: the server did not answer; the same command asks it again", file=sys.stderr)
     return known
@@ -105,15 +111,15 @@ def _of_model(policy: Any, rows: list[Mapping[str, Any]], run_dir: RunDir) -> No
             run_dir.sample(told)
 
 
-def _of_server(policy: Any, rows: list[Mapping[str, Any]], run_dir: RunDir) -> None:
-    """Answers of a server; a cut-off answer is one, for so is a model's that runs into its limit."""
+def _of_server(policy: Any, rows: list[Mapping[str, Any]], run_dir: RunDir) -> str:
+    """Answers of a server; a cut-off answer is one, for so is a model's that runs into its limit. Returns why the last that has none has none."""
     from jaxrl_llm.rewards.chat import ChatClient, ChatConfig, Fault, Request
 
     client = ChatClient(ChatConfig(
         policy.url, policy.name, policy.key_variable, timeout=policy.timeout, workers=policy.workers, max_tokens=policy.max_new_tokens,
         temperature=policy.temperature, cache=str(run_dir.path / CACHE),
     ))  # fmt: skip
-    parameters = {"seed": policy.seed} if policy.temperature else {}
+    parameters, why = {"seed": policy.seed} if policy.temperature else {}, ""
     try:
         chunks = [rows[start : start + CHUNK] for start in range(0, len(rows), CHUNK)]
         for chunk in tqdm(chunks, desc="responses", unit=f"{CHUNK} prompts", disable=None, mininterval=0.5):
@@ -125,5 +131,8 @@ def _of_server(policy: Any, rows: list[Mapping[str, Any]], run_dir: RunDir) -> N
                     run_dir.sample({"id": row["id"], "response": whole, "reason": ""})
                 elif answer.fault is Fault.REFUSED and answer.status in HOPELESS:
                     run_dir.sample({"id": row["id"], "response": None, "reason": f"refused: {answer.reason}"})
+                else:
+                    why = answer.reason
     finally:
         client.close()
+    return why

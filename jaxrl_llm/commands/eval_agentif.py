@@ -190,7 +190,8 @@ def replay(config: Any, judged: Sequence[figures.Judged]) -> dict[str, Any]:
         with make_sandbox(config) as sandbox:
             for i in tqdm(range(0, len(again), step), desc="checking code again", unit=f"{step} checks", disable=None, mininterval=0.5):
                 part = again[i : i + step]
-                ran = sandbox.run([Job(constraint.steps[0].text, FUNCTION, [sequences.spoken(output)]) for constraint, output, _ in part])
+                calls = [(constraint.steps[0].text, sequences.spoken(output)) for constraint, output, _ in part]
+                ran = sandbox.run([Job(code, FUNCTION, [text], group=hash(text)) for code, text in calls])
                 for (constraint, _, outcome), one in zip(part, ran, strict=True):
                     if not isinstance(one.value, bool):
                         told["undecided"] += 1

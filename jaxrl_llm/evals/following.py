@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxrl_llm.evals.statistics import Interval, bootstrap_sums, paired_bootstrap, wilson
+from jaxrl_llm.evals.statistics import Interval, bootstrap_sums, paired_bootstrap, share_limits, wilson
 from jaxrl_llm.rewards.constraints import loose_variants
 from jaxrl_llm.rewards.verdict import RewardInput, Status, Verdict
 from jaxrl_llm.rewards.verif import THOUGHTS_END, VerifReward
@@ -83,7 +83,7 @@ def figure_of(runs: Sequence[Followed], figure: str) -> Interval | None:
     """A figure over the runs of one arm (its seeds, on the same prompts), with 95% limits; None where nothing can be said.
 
     Of one run Wilson's interval, over prompts; of "instructions", and of several runs, a bootstrap over prompts, each with all its instructions
-    and runs.
+    and runs; a share of 0 or 1 has Wilson's limits for as many prompts there too.
     """
     if figure.startswith("instructions"):
         rules = "loose" if figure.endswith("loose") else "strict"
@@ -96,7 +96,8 @@ def figure_of(runs: Sequence[Followed], figure: str) -> Interval | None:
         return None
     if len(runs) == 1 and not figure.startswith("instructions"):
         return wilson(int(sums["kept"].sum()), int(sums["all"].sum()))
-    return bootstrap_sums(sums, lambda total: {"share": total["kept"] / total["all"]})["share"]
+    span = bootstrap_sums(sums, lambda total: {"share": total["kept"] / total["all"]})["share"]
+    return share_limits(span, int((sums["all"] > 0).sum()))
 
 
 def gain_of(after: Sequence[Followed], before: Followed, figure: str) -> Interval | None:

@@ -53,10 +53,6 @@ def _facts(record: Mapping[str, Any]) -> list[dict[str, str]]:
     return [fact(f"{name}, {way}", record["ways"][way][name]) for way, name in pairs if record["ways"][way][name]["value"] is not None]
 
 
-def _flat(found: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    return {**found["dimension"], **found["type"], "meta": found["meta"]}
-
-
 def _rates(record: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The success rates over all, and those of groups of constraints; a row a way."""
     ways, kinds = record["ways"], {"strict": "ours"}
@@ -64,18 +60,19 @@ def _rates(record: Mapping[str, Any]) -> list[dict[str, Any]]:
     def rows(of_way: Any) -> list[dict[str, Any]]:
         return [{"name": way, "cells": of_way(found), "kind": kinds.get(way, "baseline")} for way, found in ways.items()]
 
-    columns = list(dict.fromkeys(name for found in ways.values() for name in _flat(found)))
+    def groups(title: str, metric: str, of_way: Any) -> dict[str, Any]:
+        columns = list(dict.fromkeys(name for found in ways.values() for name in of_way(found)))
+        cells = rows(lambda found: [cell(of_way(found)[name]) if name in of_way(found) else None for name in columns])
+        return {"title": title, "metric": metric, "columns": columns, "rows": cells, "higher_is_better": None, "marks": False, "percent": True}
+
     note = f"CSR: constraints satisfied. ISR: instructions of which all are. {WAYS_NOTE}"
     return [
         {
             "title": "Success rates", "metric": "with 95% intervals of a bootstrap over instructions", "columns": ["CSR", "ISR"],
             "rows": rows(lambda found: [cell(found["CSR"]), cell(found["ISR"])]), "higher_is_better": None, "percent": True, "note": note,
         },
-        {
-            "title": "CSR by dimension and type", "metric": "and of meta constraints", "columns": columns,
-            "rows": rows(lambda found: [cell(_flat(found)[name]) if name in _flat(found) else None for name in columns]),
-            "higher_is_better": None, "marks": False, "percent": True,
-        },
+        groups("CSR by dimension", "when a constraint holds", lambda found: found["dimension"]),
+        groups("CSR by type", "and of meta constraints, which speak of other constraints", lambda found: {**found["type"], "meta": found["meta"]}),
     ]  # fmt: skip
 
 

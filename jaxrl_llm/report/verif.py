@@ -18,6 +18,7 @@ NOTE = (
     "“As given” is the policy before it was taught the format, “before” the one that every arm starts from. Strict is the response as it stands, "
     "loose any of IFEval's variants of it. Limits: Wilson's over prompts for one seed, else a bootstrap over prompts, as for rules always."
 )
+BY_CODE, WITH_SOFT = ("instructions", "instructions_loose", "prompts", "prompts_loose"), ("soft", "everything", "judged")  # FIGURES in two tables
 GAINS = ("instructions", "prompts", "soft", "everything")  # of FIGURES
 KINDS = {"sets": "greedy", "sampled": "sampled at temperature 1"}
 
@@ -82,7 +83,7 @@ def _page(config: Any, root: Path, sets: Mapping[str, Any], results: Mapping[str
     first = next(iter(sets))
     shown = [(i, name) for i in range(config.shown) for name in sets if i < len(sets[name])]
     main = config.arms[0]
-    tables = [_figures_table(summary, kind, name, config) for name in sets for kind in KINDS]
+    tables = [table for name in sets for kind in KINDS for table in _figures_tables(summary, kind, name, config)]
     tables[0]["note"] = NOTE
     tables += [_gains_table(summary, kind, name, config) for name in sets for kind in KINDS]
     if summary["judge"]:
@@ -146,16 +147,21 @@ def _rows(config: Any, figures: Mapping[str, Any], columns: Sequence[str] | None
     return rows
 
 
-def _figures_table(summary: Mapping[str, Any], kind: str, name: str, config: Any) -> dict[str, Any]:
-    found = summary["figures"][kind][name]
-    columns = [key for key in FIGURES if any(of[key] is not None for of in found.values())]
-    return {
-        "title": f"Held-out prompts, {name}: {KINDS[kind]}",
-        "metric": "share of rules, or of prompts, 95% limits",
-        "columns": [FIGURES[key] for key in columns],
-        "rows": _rows(config, found, columns),
-        "marks": False,
-    }
+def _figures_tables(summary: Mapping[str, Any], kind: str, name: str, config: Any) -> list[dict[str, Any]]:
+    """One of the rules, and one of the soft constraints where there are any: all in one is wider than a page."""
+    found, tables = summary["figures"][kind][name], []
+    for keys, metric in ((BY_CODE, "share of rules, or of prompts, 95% limits"), (WITH_SOFT, "share of prompts, 95% limits")):
+        columns = [key for key in keys if any(of[key] is not None for of in found.values())]
+        if columns:
+            tables.append({
+                "title": f"{'Rules' if keys is BY_CODE else 'Soft constraints'}, held-out prompts, {name}: {KINDS[kind]}",
+                "metric": metric,
+                "columns": [FIGURES[key] for key in columns],
+                "rows": _rows(config, found, columns),
+                "marks": False,
+                "percent": True,
+            })  # fmt: skip
+    return tables
 
 
 def _gains_table(summary: Mapping[str, Any], kind: str, name: str, config: Any) -> dict[str, Any]:
@@ -164,11 +170,12 @@ def _gains_table(summary: Mapping[str, Any], kind: str, name: str, config: Any) 
     rows: list[dict[str, Any]] = [{"name": arm, "cells": [of[key] for key in columns]} for arm, of in found.items()]
     rows[0]["kind"] = "ours"
     return {
-        "title": f"Change from before, {name}: {KINDS[kind]}",
-        "metric": "difference of shares, paired by prompt, 95% limits",
+        "title": f"Change from before, held-out prompts, {name}: {KINDS[kind]}",
+        "metric": "in percentage points, paired by prompt, 95% limits",
         "columns": [FIGURES[key] for key in columns],
         "rows": rows,
         "marks": False,
+        "percent": True,
     }
 
 
@@ -180,6 +187,7 @@ def _judge_table(judge: Mapping[str, Any]) -> dict[str, Any]:
         "columns": list(keys.values()),
         "rows": [{"name": name, "cells": [found[key] for key in keys]} for name, found in judge.items()],
         "marks": False,
+        "percent": True,
         "higher_is_better": None,
         "note": "On stories that nothing was trained on, and on what each policy samples: an arm that finds what the judge gets wrong shows here.",
     }
@@ -245,7 +253,7 @@ def markdown(page: Mapping[str, Any]) -> str:
 
     blocks = []
     for table in page["tables"]:
-        percent = "nats a token" not in table["columns"]
+        percent = table.get("percent", False)
         lines = [f"## {table['title']}", "", "| | " + " | ".join(table["columns"]) + " |", "|" + " --- |" * (len(table["columns"]) + 1)]
         lines += [f"| {row['name']} | " + " | ".join(cell(c, percent) for c in row["cells"]) + " |" for row in table["rows"]]
         blocks.append("\n".join(lines))

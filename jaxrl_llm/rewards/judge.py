@@ -28,7 +28,7 @@ from jaxrl_llm.rewards.chat import Answer, ChatClient, ChatConfig, Fault, Reques
 from jaxrl_llm.rewards.chat_budget import BudgetConfig
 from jaxrl_llm.rewards.verdict import RewardInput, Status, Verdict
 
-MODES = ("line", "guided_choice", "json_schema", "logprobs")
+MODES = ("line", "choice", "guided_choice", "json_schema", "logprobs")
 YES_NO = ("YES", "NO")
 TOP = 20  # log-probabilities that are asked for: the most that the API allows
 LEAST_MASS = 0.01  # of the choices' first tokens together: below, the model was about to say something else
@@ -41,6 +41,7 @@ RULES = (
 )
 ENDINGS = {
     "line": 'Explain in a few sentences. Then end with one line of exactly this form, and nothing after it: "Verdict: " and one of {choices}.',
+    "choice": "Answer with one of {choices}, and nothing else.",
     "guided_choice": "Answer with one of {choices}, and nothing else.",
     "json_schema": 'Answer with JSON alone: {{"verdict": ...}}, where ... is one of {choices}.',
     "logprobs": "Answer with one of {choices}, and nothing else.",
@@ -68,9 +69,10 @@ class Opinion:
 
 @dataclass(frozen=True)
 class JudgeConfig:
-    """mode: how the verdict is read, see ENDINGS: "line" with any server; "guided_choice" (vLLM) and "json_schema" (response_format) where the
-    server holds the model to the choices; "logprobs" compares the choices' first tokens. votes: opinions a question, odd; the majority of all
-    votes decides. temperature: above 0 where votes is above 1. graded: the score is the share of YES among the votes, or its probability.
+    """mode: how the verdict is read, see ENDINGS: "line" with any server; "choice" (vLLM from 0.12 on; before, "guided_choice") and "json_schema"
+    (response_format) where the server holds the model to the choices; "logprobs" compares the choices' first tokens. votes: opinions a question,
+    odd; the majority of all votes decides. temperature: above 0 where votes is above 1. graded: the score is the share of YES among the votes,
+    or its probability.
     """
 
     mode: str = "line"
@@ -126,7 +128,9 @@ class Judge:
         """The request of one vote. Its messages depend on the question alone, so that the cache knows it again."""
         mode, choices = self.config.mode, question.choices
         parameters: dict[str, Any] = {"seed": vote} if self.config.votes > 1 else {}
-        if mode == "guided_choice":
+        if mode == "choice":
+            parameters["structured_outputs"] = {"choice": list(choices)}
+        elif mode == "guided_choice":
             parameters["guided_choice"] = list(choices)
         elif mode == "json_schema":
             schema = {"type": "object", "properties": {"verdict": {"enum": list(choices)}}, "required": ["verdict"], "additionalProperties": False}

@@ -157,7 +157,7 @@ class VerifReward:
                 found[index] = [Verdict(Status.FAIL, reason=f"{rule}: there is no answer") for rule in need.rules()]
                 continue
             found[index] = [evaluate(name, answer, kwargs) for name, kwargs in need.constraints]
-            jobs += [(index, name, Job(source, ENTRY, (item.prompt, answer), as_bool=True)) for name, source in need.functions]
+            jobs += [(index, name, Job(source, ENTRY, (item.prompt, answer), as_bool=True, group=index)) for name, source in need.functions]
         if jobs:
             for (index, name, _), outcome in zip(jobs, self._open().run([job for _, _, job in jobs]), strict=True):
                 verdict = outcome.verdict()

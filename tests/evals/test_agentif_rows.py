@@ -158,6 +158,7 @@ def test_results_are_written_as_they_are_read(tmp_path):
         (lambda r: r.update(constraints={}), ":2: constraints is {}; it must be a list of constraints"),
         (lambda r: r.pop("constraints"), ":2: constraints is missing; it must be a list of constraints; known:"),
         (lambda r: r.update(input="text"), ":2: input is 'text'; it must be a list of messages"),
+        (lambda r: r.pop("input"), ":2: input is missing; it must be a list of messages; known:"),
         (lambda r: r["input"][1].pop("role"), ":2: input[1] is {'content'"),
         (lambda r: r.update(output=3), ":2: output is 3; it must be a text"),
         (lambda r: r["output"].pop("content"), ":2: output.content is missing"),

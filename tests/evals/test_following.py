@@ -53,6 +53,7 @@ def test_figures_have_their_intervals(found):
     assert figure_of([found], "prompts") == wilson(1, 3)
     rules = figure_of([found], "instructions")
     assert rules.estimate == pytest.approx(2 / 4) and rules.low < 0.5 < rules.high  # over instructions, not the mean over prompts
+    assert figure_of([found], "instructions_loose") == wilson(3, 3)  # of three prompts: that none varies is no certainty
     both = figure_of([found, follow(ROWS, ["<<a cat>>", "a dog", "x", "4"], VerifReward(use="rules"), keeps_theme)], "prompts")
     assert both.estimate == pytest.approx(4 / 6)
     better = follow(ROWS, ["<<a cat>>", "a dog", "x", "4"], VerifReward(use="rules"), keeps_theme)

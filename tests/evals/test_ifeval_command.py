@@ -1,6 +1,7 @@
 """`jaxrl-llm eval` on IFEval: figures by hand, responses of every origin, going on where it stopped, what is refused, that settings matter."""
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -182,7 +183,11 @@ def test_a_server_that_is_gone_and_one_that_refuses(files, capsys):
         record = total(files)
         assert record["answered"] == 3 and list(record["unanswered"].values()) == [1] and "HTTP 400" in next(iter(record["unanswered"]))
         asked = len(server.seen)
-        assert call(files, **how) == 0 and len(server.seen) == asked  # all is settled
+        assert call(files, **how, **{"policy.timeout": 5.0}) == 0 and len(server.seen) == asked  # all is settled
+        server.script = [406] * 4
+        assert call(files, "none", **how) == 2 and not (files / "none" / "eval.json").exists()  # nothing at all is no success
+        assert re.search(f"{server.url} answered none of 4 prompts .*406.*the same command asks again", capsys.readouterr().err)
+        assert call(files, "none", **how) == 0 and total(files, "none")["answered"] == 4
     finally:
         server.close()
 

@@ -130,12 +130,14 @@ def test_the_newest_figures_stand_first_with_their_goals(tmp_path):
         "# Old heading", "", "| kept | out |", "", "## 2026-01-01 `a`", "",
         row.format("speed", 1.0, "x/s", "peer 1", 1.0, 1.0, "batch 2; goal 1.5 x"),
         row.format("size", 3.0, "GiB", "", "", "", "goal under 2 GiB"), "", "## 2026-01-02 `b`", "",
-        row.format("speed", 2.0, "x/s", "peer 2", 1.0, 2.0, "batch 2; goal 1.5 x"), row.format("plain", 5.0, "s", "", "", "", "no aim"), "",
+        row.format("speed", 2.0, "x/s", "peer 2", 1.0, 2.0, "batch 2; goal 1.5 x"), row.format("plain", 5.0, "s", "", "", "", "no aim"),
+        row.format("odd", 277.0, "x/s", "", "", "", "goal 100 a second"), "",
     ])  # fmt: skip
     common.write_results(tmp_path / "R.md", text)
     head, log = (tmp_path / "R.md").read_text().split("## 2026-01-01")
     assert "| size | 3.0 | GiB |  | under 2 GiB | NO | 2026-01-01 |" in head and "| plain | 5.0 | s |  |  |  | 2026-01-02 |" in head
     assert "| speed | 2.0 | x/s | 2.0 (peer 2) | 1.5 x | yes | 2026-01-02 |" in head and head.count("| speed |") == 1 and "kept" not in head
+    assert "| odd | 277.0 | x/s |  | 100 a second |  | 2026-01-02 |" in head  # what cannot be read is neither met nor missed
     assert log.count("| speed |") == 2
     common.write_results(tmp_path / "R.md", (tmp_path / "R.md").read_text())
     assert (tmp_path / "R.md").read_text() == head + "## 2026-01-01" + log

@@ -69,9 +69,9 @@ def test_agentifs_page():
     assert page["headline"].startswith("50.0% of the constraints are satisfied and 25.0% of the instructions as a whole")
     assert [fact["label"] for fact in page["facts"]] == ["CSR, published", "ISR, published", "CSR, strict", "ISR, strict"]
     titles = [table["title"] for table in page["tables"]]
-    assert titles == ["Success rates", "CSR by dimension and type", "Content seen before", "Outcomes", "By length", "By place of the rule"]
-    assert [row["name"] for row in page["tables"][3]["rows"]] == ["all", "condition, then llm, then code", "no evaluation"]
-    assert [row["name"] for row in page["tables"][4]["rows"]] == ["0 to 250 words (3 rows)", "from 12,000 words (4 rows)"]
+    assert titles == ["Success rates", "CSR by dimension", "CSR by type", "Content seen before", "Outcomes", "By length", "By place of the rule"]
+    assert [row["name"] for row in page["tables"][4]["rows"]] == ["all", "condition, then llm, then code", "no evaluation"]
+    assert [row["name"] for row in page["tables"][5]["rows"]] == ["0 to 250 words (3 rows)", "from 12,000 words (4 rows)"]
     (plot,) = page["plots"]
     assert [point["x"] for point in plot["series"][0]["points"]] == [120.0, 15000.0] and plot["series"][1]["points"][1]["value"] is None
     assert [item["responses"][0]["status"] for item in page["rollouts"]] == ["FAIL", "UNJUDGED"]

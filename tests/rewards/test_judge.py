@@ -160,16 +160,20 @@ def test_a_text_of_the_code_itself_gets_another(monkeypatch):
 def test_what_each_mode_asks_of_the_server(server):
     server.answer = lambda body: "Verdict: YES"
     said = {}
-    for mode, answer in (("line", "Verdict: YES"), ("guided_choice", "YES"), ("json_schema", '{"verdict": "YES"}')):
+    for mode, answer in (("line", "Verdict: YES"), ("choice", "YES"), ("guided_choice", "YES"), ("json_schema", '{"verdict": "YES"}')):
         server.answer = lambda body, answer=answer: answer
         assert judge_of(server, mode=mode).decide(about("x"))[0].status is Status.PASS
         said[mode] = server.bodies[-1]
+    assert said["choice"]["structured_outputs"] == {"choice": ["YES", "NO"]} and "guided_choice" not in said["choice"]
     assert said["guided_choice"]["guided_choice"] == ["YES", "NO"] and set(said["line"]) == {"model", "messages", "temperature", "max_tokens"}
     assert said["json_schema"]["response_format"]["json_schema"]["schema"]["properties"]["verdict"] == {"enum": ["YES", "NO"]}
-    assert len({body["messages"][1]["content"] for body in said.values()}) == 3
+    assert len({body["messages"][1]["content"] for body in said.values()}) == 3  # both kinds of choice are asked in the same words
 
 
-@pytest.mark.parametrize(("mode", "answer"), [("guided_choice", "YES."), ("json_schema", '{"verdict": "YES", "a": 1}'), ("json_schema", "YES")])
+@pytest.mark.parametrize(
+    ("mode", "answer"),
+    [("choice", "YES."), ("guided_choice", "YES."), ("json_schema", '{"verdict": "YES", "a": 1}'), ("json_schema", "YES")],
+)
 def test_a_server_that_does_not_hold_the_model_to_the_choices_is_told(server, mode, answer):
     server.answer = lambda body: answer
     verdict = judge_of(server, mode=mode).decide(about("x"))[0]

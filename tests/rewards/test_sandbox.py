@@ -268,7 +268,7 @@ def test_closing_ends_what_is_under_way(make):
     sandbox, found = make(wall_s=60.0), []
     thread = threading.Thread(target=lambda: found.append(call(sandbox, "import time\ndef f(): time.sleep(50)")))
     thread.start()
-    while not (sandbox._rooms and sandbox._rooms[0].job == 0):
+    while not (sandbox._rooms and sandbox._rooms[0].unit == [0]):
         time.sleep(0.02)
     process = sandbox._rooms[0].process
     sandbox.close()

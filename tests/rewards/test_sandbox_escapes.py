@@ -90,7 +90,7 @@ def sandboxes():
         if processes not in made:
             os.environ["JAXRL_LLM_TEST_SECRET"] = SECRET
             made[processes] = Sandbox(workers=1, limits=Limits(**LIMITS, processes=processes))
-            made[processes].run([Job("def f(x): return x", "f", ["the data of the row before"])])
+            made[processes].run([Job("def f(x):\n  print(x)\n  return x", "f", ["the data of the row before"])] * 3)
             del os.environ["JAXRL_LLM_TEST_SECRET"]
         return made[processes]
 
@@ -162,6 +162,35 @@ def test_the_search_through_memory_finds_what_is_there(host, sandboxes):
     attack = next(attack for attack in ATTACKS if attack.name == "find_another_s_data_in_memory")
     planted = host["facts"] | {"planted": ["the data of the row before"]}
     assert sandboxes(1).run([Job(attack.code, attack.name, [planted])])[0].value is True
+
+
+SCAN = r"""
+import ctypes, os, re
+def f(own):
+    # All that is mapped around what this process can name, read through a pipe: where nothing is mapped the kernel says so and nothing breaks.
+    kernel, found, seen = ctypes.CDLL(None, use_errno=True), set(), set()
+    kernel.sbrk.restype, kernel.write.argtypes = ctypes.c_void_p, (ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t)
+    read, write = os.pipe()
+    for near in (kernel.sbrk(0) - 1, id(own), id(re), id(bytearray(100_000)), ctypes.addressof(ctypes.create_string_buffer(1 << 19))):
+        for step in (4096, -4096):
+            page = near & ~4095
+            while page not in seen and kernel.write(write, page, 4096) == 4096:
+                seen.add(page)
+                found.update(re.findall(rb"PLANTED-[0-9]{6}", os.read(read, 4096)))
+                page += step
+            if step > 0:
+                seen.discard(near & ~4095)
+    return [sorted(text.decode() for text in found), len(seen)]
+"""
+
+
+def test_no_byte_of_another_check_lies_in_memory():
+    """Neither of what it was given, nor of what it returned or printed, in what is allocated or in what is free."""
+    plant = Job("def f(x):\n  print(x)\n  return x * 3000", "f", ["PLANTED-123456"])
+    with Sandbox(workers=1) as sandbox:
+        sandbox.run([plant, Job("def f(x): raise ValueError(x)", "f", ["PLANTED-234567"]), plant])
+        found, pages = sandbox.run([Job(SCAN, "f", ["PLANTED-345678"])])[0].value
+    assert found == ["PLANTED-345678"] and pages > 500  # its own it finds
 
 
 POLLUTION = """

@@ -32,7 +32,6 @@ def decide(program, arch, number, argument=0):
             continue
         holds = {
             syscall_filter.EQUAL: value == k,
-            syscall_filter.GREATER: value > k,
             syscall_filter.AT_LEAST: value >= k,
             syscall_filter.ANY_BIT: bool(value & k),
         }[code]

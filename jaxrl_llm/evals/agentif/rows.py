@@ -137,7 +137,7 @@ def read_agentif(source: str, *, limit: int | None = None, on_bad: str = "error"
 
 def parse_row(raw: Mapping[str, Any], where: str, index: int, notes: Counter[str]) -> Row:
     """One row. notes: dirty spots are counted there. Raises UserError naming the field."""
-    messages = _messages(raw.get("input"), where)
+    messages = _messages(raw, where)
     entries = raw.get("constraints")
     if not isinstance(entries, list):
         raise _problem(where, "constraints", entries, "a list of constraints", raw)
@@ -153,9 +153,10 @@ def parse_row(raw: Mapping[str, Any], where: str, index: int, notes: Counter[str
     )  # fmt: skip
 
 
-def _messages(value: Any, where: str) -> tuple[Mapping[str, str], ...]:
+def _messages(raw: Mapping[str, Any], where: str) -> tuple[Mapping[str, str], ...]:
+    value = raw.get("input")
     if not isinstance(value, list) or not value:
-        raise _problem(where, "input", value, "a list of messages")
+        raise _problem(where, "input", value, "a list of messages", raw)
     messages = []
     for i, message in enumerate(value):
         content = message.get("content") if isinstance(message, Mapping) else None

@@ -129,7 +129,7 @@ def evaluate(
             return [state.outcome for state in states if state.outcome is not None]
         coded = [state for state in open_states if state.constraint.steps[state.step].kind == CODE]
         asked = [state for state in open_states if state.constraint.steps[state.step].kind != CODE]
-        jobs = [Job(state.constraint.steps[state.step].text, FUNCTION, [state.text]) for state in coded]
+        jobs = [Job(state.constraint.steps[state.step].text, FUNCTION, [state.text], group=hash(state.text)) for state in coded]
         for state, ran in zip(coded, sandbox.run(jobs) if jobs else [], strict=True):
             state.outcome = _of_code(ran, state.said)
         questions = [(step.text, state.text, step.kind == GATE or state.last) for state in asked for step in [state.constraint.steps[state.step]]]

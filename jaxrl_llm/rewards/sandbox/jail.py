@@ -1,7 +1,8 @@
 """A room's namespaces and what is to be seen in it, and how a check's process gives up its powers. Runs in the room only (worker.py).
 
-The order matters and is kept in three steps: `enter_namespaces` in a process of the host, `build_view` in the first process of the new
-namespaces, `confine` in the process of one check. Each raises OSError that names the call that was refused.
+The order matters: `enter_namespaces` in a process of the host, `build_view` in the first process of the new namespaces, the keeper, then for
+each check `open_check` there, `confine` in the check's process, and `close_check` when that one has ended. Each raises OSError that names the
+call that was refused.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import resource
+import signal
 import stat
 import sys
 
@@ -18,7 +20,7 @@ INSIDE = 1000  # the user and group number inside
 NOBODY = 65534
 UNUSED = 1_879_000_000  # outside: a number that no account has, where the host's own numbering reaches so far
 OWN = "/box"  # the one folder that a check may write to
-KEEPERS = 3  # processes of a room beside the check's: the launcher, the keeper, the supervisor
+KEEPERS = 2  # processes of a room beside the check's: the launcher and the keeper
 LIBRARIES = ("/usr/lib", "/usr/lib64", "/usr/lib32", "/lib", "/lib64", "/lib32", "/usr/share/zoneinfo")
 DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom")
 OPEN_FILES = 64
@@ -141,14 +143,21 @@ def _show(root: str, path: str, descriptor: int) -> None:
         kernel.bind_read_only(descriptor, target)
 
 
-def enter_check(disk_mb: int) -> None:
-    """In the supervisor: pid and mount namespaces of this check's own, and an empty OWN of `disk_mb` MiB that goes with them.
+def open_check(disk_mb: int, home: int) -> None:
+    """In the keeper: its next child is process 1 of a pid namespace of its own, and OWN is an empty file system of `disk_mb` MiB.
 
-    The ipc namespace is the room's: the filter refuses every call that could leave something there.
+    home: the keeper's own pid namespace, open; the kernel makes new ones only from there. The mount namespace and the ipc namespace are the
+    room's: the filter refuses every call that could change the one or leave something in the other.
     """
-    kernel.unshare(kernel.CLONE_NEWPID | kernel.CLONE_NEWNS)
+    kernel.enter(home, kernel.CLONE_NEWPID)
+    kernel.unshare(kernel.CLONE_NEWPID)
     flags = kernel.MS_NOSUID | kernel.MS_NODEV | kernel.MS_NOEXEC
     kernel.mount("box", OWN, "tmpfs", flags, f"size={disk_mb}m,nr_inodes={INODES},mode=700")
+
+
+def close_check() -> None:
+    """In the keeper, when the check and all that it started have ended: what is left of it goes."""
+    kernel.unmount(OWN)
 
 
 def set_limits(limits: dict, isolated: bool) -> None:
@@ -177,24 +186,25 @@ def set_limits(limits: dict, isolated: bool) -> None:
                 resource.setrlimit(number, (value, value))
 
 
-def confine(limits: dict, isolated: bool, folder: str, filters: dict[bool, bytes], landlock: int) -> None:
+def confine(limits: dict, isolated: bool, filters: dict[bool, bytes], rules: int | None) -> None:
     """In a check's process, last of all before the code runs: limits, no powers, Landlock, the filter.
 
     filters: the seccomp programs without and with leave to make processes; empty where this host has none, and then, as everywhere that
-    a layer is not to be had, the user has said that it may be missing (isolated is False).
+    a layer is not to be had, the user has said that it may be missing (isolated is False). rules: of Landlock, as a descriptor, which is closed.
+    The keeper has given up what it could (`kernel.drop_future_powers`).
     """
     set_limits(limits, isolated)
     if sys.platform != "linux":
         return
     lenient = contextlib.nullcontext() if isolated else contextlib.suppress(OSError)
     with lenient:
-        kernel.drop_all_powers()
-    import signal
-
+        kernel.drop_capabilities()
     with lenient:
         kernel.prctl(kernel.PR_SET_PDEATHSIG, signal.SIGKILL)
-    with lenient:
-        kernel.restrict_files(landlock, "/", "/dev", folder)
+    if rules is not None:
+        with lenient:
+            kernel.restrict_files(rules)
+        os.close(rules)
     if filters:
         with lenient:
             syscall_filter.install(filters[isolated and limits["processes"] > 1], kernel.libc)

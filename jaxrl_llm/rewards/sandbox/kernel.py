@@ -23,9 +23,11 @@ PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_CAPBSET_DROP, PR_SET_SECUREBITS, PR_SET_NO
 KEEP_CAPABILITIES = 1 << 2  # SECBIT_NO_SETUID_FIXUP
 NO_ROOT_POWERS = 0b101111  # root's number means nothing, and that is locked; PR_SET_KEEPCAPS is locked off
 HIGHEST_CAPABILITY = 63
-NUMBERS = {"x86_64": {"pivot_root": 155, "capset": 126}, "aarch64": {"pivot_root": 41, "capset": 91}}
+PIVOT_ROOT, CAPSET = {"x86_64": (155, 126), "aarch64": (41, 91)}.get(platform.machine(), (-1, -1))
 
 libc = ctypes.CDLL(None, use_errno=True)
+if hasattr(libc, "prctl"):
+    libc.prctl.argtypes = (ctypes.c_int, *[ctypes.c_ulong] * 4)
 
 
 def _check(result: int, call: str) -> int:
@@ -35,13 +37,14 @@ def _check(result: int, call: str) -> int:
     return result
 
 
-def _number(call: str) -> int:
-    return NUMBERS[platform.machine()][call]
-
-
 def unshare(flags: int) -> None:
     """Enters new namespaces."""
     _check(libc.unshare(flags), "unshare")
+
+
+def enter(namespace: int, kind: int) -> None:
+    """Enters the namespace of `kind` that is open as the descriptor `namespace`; for CLONE_NEWPID the next children do."""
+    _check(libc.setns(namespace, kind), "setns")
 
 
 def name_host(name: str) -> None:
@@ -51,13 +54,18 @@ def name_host(name: str) -> None:
 
 def prctl(option: int, value: int = 0) -> int:
     """prctl with one argument."""
-    return _check(libc.prctl(option, ctypes.c_ulong(value), ctypes.c_ulong(0), ctypes.c_ulong(0), ctypes.c_ulong(0)), f"prctl {option}")
+    return _check(libc.prctl(option, value, 0, 0, 0), f"prctl {option}")
 
 
 def mount(source: str, target: str, kind: str | None, flags: int, options: str = "") -> None:
     """mount(2)."""
     arguments = (source.encode(), os.fsencode(target), kind and kind.encode(), ctypes.c_ulong(flags), options.encode() or None)
     _check(libc.mount(*arguments), f"mount {kind or source} on {target}")
+
+
+def unmount(target: str) -> None:
+    """Takes the mount at `target` away; its files go once nobody has them open."""
+    _check(libc.umount2(os.fsencode(target), MNT_DETACH), f"umount2 of {target}")
 
 
 def bind_read_only(descriptor: int, target: str) -> None:
@@ -77,22 +85,23 @@ def make_read_only(target: str, recursive: int = 0, devices: bool = False) -> No
 def pivot_into(root: str) -> None:
     """Makes the mount at `root` the root and takes the old one away."""
     os.chdir(root)
-    _check(libc.syscall(_number("pivot_root"), b".", b"."), "pivot_root")
+    _check(libc.syscall(PIVOT_ROOT, b".", b"."), "pivot_root")
     _check(libc.umount2(b".", MNT_DETACH), "umount2 of the old root")
     os.chdir("/")
 
 
-def set_capabilities(mask: int) -> None:
-    """Effective and permitted capabilities become `mask`; inheritable ones none."""
-    header = struct.pack("Ii", 0x20080522, 0)
-    low, high = mask & 0xFFFFFFFF, mask >> 32
-    data = struct.pack("6I", low, low, 0, high, high, 0)
-    _check(libc.syscall(_number("capset"), header, data), "capset")
+VERSION_3 = struct.pack("Ii", 0x20080522, 0)  # of capset's header, for this process
+NONE = bytes(24)  # effective, permitted and inheritable capabilities, twice 32 of each
 
 
-def drop_all_powers() -> None:
-    """No capability now, none by running a program, none for being root, and no way to get one. Raises OSError where that fails; no_new_privs,
-    which needs no rights, is on by then."""
+def drop_capabilities() -> None:
+    """No capability is left to this process."""
+    _check(libc.syscall(CAPSET, VERSION_3, NONE), "capset")
+
+
+def drop_future_powers() -> None:
+    """No capability by running a program, none for being root, and no way to get one back, for this process and all that it starts. Raises
+    OSError where that fails; no_new_privs, which needs no rights, is on by then."""
     prctl(PR_SET_NO_NEW_PRIVS, 1)
     for capability in range(HIGHEST_CAPABILITY + 1):
         try:
@@ -103,7 +112,6 @@ def drop_all_powers() -> None:
             raise
     with contextlib.suppress(OSError):  # not allowed without a user namespace of one's own; no_new_privs then stands alone
         prctl(PR_SET_SECUREBITS, NO_ROOT_POWERS)
-    set_capabilities(0)
 
 
 def landlock_version() -> int:
@@ -116,11 +124,9 @@ READ_FILE, READ_DIR, WRITE_FILE = 1 << 2, 1 << 3, 1 << 1
 OWN_FOLDER = WRITE_FILE | READ_FILE | READ_DIR | 1 << 4 | 1 << 5 | 1 << 7 | 1 << 8 | 1 << 12
 
 
-def restrict_files(version: int, readable: str, devices: str, own: str) -> None:
-    """Landlock: reading below `readable`, writing to files below `devices`, everything ordinary below `own`; no TCP, and from version 6 on no
-    signal or abstract socket out of the domain. Does nothing for version 0; no_new_privs must be on."""
-    if not version:
-        return
+def file_rules(version: int, readable: str, devices: str, own: str) -> int:
+    """Landlock's rules as a descriptor: reading below `readable`, writing to files below `devices`, everything ordinary below `own`; no TCP, and
+    from version 6 on no signal or abstract socket out of the domain."""
     handled = (1 << 13) - 1
     handled |= (1 << 13 if version >= 2 else 0) | (1 << 14 if version >= 3 else 0) | (1 << 15 if version >= 5 else 0)
     own_rights = OWN_FOLDER | (handled & (1 << 13 | 1 << 14))  # moving between folders, truncating
@@ -135,5 +141,9 @@ def restrict_files(version: int, readable: str, devices: str, own: str) -> None:
         result = libc.syscall(LANDLOCK_ADD, ctypes.c_int(ruleset), ctypes.c_int(1), rule, ctypes.c_uint(0))
         _check(result, f"landlock_add_rule for {path}")
         os.close(descriptor)
-    _check(libc.syscall(LANDLOCK_RESTRICT, ctypes.c_int(ruleset), ctypes.c_uint(0)), "landlock_restrict_self")
-    os.close(ruleset)
+    return ruleset
+
+
+def restrict_files(rules: int) -> None:
+    """Holds this process and all that it starts to `file_rules`, for good; no_new_privs must be on."""
+    _check(libc.syscall(LANDLOCK_RESTRICT, ctypes.c_int(rules), ctypes.c_uint(0)), "landlock_restrict_self")

@@ -25,6 +25,8 @@ from jaxrl_llm.rewards.verdict import Status, Verdict
 
 GRACE_SECONDS = 10.0  # after a check's own limit, for a machine that is busy; then the room is given up
 MOST_REQUEST = 64 << 20  # bytes of one request
+MOST_TOGETHER = 16  # jobs of a group in one process, which has the time of one
+MOST_REMEMBERED = 100_000
 
 # What a room must show before it gets any job: whoever it is, it has no number of root's, no network, no way to run a program, and sees
 # nothing but what build_view put there.
@@ -76,13 +78,18 @@ class Limits:
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """One call. as_bool: whether the result, unless None, becomes bool(result) before it is sent, for functions that return a match."""
+    """One call. as_bool: whether the result, unless None, becomes bool(result) before it is sent, for functions that return a match.
+
+    group: jobs of one run with the same number, such as the rules of one response, may share a process where their code is so plain that none
+    of it can reach another's (plain.py): several times as fast. They are answered as if each had its own; one that is not plain has.
+    """
 
     code: str
     function: str
     args: Sequence[Any] = ()
     kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     as_bool: bool = False
+    group: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,6 +143,7 @@ class Sandbox:
         self.workers, self.limits, self.isolated = workers, limits or Limits(), isolation == layers.FULL
         self.batch_timeout_s = math.inf if batch_timeout_s is None else batch_timeout_s
         self.packages = [os.path.realpath(folder) for folder in packages]
+        self._alone: set[str] = set()  # code that was seen not to be plain, or to spend what others need
         for folder in self.packages:
             if not os.path.isdir(folder):
                 raise UserError(f"sandbox packages: {folder} is no folder")
@@ -181,32 +189,63 @@ class Sandbox:
             self._finalizer.detach()
             self._reset()
         outcomes: list[Outcome | None] = [None] * len(jobs)
-        waiting = collections.deque(range(len(jobs)))
+        waiting = collections.deque(self._together(jobs))
+        failed: list[list[int]] = []
         at_work: list[Room] = []
         end = math.inf
         try:
             while (waiting or at_work) and time.monotonic() < end:
                 while waiting and (room := self._take(block=not at_work)) is not None:
-                    job = waiting.popleft()
-                    payload = _encode(jobs[job])
-                    if isinstance(payload, Outcome):
-                        outcomes[job] = payload
-                        self._give(room)
-                    elif self._send(room, job, payload):
-                        at_work.append(room)
-                        end = min(end, time.monotonic() + self.batch_timeout_s)  # from the first check on, not from its room's start
-                    else:  # it was ended from outside while idle
-                        waiting.appendleft(job)
+                    unit = waiting.popleft()
+                    payload = _encode([jobs[index] for index in unit])
+                    if isinstance(payload, bytes):
+                        if self._send(room, unit, payload):
+                            at_work.append(room)
+                            end = min(end, time.monotonic() + self.batch_timeout_s)  # from the first check on, not from its room's start
+                        else:  # it was ended from outside while idle
+                            waiting.appendleft(unit)
+                        continue
+                    self._give(room)
+                    if len(unit) == 1:
+                        outcomes[unit[0]] = payload
+                    else:
+                        waiting.extendleft([index] for index in reversed(unit))
                 for room, outcome in self._wait(at_work, end) if at_work else ():
                     at_work.remove(room)
-                    job, room.job = room.job, None
-                    if job is not None:
-                        outcomes[job] = outcome
+                    unit, room.unit = room.unit, []
+                    told = [outcome] if len(unit) == 1 else _parted(outcome, len(unit))
+                    for index, answer in zip(unit, told, strict=True):
+                        outcomes[index] = answer
+                        if answer is None:
+                            waiting.append([index])
+                            if outcome.status == "value":
+                                self._alone.add(jobs[index].code)
+                    if len(unit) > 1 and outcome.status != "value":
+                        failed.append(unit)
         finally:  # after an interruption, or out of time: a room with a stale request must not serve the next call
             for room in at_work:
                 self._discard(room)
         late = Outcome("timeout", reason=f"the batch took its {self.batch_timeout_s:g} s")
+        for unit in failed:  # by one of them; or, where each does well alone, by all together
+            culprits = [index for index in unit if (found := outcomes[index]) is None or found.status != "value"]
+            self._alone.update(jobs[index].code for index in culprits or unit)
         return [late if outcome is None else outcome for outcome in outcomes]
+
+    def _together(self, jobs: Sequence[Job]) -> list[list[int]]:
+        """The numbers of the jobs, those that may share a process together."""
+        if len(self._alone) > MOST_REMEMBERED:
+            self._alone.clear()
+        units: list[list[int]] = []
+        open_: dict[int, list[int]] = {}
+        for index, job in enumerate(jobs):
+            unit = None if job.group is None or job.code in self._alone else open_.get(job.group)
+            if unit is not None and len(unit) < MOST_TOGETHER:
+                unit.append(index)
+                continue
+            units.append([index])
+            if job.group is not None and job.code not in self._alone:
+                open_[job.group] = units[-1]
+        return units
 
     def _take(self, block: bool) -> Room | None:
         """An idle room, or a new one where there may be more; None where there is none and the caller has other work."""
@@ -237,7 +276,7 @@ class Sandbox:
             if "fatal" in header:
                 raise RoomEnded(header["fatal"])
             if self.isolated:
-                payload = _encode(Job(SELF_TEST, "look"))
+                payload = _encode([Job(SELF_TEST, "look")])
                 assert isinstance(payload, bytes)
                 room.send(dataclasses.asdict(Limits(wall_s=60.0)), payload)
                 room.deadline = time.monotonic() + 60.0 + GRACE_SECONDS
@@ -252,8 +291,8 @@ class Sandbox:
             raise
         return room
 
-    def _send(self, room: Room, job: int, payload: bytes) -> bool:
-        room.job, room.deadline = job, time.monotonic() + self.limits.wall_s + GRACE_SECONDS
+    def _send(self, room: Room, unit: list[int], payload: bytes) -> bool:
+        room.unit, room.deadline = unit, time.monotonic() + self.limits.wall_s + GRACE_SECONDS
         try:
             room.send(dataclasses.asdict(self.limits), payload)
         except OSError:
@@ -311,12 +350,13 @@ def _await(room: Room) -> tuple[dict, bytes]:
             raise RoomEnded("it does not answer")
 
 
-def _encode(job: Job) -> bytes | Outcome:
-    """The request's body; an Outcome where the job cannot be sent."""
+def _encode(jobs: Sequence[Job]) -> bytes | Outcome:
+    """The request's body; an Outcome where the jobs cannot be sent."""
     try:
-        payload = json.dumps(
-            {"code": job.code, "function": job.function, "args": list(job.args), "kwargs": dict(job.kwargs), "as_bool": job.as_bool}
-        ).encode()
+        calls = [
+            {"code": job.code, "function": job.function, "args": list(job.args), "kwargs": dict(job.kwargs), "as_bool": job.as_bool} for job in jobs
+        ]
+        payload = json.dumps(calls[0] if len(calls) == 1 else {"jobs": calls}).encode()
     except (TypeError, ValueError, RecursionError) as error:
         return Outcome("error", reason=f"the arguments are not JSON: {error}")
     if len(payload) > MOST_REQUEST:
@@ -339,13 +379,25 @@ def _read(header: dict, body: bytes, limits: Limits) -> Outcome:
         status, reason = reasons[header["ended"]]
         return Outcome(status, reason=reason, output=output)
     try:
-        answer = json.loads(body, parse_constant=_refuse)
-        kind, content = next(iter(answer.items()))
-        if kind == "value":
-            return Outcome("value", content, output=output)
-        return Outcome({"error": "error", "exhausted": "timeout"}[kind], reason=_one_line(str(content)), output=output)
+        return _told(json.loads(body, parse_constant=_refuse), output)
     except (ValueError, RecursionError, AttributeError, StopIteration, KeyError):
         return Outcome("error", reason="the result is not JSON", output=output)
+
+
+def _told(answer: dict, output: str = "") -> Outcome:
+    """The outcome of one job's answer."""
+    kind, content = next(iter(answer.items()))
+    if kind == "value":
+        return Outcome("value", content, output=output)
+    return Outcome({"error": "error", "exhausted": "timeout"}[kind], reason=_one_line(str(content)), output=output)
+
+
+def _parted(outcome: Outcome, count: int) -> list[Outcome | None]:
+    """The outcomes of jobs that shared a process; None for one that is to have its own: it is not plain, or the process came to an end that
+    any of them may have caused."""
+    if outcome.status != "value":
+        return [None] * count
+    return [None if "alone" in answer else _told(answer) for answer in outcome.value]
 
 
 def _one_line(text: str) -> str:

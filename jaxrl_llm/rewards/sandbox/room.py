@@ -52,7 +52,7 @@ class Room:
         self.requests, self.replies = cast(IO[bytes], self.process.stdin), cast(IO[bytes], self.process.stdout)
         os.set_blocking(self.replies.fileno(), False)
         self.buffer = bytearray()
-        self.job: int | None = None
+        self.unit: list[int] = []  # the jobs under way
         self.deadline = time.monotonic() + START_SECONDS
 
     def send(self, limits: dict, payload: bytes) -> None:
@@ -62,7 +62,8 @@ class Room:
         self.requests.flush()
 
     def receive(self) -> tuple[dict, bytes] | None:
-        """The next reply, (header, body); None while it is incomplete; RoomEnded where the room has ended."""
+        """The next reply: its header, in which "output" is what was printed, and the result; None while it is incomplete. RoomEnded where the
+        room has ended."""
         chunk = self.replies.read()
         if chunk == b"":
             raise RoomEnded("the sandbox's own process ended")
@@ -73,9 +74,10 @@ class Room:
         whole = HEADER.size + header + body
         if len(self.buffer) < whole:
             return None
-        reply = json.loads(self.buffer[HEADER.size : HEADER.size + header]), bytes(self.buffer[HEADER.size + header : whole])
+        told, content = json.loads(self.buffer[HEADER.size : HEADER.size + header]), bytes(self.buffer[HEADER.size + header : whole])
         del self.buffer[:whole]
-        return reply
+        result = told.pop("result", 0)
+        return told | {"output": content[result:].decode("utf-8", "replace")}, content[:result]
 
     def kill(self) -> None:
         """Ends the room and all in it, and collects its program."""

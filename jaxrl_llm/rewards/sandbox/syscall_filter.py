@@ -14,7 +14,7 @@ import platform
 import struct
 
 ALLOW, KILL, ERRNO = 0x7FFF0000, 0x80000000, 0x00050000
-LOAD, EQUAL, GREATER, AT_LEAST, ANY_BIT, RETURN = 0x20, 0x15, 0x25, 0x35, 0x45, 0x06
+LOAD, EQUAL, AT_LEAST, ANY_BIT, RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
 CLONE_THREAD = 0x10000
 CLONE_REFUSED = 0x7E028000  # every CLONE_NEW... flag, and CLONE_PARENT
 PR_SET_SECCOMP, SECCOMP_MODE_FILTER = 22, 2
@@ -50,6 +50,7 @@ AARCH64 = {
     "vhangup": 58, "migrate_pages": 238, "move_pages": 239, "mbind": 235, "set_mempolicy": 237, "nfsservctl": 42,
 }  # fmt: skip
 CLONE3, LAST_KNOWN = 435, 450  # the same numbers everywhere; all calls above are refused as unknown
+X32 = 0x40000000  # from here on: x86's x32 numbering
 
 # machine -> (audit number of the architecture, refused calls, clone, calls that make a process and nothing else)
 MACHINES = {
@@ -64,41 +65,34 @@ def supported() -> bool:
 
 
 def build(allow_fork: bool) -> bytes:
-    """The BPF program for this machine, 8 bytes an instruction. allow_fork: whether new processes may be made; threads may always."""
+    """The BPF program for this machine, 8 bytes an instruction. allow_fork: whether new processes may be made; threads may always.
+
+    A binary search over the numbers: the kernel runs it once for every call that there is when it is installed, and then for each call made.
+    """
     arch, refused, clone, forks = MACHINES[platform.machine()]
-    program: list[bytes] = []
-
-    def add(code: int, value: int, if_true: int = 0, if_false: int = 0) -> None:
-        program.append(struct.pack("HBBI", code, if_true, if_false, value))
-
-    def refuse(number: int, action: int) -> None:
-        add(EQUAL, number, 0, 1)
-        add(RETURN, action)
-
     no, unknown = ERRNO | errno.EPERM, ERRNO | errno.ENOSYS
-    add(LOAD, 4)  # seccomp_data.arch
-    add(EQUAL, arch, 1, 0)
-    add(RETURN, KILL)
-    add(LOAD, 0)  # seccomp_data.nr
-    add(AT_LEAST, 0x40000000, 0, 1)  # x86's x32 numbering
-    add(RETURN, KILL)
-    add(GREATER, LAST_KNOWN, 0, 1)
-    add(RETURN, unknown)
-    refuse(CLONE3, unknown)  # its flags are in memory, where a filter cannot look; libraries then use clone
-    for number in () if allow_fork else forks:
-        refuse(number, no)
-    for number in sorted(refused.values()):
-        refuse(number, no)
-    add(EQUAL, clone, 1, 0)
-    add(RETURN, ALLOW)
-    add(LOAD, 16)  # the low half of the first argument: clone's flags
-    add(ANY_BIT, CLONE_REFUSED, 0, 1)
-    add(RETURN, no)
-    if not allow_fork:
-        add(ANY_BIT, CLONE_THREAD, 1, 0)
-        add(RETURN, no)
-    add(RETURN, ALLOW)
-    return b"".join(program)
+
+    def step(code: int, value: int, if_true: int = 0, if_false: int = 0) -> bytes:
+        return struct.pack("HBBI", code, if_true, if_false, value)
+
+    leave = [step(RETURN, ALLOW)] if allow_fork else [step(ANY_BIT, CLONE_THREAD, 1, 0), step(RETURN, no), step(RETURN, ALLOW)]
+    flags = [step(LOAD, 16), step(ANY_BIT, CLONE_REFUSED, 0, 1), step(RETURN, no), *leave]  # clone's are the low half of its first argument
+    actions = {number: [step(RETURN, ALLOW)] for number in range(LAST_KNOWN + 1)}
+    actions |= {number: [step(RETURN, no)] for number in (*refused.values(), *(() if allow_fork else forks))}
+    actions |= {CLONE3: [step(RETURN, unknown)]}  # its flags are in memory, where a filter cannot look; libraries then use clone
+    actions |= {clone: flags, LAST_KNOWN + 1: [step(RETURN, unknown)], X32: [step(RETURN, KILL)]}
+    starts = [number for number in sorted(actions) if actions[number] != actions.get(number - 1)]
+
+    def search(low: int, high: int) -> list[bytes]:
+        """What decides numbers from the start `low` to before the start `high`."""
+        if high - low == 1:
+            return actions[starts[low]]
+        middle = (low + high) // 2
+        below = search(low, middle)
+        return [step(AT_LEAST, starts[middle], len(below), 0), *below, *search(middle, high)]
+
+    machine = [step(LOAD, 4), step(EQUAL, arch, 1, 0), step(RETURN, KILL)]  # seccomp_data.arch
+    return b"".join([*machine, step(LOAD, 0), *search(0, len(starts))])  # seccomp_data.nr
 
 
 class _Program(ctypes.Structure):
@@ -108,6 +102,6 @@ class _Program(ctypes.Structure):
 def install(program: bytes, libc: ctypes.CDLL) -> None:
     """Puts the filter on this process and all that it starts, for good; no_new_privs must be on. Raises OSError where refused."""
     block = _Program(len(program) // 8, program)
-    if libc.prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, ctypes.byref(block), 0, 0) != 0:
+    if libc.prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, ctypes.addressof(block), 0, 0) != 0:
         number = ctypes.get_errno()
         raise OSError(number, f"seccomp: {os.strerror(number)}")

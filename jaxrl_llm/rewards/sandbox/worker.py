@@ -1,9 +1,9 @@
-"""A room of the sandbox as a program: launcher, keeper, supervisors and the checks' processes (see __init__.py).
+"""A room of the sandbox as a program: launcher, keeper and the checks' processes (see __init__.py).
 
 Started by room.py, by path, as `python -S -s -P -B worker.py '{"isolated": true, "packages": [...], "preload": [...]}'` with an empty
 environment; requests come on standard input, replies go to standard output, each as two lengths of 4 bytes, a JSON header and a body.
 The request's header holds the limits, its body what runner.py reads; the reply's header says how the check ended, its body is what the
-check sent. `worker.py probe` prints what this host allows instead.
+check sent ("result" bytes of it) and then what it printed. `worker.py probe` prints what this host allows instead.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ from __future__ import annotations
 import contextlib
 import gc
 import json
+import mmap
 import os
 import select
-import shutil
 import signal
 import struct
 import sys
-import tempfile
 import time
+from collections.abc import Iterator
 
 # Run by path and without site-packages: what is ours lies three folders up, and is on the path for these imports only.
 sys.path.insert(0, os.path.abspath(os.path.join(os.path.dirname(__file__), "..", "..", "..")))
@@ -27,11 +27,12 @@ from jaxrl_llm.rewards.sandbox import jail, kernel, runner, syscall_filter
 del sys.path[0]
 
 HEADER = struct.Struct(">II")
-NONCE = 16
+NONCE, LENGTH = 16, 4
 PIECE = 1 << 16
 LAST_WORDS_MS = 200  # between the end of the result and the end of the process, to tell a crash from a closed pipe
-REQUESTS, REPLIES = 3, 4  # descriptors of the keeper and the supervisors
-RESULT = 3  # descriptor of a check's process
+REQUESTS, REPLIES = 3, 4  # the keeper's descriptors
+RESULT, RULES = 3, 4  # those of a check's process beside the standard ones; the second is closed before the code runs
+READ = b"r"  # what a check's process sends first: it has read its request, and its time begins
 
 
 def read_exactly(descriptor: int, size: int) -> bytes:
@@ -46,12 +47,20 @@ def read_exactly(descriptor: int, size: int) -> bytes:
     return b"".join(pieces)
 
 
-def send(descriptor: int, header: dict, body: bytes = b"") -> None:
+def send(descriptor: int, header: dict, *body: memoryview) -> None:
     """One frame."""
     text = json.dumps(header).encode()
-    view = memoryview(HEADER.pack(len(text), len(body)) + text + body)
-    while view:
-        view = view[os.write(descriptor, view) :]
+    for view in (memoryview(HEADER.pack(len(text), sum(map(len, body))) + text), *body):
+        while view:
+            view = view[os.write(descriptor, view) :]
+
+
+def unshared(size: int) -> mmap.mmap:
+    """`size` bytes of memory that no child inherits, and that are given back whole."""
+    memory = mmap.mmap(-1, size)
+    if hasattr(mmap, "MADV_DONTFORK"):
+        memory.madvise(mmap.MADV_DONTFORK)
+    return memory
 
 
 def told(error: OSError) -> str:
@@ -88,15 +97,20 @@ def launch(options: dict) -> int:
 
 
 def keep(options: dict) -> int:
-    """The keeper: forks a supervisor for each request and waits for it. It never reads a request itself, so that no check inherits
-    another's data, and it runs nothing that came from outside."""
-    isolated = options["isolated"]
+    """The keeper: forks a process for each request, watches it and tells how it ended. It runs nothing that came from outside. The request it
+    never reads, and what a check sends and prints only passes through memory that no child inherits."""
+    isolated, home = options["isolated"], -1
     try:
         if isolated:
+            home = os.open("/proc/self/ns/pid", os.O_RDONLY | os.O_CLOEXEC)  # the view has no /proc
             jail.build_view(options["packages"])
             jail.become_nobody(keep_capabilities=True)
             kernel.prctl(kernel.PR_SET_PDEATHSIG, signal.SIGKILL)
-        landlock = kernel.landlock_version() if sys.platform == "linux" else 0
+        landlock = 0
+        if sys.platform == "linux":
+            with contextlib.nullcontext() if isolated else contextlib.suppress(OSError):
+                kernel.drop_future_powers()
+            landlock = kernel.landlock_version()
         allowed = sys.platform == "linux" and syscall_filter.supported()
         filters = {leave: syscall_filter.build(leave) for leave in (False, True)} if allowed else {}
     except OSError as error:
@@ -107,96 +121,112 @@ def keep(options: dict) -> int:
     poll = select.poll()
     poll.register(REQUESTS, select.POLLIN)
     while any(event & select.POLLIN for _, event in poll.poll()):
-        supervisor = os.fork()
-        if supervisor == 0:
-            code = 1
+        header, body = HEADER.unpack(read_exactly(REQUESTS, HEADER.size))
+        limits = json.loads(read_exactly(REQUESTS, header))
+        if isolated:
             try:
-                supervise(isolated, filters, landlock)
-                code = 0
-            finally:
-                os._exit(code)
-        if os.waitpid(supervisor, 0)[1]:
-            return 1  # the reply may be half sent; the pool starts another room
+                jail.open_check(limits["disk_mb"], home)
+            except OSError as error:  # the host's limit on namespaces, or its memory: another room may find more
+                send(REPLIES, {"ended": "failed", "why": told(error), "cut": False})
+                return 1  # with the request unread
+            run_check(limits, body, jail.OWN, True, filters, landlock)
+            jail.close_check()
+            continue
+        with own_folder() as folder:
+            run_check(limits, body, folder, False, filters, landlock)
     return 0
+
+
+@contextlib.contextmanager
+def own_folder() -> Iterator[str]:
+    """A folder of the host for one check, where a room is not closed."""
+    import shutil  # here, since rooms that are closed do not need them
+    import tempfile
+
+    tempfile.tempdir = None
+    os.environ.pop("TMPDIR", None)
+    folder = tempfile.mkdtemp(prefix="check-")
+    tempfile.tempdir = folder
+    os.environ.update(HOME=folder, TMPDIR=folder)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def prepare_interpreter(options: dict) -> None:
     """Imports what checks use, and leaves nothing of the room's own start in what they inherit."""
+    register, os.register_at_fork = os.register_at_fork, lambda **_: None  # random would draw a new seed in every check
     for name in options["preload"]:
         with contextlib.suppress(ImportError):
             __import__(name)
+    os.register_at_fork = register
+    if "random" in sys.modules:
+        sys.modules["random"].seed(0)  # the same verdict in every room
+    for name in [name for name in sys.modules if name.startswith("jaxrl_llm")]:
+        del sys.modules[name]
+    for number in range(1, signal.NSIG):
+        if number not in (signal.SIGKILL, signal.SIGSTOP):
+            with contextlib.suppress(OSError, ValueError):
+                signal.signal(number, signal.SIG_DFL)
     sys.path.extend(options["packages"])
     sys.argv[:] = [""]
     sys.orig_argv[:] = []
     os.environ.clear()
-    os.environ.update(LANG="C.UTF-8", OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")
+    os.environ.update(LANG="C.UTF-8", OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1", HOME=jail.OWN, TMPDIR=jail.OWN)
+    os.umask(0o077)
     gc.collect()
     gc.freeze()  # the pages of what is imported stay shared
 
 
-def supervise(isolated: bool, filters: dict[bool, bytes], landlock: int) -> None:
-    """Reads one request, runs it in a process of its own and sends the reply."""
-    header, body = HEADER.unpack(read_exactly(REQUESTS, HEADER.size))
-    limits = json.loads(read_exactly(REQUESTS, header))
-    payload = read_exactly(REQUESTS, body)
-    if isolated:
-        try:
-            jail.enter_check(limits["disk_mb"])
-        except OSError as error:  # the host's limit on namespaces, or its memory: the next request may find more
-            return send(REPLIES, {"ended": "failed", "why": told(error), "output": "", "cut": False})
-        reply = run_check(limits, payload, jail.OWN, True, filters, landlock)
-    else:
-        if sys.platform == "linux":
-            kernel.prctl(kernel.PR_SET_PDEATHSIG, signal.SIGKILL)
-        folder = tempfile.mkdtemp(prefix="check-")
-        try:
-            reply = run_check(limits, payload, folder, False, filters, landlock)
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
-    send(REPLIES, *reply)
-
-
-def run_check(limits: dict, payload: bytes, folder: str, isolated: bool, filters: dict, landlock: int) -> tuple[dict, bytes]:
-    """Forks the check's process and watches it: (how it ended, what it sent)."""
+def run_check(limits: dict, size: int, folder: str, isolated: bool, filters: dict, landlock: int) -> None:
+    """Forks the check's process, which reads its request of `size` bytes, watches it, ends it and sends the reply. Raises EOFError where it ended
+    before the request was read."""
     nonce = os.urandom(NONCE)
+    rules = kernel.file_rules(landlock, "/", "/dev", folder) if landlock else None
     from_result, to_parent = os.pipe()
     from_output, printed = os.pipe()
     child = os.fork()
     if child == 0:
         try:
-            become_check(to_parent, printed, folder)
+            payload = read_exactly(REQUESTS, size)
+            become_check(to_parent, printed, rules, folder)
+            os.write(RESULT, READ)
             try:
-                jail.confine(limits, isolated, folder, filters, landlock)
+                jail.confine(limits, isolated, filters, None if rules is None else RULES)
             except OSError as error:
                 os.write(RESULT, runner.framed(nonce, json.dumps({"error": f"the sandbox cannot be closed: {told(error)}"}).encode()))
                 os._exit(0)
             runner.run(payload, nonce, RESULT)
         finally:
             os._exit(1)
-    os.close(to_parent)
-    os.close(printed)
-    watch = Watch(from_result, from_output, nonce, limits["result_kb"] << 10, limits["output_kb"] << 10)
-    ended = watch.until(time.monotonic() + limits["wall_s"])
-    status, usage = kill_tree(child, isolated, ended == "closed")
-    watch.drain()
-    return reply_of(ended, watch, status, usage.ru_utime + usage.ru_stime, limits)
+    for descriptor in (to_parent, printed) if rules is None else (to_parent, printed, rules):
+        os.close(descriptor)
+    try:
+        read_exactly(from_result, len(READ))
+        watch = Watch(from_result, from_output, nonce, limits["result_kb"] << 10, limits["output_kb"] << 10)
+        ended = watch.until(time.monotonic() + limits["wall_s"])
+        status, usage = kill_tree(child, isolated, ended == "closed")
+        watch.drain()
+        header, body = reply_of(ended, watch, status, usage.ru_utime + usage.ru_stime, limits)
+        send(REPLIES, header, *body)
+    finally:
+        os.close(from_result)
+        os.close(from_output)
 
 
-def become_check(result: int, printed: int, folder: str) -> None:
-    """Descriptors 0 to 3 and no others, a session of its own, the own folder as working, home and temporary folder."""
+def become_check(result: int, printed: int, rules: int | None, folder: str) -> None:
+    """Descriptors 0 to 4 and no others, a session of its own, the own folder as working, home and temporary folder."""
     os.setsid()
-    os.dup2(result, RESULT + 100)
     os.dup2(printed, 1)
     os.dup2(printed, 2)
-    os.dup2(RESULT + 100, RESULT)
-    os.closerange(RESULT + 1, 1 << 16)
+    above = 1 << 8
+    os.dup2(result, above)
+    os.dup2(above if rules is None else rules, above + 1)
+    os.dup2(above, RESULT)
+    os.dup2(above + 1, RULES)
+    os.closerange(RESULT + 1 if rules is None else RULES + 1, 1 << 16)
     os.chdir(folder)
-    os.umask(0o077)
-    os.environ.update(HOME=folder, TMPDIR=folder)
-    for number in range(1, signal.NSIG):
-        if number not in (signal.SIGKILL, signal.SIGSTOP):
-            with contextlib.suppress(OSError, ValueError):
-                signal.signal(number, signal.SIG_DFL)
 
 
 class Watch:
@@ -205,7 +235,10 @@ class Watch:
     def __init__(self, result: int, output: int, nonce: bytes, most_result: int, most_output: int):
         self.from_result, self.from_output, self.nonce = result, output, nonce
         self.most_result, self.most_output = most_result, most_output
-        self.sent, self.printed, self.cut = bytearray(), bytearray(), False
+        self.sent, self.printed, self.cut = 0, 0, False  # the first two in bytes
+        frame = NONCE + LENGTH + most_result
+        memory = memoryview(unshared(frame + most_output + PIECE))
+        self.result, self.output, self.spare = memory[:frame], memory[frame : frame + most_output], memory[frame + most_output :]
 
     def until(self, deadline: float) -> str:
         """Waits for one whole frame ("sent"), or the end of the pipe without one ("closed"), or bytes that are no frame ("forged"), or a
@@ -216,45 +249,44 @@ class Watch:
             poll.register(descriptor, select.POLLIN)
         while (left := deadline - time.monotonic()) > 0:
             for descriptor, _ in poll.poll(left * 1000 + 1):
-                piece = os.read(descriptor, PIECE)
                 if descriptor == self.from_output:
-                    self.keep(piece)
-                    if not piece:
+                    if not self.keep():
                         poll.unregister(descriptor)
                     continue
-                self.sent += piece
-                state = self.state() or ("" if piece else "closed")
+                size = os.readv(self.from_result, [self.result[self.sent :]])
+                self.sent += size
+                state = self.state() or ("" if size else "closed")
                 if state:
                     return state
         return "late"
 
     def state(self) -> str:
         """What the bytes so far amount to; "" where the frame is not whole yet."""
-        if not self.nonce.startswith(self.sent[:NONCE]):
+        if self.result[: min(self.sent, NONCE)] != self.nonce[: self.sent]:
             return "forged"
-        if len(self.sent) < NONCE + 4:
+        if self.sent < NONCE + LENGTH:
             return ""
-        length = int.from_bytes(self.sent[NONCE : NONCE + 4], "big")
+        length = self.length()
         if length > self.most_result:
             return "large"
-        return "sent" if len(self.sent) >= NONCE + 4 + length else ""
+        return "sent" if self.sent >= NONCE + LENGTH + length else ""
 
-    def frame(self) -> bytes:
-        """The body of the whole frame."""
-        length = int.from_bytes(self.sent[NONCE : NONCE + 4], "big")
-        return bytes(self.sent[NONCE + 4 : NONCE + 4 + length])
+    def length(self) -> int:
+        """Bytes of the frame's body."""
+        return int.from_bytes(self.result[NONCE : NONCE + LENGTH], "big")
 
-    def keep(self, piece: bytes) -> None:
-        """Keeps as much of what was printed as there is room for."""
-        room = self.most_output - len(self.printed)
-        self.printed += piece[:room]
-        self.cut = self.cut or len(piece) > room
+    def keep(self) -> int:
+        """Reads what was printed and keeps as much as there is room for: the bytes read, 0 at the end."""
+        size = os.readv(self.from_output, [self.output[self.printed :], self.spare])
+        self.cut = self.cut or self.printed + size > self.most_output
+        self.printed = min(self.printed + size, self.most_output)
+        return size
 
     def drain(self) -> None:
         """What was printed before the process ended and still lies in the pipe; a pipe holds a bounded number of bytes."""
         with contextlib.suppress(BlockingIOError):
-            while not self.cut and (piece := os.read(self.from_output, PIECE)):
-                self.keep(piece)
+            while not self.cut and self.keep():
+                pass
 
 
 def kill_tree(child: int, isolated: bool, wait: bool):
@@ -273,13 +305,14 @@ def kill_tree(child: int, isolated: bool, wait: bool):
     return status, usage
 
 
-def reply_of(ended: str, watch: Watch, status: int, cpu: float, limits: dict) -> tuple[dict, bytes]:
-    """The reply: its header's `ended` is "sent", or why there is no result."""
+def reply_of(ended: str, watch: Watch, status: int, cpu: float, limits: dict) -> tuple[dict, tuple[memoryview, memoryview]]:
+    """The reply, header and body: the header's "ended" is "sent", or why there is no result."""
     code = os.waitstatus_to_exitcode(status)
     if ended == "closed":
         ended = "cpu" if code == -signal.SIGKILL and cpu >= limits["cpu_s"] - 0.1 else "died"
-    header = {"ended": ended, "code": code, "output": watch.printed.decode("utf-8", "replace"), "cut": watch.cut, "cpu_s": round(cpu, 3)}
-    return header, watch.frame() if ended == "sent" else b""
+    length = watch.length() if ended == "sent" else 0
+    header = {"ended": ended, "code": code, "cut": watch.cut, "cpu_s": round(cpu, 3), "result": length}
+    return header, (watch.result[NONCE + LENGTH : NONCE + LENGTH + length], watch.output[: watch.printed])
 
 
 def probe() -> dict[str, str]:
