@@ -247,6 +247,6 @@ def test_the_attention_of_the_update(monkeypatch):
     assert step_spec(tiny.CONFIG, GRPOConfig(attention="splash")).model.attention == "splash"
     with pytest.raises(UserError, match="setting 'attention' is 'flash'; it must be one of 'plain', 'splash', 'cudnn'"):
         step_spec(tiny.CONFIG, GRPOConfig(attention="flash"))
-    windowed = dataclasses.replace(tiny.DEEP, layer_windows=(4, None))
+    windowed = dataclasses.replace(tiny.CONFIG, layer_windows=(4, None))
     with pytest.raises(UserError, match="setting 'attention': attention='splash' has no sliding windows"):
         step_spec(windowed, GRPOConfig(attention="splash"))
