@@ -19,6 +19,8 @@ from models import layers
 from models.taps import taps_of
 from models.transformer import fused, unstacked
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 T = 10
 # One case for each kind: norms after, norms around with soft-caps, two rope bases, part of a head, learned positions, parallel
 # residuals of two norms and of one (with a bias on the logits).

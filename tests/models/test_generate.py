@@ -19,6 +19,8 @@ import models
 from models import ModelError
 from models.decode import FINISH_LENGTH, FINISH_STOP_STRING, FINISH_STOP_TOKEN, STAGE, Knobs, Rows, bucket, pad_prompts
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 module = importlib.import_module("models.generate")  # `models.generate` is the function
 TOLERANCE = 2e-5
 HAS_TORCH = importlib.util.find_spec("torch") is not None

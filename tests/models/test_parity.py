@@ -17,12 +17,7 @@ HAS_TORCH = importlib.util.find_spec("torch") is not None
 needs_torch = pytest.mark.skipif(not HAS_TORCH, reason="torch is not installed: only the stored logits are checked")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quickly():
-    """Not here: what is compared with `transformers` is compiled as users have it."""
-
-
-AS_SHIPPED = {"xla_cpu_use_fusion_emitters": True}  # which conftest.py turns off
+AS_SHIPPED = {"xla_cpu_use_fusion_emitters": True}  # as users have it; conftest.py turns it off
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,8 @@ import sae
 from sae.attribution import _attribute, ablation_effects, attribute, logit_difference
 from sae.config import NORMALISATIONS
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 HOOK = "blocks.0.resid_post"
 CFG = models.ModelConfig(
     family="llama", vocab_size=60, d_model=16, n_layers=2, n_heads=2, n_kv_heads=2, head_dim=8, d_ff=24,

@@ -12,6 +12,8 @@ import models
 import sae
 from sae.end_to_end import FinetuneConfig, finetune, spliced_loss
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 HOOK = "blocks.0.resid_post"
 WEIGHTS = {"kl": 0.7, "fvu": 0.4, "sparsity": 0.2}
 loss_of = jax.jit(spliced_loss, static_argnums=(1, 2))  # one program rather than one for each operation

@@ -13,6 +13,8 @@ from sae.feature_data import CollectConfig, collect, readout
 from sae.feature_stats import CoFiring, Histogram, Kept, peaks, priorities
 from sae.harvest import tap
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 HOOK = "blocks.0.resid_post"
 CFG = models.ModelConfig(
     family="llama", vocab_size=40, d_model=16, n_layers=1, n_heads=2, n_kv_heads=2, head_dim=8, d_ff=24,

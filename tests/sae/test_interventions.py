@@ -16,6 +16,8 @@ from sae.architectures import ARCHITECTURES
 from sae.config import NORMALISATIONS
 from sae.interventions import SEPARATE, latents_of
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 HOOK = "blocks.0.resid_post"
 CFG = models.ModelConfig(
     family="llama", vocab_size=60, d_model=16, n_layers=2, n_heads=2, n_kv_heads=2, head_dim=8, d_ff=24,

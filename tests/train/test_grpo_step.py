@@ -28,7 +28,7 @@ SMOOTH = OptimizerConfig(learning_rate=1e-2, eps=1e-2)
 
 @pytest.fixture(scope="module")
 def params():
-    return tiny.params(config=tiny.DEEP)
+    return tiny.params()
 
 
 def make_batch(seed=0):
@@ -60,7 +60,7 @@ def counted(batch):
 
 
 def spec(loss=LossConfig(), dtype="float32", **kwargs):
-    return step_spec(dataclasses.replace(tiny.DEEP, dtype=dtype), GRPOConfig(max_new_tokens=C, loss=loss, optimizer=SMOOTH, **kwargs))
+    return step_spec(dataclasses.replace(tiny.CONFIG, dtype=dtype), GRPOConfig(max_new_tokens=C, loss=loss, optimizer=SMOOTH, **kwargs))
 
 
 _jitted = jax.jit(loss_and_grads, static_argnums=0)
@@ -85,11 +85,11 @@ def reference(params):
 def test_logprobs_equal_the_models_own_logits(params, shared):
     batch = jax.tree.map(lambda x: x[0], make_batch())
     args = [batch[k] for k in ("prompts", "prompt_lengths", "completions", "lengths")]
-    logps, entropy = completion_logprobs(tiny.DEEP, params, *args, temperature=0.7, shared_prefix=shared, with_entropy=True)
+    logps, entropy = completion_logprobs(tiny.CONFIG, params, *args, temperature=0.7, shared_prefix=shared, with_entropy=True)
     p_N = np.repeat(batch["prompt_lengths"], S)
     rows = [np.concatenate([batch["prompts"][i // S, : p_N[i]], batch["completions"][i]]) for i in range(N)]
     tokens = np.array([np.pad(row, (0, P + C - len(row))) for row in rows])
-    logits, _ = models.apply(tiny.DEEP, params, tokens, lengths=p_N + C)
+    logits, _ = models.apply(tiny.CONFIG, params, tokens, lengths=p_N + C)
     for i in range(N):
         c = batch["lengths"][i]
         want = np.asarray(jax.nn.log_softmax(logits[i, p_N[i] - 1 : p_N[i] - 1 + C] / 0.7))[:c]
@@ -161,7 +161,7 @@ def test_rows_without_a_verdict_contribute_nothing(params):
 def test_update_raises_the_advantaged_tokens_and_leaves_the_callers_params(params):
     before = tiny.flat(params)
     batch = make_batch()
-    state = init_state(tiny.DEEP, spec().optimizer, params)
+    state = init_state(tiny.CONFIG, spec().optimizer, params)
     state, metrics, logps = compiled_update(spec())(state, batch)
     assert int(state["step"]) == 1 and np.isfinite(metrics["loss"]) and metrics["grad_norm"] > 0
     np.testing.assert_allclose(metrics["learning_rate"], 1e-2)
@@ -176,7 +176,7 @@ def test_equal_settings_share_one_compiled_update():
     # The number of steps shapes nothing where the learning rate does not fall.
     assert compiled_update(spec(steps=7)) is compiled_update(spec(steps=9))
     falling = dataclasses.replace(OptimizerConfig(), schedule="linear")
-    made = [step_spec(tiny.DEEP, GRPOConfig(steps=n, optimizer=falling)) for n in (7, 9)]
+    made = [step_spec(tiny.CONFIG, GRPOConfig(steps=n, optimizer=falling)) for n in (7, 9)]
     assert made[0] != made[1]
 
 
@@ -196,7 +196,7 @@ def test_bf16_gradients_are_near_those_of_fp32(params, reference, kwargs, groups
 
 def test_bf16_model_trains_an_fp32_master_copy(params):
     """An update of 1e-5 would be lost in bf16 weights of about 0.3."""
-    cfg = dataclasses.replace(tiny.DEEP, dtype="bfloat16")
+    cfg = dataclasses.replace(tiny.CONFIG, dtype="bfloat16")
     s = step_spec(cfg, GRPOConfig(max_new_tokens=C, optimizer=OptimizerConfig(learning_rate=1e-5)))
     state = init_state(cfg, s.optimizer, jax.tree.map(lambda p: p.astype(jnp.bfloat16), params))
     start = tiny.flat(state["params"])
@@ -216,7 +216,7 @@ assert len(jax.devices()) == 8
 batch, spec = t.make_batch(), t.spec(length_buckets=2)
 batch["lengths"] = np.minimum(batch["lengths"], t.C // 2)  # the narrower of two widths
 def run(mesh):
-    state = init_state(tiny.DEEP, spec.optimizer, tiny.params(config=tiny.DEEP), mesh)
+    state = init_state(tiny.CONFIG, spec.optimizer, tiny.params(), mesh)
     b = batch if mesh is None else jax.device_put(batch, batch_shardings(mesh))
     state, metrics, logps = compiled_update(spec, mesh)(state, b, None)
     reference = compiled_logprobs(spec, mesh)(state["params"], b)
@@ -241,8 +241,8 @@ def test_mesh_of_eight_devices_gives_the_same_update(run_python):
 
 def test_a_chunk_of_logits_is_as_large_on_each_device_as_on_one():
     """Rows of a batch are shared by the batch axes; the tensor axis shares no rows."""
-    spec = dataclasses.replace(step_spec(tiny.DEEP, GRPOConfig()), logprob_chunk=None)
+    spec = dataclasses.replace(step_spec(tiny.CONFIG, GRPOConfig()), logprob_chunk=None)
     mesh = types.SimpleNamespace(shape={"data": 2, "fsdp": 4, "tensor": 3})
     assert chunk_on(spec, None) is spec
-    assert chunk_on(spec, mesh).logprob_chunk == 8 * default_chunk(tiny.DEEP.vocab_size)
+    assert chunk_on(spec, mesh).logprob_chunk == 8 * default_chunk(tiny.CONFIG.vocab_size)
     assert chunk_on(dataclasses.replace(spec, logprob_chunk=5), mesh).logprob_chunk == 40

@@ -21,8 +21,8 @@ PPO = LossConfig(baseline="value", advantage_scale="batch_std", gae_lambda=0.9, 
 @pytest.fixture(scope="module")
 def params():
     rng = np.random.default_rng(3)
-    head = {"kernel": jnp.asarray(rng.normal(size=tiny.DEEP.d_model) / 4, jnp.float32), "bias": jnp.float32(0.3)}
-    return tiny.params(config=tiny.DEEP) | {VALUE_HEAD: head}
+    head = {"kernel": jnp.asarray(rng.normal(size=tiny.CONFIG.d_model) / 4, jnp.float32), "bias": jnp.float32(0.3)}
+    return tiny.params() | {VALUE_HEAD: head}
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,7 @@ def batch():
 def test_values_are_the_heads_of_the_states_before_each_token(params, batch):
     micro = jax.tree.map(lambda x: x[0], batch)
     hidden = completion_hidden(
-        tiny.DEEP, trunk(params), *(micro[k] for k in ("prompts", "prompt_lengths", "completions", "lengths")), shared_prefix=False
+        tiny.CONFIG, trunk(params), *(micro[k] for k in ("prompts", "prompt_lengths", "completions", "lengths")), shared_prefix=False
     )
     want = np.asarray(hidden, np.float64) @ np.asarray(params[VALUE_HEAD]["kernel"], np.float64) + 0.3
     for how in (spec(PPO), spec(PPO, shared_prefix=False)):
@@ -83,11 +83,11 @@ def test_every_knob_of_the_critic_changes_the_gradient(params, batch):
 
 def test_state_with_a_critic_has_its_head_and_the_policy_has_none(params):
     s = spec(PPO)
-    state = init_state(tiny.DEEP, s.optimizer, tiny.params(config=tiny.DEEP), critic=True)
+    state = init_state(tiny.CONFIG, s.optimizer, tiny.params(), critic=True)
     assert not np.asarray(state["params"][VALUE_HEAD]["kernel"]).any()
-    shapes = jax.tree.map(lambda x: (x.shape, x.dtype), abstract_state(tiny.DEEP, s.optimizer, critic=True))
+    shapes = jax.tree.map(lambda x: (x.shape, x.dtype), abstract_state(tiny.CONFIG, s.optimizer, critic=True))
     assert shapes == jax.tree.map(lambda x: (x.shape, x.dtype), state)
-    assert jax.tree.structure(policy_params(tiny.DEEP, state["params"])) == jax.tree.structure(models.abstract_params(tiny.DEEP))
+    assert jax.tree.structure(policy_params(tiny.CONFIG, state["params"])) == jax.tree.structure(models.abstract_params(tiny.CONFIG))
     batch = make_batch() | {"values": np.zeros((1, N, C), np.float32)}
     values = [np.asarray(compiled_values(s)(state["params"], batch))]
     for _ in range(30):
@@ -109,16 +109,16 @@ from jaxrl_llm.train.step import batch_shardings, compiled_kl, compiled_update, 
 assert len(jax.devices()) == 8
 spec = t.spec(LossConfig(baseline="value", advantage_scale="batch_std", kl="k1", kl_coef=0.1, kl_place="token_reward"))
 def run(mesh):
-    state = init_state(tiny.DEEP, spec.optimizer, tiny.params(config=tiny.DEEP), mesh, critic=True)
+    state = init_state(tiny.CONFIG, spec.optimizer, tiny.params(), mesh, critic=True)
     batch = t.make_batch() if mesh is None else jax.device_put(t.make_batch(), batch_shardings(mesh))
-    batch["kl"] = compiled_kl(spec, mesh)(trunk(state["params"]), tiny.params(1, tiny.DEEP), batch)
+    batch["kl"] = compiled_kl(spec, mesh)(trunk(state["params"]), tiny.params(1), batch)
     for _ in range(2):
         batch["values"] = compiled_values(spec, mesh)(state["params"], batch)
         state, metrics, logps = compiled_update(spec, mesh)(state, batch, None)
     return state, jax.device_get(metrics), np.asarray(batch["values"])
 mesh = models.sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
 one, many = run(None), run(mesh)
-wanted = abstract_state(tiny.DEEP, spec.optimizer, mesh, critic=True)
+wanted = abstract_state(tiny.CONFIG, spec.optimizer, mesh, critic=True)
 assert jax.tree.all(jax.tree.map(lambda a, b: a.sharding == b.sharding, many[0], wanted))
 np.testing.assert_allclose(tiny.flat(many[0]["params"]), tiny.flat(one[0]["params"]), rtol=1e-3, atol=1e-4)
 for a, b in zip(jax.tree.leaves(many[1:]), jax.tree.leaves(one[1:])):

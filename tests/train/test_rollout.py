@@ -319,14 +319,13 @@ import jax, numpy as np, models.sharding
 import tiny_grpo as tiny
 module = importlib.import_module("models.generate")
 mesh = models.sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
-whole = tiny.params(config=tiny.DEEP)
-params = jax.device_put(whole, models.sharding.param_shardings(tiny.DEEP, mesh))
+params = jax.device_put(tiny.params(), models.sharding.param_shardings(tiny.CONFIG, mesh))
 for stop in ((), (" 7 ",)):
     knobs = dict(num_samples=3, max_new_tokens=6, seed=jax.random.key(4), stop_strings=stop, tokenizer=tiny.Tokenizer())
-    one = models.generate(tiny.DEEP, whole, tiny.prompts().token_lists(), **knobs)
+    one = models.generate(tiny.CONFIG, tiny.params(), tiny.prompts().token_lists(), **knobs)
     for rows, unrolled in ((512, 8), (12, 8), (12, 0)):  # all at once; in three parts; with the layers in a scan
         module.UNROLLED_LAYERS = unrolled
-        many = models.generate(tiny.DEEP, params, tiny.prompts().token_lists()[:11], max_rows=rows, mesh=mesh, **knobs)
+        many = models.generate(tiny.CONFIG, params, tiny.prompts().token_lists()[:11], max_rows=rows, mesh=mesh, **knobs)
         same = [a == b for a, b in zip(many.completions(), one.completions())]
         assert len(same) == 33 and np.mean(same) > 0.9, same  # rounding may turn a rare draw
         np.testing.assert_allclose(many.logps_NT[np.array(same)], one.logps_NT[:33][np.array(same)], atol=1e-4)

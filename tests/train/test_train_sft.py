@@ -229,7 +229,7 @@ def test_rows_packed_without_segments_would_not():
     assert abs(train(config, mixed)[1][0]["loss"] - train(config)[1][0]["loss"]) > 1e-3
 
 
-EXPERTS = dataclasses.replace(tiny.DEEP, mlp="experts", n_experts=4, experts_per_token=1, d_ff=8)
+EXPERTS = dataclasses.replace(tiny.CONFIG, mlp="experts", n_experts=4, experts_per_token=1, d_ff=8)
 
 
 def crowded():

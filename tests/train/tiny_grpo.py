@@ -1,6 +1,5 @@
 """A policy, prompts, a tokenizer and a reward small enough for a test, and a run of them; also used by subprocesses."""
 
-import dataclasses
 import sys
 
 import jax
@@ -17,10 +16,9 @@ from jaxrl_llm.train.loop import train_grpo
 VOCAB = 16
 STOP = 1
 CONFIG = models.ModelConfig(
-    family="llama", vocab_size=VOCAB, d_model=16, n_layers=1, n_heads=4, n_kv_heads=2, head_dim=8, d_ff=32, tie_embeddings=True,
+    family="llama", vocab_size=VOCAB, d_model=16, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=8, d_ff=32, tie_embeddings=True,
     max_position=32, eos_token_ids=(STOP,), pad_token_id=STOP, initializer_range=0.3,
 )  # fmt: skip
-DEEP = dataclasses.replace(CONFIG, n_layers=2)  # for what is done to layers: in a scan, unrolled, recomputed, balanced
 TINY = GRPOConfig(
     steps=4, num_samples=4, max_new_tokens=6, optimizer=OptimizerConfig(learning_rate=1e-2, eps=1e-3), checkpoint_every=1, sample_every=1
 )
@@ -36,8 +34,8 @@ class Tokenizer:
         return [self.decode(row) for row in rows]
 
 
-def params(seed=0, config=CONFIG):
-    return models.init(config, jax.random.key(seed))
+def params(seed=0):
+    return models.init(CONFIG, jax.random.key(seed))
 
 
 def prompts(count=12, seed=0):
@@ -65,5 +63,7 @@ def flat(tree):
 
 
 if __name__ == "__main__":  # python tiny_grpo.py FOLDER STEPS: a run that a test may kill
+    import dataclasses
+
     trained, _ = run(sys.argv[1], dataclasses.replace(TINY, steps=int(sys.argv[2])))
     np.save(sys.argv[1] + "/final.npy", flat(trained))

@@ -8,13 +8,14 @@ import jax
 import numpy as np
 import tiny_grpo as tiny
 
+import models
 from jaxrl_llm.data.sampler import ShuffledSchedule
 from jaxrl_llm.run_dir import RunDir
 from jaxrl_llm.train.config import DPOConfig, OnlineDPOConfig, OptimizerConfig, PairLossConfig, PreferenceLossConfig
 from jaxrl_llm.train.dpo import Preferences, train_dpo, with_unrelated
 from jaxrl_llm.train.online_dpo import train_online_dpo
 
-CONFIG, params = tiny.CONFIG, tiny.params
+CONFIG = dataclasses.replace(tiny.CONFIG, n_layers=1)  # compiled in half the time
 GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "preference_curves.json"
 OPTIMIZER = OptimizerConfig(learning_rate=1e-2, eps=1e-3)
 QUICK = DPOConfig(steps=4, optimizer=OPTIMIZER, forward_rows=16)
@@ -32,6 +33,10 @@ LOSSES = {
     "orpo": PreferenceLossConfig(kind="orpo", beta=0.5),
     "kto": PreferenceLossConfig(kind="kto", beta=0.5, undesirable_weight=1.2),
 }
+
+
+def params(seed=0):
+    return models.init(CONFIG, jax.random.key(seed))
 
 
 def pairs(rows=12, seed=0):
