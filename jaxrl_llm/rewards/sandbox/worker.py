@@ -129,11 +129,12 @@ def keep(options: dict) -> int:
             except OSError as error:  # the host's limit on namespaces, or its memory: another room may find more
                 send(REPLIES, {"ended": "failed", "why": told(error), "cut": False})
                 return 1  # with the request unread
-            run_check(limits, body, jail.OWN, True, filters, landlock)
+            send(REPLIES, *run_check(limits, body, jail.OWN, True, filters, landlock))
             jail.close_check()
             continue
         with own_folder() as folder:
-            run_check(limits, body, folder, False, filters, landlock)
+            reply = run_check(limits, body, folder, False, filters, landlock)
+        send(REPLIES, *reply)  # when nothing of the check is left
     return 0
 
 
@@ -179,9 +180,9 @@ def prepare_interpreter(options: dict) -> None:
     gc.freeze()  # the pages of what is imported stay shared
 
 
-def run_check(limits: dict, size: int, folder: str, isolated: bool, filters: dict, landlock: int) -> None:
-    """Forks the check's process, which reads its request of `size` bytes, watches it, ends it and sends the reply. Raises EOFError where it ended
-    before the request was read."""
+def run_check(limits: dict, size: int, folder: str, isolated: bool, filters: dict, landlock: int) -> tuple[dict, memoryview, memoryview]:
+    """Forks the check's process, which reads its request of `size` bytes, watches it, ends it and returns the reply. Raises EOFError where it
+    ended before the request was read."""
     nonce = os.urandom(NONCE)
     rules = kernel.file_rules(landlock, "/", "/dev", folder) if landlock else None
     from_result, to_parent = os.pipe()
@@ -209,7 +210,7 @@ def run_check(limits: dict, size: int, folder: str, isolated: bool, filters: dic
         status, usage = kill_tree(child, isolated, ended == "closed")
         watch.drain()
         header, body = reply_of(ended, watch, status, usage.ru_utime + usage.ru_stime, limits)
-        send(REPLIES, header, *body)
+        return header, *body
     finally:
         os.close(from_result)
         os.close(from_output)
