@@ -22,8 +22,8 @@ from benchmarks.common import Figure, progress, run_benchmark, run_peer
 PEER = "SAELens 6.54.0"
 RATES = (1e-3, 3e-3, 1e-2, 3e-2)
 SIZES = {"d_sae": 512, "k": 16, "batch": 2048}
-OURS = {  # of JumpReLU: a penalty needs a weight; SAELens's default is 1 in units of a squared error summed over dimensions
-    "jumprelu": {"sparsity_coefficient": 0.1, "bandwidth": 1.0, "threshold_init": 0.1, "aux_coefficient": 0.0},
+OURS = {  # of JumpReLU: a penalty needs a weight, large enough that L0 comes to k (0.1 left it at 18); 1 is SAELens's default too, in its units
+    "jumprelu": {"sparsity_coefficient": 1.0, "bandwidth": 1.0, "threshold_init": 0.1, "aux_coefficient": 0.0},
 }
 
 
