@@ -46,7 +46,7 @@ class AnswerCache:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 # Autocommit: each write is whole by itself.
                 self._db = sqlite3.connect(self.path, timeout=BUSY, isolation_level=None, check_same_thread=False)
-                self._db.execute("PRAGMA journal_mode=WAL")
+                self._share()
                 self._db.execute("PRAGMA synchronous=NORMAL")
                 self._db.execute(_TABLE)
                 self._db.execute("SELECT key, answer, made FROM answers LIMIT 1").fetchall()
@@ -54,6 +54,19 @@ class AnswerCache:
                 raise self._problem(error) from error
             self._process = os.getpid()
         return self._db
+
+    def _share(self) -> None:
+        """Puts the file into the mode in which readers and a writer do not wait for each other. Of two processes that do so to a new file at the same
+        time SQLite tells one at once that it is locked, whatever `timeout` says: both have read it, and to wait would be a deadlock."""
+        until = time.monotonic() + BUSY
+        while True:
+            try:
+                self._db.execute("PRAGMA journal_mode=WAL")
+                return
+            except sqlite3.OperationalError as error:
+                if error.sqlite_errorcode != sqlite3.SQLITE_BUSY or time.monotonic() > until:
+                    raise
+                time.sleep(0.01)
 
     def _problem(self, error: Exception) -> UserError:
         return UserError(f"the cache of answers {self.path} cannot be used ({error}): free the disk, mend or remove the file, or name another")

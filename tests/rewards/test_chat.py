@@ -1,7 +1,9 @@
 """The client of chat servers against one that fails: none lost, none doubled, order kept, and every fault told by its name."""
 
+import functools
 import json
 import random
+import sqlite3
 import threading
 import zlib
 from datetime import UTC, datetime, timedelta
@@ -11,8 +13,10 @@ import pytest
 from fault_server import BAD_BODIES, PASSING, STATUSES, FaultServer
 
 from jaxrl_llm.errors import UserError
+from jaxrl_llm.rewards import chat_cache
 from jaxrl_llm.rewards.chat import ChatClient, ChatConfig, Fault, Request, Unreadable, retry_after
 from jaxrl_llm.rewards.chat_budget import BudgetConfig
+from jaxrl_llm.rewards.chat_cache import AnswerCache
 from jaxrl_llm.rewards.verdict import RewardStopped
 
 BEARS_ALL = BudgetConfig(in_row=10**6, share=1.0)
@@ -70,8 +74,11 @@ def test_ten_thousand_requests_under_faults(server, tmp_path):
 
     def patient(path, body, headers, seconds):
         """Only what never ends is given up early: a busy machine may take long for all else."""
-        asks = json.loads(body)
-        return post(path, body, headers, 0.15 if FAULTS.get(fault(asks, server.tries[body.decode()])) is Fault.TIMEOUT else seconds)
+        asks, n = json.loads(body), server.tries[body.decode()]
+        met = {fault(asks, n)}
+        if met == {"reset"}:  # as a kept connection does that the server closed: it is asked again, on a new one
+            met.add(fault(asks, n + 1))
+        return post(path, body, headers, 0.15 if Fault.TIMEOUT in map(FAULTS.get, met) else seconds)
 
     client._wire.post = patient
     requests = [say(f"item {i}") for i in range(number)]
@@ -231,6 +238,28 @@ print(cache.count())
     for worker in workers:
         worker.join()
     assert [r.strip() for r in results] == ["200", "200"]
+
+
+def test_a_cache_that_another_is_making_is_tried_again(tmp_path, monkeypatch):
+    """SQLite refuses one of two processes that make a file at the same time; one that is refused for good says so."""
+
+    class Refused(sqlite3.Connection):
+        left = 3
+
+        def execute(self, statement, *values):
+            if "journal_mode" in statement and Refused.left:
+                Refused.left -= 1
+                error = sqlite3.OperationalError("database is locked")
+                error.sqlite_errorcode = sqlite3.SQLITE_BUSY
+                raise error
+            return super().execute(statement, *values)
+
+    monkeypatch.setattr(sqlite3, "connect", functools.partial(sqlite3.connect, factory=Refused))
+    assert AnswerCache(tmp_path / "answers.sqlite").put("key", {"a": 1}) == {"a": 1} and not Refused.left
+    monkeypatch.setattr(chat_cache, "BUSY", 0.05)
+    Refused.left = 10**9
+    with pytest.raises(UserError, match=r"answers.sqlite cannot be used \(database is locked\)"):
+        AnswerCache(tmp_path / "answers.sqlite")
 
 
 def test_a_damaged_cache_is_told(server, tmp_path):
