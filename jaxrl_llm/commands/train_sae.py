@@ -45,13 +45,8 @@ def run(config: Any, workdir: str) -> None:
     run_dir = RunDir(workdir, config, kind="train_sae", owns=(FOLDER,))
     folder = run_dir.path / FOLDER
     finished = run_dir.path / "summary.json"
-    named = [key for key in run_dir.changes if is_named(key, config.allow_changes)]
     if from_first(run_dir.resumed and finished.exists()):
-        if named:
-            raise UserError(
-                f"{run_dir.path} holds a run that is over, and its checkpoints are gone: it cannot go on with another {named[0]}; train in another "
-                "--workdir, or set --config.overwrite=True to clear this one"
-            )
+        _refuse_changes(run_dir, config)
         if run_dir.is_writer:
             _report(folder, json.loads(finished.read_text()))
         return
@@ -122,6 +117,16 @@ def run(config: Any, workdir: str) -> None:
         if run_dir.is_writer:
             run_dir.summary(summary)
             _report(folder, summary)
+
+
+def _refuse_changes(run_dir: RunDir, config: Any) -> None:
+    """A run that is over cannot go on with other settings. Raises UserError where one is named by `allow_changes`."""
+    named = [key for key in run_dir.changes if is_named(key, config.allow_changes)]
+    if named:
+        raise UserError(
+            f"{run_dir.path} holds a run that is over, and its checkpoints are gone: it cannot go on with another {named[0]}; train in another "
+            "--workdir, or set --config.overwrite=True to clear this one"
+        )
 
 
 def _finetuning(config: Any, special: Sequence[int] = ()) -> Any:
