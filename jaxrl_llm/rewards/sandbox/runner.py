@@ -1,6 +1,6 @@
 """Inside a check's process: runs the code, calls the function, sends what it returned. Everything here is in the hands of that code.
 
-The frame: the supervisor's number, four bytes of length, then one JSON object {"value": ...}, {"error": line} or {"exhausted": line}.
+The frame: the keeper's number, four bytes of length, then one JSON object {"value": ...}, {"error": line} or {"exhausted": line}.
 """
 
 from __future__ import annotations
